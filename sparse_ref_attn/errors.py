@@ -1,0 +1,54 @@
+"""Every error the library raises on purpose. Each message says what must hold, then what was got."""
+
+__all__ = [
+    "BudgetError",
+    "ConfigError",
+    "HandleRemovedError",
+    "IncompatibleError",
+    "LayoutError",
+    "NonFiniteError",
+    "PixelsUnavailableError",
+    "SparseRefError",
+    "UnsupportedModelError",
+    "VersionError",
+]
+
+
+class SparseRefError(Exception):
+    """Base of every error of this library; catch it to catch them all."""
+
+
+class ConfigError(SparseRefError, ValueError):
+    """A setting is outside its range, or two settings contradict each other."""
+
+
+class BudgetError(SparseRefError, ValueError):
+    """A budget asks for tokens that the references do not have, or for none at all."""
+
+
+class LayoutError(SparseRefError, ValueError):
+    """The tokens of a call do not match what the adapter or a selection was made for."""
+
+
+class NonFiniteError(SparseRefError, ValueError):
+    """Scores or latents hold NaN or infinity, so no ranking can be made from them."""
+
+
+class PixelsUnavailableError(SparseRefError, ValueError):
+    """A selector needs the reference's pixels, and the pipeline was given latents or no VAE."""
+
+
+class UnsupportedModelError(SparseRefError, TypeError):
+    """No adapter is registered for the class of the model."""
+
+
+class VersionError(SparseRefError, RuntimeError):
+    """An installed package is outside the range this library was written for."""
+
+
+class IncompatibleError(SparseRefError, RuntimeError):
+    """The model is in a state (whole-model compile, step cache) that token dropping would break."""
+
+
+class HandleRemovedError(SparseRefError, RuntimeError):
+    """A handle was used after ``remove()``."""

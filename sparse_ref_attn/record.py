@@ -1,0 +1,108 @@
+"""What happened in one run: plain data, filled by the session, read by the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .types import RefSelection, TokenLayout
+
+__all__ = ["BlockAttention", "RunRecord", "StepRecord"]
+
+
+@dataclass
+class StepRecord:
+    """One denoising step.
+
+    Parameters
+    ----------
+    index : int
+        Step number, 0 first.
+    kind : {"dense", "profile", "sparse", "cached"}
+        "profile" is a dense step whose attention was measured; "cached" runs without reference
+        rows, on reference K/V kept from an earlier step.
+    kept : int
+        Reference tokens that took part, R on a dense step.
+    calls : int
+        Transformer calls (2 with sequential classifier-free guidance).
+    seconds : callable returning float
+        Time inside the transformer, all calls (reads CUDA events, so it may sync).
+    host_seconds : float
+        Time of the library's own host code.
+    selection : RefSelection, optional
+        Which tokens; None when all.
+    """
+
+    index: int
+    kind: str
+    kept: int
+    calls: int = 0
+    seconds: Callable[[], float] = field(default=lambda: 0.0, repr=False)
+    host_seconds: float = 0.0
+    selection: RefSelection | None = field(default=None, repr=False)
+
+
+@dataclass
+class BlockAttention:
+    """Generation-to-reference attention of one block at one step, per reference and head.
+
+    Parameters
+    ----------
+    step, block : int
+        Where it was measured; blocks are counted in order of execution.
+    mass : Tensor, shape (references, H), float32
+        Attention that a generation token pays to the reference, in [0, 1].
+    entropy : Tensor, shape (references, H), float32
+        Entropy of the normalised mass over the reference's tokens, in bits.
+    top_quarter : Tensor, shape (references, H), float32
+        Share of the reference's mass held by its top 25 % tokens, in [0.25, 1].
+    """
+
+    step: int
+    block: int
+    mass: Tensor
+    entropy: Tensor
+    top_quarter: Tensor
+
+
+@dataclass
+class RunRecord:
+    """One generation.
+
+    Parameters
+    ----------
+    layout : TokenLayout
+        Of the first call with references.
+    batch : int
+        Batch items in one call.
+    total_steps : int
+        Steps that the run was to have.
+    steps : list of StepRecord
+        Steps that ran, in order.
+    scores : list of Tensor, shape (R_i,)
+        The final ranking scores of each reference; None before ranking.
+    mass : list of Tensor, shape (R_i,)
+        Profiled generation-to-reference mass of each reference (ReCAST eq. 3); None if not profiled.
+    pixels : list of (Tensor or None)
+        Per reference what the VAE encoded, (b, 3, H, W) in [-1, 1].
+    attention : list of BlockAttention
+        The paper's diagnostics, one entry per profiled step and block.
+    notes : list of str
+        What the library decided on its own, in words (the guard, a fallback).
+    config : dict
+        The configuration, as JSON types.
+    """
+
+    layout: TokenLayout
+    batch: int
+    total_steps: int
+    steps: list[StepRecord] = field(default_factory=list)
+    scores: list[Tensor] | None = None
+    mass: list[Tensor] | None = None
+    pixels: list[Tensor | None] = field(default_factory=list)
+    attention: list[BlockAttention] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
