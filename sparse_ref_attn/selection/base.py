@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import PixelsUnavailableError
 from ..types import TokenLayout
 
-__all__ = ["Probe", "References", "Selector"]
+__all__ = ["FromFunction", "Probe", "Reduced", "Reducer", "References", "Selector"]
 
 
 @dataclass(frozen=True)
@@ -131,3 +131,27 @@ class FromFunction(Selector):
     def score(self, references: References) -> list[Tensor]:
         device = references.tokens.device
         return [torch.as_tensor(s, device=device).float() for s in self.function(references)]
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A reference after its tokens were changed, not chosen.
+
+    Parameters
+    ----------
+    tokens : Tensor, shape (B, K, D)
+        The new rows.
+    positions : Tensor, shape (K, 2), float32
+        Where each row stands in the reference's grid, (y, x) in cells; fractions are allowed.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+
+
+class Reducer:
+    """A rival of selection: makes K new tokens of each reference's R (merging, downscaling)."""
+
+    def reduce(self, references: References, counts: tuple[int, ...]) -> list[Reduced]:
+        """At most ``counts[i]`` tokens for reference i."""
+        raise NotImplementedError

@@ -1,0 +1,10 @@
+"""The public door to the ops.
+
+Letters, in the whole library: B batch, S joint sequence, N queries, M dense keys, R reference
+rows, K kept rows, H heads, C head dim, T packed tokens, D features.
+"""
+
+from .ops.attention_mass import attention_mass
+from .ops.pack_rows import pack_rows, unpack_rows
+
+__all__ = ["attention_mass", "pack_rows", "unpack_rows"]
