@@ -1,0 +1,106 @@
+"""What a user gets: a lean import, names that resolve, one version, the files a package must carry."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+
+import sparse_ref_attn as sra
+
+ROOT = Path(__file__).parents[1]
+HEAVY = [
+    "PIL",
+    "accelerate",
+    "diffusers",
+    "peft",
+    "skimage",
+    "torch._dynamo",
+    "torch._inductor",
+    "transformers",
+    "triton",
+]
+
+
+def loaded_by(statements: str) -> dict[str, object]:
+    """Run `statements` in a fresh interpreter; which heavy modules it loaded, and whether CUDA was initialised."""
+    code = f"""
+import json, sys
+{statements}
+torch = sys.modules.get("torch")
+print(json.dumps({{
+    "heavy": [name for name in {HEAVY!r} if name in sys.modules],
+    "cuda": torch is not None and torch.cuda.is_initialized(),
+}}))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_import_is_lean() -> None:
+    assert loaded_by("import sparse_ref_attn") == {"heavy": [], "cuda": False}
+
+
+def test_public_names_load_neither_diffusers_nor_kernels() -> None:
+    bare = loaded_by("import torch")
+    every = loaded_by("import sparse_ref_attn as sra\nfor name in sra.__all__: getattr(sra, name)")
+    assert every == bare
+
+
+def test_public_names_resolve_and_are_listed() -> None:
+    assert set(sra.__all__) <= set(dir(sra))
+    for name in sra.__all__:
+        value = getattr(sra, name)
+        assert value is not None
+        assert getattr(value, "__name__", name).rpartition(".")[2] == name
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"module 'sparse_ref_attn' has no attribute 'pach'"):
+        sra.pach  # noqa: B018
+
+
+def test_one_version() -> None:
+    assert importlib.metadata.version("sparse-ref-attn") == sra.__version__
+    assert not re.search(r"^version\s*=\s*[\"']", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+
+
+def test_both_commands_are_installed() -> None:
+    scripts = importlib.metadata.entry_points(group="console_scripts", value="sparse_ref_attn.cli:main")
+    assert {script.name for script in scripts} == {"sra", "sparse-ref-attn"}
+
+
+def test_core_needs_no_more_than_four_packages() -> None:
+    needs = importlib.metadata.requires("sparse-ref-attn")
+    core = {re.match(r"[\w-]+", need).group() for need in needs if "extra ==" not in need}
+    assert core == {"torch", "triton", "numpy", "einops"}
+
+
+def test_constraints_pin_every_direct_requirement() -> None:
+    """An open torch would bring several GB of CUDA builds; an open diffusers another model code."""
+    pins = set(re.findall(r"^([\w-]+)==\S+", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    needs = importlib.metadata.requires("sparse-ref-attn")
+    names = {re.match(r"[\w-]+", need).group() for need in needs}
+    assert names - pins == {"flash-attn", "sparse-ref-attn"}  # flash-attn needs a card to build; the other is us
+
+
+def test_photo_and_its_notice_are_package_data() -> None:
+    assets = importlib.resources.files("sparse_ref_attn") / "assets"
+    with PIL.Image.open(assets / "photo.jpg") as photo:
+        assert photo.size == (512, 512)
+    assert "CC0" in (assets / "NOTICE.md").read_text()
+    assert (importlib.resources.files("sparse_ref_attn") / "py.typed").is_file()
+
+
+def test_licence_is_apache_in_full() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert importlib.metadata.metadata("sparse-ref-attn")["License-Expression"] == "Apache-2.0"
