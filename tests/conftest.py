@@ -1,39 +1,37 @@
-"""Settings of the whole suite: one CPU thread, quiet libraries, the `gpu` and `slow` tiers."""
+"""Settings of the whole suite: one CPU thread, quiet model libraries, the `gpu` and `slow` tiers."""
 
 from __future__ import annotations
 
-import logging
-import warnings
+import sys
 
 import pytest
 import torch
 
+NO_GPU = "no CUDA device"
+
 torch.set_num_threads(1)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, and counted, where there is none")
-    config.addinivalue_line("markers", "slow: runs only when selected, with -m slow")
-    for name in ("diffusers", "transformers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"diffusers|transformers")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    selected = config.getoption("-m")
+    no_gpu = pytest.mark.skip(reason=NO_GPU)
+    not_selected = pytest.mark.skip(reason="slow: select with -m slow")
     has_gpu = torch.cuda.is_available()
     for item in items:
         if "gpu" in item.keywords and not has_gpu:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-            config.stash[SKIPPED_GPU] = config.stash.get(SKIPPED_GPU, 0) + 1
-        elif "slow" in item.keywords and "slow" not in selected:
-            item.add_marker(pytest.mark.skip(reason="slow: select with -m slow"))
+            item.add_marker(no_gpu)
+        elif "slow" in item.keywords and "slow" not in config.getoption("-m"):
+            item.add_marker(not_selected)
 
 
-SKIPPED_GPU = pytest.StashKey[int]()
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # Importing diffusers sets its loggers up, so they are silenced after the tests that use it were imported.
+    for name in ("diffusers", "transformers"):
+        if name in sys.modules:
+            sys.modules[name].utils.logging.set_verbosity_error()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    count = config.stash.get(SKIPPED_GPU, 0)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum(isinstance(report.longrepr, tuple) and report.longrepr[2].endswith(NO_GPU) for report in skipped)
     if count:
-        terminalreporter.write_line(f"{count} GPU tests skipped: no CUDA device on this machine")
+        terminalreporter.write_line(f"{count} GPU tests skipped: {NO_GPU} on this machine", yellow=True)

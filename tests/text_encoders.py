@@ -130,7 +130,7 @@ def qwen_vl() -> tuple[Qwen2Tokenizer, QwenVLProcessor, Qwen2_5_VLForConditional
             "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
             "num_key_value_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 4096,
             "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
-            "rope_theta": 1e6, "initializer_range": WIDE_INIT,
+            "rope_theta": 1e6, "initializer_range": WIDE_INIT, "bos_token_id": None, "eos_token_id": None,
         },
         vision_config={
             "depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
