@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import (
     BatchFeature,
     CLIPTextConfig,
@@ -17,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
+    T5Tokenizer,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -61,11 +63,11 @@ def clip() -> tuple[CLIPTokenizer, CLIPTextModel]:
     return tokenizer, CLIPTextModel(config)
 
 
-def t5() -> tuple[T5TokenizerFast, T5EncoderModel]:
+def t5() -> tuple[T5Tokenizer, T5EncoderModel]:
     """T5 encoder of width 32, one token a character."""
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     vocabulary += [(chr(code), -3.0) for code in range(33, 127)]
-    tokenizer = T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
+    tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
     config = T5Config(
         vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
         relative_attention_num_buckets=8,
@@ -108,7 +110,7 @@ class QwenVLProcessor(Qwen2VLProcessor):
     def __init__(self, image_processor: Qwen2VLImageProcessorPil, tokenizer: Qwen2Tokenizer) -> None:
         self.image_processor, self.tokenizer = image_processor, tokenizer
 
-    def __call__(self, text=None, images=None, padding=True, return_tensors="pt"):
+    def __call__(self, text: list[str], images: Any, padding: bool = True, return_tensors: str = "pt") -> BatchFeature:
         features = self.image_processor(images=images, return_tensors="pt")
         counts = [int(grid.prod()) // self.image_processor.merge_size**2 for grid in features["image_grid_thw"]]
         expanded = []
@@ -139,7 +141,6 @@ def qwen_vl() -> tuple[Qwen2Tokenizer, QwenVLProcessor, Qwen2_5_VLForConditional
         },
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_token_id=ids["<|image_pad|>"],
     )  # fmt: skip
     processor = QwenVLProcessor(Qwen2VLImageProcessorPil(), tokenizer)
     return tokenizer, processor, Qwen2_5_VLForConditionalGeneration(config)
