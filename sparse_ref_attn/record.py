@@ -90,6 +90,8 @@ class RunRecord:
         Per reference what the VAE encoded, (b, 3, H, W) in [-1, 1].
     attention : list of BlockAttention
         The paper's diagnostics, one entry per profiled step and block.
+    scoring_flops : float
+        Work of measuring attention in the profiling steps, beyond the dense steps themselves.
     notes : list of str
         What the library decided on its own, in words (the guard, a fallback).
     config : dict
@@ -104,5 +106,6 @@ class RunRecord:
     mass: list[Tensor] | None = None
     pixels: list[Tensor | None] = field(default_factory=list)
     attention: list[BlockAttention] = field(default_factory=list)
+    scoring_flops: float = 0.0
     notes: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,255 @@
+"""What a model family must tell the library, and the registry that finds it by class."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..cost import ModelShape
+from ..errors import IncompatibleError, LayoutError, UnsupportedModelError
+from ..functional import pack_rows, unpack_rows
+from ..selection import Reduced
+from ..session import AttentionView
+from ..types import Reference, RefSelection, TokenLayout
+from . import seams
+from .seams import AttentionSite
+
+__all__ = ["Adapter", "Found", "adapter_for", "references_from_ids", "register_adapter", "supported"]
+
+Kwargs = dict[str, Any]
+Found = tuple[tuple[int, int], tuple[Reference, ...]]
+
+
+class Adapter:
+    """One model family. A subclass says where tokens lie; the defaults fit joint-attention DiTs.
+
+    Subclasses set the class attributes and implement `find`, `drop` and `replace`; the rest has
+    defaults. An adapter holds no state of a run.
+    """
+
+    name: ClassVar[str] = ""
+    """Name in tables and messages."""
+    classes: ClassVar[tuple[str, ...]] = ()
+    """Full names (module.qualname) of the transformer classes."""
+    streams: ClassVar[Mapping[str, str]] = {}
+    """Which stream each Linear sees, for `cost.ModelShape.from_module`."""
+    tokens: str = "hidden_states"
+    """Argument that holds the image stream (B, rows, D)."""
+    text_tokens: str | None = "encoder_hidden_states"
+    """Argument that holds the text stream (B, text, D); None without text in joint attention."""
+
+    def check(self, transformer: nn.Module) -> None:
+        """Raise UnsupportedModelError for a variant of the class that this adapter cannot serve."""
+
+    def bind(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Kwargs:
+        """All arguments by name."""
+        if not args:
+            return dict(kwargs)
+        names = list(inspect.signature(type(transformer).forward).parameters)[1:]
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def find(self, kwargs: Kwargs) -> Found | None:
+        """Generation rows (first, number) and references, or None when the layout is not known.
+
+        Called once a run and shape; may sync. No references: an empty tuple.
+        """
+        raise NotImplementedError
+
+    def layout_key(self, kwargs: Kwargs) -> object:
+        """What the layout depends on besides the number of rows, as host values."""
+        return None
+
+    def layout(self, kwargs: Kwargs, found: Found) -> TokenLayout:
+        """The layout of this call."""
+        text = 0 if self.text_tokens is None else kwargs[self.text_tokens].shape[1]
+        return TokenLayout(kwargs[self.tokens].shape[1], text, *found)
+
+    def cached(self, kwargs: Kwargs) -> bool:
+        """Whether this call attends to reference K/V of an earlier call and has no reference rows."""
+        return False
+
+    def extracts(self, kwargs: Kwargs) -> bool:
+        """Whether later calls attend to this call's reference K/V."""
+        return False
+
+    def prune_cache(self, kwargs: Kwargs, indices: Tensor) -> Kwargs:
+        """A `cached` call's arguments with only the K/V rows `indices`."""
+        raise NotImplementedError
+
+    def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
+        """Arguments with only `rows` (ascending) of the image stream."""
+        raise NotImplementedError
+
+    def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
+        """Arguments with each reference's rows replaced by its reduced tokens at their positions."""
+        raise IncompatibleError(f"the {self.name} adapter has no way to place changed tokens; use a selector")
+
+    def restore(self, output: Any, rows: Tensor, size: int) -> Any:
+        """The output with its rows back at `rows` of `size`; the others are zero."""
+        sample = output[0] if isinstance(output, tuple) else output.sample if hasattr(output, "sample") else output
+        if sample.shape[1] != rows.shape[0]:
+            return output
+        full = unpack_rows(sample, rows, size)
+        if isinstance(output, tuple):
+            return (full, *output[1:])
+        if hasattr(output, "sample"):
+            output.sample = full
+            return output
+        return full
+
+    def hooks(self, transformer: nn.Module, shortened: Callable[[], Any]) -> list[Callable[[], None]]:
+        """Further hooks, as removers. `shortened()` is what `prepare` returned for the running call, or None."""
+        return []
+
+    def sites(self, transformer: nn.Module) -> list[AttentionSite]:
+        """Attention of each block, in order of execution; empty when it cannot be measured."""
+        return []
+
+    def shape(self, transformer: nn.Module) -> ModelShape:
+        """The model's sizes, from which its work is counted."""
+        return ModelShape.from_module(transformer, self.streams)
+
+    def check_measurable(self, transformer: nn.Module) -> None:
+        """Raise IncompatibleError when attention cannot be measured on this instance."""
+        seams.check_measurable(self.sites(transformer), type(transformer).__name__)
+
+    def listen(self, transformer: nn.Module, tap: seams.Tap) -> Any:
+        """Context in which `tap` sees every attention call (see `seams.tapped_attention`)."""
+        return seams.tapped_attention(self.sites(transformer), tap)
+
+    def view(
+        self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> AttentionView | None:
+        """Which rows of an attention call (B, S, H, C) are what: text first, then the image stream."""
+        at, (first, length) = layout.text, layout.generation
+        if q.shape[1] != at + layout.rows or k.shape[1] != at + layout.rows:
+            raise LayoutError(
+                f"attention must run over {at} text and {layout.rows} image rows, got {q.shape[1]} queries and "
+                f"{k.shape[1]} keys"
+            )
+        spans = tuple((at + r.start, at + r.start + r.length) for r in layout.references)
+        item = layout.conditional or slice(None)
+        q, k, v = q[item], k[item], v[item]
+        return AttentionView(
+            k, v, q[:, at + first : at + first + length], q[:, spans[0][0] : spans[-1][1]], spans, key_mask(mask, item)
+        )
+
+    def encode(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Reference tokens (b, R, D) and grid of an image (b, 3, H, W), by the pipeline's own VAE."""
+        raise IncompatibleError(f"the {self.name} adapter cannot encode images; rivals work on latents there")
+
+
+def key_mask(mask: Tensor | None, item: slice) -> Tensor | None:
+    """A (B, S) bool mask of keys out of an attention mask (B, 1, 1, S)."""
+    if mask is None:
+        return None
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
+        raise LayoutError(f"an attention mask must be a mask of keys, (B, 1, 1, S), got {tuple(mask.shape)}")
+    keep = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return keep[:, 0, 0][item]
+
+
+def references_from_ids(ids: Tensor) -> Found | None:
+    """Generation and references from position ids (rows, >= 3): (frame, y, x, ...).
+
+    The generation comes first; a reference is a run of rows with another frame, or one that
+    starts its grid anew. One device-to-host copy.
+
+    Examples
+    --------
+    >>> grid = lambda f, h, w: torch.cartesian_prod(torch.tensor([f]), torch.arange(h), torch.arange(w))
+    >>> references_from_ids(torch.cat([grid(0, 2, 2), grid(1, 1, 3)]))
+    ((0, 4), (Reference(start=4, length=3, grid=(1, 3)),))
+    """
+    table = ids[..., :3].float().cpu()
+    if table.ndim == 3:
+        table = table[0]
+    frames = table[:, 0]
+    changed = (frames[1:] != frames[:-1]).nonzero().flatten() + 1
+    edges = [0, *changed.tolist(), table.shape[0]]
+    generation = (0, edges[1])
+    if any(bool(frames[start] == frames[0]) for start in edges[1:-1]):
+        return None
+    references = []
+    for start, stop in zip(edges[1:], edges[2:], strict=False):
+        cells = table[start:stop, 1:3]
+        again = (cells == cells[0]).all(1).nonzero().flatten().tolist()
+        for a, b in zip(again, [*again[1:], stop - start], strict=True):
+            references.append(Reference(start + a, b - a, _grid(cells[a:b])))
+    return generation, tuple(references)
+
+
+def _grid(cells: Tensor) -> tuple[int, int] | None:
+    """The grid whose cells (y, x) these are in reading order, if they are one."""
+    ys, xs = cells[:, 0].unique(), cells[:, 1].unique()
+    if len(ys) * len(xs) != len(cells) or not torch.equal(cells, torch.cartesian_prod(ys, xs).reshape(-1, 2)):
+        return None
+    return len(ys), len(xs)
+
+
+def take_rows(kwargs: Kwargs, names: Mapping[str, int], rows: Tensor) -> Kwargs:
+    """Arguments with `rows` of each named tensor along its axis (negative axes count from the end)."""
+    out = dict(kwargs)
+    for name, axis in names.items():
+        if out.get(name) is not None:
+            out[name] = pack_rows(out[name], rows.to(out[name].device), axis % out[name].ndim)
+    return out
+
+
+_REGISTRY: dict[str, Adapter] = {}
+
+
+def register_adapter(cls: type[nn.Module] | str, adapter: Adapter) -> None:
+    """Serve transformers of class `cls` with `adapter`; a later registration replaces an earlier one.
+
+    Parameters
+    ----------
+    cls : class or str
+        The class, or its full name "module.qualname" (nothing is imported then).
+    adapter : Adapter
+        An instance, for example of `PlainAdapter`.
+
+    Examples
+    --------
+    >>> from sparse_ref_attn.adapters import PlainAdapter
+    >>> class MyDiT(torch.nn.Module): ...
+    >>> layout = lambda kwargs: ((0, 16), (Reference(16, 16, (4, 4)),))
+    >>> register_adapter(MyDiT, PlainAdapter(tokens="x", rows={"ids": 0}, find=layout))
+    """
+    _REGISTRY[cls if isinstance(cls, str) else full_name(cls)] = adapter
+
+
+def full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def supported() -> dict[str, str]:
+    """Class name and adapter name of everything registered."""
+    return {name: adapter.name for name, adapter in sorted(_REGISTRY.items())}
+
+
+def adapter_for(transformer: nn.Module) -> Adapter:
+    """The adapter of a transformer, by its class or a base class.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming the class, what is supported, and how to add it.
+    """
+    for cls in type(transformer).__mro__:
+        adapter = _REGISTRY.get(full_name(cls))
+        if adapter is not None:
+            adapter.check(transformer)
+            return adapter
+    known = "\n".join(f"  {name} ({label})" for name, label in supported().items())
+    raise UnsupportedModelError(
+        f"a transformer's class must have an adapter, got {full_name(type(transformer))}. Supported:\n{known}\n"
+        "Your own model takes three lines:\n"
+        "  adapter = sparse_ref_attn.PlainAdapter(\n"
+        '      tokens="x", rows={"ids": 0}, find=lambda kwargs: ((0, n_gen), (Reference(n_gen, n_ref, (h, w)),)))\n'
+        "  sparse_ref_attn.register_adapter(MyDiT, adapter)"
+    )

@@ -1,0 +1,39 @@
+"""The work of a recorded run, dense and as it ran."""
+
+from __future__ import annotations
+
+from ..cost import Flops, ModelShape, StepTokens, step_flops
+from ..record import RunRecord, StepRecord
+from ..report import FlopSummary
+
+__all__ = ["dense_flops", "recorded_flops", "summarise"]
+
+
+def recorded_flops(shape: ModelShape, record: RunRecord) -> Flops:
+    """Work of the run as it ran: every call of every step, and the measuring of attention."""
+    total = Flops(0, int(record.scoring_flops))
+    for step in record.steps:
+        total = total + step_flops(shape, _tokens(record, step, step.kept), record.batch) * step.calls
+    return total
+
+
+def dense_flops(shape: ModelShape, record: RunRecord) -> Flops:
+    """Work of the same run with every reference token in every step."""
+    total = Flops(0, 0)
+    for step in record.steps:
+        tokens = _tokens(record, step, record.layout.reference_tokens)
+        total = total + step_flops(shape, tokens, record.batch) * step.calls
+    return total
+
+
+def summarise(shape: ModelShape, record: RunRecord) -> FlopSummary:
+    """Both, in TFLOP."""
+    return FlopSummary(dense_flops(shape, record).total / 1e12, recorded_flops(shape, record).total / 1e12)
+
+
+def _tokens(record: RunRecord, step: StepRecord, references: int) -> StepTokens:
+    layout = record.layout
+    if step.kind == "cached":
+        return StepTokens(layout.text, layout.generation[1], 0, cached=references)
+    split = layout.generation[0] > 0
+    return StepTokens(layout.text, layout.generation[1], references, split=split)

@@ -1,0 +1,119 @@
+"""FLUX.2 dev, FLUX.2 Klein, its inpainting and Klein-KV: ``Flux2Transformer2DModel``.
+
+Order text | generation | references; Klein-KV has text | references | generation in its first
+("extract") step, and afterwards no reference rows but their cached K/V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..selection import Reduced
+from ..session import AttentionView
+from ..types import Reference, TokenLayout
+from .base import Adapter, Found, Kwargs, references_from_ids, take_rows
+from .flux import place_by_ids
+from .seams import AttentionSite, attention_sites
+from .streams import FLUX2_STREAMS
+
+__all__ = ["Flux2Adapter"]
+
+
+class _PrunedLayer:
+    """A layer's reference K/V, rows chosen when asked for."""
+
+    def __init__(self, layer: Any, indices: Tensor) -> None:
+        self._layer, self._indices = layer, indices
+
+    def get(self) -> tuple[Tensor, Tensor]:
+        k, v = self._layer.get()
+        rows = self._indices.to(k.device)
+        return k.index_select(1, rows), v.index_select(1, rows)
+
+
+class _PrunedCache:
+    """Reads like a ``Flux2KVCache`` that holds only the kept rows; stores nothing itself."""
+
+    def __init__(self, cache: Any, indices: Tensor) -> None:
+        self._cache, self._indices = cache, indices
+        self.num_ref_tokens = indices.shape[0]
+
+    def get_double(self, layer: int) -> _PrunedLayer:
+        return _PrunedLayer(self._cache.get_double(layer), self._indices)
+
+    def get_single(self, layer: int) -> _PrunedLayer:
+        return _PrunedLayer(self._cache.get_single(layer), self._indices)
+
+
+class Flux2Adapter(Adapter):
+    """References have frames 10, 20, ... in ``img_ids``. Text padding tokens always stay: in FLUX.2
+    colour and style flow from the references through them."""
+
+    name = "FLUX.2"
+    classes = ("diffusers.models.transformers.transformer_flux2.Flux2Transformer2DModel",)
+    streams = FLUX2_STREAMS
+
+    def layout_key(self, kwargs: Kwargs) -> object:
+        return kwargs.get("kv_cache_mode"), kwargs.get("num_ref_tokens") or 0
+
+    def find(self, kwargs: Kwargs) -> Found | None:
+        ids = kwargs.get("img_ids")
+        if ids is None:
+            return None
+        first = kwargs.get("num_ref_tokens") or 0
+        if not (self.extracts(kwargs) and first):
+            return references_from_ids(ids)
+        rows = ids.shape[-2]
+        moved = torch.cat([ids[..., first:, :], ids[..., :first, :]], -2)
+        found = references_from_ids(moved)
+        if found is None or found[0] != (0, rows - first):
+            return None
+        references = tuple(Reference(r.start - (rows - first), r.length, r.grid) for r in found[1])
+        return (first, rows - first), references
+
+    def cached(self, kwargs: Kwargs) -> bool:
+        return kwargs.get("kv_cache_mode") == "cached" and kwargs.get("kv_cache") is not None
+
+    def extracts(self, kwargs: Kwargs) -> bool:
+        return kwargs.get("kv_cache_mode") == "extract"
+
+    def prune_cache(self, kwargs: Kwargs, indices: Tensor) -> Kwargs:
+        return {**kwargs, "kv_cache": _PrunedCache(kwargs["kv_cache"], indices)}
+
+    def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
+        kwargs = take_rows(kwargs, {"hidden_states": 1, "img_ids": -2}, rows)
+        return self._count(kwargs, layout, rows.shape[0])
+
+    def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
+        kwargs = place_by_ids(kwargs, layout, reduced)
+        return self._count(kwargs, layout, kwargs["hidden_states"].shape[1])
+
+    def _count(self, kwargs: Kwargs, layout: TokenLayout, rows: int) -> Kwargs:
+        if self.extracts(kwargs):
+            kwargs["num_ref_tokens"] = rows - layout.generation[1]
+        return kwargs
+
+    def sites(self, transformer: nn.Module) -> list[AttentionSite]:
+        blocks = [(b.attn, "double") for b in transformer.transformer_blocks]  # type: ignore[union-attr]
+        blocks += [(b.attn, "single") for b in transformer.single_transformer_blocks]  # type: ignore[union-attr]
+        return attention_sites(blocks)
+
+    def view(
+        self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> AttentionView | None:
+        if layout.generation[0] == 0:
+            return super().view(layout, q, k, v, mask)
+        at, count = layout.text, layout.reference_tokens
+        if q.shape[1] == k.shape[1] == count:
+            spans = tuple((r.start, r.start + r.length) for r in layout.references)
+            return AttentionView(k, v, None, q, spans)
+        spans = tuple((at + r.start, at + r.start + r.length) for r in layout.references)
+        return AttentionView(k, v, q[:, at:], None, spans)
+
+    def encode(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        latents = pipe._encode_vae_image(image=pixels, generator=None)
+        return pipe._pack_latents(latents), (latents.shape[-2], latents.shape[-1])

@@ -1,0 +1,291 @@
+"""One patched transformer: the hooks, the run they follow, and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SparseRef
+from ..errors import HandleRemovedError, IncompatibleError
+from ..functional import pack_rows
+from ..packing import kept_rows
+from ..record import RunRecord
+from ..session import Plan, Session
+from ..timing import Stopwatch
+from ..types import TokenLayout
+from . import seams
+from .base import Adapter, Found, Kwargs
+from .pixels import PixelTap
+from .steps import ManualSteps, ObservedSteps, PipelineSteps, RunStep
+
+__all__ = ["Patch"]
+
+logger = logging.getLogger("sparse_ref_attn")
+
+CALLS_OF_ONE_STEP = 4
+"""More calls than this in one step mean that the scheduler being read is not the one that runs."""
+
+
+class _Call:
+    """What the post-hook needs of the call that the pre-hook prepared."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+        self.size = 0
+        self.short: Any = None
+        self.watch: Stopwatch | None = None
+        self.device = torch.device("cpu")
+        self.record: Any = None
+        self.contexts = contextlib.ExitStack()
+
+
+class Patch:
+    """The state behind a handle. Holds the model weakly, so that a patched pipeline can be freed."""
+
+    def __init__(self, transformer: nn.Module, pipe: Any, config: SparseRef, adapter: Adapter) -> None:
+        self.transformer = weakref.ref(transformer)
+        self.pipe = None if pipe is None else weakref.ref(pipe)
+        self.adapter, self.config = adapter, config
+        self.session = Session(config, [site.kind for site in adapter.sites(transformer)])
+        if self.session.probes:
+            adapter.check_measurable(transformer)
+        reads = pipe is not None and PipelineSteps.reads(pipe)
+        self._steps: PipelineSteps | ManualSteps | ObservedSteps = (
+            PipelineSteps(pipe, config.clock) if reads else ObservedSteps()
+        )
+        self._key: object = None
+        self._found: dict[object, Found | None] = {}
+        self._call: _Call | None = None
+        self._stored: Plan | None = None
+        self._last_kept: int | None = None
+        self._warned = False
+        self.pixels: PixelTap | None = None
+        self.removed = False
+        self._undo: list[Callable[[], None]] = []
+
+    def install(self) -> None:
+        """Put the hooks on; everything that can be refused was refused before."""
+        target = self.transformer
+        transformer = target()
+        assert transformer is not None
+
+        def pre(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> tuple[tuple[Any, ...], Kwargs] | None:
+            return self._before(module, args, kwargs) if module is target() else None
+
+        def post(module: nn.Module, args: Any, kwargs: Kwargs, output: Any) -> Any:
+            return self._after(output) if module is target() else None
+
+        handles = [
+            transformer.register_forward_pre_hook(pre, with_kwargs=True),
+            transformer.register_forward_hook(post, with_kwargs=True, always_call=True),
+        ]
+        self._undo += [handle.remove for handle in handles]
+        self._undo += self.adapter.hooks(transformer, lambda: None if self._call is None else self._call.short)
+        vae = getattr(None if self.pipe is None else self.pipe(), "vae", None)
+        if isinstance(vae, nn.Module) and hasattr(vae, "encode"):
+            self.pixels = PixelTap(vae)
+            self._undo.append(self.pixels.remove)
+
+    def remove(self) -> None:
+        """Take everything off again. Safe to call twice, and in the middle of a run."""
+        self.removed = True
+        self._close()
+        while self._undo:
+            self._undo.pop()()
+        self.session.forget()
+
+    # -- steps -------------------------------------------------------------------------------
+
+    def begin(self, steps: int) -> None:
+        self._alive()
+        self._steps = ManualSteps(steps)
+
+    def step(self, index: int) -> None:
+        self._alive()
+        if not isinstance(self._steps, ManualSteps):
+            raise IncompatibleError("handle.begin(steps=...) must be called before handle.step(i)")
+        self._steps.set(index)
+
+    def _alive(self) -> None:
+        if self.removed:
+            raise HandleRemovedError("a handle must not be used after remove(); patch again")
+
+    # -- one call ----------------------------------------------------------------------------
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
+    ) -> tuple[tuple[Any, ...], Kwargs] | None:
+        began = time.perf_counter()
+        self._close()
+        kwargs = self.adapter.bind(module, args, kwargs)
+        cached = self.adapter.cached(kwargs)
+        layout = None if cached else self._layout(kwargs)
+        if layout is not None and not layout.references:
+            return None
+        if layout is None and not (cached and self.session.references is not None):
+            return None
+        run = self._steps.current(kwargs.get("timestep"))
+        if layout is not None:
+            run = self._enter(module, run, layout, kwargs)
+        elif run.key is not self._key:
+            return None
+        plan = self.session.plan(run.step)
+        if plan.kind == "sparse" and layout is not None and self.adapter.extracts(kwargs):
+            plan = self._stored = self.session.largest(range(run.step, run.total))
+        assert self.session.record is not None
+        full = self.session.record.layout
+        kept, kind = plan.kept(full), "cached" if cached else plan.kind
+        if cached and self._stored is not None and plan.reduced is not None:
+            kept = self._stored.kept(full)
+        record = self.session.step_record(run.step, kind, kept, plan.selection)
+        if record.calls >= CALLS_OF_ONE_STEP and isinstance(self._steps, PipelineSteps):
+            self._distrust_scheduler()
+        self._clear_step_cache(module, kept)
+        call = self._call = _Call()
+        call.record, call.device = record, kwargs[self.adapter.tokens].device
+        if cached:
+            kwargs = self._prune(kwargs, plan)
+        else:
+            assert layout is not None
+            kwargs = self._shorten(call, kwargs, layout, plan)
+            if plan.kind == "profile" and record.calls == 0:
+                self._listen(call, module, layout, run.step)
+        record.calls += 1
+        record.host_seconds += time.perf_counter() - began
+        call.watch = Stopwatch(call.device)
+        return (), kwargs
+
+    def _after(self, output: Any) -> Any:
+        call, self._call = self._call, None
+        if call is None:
+            return None
+        if call.watch is not None:
+            call.watch.stop(call.device)
+        began = time.perf_counter()
+        call.contexts.close()
+        if output is None:
+            return None
+        if call.watch is not None:
+            earlier, watch = call.record.seconds, call.watch
+            call.record.seconds = lambda: earlier() + watch.seconds()
+        if call.rows is not None:
+            output = self.adapter.restore(output, call.rows, call.size)
+        call.record.host_seconds += time.perf_counter() - began
+        return output
+
+    def _close(self) -> None:
+        if self._call is not None:
+            self._call.contexts.close()
+            self._call = None
+
+    def _layout(self, kwargs: Kwargs) -> TokenLayout | None:
+        x = kwargs.get(self.adapter.tokens)
+        if x is None or x.ndim != 3:
+            return self._unknown(f"{self.adapter.tokens!r} is missing or not (B, rows, D)")
+        key = (x.shape[1], self.adapter.layout_key(kwargs))
+        known = self._found
+        if key not in known or self._starts_run(kwargs):
+            known.clear()
+            known[key] = self.adapter.find(kwargs)
+        found = known[key]
+        if found is None:
+            return self._unknown(f"{x.shape[1]} rows that the {self.adapter.name} adapter cannot tell apart")
+        return self.adapter.layout(kwargs, found)
+
+    def _starts_run(self, kwargs: Kwargs) -> bool:
+        if isinstance(self._steps, ObservedSteps):
+            return True
+        return self._steps.current(None).key is not self._key
+
+    def _unknown(self, what: str) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning("running dense: the layout of a call is not known (%s)", what)
+
+    def _enter(self, module: nn.Module, run: RunStep, layout: TokenLayout, kwargs: Kwargs) -> RunStep:
+        """Begin a run at its first call; `layout` is of this call."""
+        session = self.session
+        x = kwargs[self.adapter.tokens]
+        known = session.references
+        same = run.key is self._key and known is not None and known.layout.sizes == layout.sizes
+        if same and isinstance(self._steps, ObservedSteps) and known is not None:
+            rows = pack_rows(x, layout.reference_rows(x.device))
+            same = rows.shape == known.tokens.shape and torch.equal(rows, known.tokens)
+            if not same:
+                self._steps.restart()
+                run = self._steps.current(kwargs.get("timestep"))
+        if same:
+            return run
+        self._key, self._stored, self._last_kept = None, None, None
+        seams.check_not_compiled(module)
+        if seams.step_cache_active(module) and session.varies == "every step":
+            raise IncompatibleError(
+                "a step cache needs a kept count that seldom changes, got a budget that changes at every step: "
+                f"{self.config.budget}. Use budget.piecewise(n) or schedules.Constant, or disable the cache"
+            )
+        tokens = pack_rows(x, layout.reference_rows(x.device))
+        pixels = [None] * len(layout.references) if self.pixels is None else self.pixels.take(layout, tokens)
+        session.begin(layout, tokens, pixels, run.total, run.clock)
+        self._key = run.key
+        return run
+
+    def _shorten(self, call: _Call, kwargs: Kwargs, layout: TokenLayout, plan: Plan) -> Kwargs:
+        if plan.selection is not None:
+            rows = kept_rows(layout, plan.selection)
+            short = self.adapter.drop(kwargs, layout, rows)
+            call.rows, call.size = rows, layout.rows
+        elif plan.reduced is not None:
+            short = self.adapter.replace(kwargs, layout, plan.reduced)
+            first, length = layout.generation
+            others = short[self.adapter.tokens].shape[1] - length
+            if first == 0:
+                call.rows = torch.arange(min(length + others, layout.rows), device=call.device)
+            else:
+                call.rows = torch.arange(layout.rows - length - others, layout.rows, device=call.device)
+            call.size = layout.rows
+        else:
+            return kwargs
+        call.short = (kwargs, plan, call.rows)
+        return short
+
+    def _prune(self, kwargs: Kwargs, plan: Plan) -> Kwargs:
+        if plan.selection is None:
+            return kwargs
+        indices = plan.selection.indices
+        if self._stored is not None and self._stored.selection is not None:
+            indices = torch.searchsorted(self._stored.selection.indices, indices)
+        return self.adapter.prune_cache(kwargs, indices)
+
+    def _listen(self, call: _Call, module: nn.Module, layout: TokenLayout, step: int) -> None:
+        def tap(block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+            view = self.adapter.view(layout, q.detach(), k.detach(), v.detach(), mask)
+            if view is not None:
+                self.session.observe(step, block, view)
+
+        call.contexts.enter_context(seams.eager_blocks(module))
+        call.contexts.enter_context(self.adapter.listen(module, tap))
+
+    def _clear_step_cache(self, module: nn.Module, kept: int) -> None:
+        if self._last_kept not in (None, kept) and seams.step_cache_active(module):
+            seams.reset_step_cache(module)
+        self._last_kept = kept
+
+    def _distrust_scheduler(self) -> None:
+        logger.warning(
+            "the pipeline's scheduler does not advance with the transformer's calls; reading the step from the "
+            "timestep instead (one device sync a call)"
+        )
+        self._steps = ObservedSteps()
+        self._key = None
+
+    @property
+    def record(self) -> RunRecord | None:
+        return self.session.record
+

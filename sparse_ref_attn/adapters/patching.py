@@ -1,0 +1,235 @@
+"""The two verbs of the library: `patch` and `patched`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..config import ReCAST, SparseRef
+from ..errors import ConfigError, SparseRefError, UnsupportedModelError
+from ..overlay import save_budget_strip, save_overlay
+from ..record import RunRecord
+from ..report import FlopSummary, attention_table, summary
+from ..selection import Ranking
+from ..selection.ranking import fingerprint
+from . import seams
+from .base import Adapter, adapter_for, full_name
+from .flops import summarise
+from .handle import Patch
+
+__all__ = ["PatchHandle", "patch", "patched"]
+
+logger = logging.getLogger("sparse_ref_attn")
+
+_PATCHES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Patch]] = weakref.WeakKeyDictionary()
+
+
+class PatchHandle:
+    """What `patch` returns: the report of the last run, and the way back.
+
+    Examples
+    --------
+    See `patch`.
+    """
+
+    def __init__(self, patch: Patch, name: str) -> None:
+        self._patch = patch
+        self._name = name
+
+    def __repr__(self) -> str:
+        state = "removed" if self._patch.removed else self._patch.config.describe()
+        return f"PatchHandle({self._name}: {state})"
+
+    @property
+    def config(self) -> SparseRef:
+        """The configuration the pipeline was patched with."""
+        return self._patch.config
+
+    @property
+    def record(self) -> RunRecord:
+        """What happened in the last run.
+
+        Raises
+        ------
+        SparseRefError
+            If no run with references has taken place.
+        """
+        record = self._patch.record
+        if record is None or not record.steps:
+            raise SparseRefError("a run with reference images must have taken place; got none since the patch")
+        return record
+
+    @property
+    def notes(self) -> list[str]:
+        """What the library decided on its own in the last run, in words."""
+        return list(self.record.notes)
+
+    def begin(self, steps: int) -> None:
+        """Start a run of `steps` steps of a bare transformer in somebody else's loop.
+
+        Raises
+        ------
+        HandleRemovedError, ConfigError
+        """
+        self._patch.begin(steps)
+
+    def step(self, index: int) -> None:
+        """Say that the next calls belong to step `index`, 0 first."""
+        self._patch.step(index)
+
+    def flops(self) -> FlopSummary | None:
+        """Work of the last run, dense and as it ran; None when the model's shape is not known."""
+        transformer = self._patch.transformer()
+        adapter = self._patch.adapter
+        if transformer is None or not adapter.streams:
+            return None
+        shape = adapter.shape(transformer)
+        return summarise(shape, self.record)
+
+    def summary(self, format: str = "text", *, dense_seconds: float | None = None) -> Any:  # noqa: A002
+        """The last run in numbers.
+
+        Parameters
+        ----------
+        format : {"text", "markdown", "dict", "json"}
+        dense_seconds : float, optional
+            Measured time of the same run without the patch, to print the whole run's speed-up.
+
+        Returns
+        -------
+        str or dict
+            Per reference: grid, tokens, kept min/mean/max, share of the mass kept. Steps, measured
+            transformer time, FLOP ratio, the library's own host time, notes.
+        """
+        return summary(self.record, format, flops=self.flops(), dense_seconds=dense_seconds)
+
+    def attention_table(self) -> dict[str, Any]:
+        """The paper's diagnostics: mass in the top 25 %, entropy in bits, by step, reference, block and head."""
+        return attention_table(self.record)
+
+    def save_overlay(self, path: str | os.PathLike[str], step: int | None = None) -> None:
+        """A PNG of the references with the kept tokens bright, the scores, and the budget over the steps."""
+        save_overlay(self.record, path, step)
+
+    def save_budget_strip(self, path: str | os.PathLike[str]) -> None:
+        """A PNG of the number of tokens at each step."""
+        save_budget_strip(self.record, path)
+
+    @property
+    def ranking(self) -> Ranking:
+        """The last run's ranking, to save and use again with `SavedRanking`.
+
+        Raises
+        ------
+        SparseRefError
+            If the last run made none.
+        """
+        record, references = self.record, self._patch.session.references
+        if record.scores is None or references is None:
+            raise SparseRefError("the last run must have ranked its references; it ran dense or with a rival")
+        return Ranking(
+            scores=tuple(s.detach().cpu() for s in record.scores),
+            grids=tuple(r.grid for r in record.layout.references),
+            model=self._name,
+            fingerprint=fingerprint(references.tokens),
+        )
+
+    def remove(self) -> None:
+        """Take the patch off: the pipeline is bit for bit what it was. Calling it again does nothing."""
+        self._patch.remove()
+
+
+def patch(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None = None) -> PatchHandle:
+    """Run a pipeline on the reference tokens that matter.
+
+    Parameters
+    ----------
+    pipe : diffusers pipeline or torch.nn.Module
+        A pipeline with a supported transformer, or the transformer itself.
+    config : SparseRef, optional
+        Default ``ReCAST()``: training-free, one dense profiling step, then 1/16 to 1/4 of each
+        reference.
+    adapter : Adapter, optional
+        For a model that is not registered; see `register_adapter`.
+
+    Returns
+    -------
+    PatchHandle
+        `summary()` after a run, `save_overlay(path)`, `remove()`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If nothing can be patched.
+    VersionError
+        If diffusers is outside the supported range.
+    IncompatibleError
+        If the transformer was compiled as a whole, or its attention cannot be measured.
+    ConfigError
+        If the configuration does not fit the model.
+
+    Notes
+    -----
+    Only this instance is changed, by torch's own forward hooks, and only while the handle lives on
+    it: patching again replaces the patch. Pipelines that share the transformer (``from_pipe``)
+    share the patch. Items of a batch share one selection: their scores are averaged. One host sync
+    a run for the layout and one for the ranking, none a step.
+
+    Examples
+    --------
+    >>> import sparse_ref_attn as sra
+    >>> from sparse_ref_attn.eval.embedded import kontext_pipeline
+    >>> pipe = kontext_pipeline(size="tiny")
+    >>> handle = sra.patch(pipe, sra.SparseContext(0.25, "grid"))
+    >>> handle
+    PatchHandle(FLUX.1 Kontext: Grid, Constant(keep=0.25, per='reference'), tokens)
+    >>> handle.remove()
+    """
+    config = ReCAST() if config is None else config
+    if not isinstance(config, SparseRef):
+        raise ConfigError(f"config must be a SparseRef (ReCAST(...), SparseContext(...)), got {type(config).__name__}")
+    model = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "transformer", None)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"patch needs a pipeline with a transformer, or a transformer, got {full_name(type(pipe))}"
+        )
+    seams.check_not_compiled(model)
+    transformer = seams.unwrap(model)
+    seams.check_not_compiled(transformer)
+    adapter = adapter_for(transformer) if adapter is None else adapter
+    if full_name(type(transformer)).startswith("diffusers.") or not isinstance(pipe, nn.Module):
+        seams.check_diffusers()
+    state = Patch(transformer, None if isinstance(pipe, nn.Module) else pipe, config, adapter)
+    earlier = _PATCHES.get(transformer)
+    replaced = None if earlier is None else earlier()
+    if replaced is not None:
+        replaced.remove()
+    state.install()
+    _PATCHES[transformer] = weakref.ref(state)
+    logger.info("patched %s: %s", adapter.name, config.describe())
+    return PatchHandle(state, adapter.name)
+
+
+@contextlib.contextmanager
+def patched(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None = None) -> Iterator[PatchHandle]:
+    """As `patch`, taken off at the end of the block, also after an exception.
+
+    Examples
+    --------
+    >>> import sparse_ref_attn as sra
+    >>> from sparse_ref_attn.eval.embedded import kontext_pipeline
+    >>> with sra.patched(kontext_pipeline(size="tiny"), sra.SparseContext(0.5, "grid")) as handle:
+    ...     handle.config.budget.keep
+    0.5
+    """
+    handle = patch(pipe, config, adapter=adapter)
+    try:
+        yield handle
+    finally:
+        handle.remove()

@@ -1,0 +1,114 @@
+"""The pixels that a pipeline encodes: the VAE's own `encode`, listened to.
+
+`encode` fires no module hook and the encoder inside sees slices and tiles, so the instance's
+`encode` is wrapped and put back.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..types import TokenLayout
+
+__all__ = ["PixelTap"]
+
+
+class _Encode:
+    """Stands in for ``vae.encode``; a deep copy of it is the copied VAE's own method."""
+
+    def __init__(self, vae: nn.Module, seen: list[tuple[Tensor, Any]]) -> None:
+        self.vae = weakref.ref(vae)
+        self.earlier = vars(vae).get("encode")
+        self.seen: list[tuple[Tensor, Any]] | None = seen
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        vae = self.vae()
+        out = self.earlier(x, *args, **kwargs) if self.earlier else type(vae).encode(vae, x, *args, **kwargs)
+        if self.seen is not None:
+            self.seen.append((x.detach(), out))
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copy = memo.get(id(self.vae()))
+        return self if copy is None else type(copy).encode.__get__(copy)
+
+
+class PixelTap:
+    """Listens to a VAE and matches what it encoded to the references of a run."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        self._seen: list[tuple[Tensor, Any]] = []
+        self._encode = _Encode(vae, self._seen)
+        vae.encode = self._encode  # type: ignore[assignment]
+
+    def take(self, layout: TokenLayout, tokens: Tensor) -> list[Tensor | None]:
+        """Pixels (b, 3, H, W) of each reference, None where it was given as latents; forgets the rest.
+
+        Matched by grid, latest first, since inpainting encodes other images too; where several
+        have a reference's grid, the one whose latents its tokens follow.
+
+        Parameters
+        ----------
+        layout : TokenLayout
+        tokens : Tensor, shape (B, R, D)
+            The reference rows.
+        """
+        seen, self._seen[:] = list(self._seen), []
+        out: list[Tensor | None] = [None] * len(layout.references)
+        parts = tokens.split(layout.sizes, dim=1)
+        for i in reversed(range(len(out))):
+            fits = [j for j, (x, _) in enumerate(seen) if _fits(x, layout.references[i].grid)]
+            if not fits:
+                continue
+            rivals = len(fits) > sum(r.grid == layout.references[i].grid for r in layout.references[: i + 1])
+            best = fits[-1]
+            if rivals:
+                grid = layout.references[i].grid
+                assert grid is not None
+                best = max(fits, key=lambda j: (_likeness(seen[j][1], parts[i], grid), j))
+            pixels = seen.pop(best)[0]
+            out[i] = pixels[:, :, 0] if pixels.ndim == 5 else pixels
+        return out
+
+    def remove(self) -> None:
+        """Put the VAE's own `encode` back, unless somebody has replaced ours since."""
+        self._encode.seen = None
+        self._seen.clear()
+        vae = self._encode.vae()
+        if vae is not None and vars(vae).get("encode") is self._encode:
+            if self._encode.earlier is None:
+                del vae.encode
+            else:
+                vae.encode = self._encode.earlier
+
+
+def _fits(pixels: Tensor, grid: tuple[int, int] | None) -> bool:
+    if grid is None:
+        return False
+    (height, width), (rows, columns) = pixels.shape[-2:], grid
+    return height % rows == 0 and height // rows * columns == width
+
+
+def _likeness(encoded: Any, tokens: Tensor, grid: tuple[int, int]) -> float:
+    """Correlation over the grid between an encoding and the tokens made of it (1 for the true one)."""
+    latents = _latents(encoded)
+    if latents is None or latents.shape[-2] % grid[0] or latents.shape[-1] % grid[1]:
+        return -2.0
+    cells = torch.nn.functional.adaptive_avg_pool2d(latents[:1].flatten(1, -3).float().mean(1, keepdim=True), grid)
+    a, b = cells.flatten().double(), tokens[0].float().mean(-1).double().to(cells.device)
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1].abs().nan_to_num())
+
+
+def _latents(encoded: Any) -> Tensor | None:
+    """The mode of a VAE's output, (b, channels, h, w) or (b, channels, 1, h, w)."""
+    if isinstance(encoded, Sequence) and encoded:
+        encoded = encoded[0]
+    distribution = getattr(encoded, "latent_dist", encoded)
+    if hasattr(distribution, "mode"):
+        return distribution.mode()
+    return getattr(encoded, "latents", None)

@@ -1,0 +1,127 @@
+"""A DiT that is not from diffusers: say where its tokens are, and it is served like the others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import ConfigError, IncompatibleError
+from ..selection import Reduced
+from ..types import TokenLayout
+from . import seams
+from .base import Adapter, Found, Kwargs, take_rows
+from .flux import place_by_ids
+from .seams import AttentionSite
+
+__all__ = ["PlainAdapter"]
+
+
+class _SdpaTap(TorchFunctionMode):
+    """Sees every scaled_dot_product_attention of this thread, in order."""
+
+    def __init__(self, tap: seams.Tap) -> None:
+        super().__init__()
+        self._tap, self._calls = tap, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            named = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
+            q, k, v = (named[n].transpose(1, 2) for n in ("query", "key", "value"))
+            self._tap(self._calls, q, k, v, named.get("attn_mask"))
+            self._calls += 1
+        return func(*args, **kwargs)
+
+
+class PlainAdapter(Adapter):
+    """Adapter for any transformer whose forward takes a token sequence.
+
+    Parameters
+    ----------
+    tokens : str
+        Argument that holds the image stream, (B, rows, D). References are rows of it.
+    find : callable
+        From all arguments by name to ``((first generation row, number), references)``, or None
+        when the layout is not known (the call then runs dense). Called once a run.
+    rows : mapping of str to int
+        Further arguments that hold one entry a row, and the axis of their rows (position ids,
+        rotary tables).
+    text : str, optional
+        Argument with the text tokens (B, text, D) that stand before the image stream in joint
+        attention. Default none.
+    attention : sequence of str
+        Kind of each ``scaled_dot_product_attention`` call of one forward, in order: "double" or
+        "single". Selectors that look at attention need it; it must see all tokens, (B, H, S, C).
+    conditional : callable, optional
+        From the arguments to the batch items that are scored, where guidance is batched.
+    positions : str, optional
+        Which of `rows` holds (frame, y, x) ids, so that rivals can place changed tokens.
+    name : str
+        In tables and messages.
+
+    Examples
+    --------
+    >>> from sparse_ref_attn.types import Reference
+    >>> adapter = PlainAdapter(
+    ...     tokens="x", rows={"ids": -2}, find=lambda kwargs: ((0, 16), (Reference(16, 16, (4, 4)),))
+    ... )
+    """
+
+    def __init__(
+        self,
+        tokens: str,
+        find: Callable[[Kwargs], Found | None],
+        rows: Mapping[str, int] | None = None,
+        *,
+        text: str | None = None,
+        attention: Sequence[str] = (),
+        conditional: Callable[[Kwargs], slice] | None = None,
+        positions: str | None = None,
+        name: str = "plain",
+    ) -> None:
+        if positions is not None and positions not in (rows or {}):
+            raise ConfigError(f"positions must be one of rows {sorted(rows or {})}, got {positions!r}")
+        self.tokens, self.text_tokens = tokens, text
+        self.name = name  # type: ignore[misc]
+        self._find, self._rows = find, dict(rows or {})
+        self._attention, self._conditional, self._positions = tuple(attention), conditional, positions
+
+    def find(self, kwargs: Kwargs) -> Found | None:
+        return self._find(kwargs)
+
+    def layout(self, kwargs: Kwargs, found: Found) -> TokenLayout:
+        layout = super().layout(kwargs, found)
+        if self._conditional is None:
+            return layout
+        return TokenLayout(
+            layout.rows, layout.text, layout.generation, layout.references, self._conditional(kwargs)
+        )
+
+    def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
+        return take_rows(kwargs, {self.tokens: 1, **self._rows}, rows)
+
+    def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
+        if self._positions is None or set(self._rows) != {self._positions}:
+            return super().replace(kwargs, layout, reduced)
+        named = {"hidden_states": kwargs[self.tokens], "img_ids": kwargs[self._positions]}
+        placed = place_by_ids(named, layout, reduced)
+        return {**kwargs, self.tokens: placed["hidden_states"], self._positions: placed["img_ids"]}
+
+    def sites(self, transformer: nn.Module) -> list[AttentionSite]:
+        return [AttentionSite(None, kind) for kind in self._attention]
+
+    def check_measurable(self, transformer: nn.Module) -> None:
+        if not self._attention:
+            raise IncompatibleError(
+                f"this selector looks at attention: tell the {self.name} adapter the kind of each attention call, "
+                'for example attention=["single"] * len(blocks)'
+            )
+
+    @contextlib.contextmanager
+    def listen(self, transformer: nn.Module, tap: seams.Tap) -> Iterator[None]:
+        with _SdpaTap(tap):
+            yield

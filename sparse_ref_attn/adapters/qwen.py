@@ -1,0 +1,133 @@
+"""Qwen-Image-Edit, Edit-Plus and the 2511 form: ``QwenImageTransformer2DModel``.
+
+Order text | generation | references, told by ``img_shapes`` instead of position ids. The model
+gets shapes that count the kept tokens; its position embedding gets the true ones, and the kept
+rows of its output are taken.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cost import ModelShape
+from ..errors import LayoutError, UnsupportedModelError
+from ..functional import pack_rows
+from ..selection import Reduced
+from ..types import Reference, TokenLayout
+from .base import Adapter, Found, Kwargs
+from .seams import AttentionSite, attention_sites
+from .streams import QWEN_STREAMS
+
+__all__ = ["QwenImageAdapter"]
+
+
+class QwenImageAdapter(Adapter):
+    """The generation is the first of ``img_shapes``, the references are the others."""
+
+    name = "Qwen-Image-Edit"
+    classes = ("diffusers.models.transformers.transformer_qwenimage.QwenImageTransformer2DModel",)
+    streams = QWEN_STREAMS
+
+    def check(self, transformer: nn.Module) -> None:
+        if type(transformer.pos_embed).__name__ != "QwenEmbedRope":
+            raise UnsupportedModelError(
+                "the Qwen-Image-Edit adapter needs the model's QwenEmbedRope position embedding, got "
+                f"{type(transformer.pos_embed).__name__} (Qwen-Image-Layered orders its images otherwise)"
+            )
+
+    def layout_key(self, kwargs: Kwargs) -> object:
+        return str(kwargs.get("img_shapes"))
+
+    def find(self, kwargs: Kwargs) -> Found | None:
+        shapes = kwargs.get("img_shapes")
+        if not shapes or kwargs.get("controlnet_block_samples") is not None:
+            return None
+        items = [[tuple(s) for s in (item if isinstance(item, list) else [item])] for item in shapes]
+        if any(item != items[0] for item in items):
+            return None
+        generation, *others = items[0]
+        at = prod(generation)
+        references = []
+        for frames, height, width in others:
+            length = frames * height * width
+            references.append(Reference(at, length, (height, width) if frames == 1 else None))
+            at += length
+        if at != kwargs["hidden_states"].shape[1]:
+            return None
+        return (0, prod(generation)), tuple(references)
+
+    def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
+        return self._count({**kwargs, "hidden_states": pack_rows(kwargs["hidden_states"], rows)}, layout)
+
+    def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
+        x = kwargs["hidden_states"]
+        tokens = [r.tokens.to(x.dtype) for r in reduced]
+        return self._count({**kwargs, "hidden_states": torch.cat([x[:, : layout.generation[1]], *tokens], 1)}, layout)
+
+    def _count(self, kwargs: Kwargs, layout: TokenLayout) -> Kwargs:
+        kept = kwargs["hidden_states"].shape[1] - layout.generation[1]
+        kwargs["img_shapes"] = [[item[0], (1, 1, kept)] for item in kwargs["img_shapes"]]
+        return kwargs
+
+    def hooks(self, transformer: nn.Module, shortened: Callable[[], Any]) -> list[Callable[[], None]]:
+        pos_embed = transformer.pos_embed
+        assert isinstance(pos_embed, nn.Module)
+        target = weakref.ref(pos_embed)
+
+        def true_shapes(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+            call = shortened() if module is target() else None
+            if call is None:
+                return None
+            shapes = call[0]["img_shapes"]
+            return ((shapes, *args[1:]), kwargs) if args else (args, {**kwargs, "video_fhw": shapes})
+
+        def kept_positions(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            call = shortened() if module is target() else None
+            if call is None:
+                return None
+            kwargs, plan, rows = call
+            image, text = output
+            if plan.reduced is None:
+                return pack_rows(image, rows, 0), text
+            shape = kwargs["img_shapes"][0]
+            moved = [
+                _frequencies(module, i, shape[i], r.positions.to(image.device))
+                for i, r in enumerate(plan.reduced, start=1)
+            ]
+            return torch.cat([image[: prod(shape[0])], *moved]), text
+
+        return [
+            pos_embed.register_forward_pre_hook(true_shapes, with_kwargs=True).remove,
+            pos_embed.register_forward_hook(kept_positions).remove,
+        ]
+
+    def shape(self, transformer: nn.Module) -> ModelShape:
+        return ModelShape.from_module(
+            transformer, self.streams, reference_timestep=bool(getattr(transformer, "zero_cond_t", False))
+        )
+
+    def sites(self, transformer: nn.Module) -> list[AttentionSite]:
+        return attention_sites([(b.attn, "double") for b in transformer.transformer_blocks])  # type: ignore[union-attr]
+
+    def encode(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        latents = pipe._encode_vae_image(image=pixels[:, :, None], generator=None)
+        batch, channels, _, height, width = latents.shape
+        return pipe._pack_latents(latents, batch, channels, height, width), (height // 2, width // 2)
+
+
+def _frequencies(pos_embed: Any, frame: int, shape: Sequence[int], positions: Tensor) -> Tensor:
+    """Rotations (K, C/2) complex at fractional cells (y, x) of a grid centred as the model centres it."""
+    if shape[0] != 1:
+        raise LayoutError(f"a reference must have one frame to be placed, got {tuple(shape)}")
+    parts = [torch.full_like(positions[:, 0], frame)]
+    for axis in (0, 1):
+        size = shape[1 + axis]
+        parts.append(positions[:, axis] - (size - size // 2 if pos_embed.scale_rope else 0))
+    dims = pos_embed.axes_dim
+    return torch.cat([pos_embed.rope_params(p.cpu(), d).to(p.device) for p, d in zip(parts, dims, strict=True)], 1)

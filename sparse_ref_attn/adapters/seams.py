@@ -1,0 +1,191 @@
+"""Every touch of diffusers' internals, in one file, checked when a model is patched.
+
+The rest of the library uses torch's own module hooks and the public attributes of pipelines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import IncompatibleError, VersionError
+
+__all__ = [
+    "DIFFUSERS_RANGE",
+    "AttentionSite",
+    "attention_sites",
+    "check_diffusers",
+    "check_measurable",
+    "check_not_compiled",
+    "eager_blocks",
+    "reset_step_cache",
+    "step_cache_active",
+    "tapped_attention",
+    "unwrap",
+]
+
+DIFFUSERS_RANGE = ((0, 42), (0, 43))
+"""First supported and first unsupported (major, minor) of diffusers."""
+
+Tap = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None"], None]
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention of the transformer: its processor, and the kind of its block."""
+
+    processor: Any
+    kind: str
+
+
+def check_diffusers() -> None:
+    """Raise VersionError, with words, when the installed diffusers is outside `DIFFUSERS_RANGE`."""
+    (low, high) = DIFFUSERS_RANGE
+    wanted = f"diffusers >= {low[0]}.{low[1]}, < {high[0]}.{high[1]}"
+    try:
+        version = importlib.metadata.version("diffusers")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise VersionError(f"patching this model needs {wanted}, and diffusers is not installed") from error
+    major, minor = (int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:2])
+    if not low <= (major, minor) < high:
+        raise VersionError(
+            f"patching needs {wanted}, got {version}: the seams this library relies on were checked for that range only"
+        )
+    registry = getattr(_dispatch(), "_AttentionBackendRegistry", None)
+    missing = [n for n in ("_backends", "_constraints", "_supported_arg_names") if not hasattr(registry, n)]
+    if missing:
+        raise VersionError(f"diffusers {version} must keep the attention backend registry's {missing}; they are gone")
+
+
+def _dispatch() -> Any:
+    return importlib.import_module("diffusers.models.attention_dispatch")
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The model itself, out of DistributedDataParallel and the like."""
+    while isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        module = module.module
+    return module
+
+
+def check_not_compiled(module: nn.Module) -> None:
+    """Raise IncompatibleError for a module compiled as a whole: hooks added to it never fire."""
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    if compiled or type(module).__name__ == "OptimizedModule":
+        raise IncompatibleError(
+            "the transformer must not be compiled as a whole when it is patched (torch never calls hooks added "
+            f"later), got a compiled {type(module).__name__}. Patch first, then compile its blocks: "
+            "transformer.compile_repeated_blocks(fullgraph=True)"
+        )
+
+
+@contextlib.contextmanager
+def eager_blocks(module: nn.Module) -> Iterator[None]:
+    """Run compiled blocks eagerly inside, so that a profiling step neither recompiles nor breaks them."""
+    if not any(getattr(m, "_compiled_call_impl", None) is not None for m in module.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def step_cache_active(module: nn.Module) -> bool:
+    """Whether a cache that reuses activations of earlier steps is on (diffusers' own, or cache-dit's)."""
+    return bool(getattr(module, "is_cache_enabled", False) or getattr(module, "_is_cached", False))
+
+
+def reset_step_cache(module: nn.Module) -> None:
+    """Forget what an active step cache has stored; its next step computes in full."""
+    reset = getattr(module, "_reset_stateful_cache", None)
+    if reset is not None:
+        reset()
+
+
+def attention_sites(blocks: Sequence[tuple[nn.Module, str]]) -> list[AttentionSite]:
+    """One site for each (attention module, kind), in order of execution."""
+    return [AttentionSite(attn.processor, kind) for attn, kind in blocks if hasattr(attn, "processor")]
+
+
+def check_measurable(sites: Sequence[AttentionSite], model: str) -> None:
+    """Raise IncompatibleError when attention cannot be measured on this model."""
+    blind = [type(site.processor).__name__ for site in sites if not hasattr(site.processor, "_attention_backend")]
+    if not sites or blind:
+        raise IncompatibleError(
+            f"this selector looks at attention, so {model}'s attention must go through processors that dispatch to "
+            f"attention backends; got {sorted(set(blind)) or 'no attention sites'}. Use a selector that does not"
+        )
+
+
+@contextlib.contextmanager
+def tapped_attention(sites: Sequence[AttentionSite], tap: Tap) -> Iterator[None]:
+    """Inside, `tap(i, q, k, v, mask)` sees every attention call of site i, q, k, v (B, S, H, C) after RoPE.
+
+    Each processor gets a private backend that calls the tap and then the user's own backend. The
+    backend is an unlisted `AttentionBackendName`, so the public enum stays as it is.
+    """
+    dispatch = _dispatch()
+    registry = dispatch._AttentionBackendRegistry
+    tables = (registry._backends, registry._constraints, registry._supported_arg_names)
+    undo: list[Callable[[], None]] = []
+    try:
+        for i, site in enumerate(sites):
+            undo.append(_install(dispatch, tables, i, site.processor, tap))
+        yield
+    finally:
+        for call in reversed(undo):
+            call()
+
+
+def _install(dispatch: Any, tables: Any, i: int, processor: Any, tap: Tap) -> Callable[[], None]:
+    own = "_attention_backend" in vars(processor)
+    inner = processor._attention_backend
+    value = f"sparse_ref_attn_{id(processor)}_{i}"
+    member = str.__new__(dispatch.AttentionBackendName, value)
+    member._name_, member._value_ = value.upper(), value
+
+    def backend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        _parallel_config: Any = None,
+    ) -> Tensor:
+        tap(i, query, key, value, attn_mask)
+        return dispatch.dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            backend=inner,
+            parallel_config=_parallel_config,
+        )
+
+    dispatch._AttentionBackendRegistry.register(member)(backend)
+    processor._attention_backend = member
+
+    def undo() -> None:
+        if own:
+            processor._attention_backend = inner
+        else:
+            del processor._attention_backend
+        for table in tables:
+            table.pop(member, None)
+
+    return undo
+
+

@@ -1,0 +1,372 @@
+"""The state of one generation: which step, what was measured, which tokens take part.
+
+A run goes: `begin`, then for every step `plan` (same answer for every call of the step) and, in
+profiling steps, `observe` once a block. Nothing here knows a model or a pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import schedules
+from .config import SparseRef
+from .errors import BudgetError, ConfigError, NonFiniteError
+from .functional import attention_mass
+from .record import BlockAttention, RunRecord, StepRecord
+from .schedules import Budget, Clock
+from .selection import AttentionMass, Probe, Reduced, Reducer, References, Selector, ranking
+from .types import RefSelection, TokenLayout
+
+__all__ = ["AttentionView", "Plan", "Session", "block_indices"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step does.
+
+    Parameters
+    ----------
+    kind : {"dense", "profile", "sparse"}
+    selection : RefSelection, optional
+        The kept tokens of a sparse step.
+    reduced : sequence of Reduced, optional
+        The changed tokens of a sparse step, when a rival runs instead of a selector.
+    """
+
+    kind: str
+    selection: RefSelection | None = None
+    reduced: Sequence[Reduced] | None = None
+
+    def kept(self, layout: TokenLayout) -> int:
+        """Reference tokens that take part."""
+        if self.selection is not None:
+            return self.selection.kept
+        if self.reduced is not None:
+            return sum(r.positions.shape[0] for r in self.reduced)
+        return layout.reference_tokens
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """One attention call of a profiling step, conditional items only.
+
+    Parameters
+    ----------
+    keys, values : Tensor, shape (B, S, H, C)
+        All keys and values of the call, after QK-norm and RoPE.
+    generation : Tensor, shape (B, N, H, C), optional
+        Queries of the generation tokens, if this call has them.
+    reference : Tensor, shape (B, R', H, C), optional
+        Queries of the reference rows from the first reference's first row to the last one's last.
+    spans : tuple of (int, int)
+        Keys of each reference.
+    key_mask : Tensor, shape (B, S), bool, optional
+    """
+
+    keys: Tensor
+    values: Tensor
+    generation: Tensor | None
+    reference: Tensor | None
+    spans: tuple[tuple[int, int], ...]
+    key_mask: Tensor | None = None
+
+
+def block_indices(blocks: str | Sequence[int], kinds: Sequence[str]) -> frozenset[int]:
+    """The blocks that a probe means, of a model whose blocks are of `kinds` in order.
+
+    "all", "double", "single" or indices. "single" on a model without joint-stream blocks (Qwen)
+    means the last two thirds of its blocks.
+
+    Examples
+    --------
+    >>> sorted(block_indices("single", ["double", "single", "single"]))
+    [1, 2]
+    """
+    if blocks == "all":
+        return frozenset(range(len(kinds)))
+    if blocks == "single" and "single" not in kinds:
+        return frozenset(range(len(kinds) // 3, len(kinds)))
+    if isinstance(blocks, str):
+        found = frozenset(i for i, kind in enumerate(kinds) if kind == blocks)
+        if not found:
+            raise ConfigError(f'blocks must be "all", "double", "single" or indices, and exist here; got {blocks!r}')
+        return found
+    out = frozenset(range(len(kinds))[i] if -len(kinds) <= i < len(kinds) else -1 for i in blocks)
+    if not out or -1 in out:
+        raise ConfigError(f"block indices must lie within this model's {len(kinds)} blocks, got {tuple(blocks)}")
+    return out
+
+
+class Session:
+    """One generation at a time, for one patched transformer.
+
+    Parameters
+    ----------
+    config : SparseRef
+    kinds : sequence of str
+        Kind of each attention block in order ("double", "single", ...).
+    """
+
+    def __init__(self, config: SparseRef, kinds: Sequence[str]) -> None:
+        self.config = config
+        select = config.select
+        probes = list(select.probes()) if isinstance(select, Selector) else []
+        if config.guard is not None and not any(p.queries == "generation" for p in probes):
+            probes.extend(AttentionMass().probes())
+        plain = [replace(p, value_norm=False) for p in probes if p.value_norm]
+        self.probes: tuple[Probe, ...] = tuple(dict.fromkeys([*probes, *plain]))
+        self._blocks = {probe: block_indices(probe.blocks, kinds) for probe in self.probes}
+        self.profile_steps = frozenset(step for probe in self.probes for step in probe.steps)
+        self.record: RunRecord | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop everything that belongs to a run, but keep its record."""
+        self.references: References | None = None
+        self._clock: Callable[[int], Clock] | None = None
+        self._sums: dict[Probe, Tensor] = {}
+        self._terms: dict[Probe, int] = {}
+        self._scores: list[Tensor] | None = None
+        self._order: Tensor | None = None
+        self._raised: tuple[int, ...] = ()
+        self._floors: tuple[int, ...] = ()
+        self._plans: dict[tuple[int, ...], Plan] = {}
+        self._step: tuple[int, Plan] | None = None
+
+    @property
+    def varies(self) -> str:
+        """How the number of kept tokens changes over a run: "never", "pieces" or "every step"."""
+        assert isinstance(self.config.budget, Budget)
+        if self.config.budget.varies == "never" and self.probes:
+            return "pieces"
+        return self.config.budget.varies
+
+    def begin(
+        self,
+        layout: TokenLayout,
+        tokens: Tensor,
+        pixels: Sequence[Tensor | None],
+        total_steps: int,
+        clock: Callable[[int], Clock],
+    ) -> None:
+        """Start a run. `tokens` (B, R, D) are the reference rows as the transformer gets them.
+
+        Raises
+        ------
+        NonFiniteError
+            If the reference rows hold NaN or infinity (one sync).
+        ConfigError, BudgetError
+            If the settings cannot hold for these references.
+        """
+        self.forget()
+        self.record = None
+        if not bool(torch.isfinite(tokens).all()):
+            raise NonFiniteError("the references' latents must be finite, got NaN or infinity")
+        config = self.config
+        late = sorted(step for step in self.profile_steps if step >= total_steps)
+        if late:
+            raise ConfigError(f"profiling steps must lie within the run's {total_steps} steps, got {late}")
+        if config.weights is not None and len(config.weights) != len(layout.references):
+            raise ConfigError(
+                f"weights must be one a reference, got {len(config.weights)} for {len(layout.references)} references"
+            )
+        self._floors = tuple(_tokens(config.floor, size, i) for i, size in enumerate(layout.sizes))
+        self._raised = self._floors
+        self._clock = clock
+        generator = torch.Generator().manual_seed(config.seed)
+        self.references = References(layout, tokens.detach(), list(pixels), {}, generator)
+        try:
+            data: dict[str, Any] = config.to_dict()
+        except ConfigError:
+            data = {"description": config.describe()}
+        self.record = RunRecord(layout, tokens.shape[0], total_steps, pixels=list(pixels), config=data)
+        if not self.probes:
+            self._rank()
+
+    def plan(self, step: int) -> Plan:
+        """What step `step` does; asked again within the step, the same."""
+        if self._step is None or self._step[0] != step:
+            self._step = (step, self._plan(step))
+        return self._step[1]
+
+    def _plan(self, step: int) -> Plan:
+        if self.references is None or self._clock is None:
+            raise BudgetError("a run must have begun before a step is planned")
+        if self._scores is None:
+            if step in self.profile_steps:
+                return Plan("profile")
+            if any(later >= step for later in self.profile_steps) or not self._sums:
+                return Plan("dense")
+            self._rank()
+        counts = self._counts(self._clock(step))
+        if counts not in self._plans:
+            self._plans[counts] = self._choose(counts)
+        return self._plans[counts]
+
+    def largest(self, steps: Sequence[int]) -> Plan:
+        """The plan of the step among `steps` that keeps most (needs a ranking)."""
+        assert self.references is not None
+        layout = self.references.layout
+        return max((self._plan(step) for step in steps), key=lambda plan: plan.kept(layout))
+
+    def observe(self, step: int, block: int, view: AttentionView) -> None:
+        """Measure one attention call of a profiling step."""
+        assert self.references is not None
+        assert self.record is not None
+        cache: dict[tuple[str, int], list[Tensor]] = {}
+        for probe in self.probes:
+            queries = view.generation if probe.queries == "generation" else view.reference
+            if queries is None or step not in probe.steps or block not in self._blocks[probe]:
+                continue
+            key = (probe.queries, probe.query_stride)
+            if key not in cache:
+                cache[key] = _measure(probe, queries, view)
+                rows = queries[:, :: probe.query_stride]
+                self.record.scoring_flops += 2.0 * rows.numel() * view.keys.shape[1]
+                if probe.queries == "generation":
+                    self.record.attention.append(_statistics(step, block, cache[key]))
+            parts = cache[key]
+            if probe.value_norm:
+                norms = [view.values[:, a:b].float().norm(dim=-1).mean(0).T for a, b in view.spans]
+                parts = [part * norm for part, norm in zip(parts, norms, strict=True)]
+            mass = torch.cat([part.mean(dim=0) for part in parts])
+            self._sums[probe] = self._sums[probe] + mass if probe in self._sums else mass
+            self._terms[probe] = self._terms.get(probe, 0) + 1
+
+    def _rank(self) -> None:
+        """Score once; every budget is then a prefix. One sync for the check of finiteness."""
+        references, record = self.references, self.record
+        assert references is not None
+        assert record is not None
+        references.attention = {probe: total / self._terms[probe] for probe, total in self._sums.items()}
+        mass = next(
+            (m for p, m in references.attention.items() if p.queries == "generation" and not p.value_norm), None
+        )
+        record.mass = None if mass is None else references.split(mass)
+        select = self.config.select
+        if isinstance(select, Reducer):
+            self._scores = []
+            return
+        assert isinstance(select, Selector)
+        scores = [s.to(references.tokens.device, torch.float32) for s in select.score(references)]
+        shapes = tuple(tuple(s.shape) for s in scores)
+        if shapes != tuple((size,) for size in references.sizes):
+            raise ConfigError(f"a selector must give one score a token, {references.sizes}, got shapes {shapes}")
+        if not bool(torch.isfinite(torch.cat(scores)).all()):
+            raise NonFiniteError(f"scores of {type(select).__name__} must be finite, got NaN or infinity")
+        self._scores = record.scores = scores
+        self._guard()
+        self._order = ranking.order(scores, self._raised, self.config.weights)
+
+    def _guard(self) -> None:
+        guard, record = self.config.guard, self.record
+        assert record is not None
+        if guard is None or record.mass is None:
+            return
+        share = float(torch.stack([_top_quarter(m[None])[0] for m in record.mass]).mean())
+        if share >= guard.top_quarter:
+            return
+        counts = schedules.TopP(guard.mass).counts(Clock.uniform(0, 1), record.layout.sizes, record.mass)
+        self._raised = tuple(
+            size if count > guard.dense_above * size else max(count, floor)
+            for count, size, floor in zip(counts, record.layout.sizes, self._floors, strict=True)
+        )
+        record.notes.append(
+            f"the attention is spread evenly (top 25 % of the tokens hold {share:.0%} of the mass, below "
+            f"{guard.top_quarter:.0%}), as in edits of the whole image: at least {sum(self._raised)} of "
+            f"{record.layout.reference_tokens} reference tokens are kept"
+        )
+
+    def _counts(self, clock: Clock) -> tuple[int, ...]:
+        assert self.record is not None
+        assert isinstance(self.config.budget, Budget)
+        layout, budget = self.record.layout, self.config.budget
+        counts = budget.counts(clock, layout.sizes, self.record.mass)
+        shared = budget.per == "all"
+        if shared:
+            counts = (max(counts[0], sum(self._raised)),)
+        else:
+            counts = tuple(max(c, r) for c, r in zip(counts, self._raised, strict=True))
+        if self.config.multiple == 1:
+            return counts
+        total = layout.reference_tokens
+        other = layout.text + layout.rows - total
+        extra = schedules.round_joint(sum(counts), other, self.config.multiple, total) - sum(counts)
+        if shared:
+            return (counts[0] + extra,)
+        rounded = []
+        for count, size in zip(counts, layout.sizes, strict=True):
+            more = min(extra, size - count)
+            rounded.append(count + more)
+            extra -= more
+        return tuple(rounded)
+
+    def _choose(self, counts: tuple[int, ...]) -> Plan:
+        assert self.references is not None
+        assert isinstance(self.config.budget, Budget)
+        sizes = self.references.sizes
+        if sum(counts) >= sum(sizes):
+            return Plan("dense")
+        select = self.config.select
+        if isinstance(select, Reducer):
+            if len(counts) != len(sizes):
+                counts = tuple(max(1, counts[0] * size // sum(sizes)) for size in sizes)
+            return Plan("sparse", reduced=select.reduce(self.references, counts))
+        if self.config.budget.per == "all":
+            assert self._order is not None
+            indices = ranking.prefix(self._order, counts[0])
+        else:
+            assert self._scores is not None
+            indices = ranking.per_reference(self._scores, counts)
+        return Plan("sparse", RefSelection(indices, sizes))
+
+    def step_record(self, step: int, kind: str, kept: int, selection: RefSelection | None) -> StepRecord:
+        """The record of `step`, made at its first call."""
+        assert self.record is not None
+        steps = self.record.steps
+        if not steps or steps[-1].index != step:
+            steps.append(StepRecord(step, kind, kept, selection=selection))
+        return steps[-1]
+
+
+def _tokens(value: float | int, size: int, reference: int) -> int:
+    count = round(value * size) if isinstance(value, float) else value
+    if count > size:
+        raise BudgetError(f"floor must not exceed reference {reference}'s {size} tokens, got {count}")
+    return count
+
+
+def _measure(probe: Probe, queries: Tensor, view: AttentionView) -> list[Tensor]:
+    """Mass (H, R_i) that the probe's queries pay to each reference, mean over items."""
+    first, last = view.spans[0][0], view.spans[-1][1]
+    mask = view.key_mask
+    if probe.queries == "generation":
+        mass = attention_mass(queries, view.keys, (first, last), key_mask=mask, query_stride=probe.query_stride)
+        return [mass[..., a - first : b - first].mean(dim=0) for a, b in view.spans]
+    return [
+        attention_mass(
+            queries[:, a - first : b - first], view.keys, (a, b), key_mask=mask, query_stride=probe.query_stride
+        ).mean(dim=0)
+        for a, b in view.spans
+    ]
+
+
+def _top_quarter(mass: Tensor) -> Tensor:
+    """Share of (H, R) mass in the top 25 % of R, (H,)."""
+    top = mass.topk(max(1, round(mass.shape[-1] / 4)), dim=-1).values.sum(-1)
+    return top / mass.sum(-1).clamp_min(torch.finfo(mass.dtype).tiny)
+
+
+def _statistics(step: int, block: int, parts: list[Tensor]) -> BlockAttention:
+    share, entropy, top = [], [], []
+    for mass in parts:
+        p = mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+        share.append(mass.sum(-1))
+        entropy.append(-torch.special.xlogy(p, p).sum(-1) / torch.log(torch.tensor(2.0)))
+        top.append(_top_quarter(mass))
+    return BlockAttention(step, block, torch.stack(share), torch.stack(entropy), torch.stack(top))
