@@ -121,9 +121,7 @@ class Adapter:
         """Context in which `tap` sees every attention call (see `seams.tapped_attention`)."""
         return seams.tapped_attention(self.sites(transformer), tap)
 
-    def view(
-        self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> AttentionView | None:
+    def view(self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionView | None:
         """Which rows of an attention call (B, S, H, C) are what: text first, then the image stream."""
         at, (first, length) = layout.text, layout.generation
         if q.shape[1] != at + layout.rows or k.shape[1] != at + layout.rows:

@@ -102,9 +102,7 @@ class Flux2Adapter(Adapter):
         blocks += [(b.attn, "single") for b in transformer.single_transformer_blocks]  # type: ignore[union-attr]
         return attention_sites(blocks)
 
-    def view(
-        self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> AttentionView | None:
+    def view(self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionView | None:
         if layout.generation[0] == 0:
             return super().view(layout, q, k, v, mask)
         at, count = layout.text, layout.reference_tokens

@@ -288,4 +288,3 @@ class Patch:
     @property
     def record(self) -> RunRecord | None:
         return self.session.record
-

@@ -49,8 +49,9 @@ class PixelTap:
     def take(self, layout: TokenLayout, tokens: Tensor) -> list[Tensor | None]:
         """Pixels (b, 3, H, W) of each reference, None where it was given as latents; forgets the rest.
 
-        Matched by grid, latest first, since inpainting encodes other images too; where several
-        have a reference's grid, the one whose latents its tokens follow.
+        Matched by grid, latest first, since inpainting encodes other images too; where more than
+        enough have a reference's grid, the one whose latents its tokens follow; where fewer do,
+        the images that were encoded together are taken apart.
 
         Parameters
         ----------
@@ -65,13 +66,16 @@ class PixelTap:
             fits = [j for j, (x, _) in enumerate(seen) if _fits(x, layout.references[i].grid)]
             if not fits:
                 continue
-            rivals = len(fits) > sum(r.grid == layout.references[i].grid for r in layout.references[: i + 1])
+            grid = layout.references[i].grid
+            assert grid is not None
+            alike = sum(r.grid == grid for r in layout.references[: i + 1])
             best = fits[-1]
-            if rivals:
-                grid = layout.references[i].grid
-                assert grid is not None
+            if len(fits) > alike:
                 best = max(fits, key=lambda j: (_likeness(seen[j][1], parts[i], grid), j))
-            pixels = seen.pop(best)[0]
+            pixels, encoded = seen.pop(best)
+            if len(fits) < alike and pixels.shape[0] > 1:
+                seen.insert(best, (pixels[:-1], encoded))
+                pixels = pixels[-1:]
             out[i] = pixels[:, :, 0] if pixels.ndim == 5 else pixels
         return out
 

@@ -97,9 +97,7 @@ class PlainAdapter(Adapter):
         layout = super().layout(kwargs, found)
         if self._conditional is None:
             return layout
-        return TokenLayout(
-            layout.rows, layout.text, layout.generation, layout.references, self._conditional(kwargs)
-        )
+        return TokenLayout(layout.rows, layout.text, layout.generation, layout.references, self._conditional(kwargs))
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
         return take_rows(kwargs, {self.tokens: 1, **self._rows}, rows)

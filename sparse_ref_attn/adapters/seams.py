@@ -124,8 +124,12 @@ def check_measurable(sites: Sequence[AttentionSite], model: str) -> None:
 
 
 @contextlib.contextmanager
-def tapped_attention(sites: Sequence[AttentionSite], tap: Tap) -> Iterator[None]:
+def tapped_attention(
+    sites: Sequence[AttentionSite], tap: Tap, after: Callable[[int], None] = lambda site: None
+) -> Iterator[None]:
     """Inside, `tap(i, q, k, v, mask)` sees every attention call of site i, q, k, v (B, S, H, C) after RoPE.
+
+    `after(i)` is called when the attention itself is done.
 
     Each processor gets a private backend that calls the tap and then the user's own backend. The
     backend is an unlisted `AttentionBackendName`, so the public enum stays as it is.
@@ -136,14 +140,16 @@ def tapped_attention(sites: Sequence[AttentionSite], tap: Tap) -> Iterator[None]
     undo: list[Callable[[], None]] = []
     try:
         for i, site in enumerate(sites):
-            undo.append(_install(dispatch, tables, i, site.processor, tap))
+            undo.append(_install(dispatch, tables, i, site.processor, tap, after))
         yield
     finally:
         for call in reversed(undo):
             call()
 
 
-def _install(dispatch: Any, tables: Any, i: int, processor: Any, tap: Tap) -> Callable[[], None]:
+def _install(
+    dispatch: Any, tables: Any, i: int, processor: Any, tap: Tap, after: Callable[[int], None]
+) -> Callable[[], None]:
     own = "_attention_backend" in vars(processor)
     inner = processor._attention_backend
     value = f"sparse_ref_attn_{id(processor)}_{i}"
@@ -162,7 +168,7 @@ def _install(dispatch: Any, tables: Any, i: int, processor: Any, tap: Tap) -> Ca
         _parallel_config: Any = None,
     ) -> Tensor:
         tap(i, query, key, value, attn_mask)
-        return dispatch.dispatch_attention_fn(
+        out = dispatch.dispatch_attention_fn(
             query,
             key,
             value,
@@ -174,6 +180,8 @@ def _install(dispatch: Any, tables: Any, i: int, processor: Any, tap: Tap) -> Ca
             backend=inner,
             parallel_config=_parallel_config,
         )
+        after(i)
+        return out
 
     dispatch._AttentionBackendRegistry.register(member)(backend)
     processor._attention_backend = member
@@ -187,5 +195,3 @@ def _install(dispatch: Any, tables: Any, i: int, processor: Any, tap: Tap) -> Ca
             table.pop(member, None)
 
     return undo
-
-
