@@ -51,7 +51,9 @@ class Mix(Selector):
     parts: Mapping[Selector, float] | Sequence[tuple[Selector, float]]
 
     def __post_init__(self) -> None:
-        pairs = tuple(self.parts.items()) if isinstance(self.parts, Mapping) else tuple(self.parts)
+        if not isinstance(self.parts, (Mapping, Sequence)):
+            raise ConfigError(f"a mix must be made of (selector, weight) pairs, got {self.parts!r}")
+        pairs = self._pairs()
         if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
             raise ConfigError(f"a mix must be made of (selector, weight) pairs, got {self.parts!r}")
         _check_selectors("a mix", [selector for selector, _ in pairs])
@@ -107,6 +109,8 @@ class Union(Selector):
     selectors: Sequence[Selector]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.selectors, Sequence):
+            raise ConfigError(f"a union must be made of a sequence of selectors, got {self.selectors!r}")
         selectors = tuple(self.selectors)
         _check_selectors("a union", selectors)
         object.__setattr__(self, "selectors", selectors)

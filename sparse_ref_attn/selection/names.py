@@ -47,7 +47,7 @@ def selector(choice: str | Selector) -> Selector:
     Examples
     --------
     >>> selector("edges")
-    Edges(sigma=1.0, low=0.1, high=0.2, on_latents='error')
+    Edges(sigma=2.0, low=0.2, high=0.4, on_latents='error')
     """
     if isinstance(choice, Selector):
         return choice
@@ -90,15 +90,16 @@ def from_dict(data: Mapping[str, Any]) -> Selector:
     >>> from_dict({"kind": "union", "selectors": [{"kind": "edges"}, {"kind": "grid"}]}).selectors[1]
     Grid()
     """
-    if not isinstance(data, Mapping) or data.get("kind") not in _KINDS:
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(f"a selector's dict must have a kind among {', '.join(map(repr, _KINDS))}, got {data!r}")
-    cls = _KINDS[data["kind"]]
+    cls = _KINDS[kind]
     assert dataclasses.is_dataclass(cls)
     fields = {f.name: f.default is dataclasses.MISSING for f in dataclasses.fields(cls)}
     given = {name: value for name, value in data.items() if name != "kind"}
     required = {name for name, needed in fields.items() if needed}
     if not required <= given.keys() <= fields.keys():
-        raise ConfigError(f"{data['kind']!r} must have fields among {list(fields)}, got {list(given)}")
+        raise ConfigError(f"{kind!r} must have fields among {list(fields)}, got {list(given)}")
     made = cls(**{name: _rich(value) for name, value in given.items()})
     assert isinstance(made, Selector)
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -24,17 +25,18 @@ __all__ = ["Ranking", "SavedRanking"]
 
 FORMAT = "sparse_ref_attn ranking 1"
 
-# What np.load and json raise for no archive, one cut short or broken, a pickle, a missing member, another shape.
+# What zipfile, numpy and json raise for no archive, one cut short or broken, a pickle, a missing member.
 _UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
+    struct.error,
     OSError,
     EOFError,
     ValueError,
-    KeyError,
-    IndexError,
+    LookupError,
     TypeError,
     AttributeError,
+    RuntimeError,  # also NotImplementedError: a flipped bit that asks for encryption or another compression
 )
 
 
