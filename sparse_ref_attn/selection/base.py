@@ -90,8 +90,9 @@ class References:
         PixelsUnavailableError
             If there are no pixels and `on_latents` is "error".
         """
-        if i < len(self.pixels) and self.pixels[i] is not None:
-            return self.pixels[i].float()
+        pixels = self.pixels[i] if i < len(self.pixels) else None
+        if pixels is not None:
+            return pixels.float()
         if on_latents == "use":
             height, width = self.grid(i)
             rows = self.split(self.tokens)[i].float()

@@ -1,0 +1,75 @@
+"""The configuration and the papers' presets: values, refusals, JSON."""
+
+import pytest
+
+import sparse_ref_attn as sra
+from sparse_ref_attn.config import UniformGuard
+from sparse_ref_attn.schedules import Clock
+from sparse_ref_attn.selection import Reducer
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        sra.ReCAST(),
+        sra.ReCAST(128, 512, 1.5, task="style", multiple=64, clock="sigma"),
+        sra.SparseContext(0.05, task="auto"),
+        sra.SparseContext(300, "saliency", floor=0.02, seed=7),
+        sra.SparseRef(sra.Mix({sra.Edges(): 2.0, sra.Grid(): 1.0}), sra.TopP(0.8, max_tokens=1024), weights=(1, 2.5)),
+        sra.SparseRef(sra.Union((sra.AttentionMass(range(20, 57)), sra.Random())), sra.Descending(0.5, 0.1)),
+        sra.SparseRef(sra.Boxes((((0.0, 0.0, 0.5, 0.5),),)), sra.Linear(0.1, 0.2).piecewise(3)),
+    ],
+)
+def test_a_configuration_survives_json(config):
+    assert sra.SparseRef.from_json(config.to_json()) == config
+
+
+def test_recast_is_equation_4_with_the_papers_numbers_at_4096_tokens():
+    budget = sra.ReCAST().budget
+    counts = [budget.counts(Clock.uniform(i, 28), (4096,))[0] for i in range(28)]
+    expected = [256 + (1024 - 256) * (i / 27) ** 2 for i in range(28)]
+    assert all(abs(count - exact) <= 0.5 for count, exact in zip(counts, expected, strict=True))
+    assert budget.counts(Clock.uniform(27, 28), (1024, 4096)) == (256, 1024)  # scales with each reference
+
+
+def test_tasks_choose_the_rule_and_the_guard():
+    assert sra.ReCAST().guard == UniformGuard()
+    assert sra.ReCAST(task="subject").guard is None
+    assert isinstance(sra.ReCAST(task="style").select, sra.Mix)
+    rules = {task: sra.SparseContext(task=task) for task in ("edit", "subject", "style", "auto")}
+    assert [type(c.select).__name__ for c in rules.values()] == ["Edges", "Saliency", "Grid", "Edges"]
+    assert [c.guard is None for c in rules.values()] == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: sra.SparseRef(budget=0.0), "0"),
+        (lambda: sra.SparseRef(budget=1.5), "1.5"),
+        (lambda: sra.SparseRef(budget=True), "True"),
+        (lambda: sra.SparseRef(select="magic"), "magic"),
+        (lambda: sra.SparseRef(execute="later"), "tokens"),
+        (lambda: sra.SparseRef(floor=1.2), "1.2"),
+        (lambda: sra.SparseRef(floor=-1), "-1"),
+        (lambda: sra.SparseRef(multiple=0), "multiple"),
+        (lambda: sra.SparseRef(weights=(1.0, -2.0)), "weights"),
+        (lambda: sra.SparseRef(weights=()), "weights"),
+        (lambda: sra.SparseRef(clock="hours"), "clock"),
+        (lambda: sra.SparseRef(seed=0.5), "seed"),
+        (lambda: sra.SparseRef(Reducer(), guard=UniformGuard()), "guard"),
+        (lambda: sra.ReCAST(512, 256), "n_min"),
+        (lambda: sra.ReCAST(gamma=0), "gamma"),
+        (lambda: sra.ReCAST(task="poem"), "poem"),
+        (lambda: UniformGuard(top_quarter=0.1), "top_quarter"),
+        (lambda: sra.SparseRef.from_json("{"), "JSON"),
+        (lambda: sra.SparseRef.from_dict({"budget": 0.5}), "fields"),
+    ],
+)
+def test_what_cannot_hold_is_refused_with_the_value(make, words):
+    with pytest.raises(sra.ConfigError, match=words.replace(".", r"\.")):
+        make()
+
+
+def test_what_holds_a_function_does_not_travel_to_json():
+    with pytest.raises(sra.ConfigError):
+        sra.SparseRef(sra.FromFunction(lambda references: [])).to_json()
