@@ -1,0 +1,314 @@
+"""What a run will cost, before it runs: FLOPs, tokens and memory from sizes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import ReCAST, SparseRef
+from ..cost import Flops, Memory, ModelShape, StepTokens, reference_kv_bytes, run_flops, scoring_flops, step_memory
+from ..errors import ConfigError
+from ..schedules import Budget, Clock
+from ..selection import Random
+from ..session import Session, block_indices
+from ..types import Reference, TokenLayout
+from .base import Adapter, adapter_for
+
+__all__ = ["Estimate", "RunMemory", "estimate"]
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """Bytes at the peak of a run, and what a cache of reference keys and values would hold.
+
+    Parameters
+    ----------
+    dense, sparse : Memory
+        Of the largest step. A run with a dense profiling step peaks there, so its peak is the dense one.
+    sparse_step : Memory
+        Of the largest step that drops tokens; `dense` when none does.
+    dense_reference_kv, sparse_reference_kv : int
+        Keys and values of the reference tokens over all layers, all of them and the most that a sparse step keeps.
+        Nothing is stored when tokens are dropped at the input: this is what a reference cache would take.
+    """
+
+    dense: Memory
+    sparse: Memory
+    sparse_step: Memory
+    dense_reference_kv: int
+    sparse_reference_kv: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run in numbers, made by `estimate`.
+
+    Parameters
+    ----------
+    model, config : str
+        The model family, and the configuration in one line.
+    text, generation : int
+        Text tokens, and tokens of the image being made.
+    references : tuple of int
+        Tokens of each reference.
+    kinds : tuple of {"dense", "profile", "sparse"}
+        What each step does; "profile" is dense and measures attention.
+    tokens : tuple of int
+        Reference tokens that take part in each step, all references together.
+    dense, sparse : Flops
+        Of the run with every token, and as it would run, profiling and `scoring` included.
+    scoring : Flops
+        Of measuring attention.
+    memory : RunMemory
+        In bytes; activations are an estimate to about 15 % (`cost.step_memory`).
+    notes : tuple of str
+        What the numbers leave out, in words.
+    """
+
+    model: str
+    config: str
+    text: int
+    generation: int
+    references: tuple[int, ...]
+    kinds: tuple[str, ...]
+    tokens: tuple[int, ...]
+    dense: Flops
+    sparse: Flops
+    scoring: Flops
+    memory: RunMemory
+    notes: tuple[str, ...] = ()
+
+    @property
+    def mean_tokens(self) -> float:
+        """Reference tokens a step, averaged over all steps, dense ones included."""
+        return sum(self.tokens) / len(self.tokens)
+
+    @property
+    def flop_ratio(self) -> float:
+        """Dense work over sparse work, at least 1 for a budget that saves anything.
+
+        Not the bound of the speed-up: attention and matrix products run at different rates (`cost.bound_seconds`).
+        """
+        return self.dense.total / self.sparse.total
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON types, with `mean_tokens` and `flop_ratio`."""
+        out = asdict(self)
+        for name in ("references", "kinds", "tokens", "notes"):
+            out[name] = list(out[name])
+        return out | {"mean_tokens": self.mean_tokens, "flop_ratio": self.flop_ratio}
+
+    def summary(self) -> str:
+        """The estimate as text, a few lines."""
+        total, memory = sum(self.references), self.memory
+        dropping = [n for n, kind in zip(self.tokens, self.kinds, strict=True) if kind == "sparse"]
+        kept = f", {min(dropping)} to {max(dropping)} on sparse steps" if dropping else ""
+        lines = [
+            f"{self.model}: {self.config}",
+            f"tokens      {self.text} text, {self.generation} generation, "
+            f"{' + '.join(map(str, self.references))} reference",
+            f"steps       {len(self.kinds)}: {self.kinds.count('sparse')} sparse, {self.kinds.count('profile')} "
+            f"profiling, {self.kinds.count('dense')} dense",
+            f"kept        {self.mean_tokens:.0f} of {total} reference tokens on average{kept}",
+            f"work        {self.dense.total / 1e12:.1f} TFLOP dense, {self.sparse.total / 1e12:.1f} sparse "
+            f"({self.scoring.total / 1e12:.1f} of it scoring): FLOP ratio {self.flop_ratio:.2f}",
+            f"memory      {_gb(memory.dense.parameters)} parameters; activations {_gb(memory.dense.activations)} dense, "
+            f"{_gb(memory.sparse_step.activations)} on sparse steps; peak {_gb(memory.dense.total)} dense, "
+            f"{_gb(memory.sparse.total)} sparse",
+            f"cached K/V  {_gb(memory.dense_reference_kv)} for all reference tokens, "
+            f"{_gb(memory.sparse_reference_kv)} for the kept ones, if they were stored",
+        ]
+        return "\n".join([*lines, *(f"note        {note}" for note in self.notes)])
+
+
+def estimate(
+    transformer: nn.Module,
+    *,
+    references: Sequence[Size] = ((1024, 1024),) * 3,
+    output: Size = (1024, 1024),
+    text_tokens: int = 512,
+    steps: int = 28,
+    config: SparseRef | None = None,
+    batch: int = 1,
+    calls_per_step: int = 1,
+    pixels_per_token: int = 16,
+) -> Estimate:
+    """Tokens, FLOPs and memory of a run, from sizes alone: nothing is run and no weight is read.
+
+    Parameters
+    ----------
+    transformer : torch.nn.Module
+        A supported transformer on any device, the meta device included (`adapters.geometries.named_model`).
+    references : sequence of (int, int)
+        (width, height) of each reference in pixels, as the pipeline encodes it.
+    output : (int, int)
+        (width, height) of the image being made, in pixels.
+    text_tokens : int
+        Tokens of the prompt in joint attention, padding included.
+    steps : int
+        Denoising steps, >= 1.
+    config : SparseRef, optional
+        Default ``ReCAST()``, as for `patch`.
+    batch : int
+        Items of one transformer call (2 with batched classifier-free guidance).
+    calls_per_step : int
+        Transformer calls a step (2 with sequential classifier-free guidance).
+    pixels_per_token : int
+        Pixels of a token's side: 16 for every supported model (8 in the VAE, 2 in packing).
+
+    Returns
+    -------
+    Estimate
+        `summary()` for people, `to_dict()` for programs.
+
+    Raises
+    ------
+    ConfigError
+        If a number is out of range, a size holds no token, or the budget depends on measured attention (`TopP`).
+    BudgetError
+        If the budget asks for more tokens than the references have.
+    UnsupportedModelError
+        If no adapter serves the transformer, or its adapter does not say which Linear runs on which rows.
+
+    Notes
+    -----
+    FLOPs agree with `torch.utils.flop_counter.FlopCounterMode` on the meta device. Text encoder and VAE are not in it.
+    Klein-KV's pipeline stores reference keys and values and is not modelled: the estimate is that of plain Klein.
+
+    Examples
+    --------
+    >>> import sparse_ref_attn as sra
+    >>> from sparse_ref_attn.adapters.geometries import named_model
+    >>> e = estimate(named_model("kontext"), references=[(1024, 1024)], config=sra.SparseContext(0.10))
+    >>> e.tokens[0], round(e.flop_ratio, 2)
+    (410, 2.01)
+    """
+    config = ReCAST() if config is None else config
+    if not isinstance(config, SparseRef):
+        raise ConfigError(f"config must be a SparseRef (ReCAST(...), SparseContext(...)), got {type(config).__name__}")
+    counts = {"steps": steps, "batch": batch, "calls_per_step": calls_per_step, "pixels_per_token": pixels_per_token}
+    for name, value in (counts | {"text_tokens": text_tokens}).items():
+        least = 0 if name == "text_tokens" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be an int of at least {least}, got {value!r}")
+    assert isinstance(config.budget, Budget)
+    if config.budget.needs_mass:
+        raise ConfigError(
+            "an estimate needs a budget that is known before the run, and this one is read off the attention that the "
+            f"run will measure: {config.budget}. Estimate its bounds instead, for example with schedules.Constant"
+        )
+    adapter = adapter_for(transformer)
+    shape = adapter.shape(transformer)
+    layout = _layout(references, output, text_tokens, pixels_per_token)
+    session, kinds, kept = _plan(transformer, adapter, config, layout, steps, batch)
+    tokens = [StepTokens.of(layout, n) for n in kept]
+    full = StepTokens.of(layout)
+    scoring = _scoring(shape, session, layout, [site.kind for site in adapter.sites(transformer)], batch)
+    sparse_steps = [t for t, kind in zip(tokens, kinds, strict=True) if kind == "sparse"]
+    most = max(sparse_steps, key=lambda t: t.references, default=full)
+    return Estimate(
+        model=f"{adapter.name} ({shape.name})",
+        config=config.describe(),
+        text=text_tokens,
+        generation=full.generation,
+        references=layout.sizes,
+        kinds=tuple(kinds),
+        tokens=tuple(kept),
+        dense=run_flops(shape, [full] * steps, batch, calls_per_step),
+        sparse=run_flops(shape, tokens, batch, calls_per_step, scoring),
+        scoring=scoring,
+        memory=RunMemory(
+            dense=step_memory(shape, full, batch),
+            sparse=step_memory(shape, max(tokens, key=lambda t: t.references), batch),
+            sparse_step=step_memory(shape, most, batch),
+            dense_reference_kv=reference_kv_bytes(shape, full.references, batch),
+            sparse_reference_kv=reference_kv_bytes(shape, most.references, batch),
+        ),
+        notes=tuple(_notes(config)),
+    )
+
+
+def _notes(config: SparseRef) -> list[str]:
+    notes = []
+    if config.guard is not None:
+        notes.append("without the guard: a run whose attention is near uniform keeps more, up to every token")
+    if config.clock == "sigma":
+        notes.append('clock="sigma" needs the scheduler of a pipeline: counted on the uniform clock instead')
+    return notes
+
+
+def _layout(references: Sequence[Size], output: Size, text: int, cell: int) -> TokenLayout:
+    height, width = _grid("output", output, cell)
+    at = generation = height * width
+    found = []
+    for i, size in enumerate(references):
+        grid = _grid(f"reference {i}", size, cell)
+        found.append(Reference(at, grid[0] * grid[1], grid))
+        at += grid[0] * grid[1]
+    if not found:
+        raise ConfigError("an estimate needs at least one reference's (width, height), got none")
+    return TokenLayout(at, text, (0, generation), tuple(found))
+
+
+def _grid(name: str, size: Size, cell: int) -> tuple[int, int]:
+    """Height and width in tokens."""
+    ok = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int) and side >= cell for side in size)
+    if not ok:
+        raise ConfigError(f"the size of {name} must be (width, height) in pixels, each at least {cell}, got {size!r}")
+    return size[1] // cell, size[0] // cell
+
+
+def _plan(
+    transformer: nn.Module, adapter: Adapter, config: SparseRef, layout: TokenLayout, steps: int, batch: int
+) -> tuple[Session, list[str], list[int]]:
+    """The run's session, and what each step does and keeps.
+
+    The counts are those of a real session with random scores, because they do not depend on the scores.
+    """
+    session = Session(config, [site.kind for site in adapter.sites(transformer)])
+    tokens, clock = torch.zeros(batch, layout.reference_tokens, 1), partial(Clock.uniform, steps=steps)
+    if session.probes:
+        adapter.check_measurable(transformer)
+        session.begin(layout, tokens, [], steps, clock)
+    counting = Session(replace(config, select=Random(), guard=None), [])
+    counting.begin(layout, tokens, [], steps, clock)
+    kinds, kept = [], []
+    for step in range(steps):
+        if step in session.profile_steps:
+            kinds.append("profile")
+        elif any(later > step for later in session.profile_steps):
+            kinds.append("dense")
+        else:
+            plan = counting.plan(step)
+            kinds.append(plan.kind)
+            kept.append(plan.kept(layout))
+            continue
+        kept.append(layout.reference_tokens)
+    return session, kinds, kept
+
+
+def _scoring(shape: ModelShape, session: Session, layout: TokenLayout, kinds: list[str], batch: int) -> Flops:
+    """Work of measuring attention: probes that share queries and stride are measured once a block."""
+    measured = {
+        (step, block, probe.queries, probe.query_stride)
+        for probe in session.probes
+        for step in probe.steps
+        for block in block_indices(probe.blocks, kinds)
+    }
+    keys = layout.text + layout.rows
+    total = Flops(0, 0)
+    for _, _, queries, stride in measured:
+        rows = layout.generation[1] if queries == "generation" else layout.reference_tokens
+        total = total + scoring_flops(shape, -(-rows // stride), keys, 1, batch)
+    return total
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,223 @@
+"""Estimates against FlopCounterMode at real size on meta, against real tiny runs, and against published numbers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import sparse_ref_attn as sra
+from sparse_ref_attn.adapters.estimate import estimate
+from sparse_ref_attn.adapters.geometries import MODELS, named_model
+from sparse_ref_attn.config import UniformGuard
+from sparse_ref_attn.errors import BudgetError, ConfigError, UnsupportedModelError
+from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
+from sparse_ref_attn.selection import Reducer
+from tests.pipelines import CASES
+
+ONE = [(1024, 1024)]
+
+
+def empty(*shape):
+    return torch.empty(*shape, device="meta", dtype=torch.bfloat16)
+
+
+def call(name, model, text, generation, references):
+    rows = generation + references
+    inputs = {
+        "hidden_states": empty(1, rows, model.config.in_channels),
+        "encoder_hidden_states": empty(1, text, model.config.joint_attention_dim),
+        "timestep": empty(1),
+    }
+    if name == "kontext":
+        extra = {"pooled_projections": empty(1, 768), "guidance": empty(1)}
+        model(**inputs, **extra, img_ids=empty(rows, 3), txt_ids=empty(text, 3))
+    elif name.startswith("qwen"):
+        with torch.device("meta"):
+            model(**inputs, img_shapes=[[(1, 64, generation // 64), (1, 1, references)]])
+    else:
+        model(**inputs, guidance=None, img_ids=empty(rows, 4), txt_ids=empty(text, 4))
+
+
+def counted(function, *args):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function(*args)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["kontext", "klein-9b", "qwen-image-edit-2511"])
+def test_a_whole_run_is_within_one_percent_of_the_flop_counter(name):
+    model = named_model(name)
+    e = estimate(model, references=[(1024, 1024), (768, 1024)], steps=3, text_tokens=300)
+    steps = [counted(call, name, model, 300, 4096, kept) for kept in e.tokens]
+    assert e.kinds == ("profile", "sparse", "sparse")
+    assert e.tokens[0] == sum(e.references) == 4096 + 3072
+    heads, channels = model.config.num_attention_heads, model.config.attention_head_dim
+    scored = {"kontext": 38, "klein-9b": 24, "qwen-image-edit-2511": 40}[name]
+    q, k = empty(1, 4096, heads, channels), empty(1, 300 + 4096 + e.tokens[0], heads, channels)
+    scoring = scored * counted(attention_mass_reference, q, k, (4396, 4396 + e.tokens[0]), 1.0)
+    assert e.scoring.total == pytest.approx(scoring, rel=0.01)
+    assert e.dense.total == pytest.approx(3 * steps[0], rel=0.01)
+    assert e.sparse.total == pytest.approx(sum(steps) + scoring, rel=0.01)
+
+
+@pytest.mark.parametrize(("kept", "ratio"), [(2048, 1.41), (1024, 1.74), (600, 1.92), (512, 1.96), (256, 2.08)])
+def test_published_ratios_of_a_kontext_step(kept, ratio):
+    e = estimate(named_model("kontext"), references=ONE, config=sra.SparseRef(select="grid", budget=kept), steps=1)
+    assert e.dense.total / 1e12 == pytest.approx(165.46, abs=0.005)
+    assert round(e.flop_ratio, 2) == ratio
+
+
+def test_recast_keeps_654_tokens_on_average_with_its_profiling_step():
+    e = estimate(named_model("kontext"), references=ONE)
+    assert round(e.mean_tokens) == 654
+    assert round((sum(e.tokens) - 4096 + 256) / 28) == 517
+    assert e.kinds == ("profile",) + ("sparse",) * 27
+    bound = 28 * 165.46e12 / (165.46e12 + 27 * 165.46e12 / 1.96)
+    assert 0.95 * bound < e.flop_ratio < bound
+
+
+CONFIGS = {
+    "recast": sra.ReCAST(task="subject"),
+    "late probes": sra.SparseRef(select=sra.AttentionMass(blocks="all", steps=(0, 2), query_stride=3), budget=0.25),
+    "self": sra.SparseRef(select=sra.SelfAttention(), budget=sra.Linear(0.1, 0.9)),
+    "floors and multiple": sra.SparseRef(
+        select="random", budget=sra.Constant(0.2, per="all"), floor=0.1, multiple=16, weights=(1.0,)
+    ),
+    "keep all": sra.SparseRef(select="grid", budget=1.0),
+}
+
+
+# With guidance Qwen's two calls have prompts of two lengths, which an estimate does not know.
+@pytest.mark.parametrize(
+    ("name", "cfg"), [("kontext", False), ("kontext", True), ("klein", False), ("klein", True), ("qwen_edit", False)]
+)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_an_estimate_is_what_the_run_then_does(name, config, cfg):
+    case = CASES[name]
+    pipe = case.build()
+    with sra.patched(pipe, config) as handle:
+        case.call(pipe, steps=4, cfg=cfg)
+        record, flops = handle.record, handle.flops()
+    layout = record.layout
+    cell = 8
+    height, width = layout.references[0].grid
+    e = estimate(
+        pipe.transformer,
+        references=[(cell * width, cell * height)],
+        output=(cell * layout.generation[1], cell),
+        text_tokens=layout.text,
+        steps=4,
+        config=config,
+        calls_per_step=2 if cfg else 1,
+        pixels_per_token=cell,
+    )
+    assert e.kinds == tuple(step.kind for step in record.steps)
+    assert e.tokens == tuple(step.kept for step in record.steps)
+    assert e.scoring.total == pytest.approx(record.scoring_flops)
+    assert e.sparse.total / 1e12 == pytest.approx(flops.sparse_tflop)
+    assert e.dense.total / 1e12 == pytest.approx(flops.dense_tflop)
+
+
+@dataclass(frozen=True)
+class FirstTokens(Reducer):
+    """Stands for any rival; an estimate does not call it."""
+
+
+def test_rivals_cost_what_their_tokens_cost():
+    model = named_model("klein-4b")
+    rival = estimate(model, config=sra.SparseRef(select=FirstTokens(), budget=0.1), steps=2)
+    choice = estimate(model, config=sra.SparseContext(0.1), steps=2)
+    assert (rival.tokens, rival.sparse) == (choice.tokens, choice.sparse)
+    assert rival.tokens == (3 * 410,) * 2
+
+
+def test_items_and_calls_multiply_the_work_but_scoring_happens_once_a_step():
+    model = named_model("klein-9b")
+    one, two, calls = (estimate(model, steps=2, **k) for k in ({}, {"batch": 2}, {"calls_per_step": 2}))
+    assert two.dense == calls.dense == 2 * one.dense
+    assert two.scoring == 2 * one.scoring
+    assert calls.scoring == one.scoring
+    assert calls.sparse.total == 2 * (one.sparse.total - one.scoring.total) + one.scoring.total
+
+
+def test_memory_says_where_the_peak_is():
+    model = named_model("kontext")
+    plain = estimate(model, references=ONE * 4, config=sra.SparseContext(0.25), steps=2).memory
+    assert plain.dense.parameters == plain.sparse.parameters == 2 * sum(p.numel() for p in model.parameters())
+    joint = {"dense": 512 + 5 * 4096, "sparse": 512 + 2 * 4096}
+    assert plain.sparse.activations / plain.dense.activations == pytest.approx(joint["sparse"] / joint["dense"])
+    assert plain.dense_reference_kv == 2 * 57 * 4 * 4096 * 24 * 128 * 2 == 4 * plain.sparse_reference_kv
+    profiled = estimate(model, references=ONE * 4, config=sra.ReCAST(task="subject"), steps=2).memory
+    assert profiled.sparse == profiled.dense == plain.dense
+    assert profiled.sparse_step == plain.sparse_step  # the last step keeps a quarter
+
+
+def test_notes_summary_and_json():
+    e = estimate(named_model("kontext"), config=sra.ReCAST(clock="sigma"), references=[(1024, 512), (512, 512)])
+    assert e.references == (2048, 1024)
+    assert "without the guard" in e.notes[0]
+    assert "uniform clock" in e.notes[1]
+    text = e.summary()
+    for part in (f"{e.flop_ratio:.2f}", f"{e.mean_tokens:.0f} of 3072", "2048 + 1024", "1 profiling", *e.notes):
+        assert part in text
+    data = json.loads(json.dumps(e.to_dict()))
+    assert data["tokens"] == list(e.tokens)
+    assert data["flop_ratio"] == e.flop_ratio
+    assert data["sparse"]["matmul"] == e.sparse.matmul
+    assert data["memory"]["dense"]["parameters"] == e.memory.dense.parameters
+
+
+def test_the_guard_alone_costs_a_profiling_step():
+    e = estimate(named_model("klein-4b"), config=sra.SparseContext(0.1, guard=UniformGuard()), steps=3)
+    assert e.kinds == ("profile", "sparse", "sparse")
+    assert e.scoring.total > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"config": sra.SparseRef(budget=sra.TopP(0.8))}, ConfigError, "known before the run"),
+        ({"config": sra.SparseRef(budget=sra.TopP(0.8).piecewise(2))}, ConfigError, "known before the run"),
+        ({"config": sra.SparseRef(select="grid", budget=5000)}, BudgetError, "4096 tokens"),
+        ({"config": 0.5}, ConfigError, "SparseRef"),
+        ({"config": sra.SparseRef(select=sra.AttentionMass(steps=(9,)))}, ConfigError, "within the run's 4 steps"),
+        ({"references": []}, ConfigError, "at least one reference"),
+        ({"references": [(1024, 8)]}, ConfigError, "size of reference 0"),
+        ({"references": [1024]}, ConfigError, "size of reference 0"),
+        ({"output": (0, 1024)}, ConfigError, "size of output"),
+        ({"steps": 0}, ConfigError, "steps must be an int"),
+        ({"batch": 1.5}, ConfigError, "batch must be an int"),
+        ({"text_tokens": -1}, ConfigError, "text_tokens must be an int"),
+    ],
+)
+def test_bad_input_is_said_in_words(arguments, error, words):
+    with pytest.raises(error, match=words):
+        estimate(named_model("klein-4b", num_layers=1, num_single_layers=1), **({"steps": 4} | arguments))
+
+
+def test_an_unsupported_model_is_named():
+    with pytest.raises(UnsupportedModelError, match=r"Linear"):
+        estimate(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    list(zip(MODELS, (11.9, 32.2, 9.1, 3.9, 20.4, 20.4), strict=True)),
+)
+def test_named_models_have_their_published_size(name, billions):
+    parameters = list(named_model(name).parameters())
+    assert sum(p.numel() for p in parameters) / 1e9 == pytest.approx(billions, abs=0.1)
+    assert {(p.device.type, p.dtype, p.requires_grad) for p in parameters} == {("meta", torch.bfloat16, False)}
+
+
+def test_named_models_are_found_by_name_and_cut_by_field():
+    assert named_model("qwen-image-edit-2511").config.zero_cond_t
+    assert len(named_model("klein-9b", num_layers=2).transformer_blocks) == 2
+    with pytest.raises(ConfigError, match="kontext, flux2-dev"):
+        named_model("flux9")
+    with pytest.raises(ConfigError, match="width"):
+        named_model("kontext", width=3)
