@@ -1,0 +1,73 @@
+"""bf16 that is right under ``TRITON_INTERPRET=1``.
+
+Triton's interpreter (3.6 to 3.9) keeps bf16 as raw uint16: ``tl.dot`` multiplies the bit patterns, elementwise
+arithmetic too, and float32 -> bf16 truncates. `mend_bf16` makes the dot and the arithmetic run in float32 and the cast
+round to nearest even, as the hardware does. fp16 and fp32 are right as they are.
+
+The interpreter is chosen when ``@triton.jit`` decorates, so one process is either interpreted or not: tests that launch
+kernels live in ``tests/ops/interpreted`` (collected only under ``TRITON_INTERPRET=1``; `tests/ops/test_interpreted.py`
+runs each of its files in a process of its own). Beside this file: `guards` (canary borders, NaN poison), `tolerance`
+(how far off a result may be), `aot` (what the compiler makes of a kernel).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+__all__ = ["mend_bf16"]
+
+
+def mend_bf16() -> None:
+    """Patch the interpreter's builder, once per process."""
+    builder = interpreter.InterpreterBuilder
+    if hasattr(builder, "mended_bf16"):
+        return
+    builder.mended_bf16 = True
+    handle = interpreter.TensorHandle
+    dot, cast, binary, unary = builder.create_dot, builder.cast_impl, builder.binary_op, builder.unary_op
+
+    def widen(x):
+        return handle(_widen(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+
+    def create_dot(self, a, b, d, *args):
+        return dot(self, widen(a), widen(b), d, *args)
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == tl.bfloat16:
+            src = widen(src)
+        if dst_type.scalar == tl.bfloat16:
+            as_float = src if src.dtype.scalar == tl.float32 else cast(self, src, tl.float32)
+            return handle(_round(as_float.data), tl.bfloat16)
+        return src if dst_type.scalar == src.dtype.scalar else cast(self, src, dst_type)
+
+    def binary_op(self, lhs, rhs, op):
+        if lhs.dtype.scalar != tl.bfloat16:
+            return binary(self, lhs, rhs, op)
+        out = op(_widen(lhs.data), _widen(rhs.data))
+        return handle(out, tl.int1) if out.dtype == bool else handle(_round(out), tl.bfloat16)
+
+    def unary_op(self, arg, op):
+        if arg.dtype.scalar != tl.bfloat16:
+            return unary(self, arg, op)
+        return handle(_round(op(_widen(arg.data))), tl.bfloat16)
+
+    def get_bf16(self, value):  # a bf16 constant: absent before 3.8
+        return handle(_round(np.array([value])), tl.bfloat16)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    builder.binary_op, builder.unary_op, builder.get_bf16 = binary_op, unary_op, get_bf16
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    """bf16 bit patterns -> float32, exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _round(x: np.ndarray) -> np.ndarray:
+    """float32 -> bf16 bit patterns, to nearest even."""
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    bits = x.view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)

@@ -1,0 +1,12 @@
+"""These files launch Triton kernels on CPU tensors: collected only where they are interpreted (`tests/ops/interp.py`)."""
+
+from __future__ import annotations
+
+import os
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from ..interp import mend_bf16
+
+    mend_bf16()
+else:
+    collect_ignore_glob = ["*"]
