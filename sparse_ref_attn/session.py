@@ -153,8 +153,11 @@ class Session:
         pixels: Sequence[Tensor | None],
         total_steps: int,
         clock: Callable[[int], Clock],
+        encode: Callable[[Tensor], tuple[Tensor, tuple[int, int]]] | None = None,
     ) -> None:
         """Start a run. `tokens` (B, R, D) are the reference rows as the transformer gets them.
+
+        `encode` makes such rows and their grid of pixels (see `References`).
 
         Raises
         ------
@@ -179,7 +182,7 @@ class Session:
         self._raised = self._floors
         self._clock = clock
         generator = torch.Generator().manual_seed(config.seed)
-        self.references = References(layout, tokens.detach(), list(pixels), {}, generator)
+        self.references = References(layout, tokens.detach(), list(pixels), {}, generator, encode)
         try:
             data: dict[str, Any] = config.to_dict()
         except ConfigError:

@@ -22,7 +22,7 @@ from ..timing import Stopwatch
 from ..types import TokenLayout
 from . import seams
 from .base import Adapter, Found, Kwargs
-from .pixels import PixelTap
+from .pixels import PixelTap, encoder
 from .steps import ManualSteps, ObservedSteps, PipelineSteps, RunStep
 
 __all__ = ["Patch"]
@@ -142,8 +142,8 @@ class Patch:
         assert self.session.record is not None
         full = self.session.record.layout
         kept, kind = plan.kept(full), "cached" if cached else plan.kind
-        if cached and self._stored is not None and plan.reduced is not None:
-            kept = self._stored.kept(full)
+        if cached and plan.reduced is not None:  # the rows of the extract step, changed tokens have no fewer
+            kept = full.reference_tokens if self._stored is None else self._stored.kept(full)
         record = self.session.step_record(run.step, kind, kept, plan.selection)
         if record.calls >= CALLS_OF_ONE_STEP and isinstance(self._steps, PipelineSteps):
             self._distrust_scheduler()
@@ -232,7 +232,8 @@ class Patch:
             )
         tokens = pack_rows(x, layout.reference_rows(x.device))
         pixels = [None] * len(layout.references) if self.pixels is None else self.pixels.take(layout, tokens)
-        session.begin(layout, tokens, pixels, run.total, run.clock)
+        encode = None if self.pipe is None or self.pixels is None else encoder(self.pipe, self.adapter.encode)
+        session.begin(layout, tokens, pixels, run.total, run.clock, encode)
         self._key = run.key
         return run
 

@@ -7,15 +7,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import PixelsUnavailableError
 from ..types import TokenLayout
 
-__all__ = ["PixelTap"]
+__all__ = ["PixelTap", "encoder"]
+
+_OWN: ContextVar[bool] = ContextVar("sparse_ref_attn_encodes", default=False)
+"""Whether the library itself encodes: no tap of any patch hears it, also where a VAE is shared."""
 
 
 class _Encode:
@@ -29,7 +34,7 @@ class _Encode:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         vae = self.vae()
         out = self.earlier(x, *args, **kwargs) if self.earlier else type(vae).encode(vae, x, *args, **kwargs)
-        if self.seen is not None:
+        if self.seen is not None and not _OWN.get():
             self.seen.append((x.detach(), out))
         return out
 
@@ -89,6 +94,25 @@ class PixelTap:
                 del vae.encode
             else:
                 vae.encode = self._encode.earlier
+
+
+def encoder(
+    pipe: weakref.ref[Any], encode: Callable[[Any, Tensor], tuple[Tensor, tuple[int, int]]]
+) -> Callable[[Tensor], tuple[Tensor, tuple[int, int]]]:
+    """An adapter's `encode` of one pipeline as `References` offer it: without gradients, heard by no `PixelTap`."""
+
+    def call(pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        living = pipe()
+        if living is None:
+            raise PixelsUnavailableError("the pipeline that was patched must still exist to encode images; it is gone")
+        token = _OWN.set(True)
+        try:
+            with torch.no_grad():
+                return encode(living, pixels)
+        finally:
+            _OWN.reset(token)
+
+    return call
 
 
 def _fits(pixels: Tensor, grid: tuple[int, int] | None) -> bool:

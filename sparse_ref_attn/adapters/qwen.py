@@ -97,7 +97,7 @@ class QwenImageAdapter(Adapter):
                 return pack_rows(image, rows, 0), text
             shape = kwargs["img_shapes"][0]
             moved = [
-                _frequencies(module, i, shape[i], r.positions.to(image.device))
+                _frequencies(module, i, shape[i], r.positions).to(image.device)
                 for i, r in enumerate(plan.reduced, start=1)
             ]
             return torch.cat([image[: prod(shape[0])], *moved]), text
@@ -130,4 +130,5 @@ def _frequencies(pos_embed: Any, frame: int, shape: Sequence[int], positions: Te
         size = shape[1 + axis]
         parts.append(positions[:, axis] - (size - size // 2 if pos_embed.scale_rope else 0))
     dims = pos_embed.axes_dim
-    return torch.cat([pos_embed.rope_params(p.cpu(), d).to(p.device) for p, d in zip(parts, dims, strict=True)], 1)
+    theta = pos_embed.theta
+    return torch.cat([pos_embed.rope_params(p.cpu(), d, theta) for p, d in zip(parts, dims, strict=True)], 1)

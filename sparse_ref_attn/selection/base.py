@@ -58,6 +58,9 @@ class References:
         What the profiling steps measured, mean over items, heads, blocks and steps.
     generator : torch.Generator
         The library's own CPU generator, reseeded every run.
+    encode : callable, optional
+        From pixels (b, 3, H, W) in [-1, 1] to reference tokens (b, R', D) and their grid, by the
+        pipeline's own VAE; draws no random numbers. None for a bare transformer.
     """
 
     layout: TokenLayout
@@ -65,6 +68,7 @@ class References:
     pixels: Sequence[Tensor | None] = ()
     attention: Mapping[Probe, Tensor] = field(default_factory=dict)
     generator: torch.Generator = field(default_factory=torch.Generator)
+    encode: Callable[[Tensor], tuple[Tensor, tuple[int, int]]] | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
