@@ -116,7 +116,8 @@ class Session:
         self.config = config
         select = config.select
         probes = list(select.probes()) if isinstance(select, Selector) else []
-        if config.guard is not None and not any(p.queries == "generation" for p in probes):
+        needs_mass = config.guard is not None or (isinstance(config.budget, Budget) and config.budget.needs_mass)
+        if needs_mass and not any(p.queries == "generation" for p in probes):
             probes.extend(AttentionMass().probes())
         plain = [replace(p, value_norm=False) for p in probes if p.value_norm]
         self.probes: tuple[Probe, ...] = tuple(dict.fromkeys([*probes, *plain]))
@@ -135,6 +136,7 @@ class Session:
         self._order: Tensor | None = None
         self._raised: tuple[int, ...] = ()
         self._floors: tuple[int, ...] = ()
+        self._fixed: tuple[int, ...] | None = None
         self._plans: dict[tuple[int, ...], Plan] = {}
         self._step: tuple[int, Plan] | None = None
 
@@ -178,6 +180,9 @@ class Session:
             raise ConfigError(
                 f"weights must be one a reference, got {len(config.weights)} for {len(layout.references)} references"
             )
+        assert isinstance(config.budget, Budget)
+        # Raises now, not after a dense profiling step, where the references have too few tokens.
+        config.budget.counts(clock(0), layout.sizes, [torch.ones(size) for size in layout.sizes])
         self._floors = tuple(_tokens(config.floor, size, i) for i, size in enumerate(layout.sizes))
         self._raised = self._floors
         self._clock = clock
@@ -203,13 +208,25 @@ class Session:
         if self._scores is None:
             if step in self.profile_steps:
                 return Plan("profile")
-            if any(later >= step for later in self.profile_steps) or not self._sums:
+            if any(later >= step for later in self.profile_steps):
+                return Plan("dense")
+            if not self._sums:
+                self._note_blind()
                 return Plan("dense")
             self._rank()
         counts = self._counts(self._clock(step))
         if counts not in self._plans:
             self._plans[counts] = self._choose(counts)
         return self._plans[counts]
+
+    def _note_blind(self) -> None:
+        assert self.record is not None
+        note = (
+            f"every step runs dense: no attention was measured in the profiling steps {sorted(self.profile_steps)}; "
+            "their calls must hold the reference tokens and go through the attention that is listened to"
+        )
+        if note not in self.record.notes:
+            self.record.notes.append(note)
 
     def largest(self, steps: Sequence[int]) -> Plan:
         """The plan of the step among `steps` that keeps most (needs a ranking)."""
@@ -232,12 +249,12 @@ class Session:
                 rows = queries[:, :: probe.query_stride]
                 self.record.scoring_flops += 2.0 * rows.numel() * view.keys.shape[1]
                 if probe.queries == "generation":
-                    self.record.attention.append(_statistics(step, block, cache[key]))
+                    self.record.attention.append(_statistics(step, block, [part.mean(dim=0) for part in cache[key]]))
             parts = cache[key]
             if probe.value_norm:
-                norms = [view.values[:, a:b].float().norm(dim=-1).mean(0).T for a, b in view.spans]
+                norms = [view.values[:, a:b].float().norm(dim=-1).transpose(1, 2) for a, b in view.spans]
                 parts = [part * norm for part, norm in zip(parts, norms, strict=True)]
-            mass = torch.cat([part.mean(dim=0) for part in parts])
+            mass = torch.cat([part.mean(dim=(0, 1)) for part in parts])
             self._sums[probe] = self._sums[probe] + mass if probe in self._sums else mass
             self._terms[probe] = self._terms.get(probe, 0) + 1
 
@@ -286,6 +303,16 @@ class Session:
         )
 
     def _counts(self, clock: Clock) -> tuple[int, ...]:
+        """Tokens to keep; of a budget that never varies asked once a run, since `TopP` syncs."""
+        assert isinstance(self.config.budget, Budget)
+        if self.config.budget.varies != "never":
+            return self._raised_counts(clock)
+        if self._fixed is None:
+            self._fixed = self._raised_counts(clock)
+        return self._fixed
+
+    def _raised_counts(self, clock: Clock) -> tuple[int, ...]:
+        """The budget's counts, raised to floors and guard, rounded up to the multiple."""
         assert self.record is not None
         assert isinstance(self.config.budget, Budget)
         layout, budget = self.record.layout, self.config.budget
@@ -345,23 +372,23 @@ def _tokens(value: float | int, size: int, reference: int) -> int:
 
 
 def _measure(probe: Probe, queries: Tensor, view: AttentionView) -> list[Tensor]:
-    """Mass (H, R_i) that the probe's queries pay to each reference, mean over items."""
+    """Mass (B, H, R_i) that the probe's queries pay to each reference."""
     first, last = view.spans[0][0], view.spans[-1][1]
     mask = view.key_mask
     if probe.queries == "generation":
         mass = attention_mass(queries, view.keys, (first, last), key_mask=mask, query_stride=probe.query_stride)
-        return [mass[..., a - first : b - first].mean(dim=0) for a, b in view.spans]
+        return [mass[..., a - first : b - first] for a, b in view.spans]
     return [
         attention_mass(
             queries[:, a - first : b - first], view.keys, (a, b), key_mask=mask, query_stride=probe.query_stride
-        ).mean(dim=0)
+        )
         for a, b in view.spans
     ]
 
 
 def _top_quarter(mass: Tensor) -> Tensor:
-    """Share of (H, R) mass in the top 25 % of R, (H,)."""
-    top = mass.topk(max(1, round(mass.shape[-1] / 4)), dim=-1).values.sum(-1)
+    """Share of (H, R) mass in the top 25 % of R, rounded up, (H,)."""
+    top = mass.topk(-(-mass.shape[-1] // 4), dim=-1).values.sum(-1)
     return top / mass.sum(-1).clamp_min(torch.finfo(mass.dtype).tiny)
 
 

@@ -64,9 +64,22 @@ class Adapter:
         return None
 
     def layout(self, kwargs: Kwargs, found: Found) -> TokenLayout:
-        """The layout of this call."""
-        text = 0 if self.text_tokens is None else kwargs[self.text_tokens].shape[1]
-        return TokenLayout(kwargs[self.tokens].shape[1], text, *found)
+        """The layout of this call.
+
+        Raises
+        ------
+        LayoutError
+            If the generation or a reference lies outside the rows, or they overlap.
+        """
+        given = None if self.text_tokens is None else kwargs.get(self.text_tokens)
+        rows, ((first, length), references) = kwargs[self.tokens].shape[1], found
+        overlaps = any(r.start < first + length and first < r.start + r.length for r in references)
+        if first < 0 or length < 1 or first + length > rows or overlaps:
+            raise LayoutError(
+                f"the generation must be one or more of the {rows} rows and none of a reference's, "
+                f"got rows {first} to {first + length} beside {references}"
+            )
+        return TokenLayout(rows, 0 if given is None else given.shape[1], (first, length), references)
 
     def cached(self, kwargs: Kwargs) -> bool:
         """Whether this call attends to reference K/V of an earlier call and has no reference rows."""
@@ -89,9 +102,17 @@ class Adapter:
         raise IncompatibleError(f"the {self.name} adapter has no way to place changed tokens; use a selector")
 
     def restore(self, output: Any, rows: Tensor, size: int) -> Any:
-        """The output with its rows back at `rows` of `size`; the others are zero."""
+        """The output with its rows back at `rows` of `size`; the others are zero.
+
+        An output of the generation rows alone is returned as it is.
+        """
         sample = output[0] if isinstance(output, tuple) else output.sample if hasattr(output, "sample") else output
-        if sample.shape[1] != rows.shape[0]:
+        if not isinstance(sample, Tensor):
+            raise LayoutError(
+                f"a transformer's output must be a tensor, a tuple that starts with one, or have it as sample, "
+                f"got {type(output).__name__}"
+            )
+        if sample.ndim != 3 or sample.shape[1] != rows.shape[0]:
             return output
         full = unpack_rows(sample, rows, size)
         if isinstance(output, tuple):
@@ -131,9 +152,10 @@ class Adapter:
             )
         spans = tuple((at + r.start, at + r.start + r.length) for r in layout.references)
         item = layout.conditional or slice(None)
-        q, k, v = q[item], k[item], v[item]
+        kept = key_mask(mask, q.shape[0])
+        q, k, v, kept = q[item], k[item], v[item], None if kept is None else kept[item]
         return AttentionView(
-            k, v, q[:, at + first : at + first + length], q[:, spans[0][0] : spans[-1][1]], spans, key_mask(mask, item)
+            k, v, q[:, at + first : at + first + length], q[:, spans[0][0] : spans[-1][1]], spans, kept
         )
 
     def encode(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -141,14 +163,14 @@ class Adapter:
         raise IncompatibleError(f"the {self.name} adapter cannot encode images; rivals work on latents there")
 
 
-def key_mask(mask: Tensor | None, item: slice) -> Tensor | None:
-    """A (B, S) bool mask of keys out of an attention mask (B, 1, 1, S)."""
+def key_mask(mask: Tensor | None, batch: int) -> Tensor | None:
+    """A (B, S) bool mask of keys out of an attention mask (B or 1, 1, 1, S)."""
     if mask is None:
         return None
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
         raise LayoutError(f"an attention mask must be a mask of keys, (B, 1, 1, S), got {tuple(mask.shape)}")
     keep = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return keep[:, 0, 0][item]
+    return keep[:, 0, 0].expand(batch, -1)
 
 
 def references_from_ids(ids: Tensor) -> Found | None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import ConfigError, IncompatibleError
+from ..errors import ConfigError, IncompatibleError, LayoutError
 from ..selection import Reduced
 from ..types import TokenLayout
 from . import seams
@@ -20,21 +20,35 @@ from .seams import AttentionSite
 __all__ = ["PlainAdapter"]
 
 
-class _SdpaTap(TorchFunctionMode):
-    """Sees every scaled_dot_product_attention of this thread, in order."""
+_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
-    def __init__(self, tap: seams.Tap) -> None:
+
+class _SdpaTap(TorchFunctionMode):
+    """Sees every scaled_dot_product_attention of this thread, in order; calls of kind "other" are passed over."""
+
+    def __init__(self, tap: seams.Tap, kinds: Sequence[str]) -> None:
         super().__init__()
-        self._tap, self._calls = tap, 0
+        self._tap, self._kinds, self._calls = tap, kinds, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
-            named = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
-            q, k, v = (named[n].transpose(1, 2) for n in ("query", "key", "value"))
-            self._tap(self._calls, q, k, v, named.get("attn_mask"))
-            self._calls += 1
+            call, self._calls = self._calls, self._calls + 1
+            if call >= len(self._kinds):
+                raise LayoutError(f"attention must name each of a forward's attention calls, got {self._kinds}")
+            if self._kinds[call] != "other":
+                self._look(call, {**dict(zip(_SDPA, args, strict=False)), **kwargs})
         return func(*args, **kwargs)
+
+    def _look(self, call: int, named: dict[str, Any]) -> None:
+        if named.get("is_causal"):
+            raise LayoutError(f"measured attention must look at all keys, got a causal call {call}")
+        q, k, v = (named[n].transpose(1, 2) for n in ("query", "key", "value"))
+        if k.shape[2] != q.shape[2]:  # grouped-query attention
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+        if named.get("scale") is not None:  # the mass is measured at the default scale C ** -0.5
+            q = q * (named["scale"] * q.shape[-1] ** 0.5)
+        self._tap(call, q, k, v, named.get("attn_mask"))
 
 
 class PlainAdapter(Adapter):
@@ -55,7 +69,8 @@ class PlainAdapter(Adapter):
         attention. Default none.
     attention : sequence of str
         Kind of each ``scaled_dot_product_attention`` call of one forward, in order: "double" or
-        "single". Selectors that look at attention need it; it must see all tokens, (B, H, S, C).
+        "single", which see all tokens, (B, H, S, C), or "other" (cross-attention), which is not
+        measured. Selectors that look at attention need it.
     conditional : callable, optional
         From the arguments to the batch items that are scored, where guidance is batched.
     positions : str, optional
@@ -83,6 +98,9 @@ class PlainAdapter(Adapter):
         positions: str | None = None,
         name: str = "plain",
     ) -> None:
+        unknown = sorted(set(attention) - {"double", "single", "other"})
+        if unknown:
+            raise ConfigError(f'attention must be made of "double", "single" and "other", got {unknown}')
         if positions is not None and positions not in (rows or {}):
             raise ConfigError(f"positions must be one of rows {sorted(rows or {})}, got {positions!r}")
         self.tokens, self.text_tokens = tokens, text
@@ -113,7 +131,7 @@ class PlainAdapter(Adapter):
         return [AttentionSite(None, kind) for kind in self._attention]
 
     def check_measurable(self, transformer: nn.Module) -> None:
-        if not self._attention:
+        if not set(self._attention) - {"other"}:
             raise IncompatibleError(
                 f"this selector looks at attention: tell the {self.name} adapter the kind of each attention call, "
                 'for example attention=["single"] * len(blocks)'
@@ -121,5 +139,5 @@ class PlainAdapter(Adapter):
 
     @contextlib.contextmanager
     def listen(self, transformer: nn.Module, tap: seams.Tap) -> Iterator[None]:
-        with _SdpaTap(tap):
+        with _SdpaTap(tap, self._attention):
             yield

@@ -1,0 +1,1 @@
+"""Dropping is correct, not merely running: every model family against independent witnesses."""

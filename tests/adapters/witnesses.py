@@ -1,0 +1,137 @@
+"""Witnesses that do not use the library: what a transformer was given and gave, its attention, and masked attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+GENERATION = 64  # output tokens of every case at its default side
+
+
+@dataclass
+class Attention:
+    """One attention call: q, k, v (B, S, H, C), and its mask (B, 1, 1, S) or None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+
+    def weights(self) -> Tensor:
+        """The whole softmax (B, H, N, S) in float64."""
+        q, k = self.q.double().transpose(1, 2), self.k.double().transpose(1, 2)
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        if self.mask is not None:
+            scores = scores.masked_fill(~self.mask.bool(), -torch.inf)
+        return scores.softmax(-1)
+
+
+@dataclass
+class Call:
+    """One transformer call: arguments as the pipeline gave them, what reached the model, and the output."""
+
+    given: dict[str, Any]
+    reached: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
+    attention: list[Attention] = field(default_factory=list)
+
+    @property
+    def text(self) -> int:
+        return self.given["encoder_hidden_states"].shape[1]
+
+    @property
+    def rows(self) -> int:
+        return self.given["hidden_states"].shape[1]
+
+    @property
+    def sample(self) -> Tensor:
+        return self.output[0] if isinstance(self.output, tuple) else self.output
+
+
+def _copied(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+class _Listener(TorchFunctionMode):
+    """Notes the attention of the call that is running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call: Call | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention and self.call is not None:
+            named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+            q, k, v = (named[name].detach().transpose(1, 2).clone() for name in ("query", "key", "value"))
+            self.call.attention.append(Attention(q, k, v, named.get("attn_mask")))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def witnessed(transformer: torch.nn.Module) -> Iterator[list[Call]]:
+    """The calls of `transformer` inside, growing. To be entered after patching."""
+    calls: list[Call] = []
+    listener = _Listener()
+
+    def before(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        assert not args
+        listener.call = Call(_copied(kwargs))
+        calls.append(listener.call)
+
+    def after(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        calls[-1].reached, calls[-1].output = _copied(kwargs), output
+        listener.call = None
+
+    hooks = [
+        transformer.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+        transformer.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        with listener:
+            yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class HiddenKeys(TorchFunctionMode):
+    """Inside, an attention over n keys sees only those that ``seen[n]``, (n,) bool, allows."""
+
+    def __init__(self, seen: dict[int, Tensor]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            kwargs = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+            args, seen = (), self.seen[kwargs["key"].shape[-2]]
+            mask = kwargs.get("attn_mask")
+            kwargs["attn_mask"] = seen.expand(1, 1, 1, -1) if mask is None else mask.bool() & seen
+        return func(*args, **kwargs)
+
+
+def hidden_keys(call: Call, kept: Tensor, references_first: bool = False) -> HiddenKeys:
+    """Hides the reference tokens of `call` that are not `kept`, (R,) bool, in every attention."""
+    text, generation = torch.ones(call.text).bool(), torch.ones(GENERATION).bool()
+    image = [kept, generation] if references_first else [generation, kept]
+    joint = torch.cat([text, *image])
+    return HiddenKeys({len(joint): joint, len(kept): kept})
+
+
+def best(scores: np.ndarray, sizes: tuple[int, ...], share: float) -> torch.Tensor:
+    """(R,) bool: of each reference the `share` of its tokens with the highest scores, rounded half up."""
+    kept, start = np.zeros(sum(sizes), bool), 0
+    for size in sizes:
+        count = max(1, int(share * size + 0.5 + 1e-9))
+        kept[start + np.argsort(-scores[start : start + size])[:count]] = True
+        start += size
+    return torch.from_numpy(kept)
