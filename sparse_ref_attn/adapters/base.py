@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from ..errors import IncompatibleError, LayoutError, UnsupportedModelError
 from ..functional import pack_rows, unpack_rows
 from ..selection import Reduced
 from ..session import AttentionView
-from ..types import Reference, RefSelection, TokenLayout
+from ..types import Reference, TokenLayout
 from . import seams
 from .seams import AttentionSite
 
@@ -195,7 +196,7 @@ def references_from_ids(ids: Tensor) -> Found | None:
     if any(bool(frames[start] == frames[0]) for start in edges[1:-1]):
         return None
     references = []
-    for start, stop in zip(edges[1:], edges[2:], strict=False):
+    for start, stop in pairwise(edges[1:]):
         cells = table[start:stop, 1:3]
         again = (cells == cells[0]).all(1).nonzero().flatten().tolist()
         for a, b in zip(again, [*again[1:], stop - start], strict=True):
