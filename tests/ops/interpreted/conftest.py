@@ -1,4 +1,4 @@
-"""These files launch Triton kernels on CPU tensors: collected only where they are interpreted (`tests/ops/interp.py`)."""
+"""These files launch Triton kernels on CPU tensors: collected only where interpreted (`tests/ops/interp.py`)."""
 
 from __future__ import annotations
 
