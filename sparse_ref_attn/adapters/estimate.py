@@ -119,7 +119,8 @@ class Estimate:
             f"kept        {self.mean_tokens:.0f} of {total} reference tokens on average{kept}",
             f"work        {self.dense.total / 1e12:.1f} TFLOP dense, {self.sparse.total / 1e12:.1f} sparse "
             f"({self.scoring.total / 1e12:.1f} of it scoring): FLOP ratio {self.flop_ratio:.2f}",
-            f"memory      {_gb(memory.dense.parameters)} parameters; activations {_gb(memory.dense.activations)} dense, "
+            f"memory      {_gb(memory.dense.parameters)} parameters; activations "
+            f"{_gb(memory.dense.activations)} dense, "
             f"{_gb(memory.sparse_step.activations)} on sparse steps; peak {_gb(memory.dense.total)} dense, "
             f"{_gb(memory.sparse.total)} sparse",
             f"cached K/V  {_gb(memory.dense_reference_kv)} for all reference tokens, "
