@@ -1,10 +1,11 @@
 """The public door to the ops.
 
 Letters, in the whole library: B batch, S joint sequence, N queries, M dense keys, R reference
-rows, K kept rows, H heads, C head dim, T packed tokens, D features.
+rows, K kept rows, H heads, G key/value heads, C head dim, T packed tokens, D features.
 """
 
 from .ops.attention_mass import attention_mass
+from .ops.gather_attention import gather_attention
 from .ops.pack_rows import pack_rows, unpack_rows
 
-__all__ = ["attention_mass", "pack_rows", "unpack_rows"]
+__all__ = ["attention_mass", "gather_attention", "pack_rows", "unpack_rows"]

@@ -1,0 +1,132 @@
+"""The operands of the op in one normal form, and what must hold of their values.
+
+Packed tensors only: q (T, H, C), dense k and v (M, G, C) with G key/value heads, bank k_ref and
+v_ref (R, G, C). Item b's rows of a packed tensor are ``cu_seqlens[p, b]`` up to
+``cu_seqlens[p, b + 1]`` for each part p (one part or two).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...errors import LayoutError
+
+__all__ = ["Arguments", "HostLayout", "check_values"]
+
+
+class Arguments(NamedTuple):
+    """Operands after validation, in the order of the registered op.
+
+    ``cu_seqlens_q`` (P, B+1); ``cu_seqlens_k`` (P, B+1): row 1 counts in `k2` where there is one, else in `k`;
+    ``ref_offsets`` (1, B+1), or (G, B+1) for one selection per key/value head.
+    """
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    k2: Tensor | None
+    v2: Tensor | None
+    k_ref: Tensor | None
+    v_ref: Tensor | None
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor | None
+    ref_indices: Tensor | None
+    ref_offsets: Tensor | None
+    scale: float
+    distinct: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The differentiable operands: q, k, v, k2, v2, k_ref, v_ref."""
+        return self.q, self.k, self.v, self.k2, self.v2, self.k_ref, self.v_ref
+
+    @property
+    def items(self) -> int:
+        """Batch size B."""
+        return self.cu_seqlens_q.shape[1] - 1
+
+    @property
+    def key_heads(self) -> int:
+        """Key/value heads G."""
+        k = self.k_ref if self.k is None else self.k
+        assert k is not None
+        return k.shape[1]
+
+    @property
+    def per_head(self) -> bool:
+        """Whether each key/value head has a selection of its own."""
+        return self.ref_offsets is not None and self.ref_offsets.shape[0] > 1
+
+    @property
+    def segments(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(k, v, cu_seqlens (P, B+1)) of each dense tensor."""
+        if self.k is None or self.v is None or self.cu_seqlens_k is None:
+            return []
+        if self.k2 is None or self.v2 is None:
+            return [(self.k, self.v, self.cu_seqlens_k)]
+        return [(self.k, self.v, self.cu_seqlens_k[:1]), (self.k2, self.v2, self.cu_seqlens_k[1:])]
+
+
+class HostLayout(NamedTuple):
+    """Row ranges as host integers: reading them waits for the device."""
+
+    queries: list[list[int]]
+    segments: list[list[list[int]]]
+    offsets: list[list[int]]
+
+    @classmethod
+    def of(cls, a: Arguments) -> HostLayout:
+        """Read the ranges of `a`."""
+        return cls(
+            a.cu_seqlens_q.tolist(),
+            [cu.tolist() for _, _, cu in a.segments],
+            [] if a.ref_offsets is None else a.ref_offsets.tolist(),
+        )
+
+    def query_rows(self, item: int) -> list[tuple[int, int]]:
+        """Row ranges of an item's queries, empty ones left out."""
+        return _ranges(self.queries, item)
+
+    def key_rows(self, segment: int, item: int) -> list[tuple[int, int]]:
+        """Row ranges of an item's keys in one dense tensor, empty ones left out."""
+        return _ranges(self.segments[segment], item)
+
+    def kept(self, item: int, head: int = 0) -> tuple[int, int]:
+        """Where an item's selection lies in ``ref_indices``."""
+        if not self.offsets:
+            return 0, 0
+        row = self.offsets[min(head, len(self.offsets) - 1)]
+        return row[item], row[item + 1]
+
+
+def _ranges(parts: list[list[int]], item: int) -> list[tuple[int, int]]:
+    return [(part[item], part[item + 1]) for part in parts if part[item] < part[item + 1]]
+
+
+def check_values(a: Arguments, layout: HostLayout) -> None:
+    """Raise a LayoutError unless every range tiles its tensor and every index lies in the bank."""
+    _check_tiling("cu_seqlens_q", layout.queries, a.q.shape[0], "q")
+    for n, ((k, _, _), parts) in enumerate(zip(a.segments, layout.segments, strict=True)):
+        _check_tiling("cu_seqlens_k", parts, k.shape[0], f"k{n + 1}" if n else "k")
+    if a.ref_indices is None or a.k_ref is None:
+        return
+    _check_tiling("ref_offsets", layout.offsets, a.ref_indices.shape[0], "ref_indices")
+    if a.ref_indices.numel():
+        low, high = (int(x) for x in a.ref_indices.aminmax())
+        if low < 0 or high >= a.k_ref.shape[0]:
+            raise LayoutError(f"ref_indices must lie in [0, {a.k_ref.shape[0]}), got values from {low} to {high}")
+
+
+def _check_tiling(name: str, parts: list[list[int]], rows: int, of: str) -> None:
+    at = 0
+    for part in parts:
+        if part[0] != at:
+            raise LayoutError(f"{name} must start at 0 and each part where the one before ended ({at}), got {parts}")
+        if any(a > b for a, b in pairwise(part)):
+            raise LayoutError(f"{name} must not decrease, got {part}")
+        at = part[-1]
+    if at != rows:
+        raise LayoutError(f"{name} must end at the {rows} rows of {of}, got {at}")

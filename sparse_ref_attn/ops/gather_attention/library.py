@@ -1,0 +1,114 @@
+"""Registration with torch: one op forward, one backward, shapes for tracing, and the autograd formula.
+
+Both ops are opaque to the compiler. The backend's name travels as an argument and is resolved inside, so tracing never
+asks for the device's properties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._support import Call, choose
+from .arguments import Arguments, HostLayout, check_values
+from .gradients import Gradients, Wanted
+
+__all__ = ["gather_attention_op"]
+
+TENSORS = (
+    "Tensor q, Tensor? k, Tensor? v, Tensor? k2, Tensor? v2, Tensor? k_ref, Tensor? v_ref, "
+    "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? ref_indices, Tensor? ref_offsets"
+)
+DIFFERENTIABLE = 7  # q, k, v, k2, v2, k_ref, v_ref come first
+
+library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
+library.define(
+    f"gather_attention({TENSORS}, float scale, bool distinct, str backend, bool check) -> (Tensor out, Tensor lse)"
+)
+library.define(
+    f"gather_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {TENSORS}, "
+    "float scale, bool distinct, str backend, bool[] wanted) -> Tensor[]"
+)
+
+
+def gather_attention_op(a: Arguments, backend: str, check: bool) -> tuple[Tensor, Tensor]:
+    """Out (T, H, C) and lse (H, T), differentiable."""
+    return torch.ops.sparse_ref_attn.gather_attention(*a, backend, check)
+
+
+def _call(a: Arguments) -> Call:
+    aligned = all(
+        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+        for x in a.tensors
+        if x is not None and x.numel()
+    )
+    return Call(a.q.device, a.q.dtype, a.q.shape[2], a.items, a.per_head, aligned)
+
+
+def _implementation(a: Arguments, backend: str) -> Any:
+    """The module of the chosen backend: `forward(a)` and `backward(a, ...)`."""
+    return import_module(f".{choose(backend, _call(a))}", __package__)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, backend, check = arguments
+    a = Arguments(*given)
+    if check or a.q.device.type == "cpu":
+        check_values(a, HostLayout.of(a))
+    return _implementation(a, backend).forward(a)
+
+
+def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
+    *given, backend, wanted = arguments
+    a = Arguments(*given)
+    grads: Gradients = _implementation(a, backend).backward(a, grad_out, grad_lse, out, lse, Wanted(*wanted))
+    return [a.q.new_empty(0) if g is None else g for g in grads]
+
+
+library.impl("gather_attention", _forward, "CompositeExplicitAutograd")
+library.impl("gather_attention_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sparse_ref_attn::gather_attention", lib=library)
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.register_fake("sparse_ref_attn::gather_attention_backward", lib=library)
+def _(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
+    wanted = _each(arguments[-1])
+    given = arguments[:DIFFERENTIABLE]
+    q = given[0]
+    return [q.new_empty(0) if x is None or not w else x.new_empty(x.shape) for x, w in zip(given, wanted, strict=True)]
+
+
+def _each(wanted: Sequence[bool]) -> list[bool]:
+    """From (q, dense, bank) to the seven tensors."""
+    q, dense, bank = wanted
+    return [q, dense, dense, dense, dense, bank, bank]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:11], *output)
+    ctx.rest = inputs[11:-1]  # scale, distinct, backend
+    ctx.inputs = len(inputs)
+
+
+def _formula(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *given, out, lse = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    wanted = [need[0], any(need[1:5]), any(need[5:7])]
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = torch.ops.sparse_ref_attn.gather_attention_backward(grad_out, grad_lse, out, lse, *given, *ctx.rest, wanted)
+    asked = (g if n and x is not None else None for g, n, x in zip(grads, need, given, strict=False))
+    return (*asked, *[None] * (ctx.inputs - DIFFERENTIABLE))
+
+
+torch.library.register_autograd("sparse_ref_attn::gather_attention", _formula, setup_context=_setup, lib=library)

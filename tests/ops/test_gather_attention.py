@@ -1,0 +1,237 @@
+"""The definition and the SDPA backend against dense attention in float64, and what the op promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_ref_attn.errors import ConfigError, LayoutError
+from sparse_ref_attn.functional import gather_attention
+
+from .problems import Problem, gradients, make, truth
+
+PROBLEMS = {
+    "one item": make(((7,),), ((5,),), (3,), 6),
+    "one token": make(((1,),), ((1,),), (1,), 1),
+    "three ragged items, one bank": make(((7, 1, 4),), ((5, 2, 9),), (3, 0, 6), 6),
+    "text and image rows apart": make(((2, 3), (4, 5)), ((3, 1), (2, 6)), (2, 4), 5),
+    "two dense tensors": make(((2, 3),), ((3, 0),), (2, 4), 5, second=(4, 2)),
+    "empty items": make(((3, 0, 2),), ((0, 4, 0),), (0, 2, 3), 5),
+    "nothing to attend to": make(((3, 2),), ((0, 0),), (0, 0), 5),
+    "no queries": make(((0,),), ((4,),), (2,), 5),
+    "bank alone": make(((5, 3),), None, (4, 2), 7),
+    "dense alone": make(((5, 3),), ((4, 2),), None),
+    "rows named twice": make(((5, 3),), ((4, 2),), (6, 5), 3, repeats=True),
+    "grouped heads": make(((5, 3),), ((4, 2),), (3, 2), 7, heads=6, key_heads=2, channels=24),
+    "a selection per key head": make(((5, 3),), ((4, 2),), ((3, 0), (1, 4)), 7, heads=4, key_heads=2),
+}
+
+
+def same(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_output_lse_and_every_gradient_equal_dense_attention(name: str, backend: str) -> None:
+    problem = PROBLEMS[name].leaves()
+    exact = PROBLEMS[name].leaves()
+    out, lse = problem.run(backend)
+    want_out, want_lse = truth(exact)
+    same(out, want_out)
+    same(lse, want_lse)
+    got = gradients(problem, out, lse)
+    want = gradients(exact, want_out, want_lse)
+    for tensor in want:
+        same(got[tensor], want[tensor])
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_gradcheck_through_output_and_lse(backend: str) -> None:
+    problem = make(((2, 1), (1, 2)), ((2, 0), (1, 1)), (2, 1), 3, heads=2, key_heads=1, channels=4, repeats=True)
+    names = list(problem.operands)
+
+    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return Problem(dict(zip(names, tensors, strict=True)), problem.layout).run(backend)
+
+    assert torch.autograd.gradcheck(call, tuple(problem.leaves().operands.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision_errs_no_more_than_twice_pytorch_itself(dtype: torch.dtype) -> None:
+    problem = make(((33, 17),), ((20, 41),), (9, 30), 40, heads=3, channels=64).to(dtype)
+    exact = problem.to(torch.float64).leaves()
+    want = truth(exact)
+    want_grads = gradients(exact, *want)
+    errors = {}
+    for backend in ("reference", "sdpa"):
+        low = problem.leaves()
+        out, lse = low.run(backend)
+        assert lse.dtype == torch.float32
+        grads = gradients(low, out, lse)
+        pairs = [(out, want[0]), *((grads[n], want_grads[n]) for n in grads)]
+        errors[backend] = [(got.double() - exact).abs().max().item() for got, exact in pairs]
+    slack = 2 * torch.finfo(dtype).eps  # rounding of the result itself
+    for got, allowed, scale in zip(errors["sdpa"], errors["reference"], [1.0] * 6, strict=True):
+        assert got <= 2 * allowed + slack * scale
+
+
+def test_dropped_rows_have_no_gradient_and_kept_ones_do() -> None:
+    problem = make(((5, 3),), ((4, 2),), (2, 3), 12).leaves()
+    kept = problem.layout["ref_indices"].long().unique()
+    grads = gradients(problem, *problem.run("sdpa"))
+    rows = torch.ones(12, dtype=torch.bool)
+    rows[kept] = False
+    for name in ("k_ref", "v_ref"):
+        assert (grads[name][rows] == 0).all()
+        assert (grads[name][kept].flatten(1).abs().amax(1) > 0).all()
+
+
+def test_an_item_does_not_depend_on_its_neighbours() -> None:
+    both = make(((5, 3),), ((4, 2),), (3, 2), 7)
+    changed = {n: x.clone() for n, x in both.operands.items()}
+    for name in ("q", "k", "v"):
+        changed[name][{"q": 5}.get(name, 4) :] *= -3
+    out, lse = both.run("sdpa")
+    other_out, other_lse = Problem(changed, both.layout).run("sdpa")
+    assert torch.equal(out[:5], other_out[:5])
+    assert torch.equal(lse[:, :5], other_lse[:, :5])
+    assert not torch.allclose(out[5:], other_out[5:])
+
+
+def test_order_of_kept_rows_does_not_matter() -> None:
+    problem = make(((6,),), ((4,),), (5,), 9)
+    flipped = {**problem.layout, "ref_indices": problem.layout["ref_indices"].flip(0)}
+    same(Problem(problem.operands, flipped).run("sdpa")[0], problem.run("sdpa")[0])
+
+
+def test_keeping_all_rows_is_dense_attention() -> None:
+    q, k, v = (torch.randn(2, n, 3, 16) for n in (6, 9, 9))
+    got = gather_attention(q, k[:, :4], v[:, :4], k[:, 4:], v[:, 4:], torch.arange(10).view(2, 5))
+    want = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    torch.testing.assert_close(got, want)
+
+
+def test_batched_operands_equal_packed_ones() -> None:
+    problem = make(((4, 4),), ((3, 3),), (2, 2), 6, second=(5, 5))
+    o = problem.operands
+    out, lse = problem.run("sdpa")
+    q, k, v, k2, v2 = (o[n].unflatten(0, (2, -1)) for n in ("q", "k", "v", "k2", "v2"))
+    got, got_lse = gather_attention(
+        q, k, v, o["k_ref"], o["v_ref"], problem.layout["ref_indices"].view(2, 2), k2=k2, v2=v2, return_lse=True
+    )
+    same(got, out.view(got.shape))
+    same(got_lse, lse.unflatten(1, (2, 4)).transpose(0, 1))
+
+
+def test_distinct_rows_stored_directly_give_the_same_gradient() -> None:
+    base = make(((5, 3),), ((4, 2),), (3, 4), 9)
+    layout = {**base.layout, "ref_indices": torch.tensor([8, 1, 0, 2, 3, 7, 5])}
+    summed = Problem(base.operands, layout).leaves()
+    stored = Problem(base.operands, layout).leaves()
+    want = gradients(summed, *summed.run("sdpa"))
+    got = gradients(stored, *stored.run("sdpa", distinct=True))
+    for name in want:
+        same(got[name], want[name])
+
+
+def test_strided_operands() -> None:
+    joint = torch.randn(3, 11, 2, 16, dtype=torch.float64)  # q, k, v of one projection, heads swapped
+    q, k, v = joint.transpose(1, 2).contiguous().transpose(1, 2).unbind(0)
+    problem = Problem({"q": q, "k": k[:5], "v": v[:5], "k_ref": k[5:], "v_ref": v[5:]}, {})
+    layout = {"cu_seqlens_q": torch.tensor([[0, 11]]), "cu_seqlens_k": torch.tensor([[0, 5]])}
+    layout |= {"ref_indices": torch.tensor([4, 2, 0]), "ref_offsets": torch.tensor([[0, 3]])}
+    problem = Problem(problem.operands, layout)
+    same(problem.run("sdpa")[0], truth(problem)[0])
+
+
+def test_opcheck() -> None:
+    for name in ("two dense tensors", "a selection per key head", "bank alone"):
+        problem = PROBLEMS[name].leaves()
+        tensors = [problem.operands.get(n) for n in ("q", "k", "v", "k2", "v2", "k_ref", "v_ref")]
+        offsets = ("cu_seqlens_q", "cu_seqlens_k", "ref_indices", "ref_offsets")
+        layout = [problem.layout.get(n) for n in offsets]
+        op = torch.ops.sparse_ref_attn
+        torch.library.opcheck(op.gather_attention.default, (*tensors, *layout, 0.25, False, "sdpa", False))
+        plain = [None if t is None else t.detach() for t in tensors]
+        out, lse = op.gather_attention(*plain, *layout, 0.25, False, "sdpa", False)
+        arguments = (out, lse, out, lse, *plain, *layout, 0.25, False, "sdpa", [True, False, True])
+        torch.library.opcheck(op.gather_attention_backward.default, arguments)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+def test_compiles_as_one_graph_forward_and_backward(compiler: str) -> None:
+    torch._dynamo.reset()
+    problem, plain = (make(((5, 3),), ((4, 2),), (3, 2), 7).to(torch.float32).leaves() for _ in range(2))
+
+    def block(**operands: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = gather_attention(**operands, **problem.layout, return_lse=True)
+        return out.tanh(), lse
+
+    want = block(**plain.operands)
+    with torch._inductor.config.patch(cpp_cache_precompile_headers=False):
+        got = torch.compile(block, fullgraph=True, backend=compiler)(**problem.operands)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gradients(problem, *got), gradients(plain, *want))
+
+
+def test_new_lengths_do_not_recompile() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    call = torch.compile(gather_attention, fullgraph=True, backend=counter)
+    for queries, keys, kept in ((5, 7, 3), (6, 8, 4), (9, 11, 6), (13, 17, 8), (21, 19, 10)):
+        problem = make(((queries, 2),), ((keys, 3),), (kept, 2), 30 + queries, seed=kept)
+        got = call(**problem.operands, **problem.layout)
+        same(got, truth(problem)[0])
+    assert counter.frame_count <= 2  # the first lengths, then any
+
+
+def spoil(**changes: object) -> dict[str, object]:
+    problem = make(((5, 3),), ((4, 2),), (3, 2), 7).to(torch.float32)
+    return {**problem.operands, **problem.layout, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.zeros(8, 16)}, r"q must be \(T, H, C\)"),
+        ({"q": torch.zeros(8, 2, 16, dtype=torch.int32)}, "floating"),
+        ({"q": torch.zeros(8, 16, 2).transpose(1, 2)}, "contiguous in its last dimension"),
+        ({"v": None}, "k and v go together"),
+        ({"v": torch.zeros(6, 2, 8)}, "share one shape"),
+        ({"k": torch.zeros(6, 2, 16).half()}, "k must have the dtype and device of q"),
+        ({"k": torch.zeros(6, 3, 16), "v": torch.zeros(6, 3, 16)}, "number of heads that divides"),
+        ({"k": None, "v": None, "k_ref": None, "v_ref": None}, "there must be keys"),
+        ({"ref_indices": None}, "k_ref and ref_indices go together"),
+        ({"ref_indices": torch.zeros(5)}, "int32 or int64"),
+        ({"ref_indices": torch.tensor([0, 1, 2, 3, 7])}, r"lie in \[0, 7\), got values from 0 to 7"),
+        ({"ref_indices": torch.tensor([0, 1, -2, 3, 4])}, r"got values from -2 to 4"),
+        ({"ref_offsets": torch.tensor([0, 3, 4])}, "ref_offsets must end at the 5 rows of ref_indices, got 4"),
+        ({"ref_offsets": torch.tensor([0, 6, 5])}, "must not decrease"),
+        ({"ref_offsets": torch.tensor([0, 5])}, "for 2 items"),
+        ({"ref_offsets": torch.zeros(3, 3, dtype=torch.int64)}, r"one per key head \(2\)"),
+        ({"ref_offsets": None}, "must come with ref_offsets"),
+        ({"cu_seqlens_q": torch.tensor([1, 5, 8])}, "must start at 0"),
+        ({"cu_seqlens_q": torch.tensor([0, 5, 7])}, "must end at the 8 rows of q"),
+        ({"cu_seqlens_k": torch.tensor([0, 6])}, "same 2 items"),
+        ({"k2": torch.zeros(3, 2, 16), "v2": torch.zeros(3, 2, 16)}, "one row for k and one for k2"),
+    ],
+)
+def test_bad_input_is_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        gather_attention(**spoil(**changes))
+
+
+def test_unknown_and_refusing_backends_are_named() -> None:
+    with pytest.raises(ConfigError, match="must be one of auto, reference"):
+        gather_attention(**spoil(backend="cutlass"))
+
+
+def test_q_may_need_no_gradient() -> None:
+    problem = make(((5, 3),), ((4, 2),), (3, 2), 7).leaves()
+    problem.operands["q"].requires_grad_(False)
+    problem.operands["k"].requires_grad_(False)
+    (got,) = torch.autograd.grad(problem.run("sdpa")[0].sum(), problem.operands["v_ref"])
+    exact = make(((5, 3),), ((4, 2),), (3, 2), 7).leaves()
+    (want,) = torch.autograd.grad(truth(exact)[0].sum(), exact.operands["v_ref"])
+    same(got, want)
