@@ -297,8 +297,8 @@ class Session:
             for count, size, floor in zip(counts, record.layout.sizes, self._floors, strict=True)
         )
         record.notes.append(
-            f"the attention is spread evenly (top 25 % of the tokens hold {share:.0%} of the mass, below "
-            f"{guard.top_quarter:.0%}), as in edits of the whole image: at least {sum(self._raised)} of "
+            f"the attention is spread evenly (top 25 % of the tokens hold {100 * share:.0f} % of the mass, below "
+            f"{100 * guard.top_quarter:.0f} %), as in edits of the whole image: at least {sum(self._raised)} of "
             f"{record.layout.reference_tokens} reference tokens are kept"
         )
 

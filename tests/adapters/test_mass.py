@@ -1,4 +1,4 @@
-"""What a profiling step measures equals the explicit softmax in float64, of the q and k that the model attended with."""
+"""Measured attention equals the explicit softmax in float64, of the q and k that the model attended with."""
 
 from __future__ import annotations
 
