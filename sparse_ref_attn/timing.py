@@ -6,7 +6,7 @@ import time
 
 import torch
 
-__all__ = ["Stopwatch"]
+__all__ = ["Stopwatch", "Stopwatches"]
 
 
 class Stopwatch:
@@ -34,3 +34,10 @@ class Stopwatch:
         assert isinstance(self._last, torch.cuda.Event)
         self._last.synchronize()
         return self._first.elapsed_time(self._last) / 1000
+
+
+class Stopwatches(list[Stopwatch]):
+    """Stopwatches of one step's calls; called, their sum in seconds."""
+
+    def __call__(self) -> float:
+        return sum(watch.seconds() for watch in self)

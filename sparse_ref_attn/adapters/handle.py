@@ -6,7 +6,6 @@ import contextlib
 import logging
 import time
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,21 +15,19 @@ from ..config import SparseRef
 from ..errors import HandleRemovedError, IncompatibleError
 from ..functional import pack_rows
 from ..packing import kept_rows
-from ..record import RunRecord
+from ..record import RunRecord, StepRecord
 from ..session import Plan, Session
-from ..timing import Stopwatch
+from ..timing import Stopwatch, Stopwatches
 from ..types import TokenLayout
 from . import seams
 from .base import Adapter, Found, Kwargs
+from .hooks import InstanceHook
 from .pixels import PixelTap, encoder
 from .steps import ManualSteps, ObservedSteps, PipelineSteps, RunStep
 
 __all__ = ["Patch"]
 
 logger = logging.getLogger("sparse_ref_attn")
-
-CALLS_OF_ONE_STEP = 4
-"""More calls than this in one step mean that the scheduler being read is not the one that runs."""
 
 
 class _Call:
@@ -57,61 +54,59 @@ class Patch:
         if self.session.probes:
             adapter.check_measurable(transformer)
         reads = pipe is not None and PipelineSteps.reads(pipe)
-        self._steps: PipelineSteps | ManualSteps | ObservedSteps = (
-            PipelineSteps(pipe, config.clock) if reads else ObservedSteps()
-        )
+        self._steps = PipelineSteps(pipe, config.clock) if reads else ObservedSteps()
+        self._manual: tuple[ManualSteps, object] | None = None
         self._key: object = None
-        self._found: dict[object, Found | None] = {}
+        self._found: tuple[object, dict[object, Found | None]] = (None, {})
+        self._branches, self._timestep = 0, None
         self._call: _Call | None = None
         self._stored: Plan | None = None
         self._last_kept: int | None = None
         self._warned = False
         self.pixels: PixelTap | None = None
         self.removed = False
-        self._undo: list[Callable[[], None]] = []
+        self._undo = contextlib.ExitStack()
 
     def install(self) -> None:
         """Put the hooks on; everything that can be refused was refused before."""
-        target = self.transformer
-        transformer = target()
+        transformer = self.transformer()
         assert transformer is not None
-
-        def pre(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> tuple[tuple[Any, ...], Kwargs] | None:
-            return self._before(module, args, kwargs) if module is target() else None
-
-        def post(module: nn.Module, args: Any, kwargs: Kwargs, output: Any) -> Any:
-            return self._after(output) if module is target() else None
-
-        handles = [
-            transformer.register_forward_pre_hook(pre, with_kwargs=True),
-            transformer.register_forward_hook(post, with_kwargs=True, always_call=True),
-        ]
-        self._undo += [handle.remove for handle in handles]
-        self._undo += self.adapter.hooks(transformer, lambda: None if self._call is None else self._call.short)
-        vae = getattr(None if self.pipe is None else self.pipe(), "vae", None)
-        if isinstance(vae, nn.Module) and hasattr(vae, "encode"):
-            self.pixels = PixelTap(vae)
-            self._undo.append(self.pixels.remove)
+        before, after = (InstanceHook(transformer, hook) for hook in (self._before, self._after))
+        with contextlib.ExitStack() as undo:
+            undo.callback(transformer.register_forward_pre_hook(before, with_kwargs=True).remove)
+            undo.callback(transformer.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
+            for off in self.adapter.hooks(transformer, lambda: None if self._call is None else self._call.short):
+                undo.callback(off)
+            vae = getattr(None if self.pipe is None else self.pipe(), "vae", None)
+            if isinstance(vae, nn.Module) and hasattr(vae, "encode"):
+                self.pixels = PixelTap(vae)
+                undo.callback(self.pixels.remove)
+            self._undo = undo.pop_all()
 
     def remove(self) -> None:
         """Take everything off again. Safe to call twice, and in the middle of a run."""
         self.removed = True
         self._close()
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
         self.session.forget()
 
     # -- steps -------------------------------------------------------------------------------
 
     def begin(self, steps: int) -> None:
         self._alive()
-        self._steps = ManualSteps(steps)
+        self._manual = (ManualSteps(steps), self._steps.run())
 
     def step(self, index: int) -> None:
         self._alive()
-        if not isinstance(self._steps, ManualSteps):
+        if self._manual is None:
             raise IncompatibleError("handle.begin(steps=...) must be called before handle.step(i)")
-        self._steps.set(index)
+        self._manual[0].set(index)
+
+    def _leader(self) -> PipelineSteps | ManualSteps | ObservedSteps:
+        """Who tells the step: the user since `begin`, until the pipeline's own scheduler runs again."""
+        if self._manual is not None and self._manual[1] is self._steps.run():
+            return self._manual[0]
+        return self._steps
 
     def _alive(self) -> None:
         if self.removed:
@@ -122,18 +117,21 @@ class Patch:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
     ) -> tuple[tuple[Any, ...], Kwargs] | None:
+        if self.removed:  # a compiler may still call a hook that was taken off
+            return None
         began = time.perf_counter()
         self._close()
+        steps = self._leader()
         kwargs = self.adapter.bind(module, args, kwargs)
         cached = self.adapter.cached(kwargs)
-        layout = None if cached else self._layout(kwargs)
+        layout = None if cached else self._layout(kwargs, steps.run())
         if layout is not None and not layout.references:
             return None
         if layout is None and not (cached and self.session.references is not None):
             return None
-        run = self._steps.current(kwargs.get("timestep"))
+        run = steps.current(kwargs.get("timestep"))
         if layout is not None:
-            run = self._enter(module, run, layout, kwargs)
+            run = self._enter(module, steps, run, layout, kwargs)
         elif run.key is not self._key:
             return None
         plan = self.session.plan(run.step)
@@ -145,8 +143,9 @@ class Patch:
         if cached and plan.reduced is not None:  # the rows of the extract step, changed tokens have no fewer
             kept = full.reference_tokens if self._stored is None else self._stored.kept(full)
         record = self.session.step_record(run.step, kind, kept, plan.selection)
-        if record.calls >= CALLS_OF_ONE_STEP and isinstance(self._steps, PipelineSteps):
-            self._distrust_scheduler()
+        if not run.observed and not self._is_branch(steps, record, kwargs, layout):
+            steps.restart()
+            return self._before(module, (), kwargs)
         self._clear_step_cache(module, kept)
         call = self._call = _Call()
         call.record, call.device = record, kwargs[self.adapter.tokens].device
@@ -157,12 +156,14 @@ class Patch:
             kwargs = self._shorten(call, kwargs, layout, plan)
             if plan.kind == "profile" and record.calls == 0:
                 self._listen(call, module, layout, run.step)
+        if record.calls == 0:
+            record.seconds = Stopwatches()
         record.calls += 1
         record.host_seconds += time.perf_counter() - began
         call.watch = Stopwatch(call.device)
         return (), kwargs
 
-    def _after(self, output: Any) -> Any:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> Any:
         call, self._call = self._call, None
         if call is None:
             return None
@@ -173,8 +174,7 @@ class Patch:
         if output is None:
             return None
         if call.watch is not None:
-            earlier, watch = call.record.seconds, call.watch
-            call.record.seconds = lambda: earlier() + watch.seconds()
+            call.record.seconds.append(call.watch)
         if call.rows is not None:
             output = self.adapter.restore(output, call.rows, call.size)
         call.record.host_seconds += time.perf_counter() - began
@@ -185,46 +185,38 @@ class Patch:
             self._call.contexts.close()
             self._call = None
 
-    def _layout(self, kwargs: Kwargs) -> TokenLayout | None:
+    def _layout(self, kwargs: Kwargs, run: object) -> TokenLayout | None:
         x = kwargs.get(self.adapter.tokens)
         if x is None or x.ndim != 3:
             return self._unknown(f"{self.adapter.tokens!r} is missing or not (B, rows, D)")
-        key = (x.shape[1], self.adapter.layout_key(kwargs))
-        known = self._found
-        if key not in known or self._starts_run(kwargs):
-            known.clear()
+        if run is None or run is not self._found[0]:
+            self._found = (run, {})
+        key, known = (x.shape[1], self.adapter.layout_key(kwargs)), self._found[1]
+        if key not in known:
             known[key] = self.adapter.find(kwargs)
         found = known[key]
         if found is None:
             return self._unknown(f"{x.shape[1]} rows that the {self.adapter.name} adapter cannot tell apart")
         return self.adapter.layout(kwargs, found)
 
-    def _starts_run(self, kwargs: Kwargs) -> bool:
-        if isinstance(self._steps, ObservedSteps):
-            return True
-        return self._steps.current(None).key is not self._key
-
-    def _unknown(self, what: str) -> None:
+    def _unknown(self, what: str) -> TokenLayout | None:
         if not self._warned:
             self._warned = True
             logger.warning("running dense: the layout of a call is not known (%s)", what)
+        return None
 
-    def _enter(self, module: nn.Module, run: RunStep, layout: TokenLayout, kwargs: Kwargs) -> RunStep:
+    def _enter(self, module: nn.Module, steps: Any, run: RunStep, layout: TokenLayout, kwargs: Kwargs) -> RunStep:
         """Begin a run at its first call; `layout` is of this call."""
         session = self.session
         x = kwargs[self.adapter.tokens]
         known = session.references
         same = run.key is self._key and known is not None and known.layout.sizes == layout.sizes
-        if same and isinstance(self._steps, ObservedSteps) and known is not None:
-            rows = pack_rows(x, layout.reference_rows(x.device))
-            same = rows.shape == known.tokens.shape and torch.equal(rows, known.tokens)
-            if not same:
-                self._steps.restart()
-                run = self._steps.current(kwargs.get("timestep"))
-        if same:
+        if same and (not run.observed or self._same_references(kwargs, layout)):
             return run
-        self._key, self._stored, self._last_kept = None, None, None
-        seams.check_not_compiled(module)
+        if run.observed and (run.step > 0 or run.key is self._key):
+            steps.restart()
+            run = steps.current(kwargs.get("timestep"))
+        self._key, self._stored, self._last_kept, self._branches = None, None, None, 0
         if seams.step_cache_active(module) and session.varies == "every step":
             raise IncompatibleError(
                 "a step cache needs a kept count that seldom changes, got a budget that changes at every step: "
@@ -236,6 +228,31 @@ class Patch:
         session.begin(layout, tokens, pixels, run.total, run.clock, encode)
         self._key = run.key
         return run
+
+    def _same_references(self, kwargs: Kwargs, layout: TokenLayout) -> bool:
+        """Whether the call's reference rows are the run's (syncs)."""
+        known, x = self.session.references, kwargs[self.adapter.tokens]
+        rows = pack_rows(x, layout.reference_rows(x.device))
+        return known is not None and rows.shape == known.tokens.shape and torch.equal(rows, known.tokens)
+
+    def _is_branch(self, steps: Any, record: StepRecord, kwargs: Kwargs, layout: TokenLayout | None) -> bool:
+        """Whether a further call of one step is a branch of guidance, not another run that nobody announced.
+
+        Timestep and references are compared when a step has more calls than any before it: one sync a
+        run under sequential guidance, none without.
+        """
+        timestep = kwargs.get("timestep")
+        if record.calls == 0:
+            self._timestep = timestep
+        if record.calls <= self._branches:
+            return True
+        timed = isinstance(steps, PipelineSteps) and timestep is not None
+        if timed and not torch.equal(torch.as_tensor(timestep), torch.as_tensor(self._timestep)):
+            return False
+        if layout is not None and not self._same_references(kwargs, layout):
+            return False
+        self._branches = record.calls
+        return True
 
     def _shorten(self, call: _Call, kwargs: Kwargs, layout: TokenLayout, plan: Plan) -> Kwargs:
         if plan.selection is not None:
@@ -277,14 +294,6 @@ class Patch:
         if self._last_kept not in (None, kept) and seams.step_cache_active(module):
             seams.reset_step_cache(module)
         self._last_kept = kept
-
-    def _distrust_scheduler(self) -> None:
-        logger.warning(
-            "the pipeline's scheduler does not advance with the transformer's calls; reading the step from the "
-            "timestep instead (one device sync a call)"
-        )
-        self._steps = ObservedSteps()
-        self._key = None
 
     @property
     def record(self) -> RunRecord | None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..config import ReCAST, SparseRef
-from ..errors import ConfigError, SparseRefError, UnsupportedModelError
+from ..errors import ConfigError, HandleRemovedError, SparseRefError, UnsupportedModelError
 from ..overlay import save_budget_strip, save_overlay
 from ..record import RunRecord
 from ..report import FlopSummary, attention_table, summary
@@ -53,7 +53,7 @@ class PatchHandle:
 
     @property
     def record(self) -> RunRecord:
-        """What happened in the last run.
+        """What happened in the last run that had references.
 
         Raises
         ------
@@ -72,6 +72,9 @@ class PatchHandle:
 
     def begin(self, steps: int) -> None:
         """Start a run of `steps` steps of a bare transformer in somebody else's loop.
+
+        It lasts until the next `begin`, a step below the last one (a new run), or a run of the
+        patched pipeline itself.
 
         Raises
         ------
@@ -129,7 +132,10 @@ class PatchHandle:
         ------
         SparseRefError
             If the last run made none.
+        HandleRemovedError
         """
+        if self._patch.removed:
+            raise HandleRemovedError("the ranking must be read before remove(), which forgets the references")
         record, references = self.record, self._patch.session.references
         if record.scores is None or references is None:
             raise SparseRefError("the last run must have ranked its references; it ran dense or with a rival")
@@ -208,9 +214,9 @@ def patch(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None
     state = Patch(transformer, None if isinstance(pipe, nn.Module) else pipe, config, adapter)
     earlier = _PATCHES.get(transformer)
     replaced = None if earlier is None else earlier()
+    state.install()
     if replaced is not None:
         replaced.remove()
-    state.install()
     _PATCHES[transformer] = weakref.ref(state)
     logger.info("patched %s: %s", adapter.name, config.describe())
     return PatchHandle(state, adapter.name)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -22,32 +23,39 @@ __all__ = ["PixelTap", "encoder"]
 _OWN: ContextVar[bool] = ContextVar("sparse_ref_attn_encodes", default=False)
 """Whether the library itself encodes: no tap of any patch hears it, also where a VAE is shared."""
 
+_HEARD = 32
+"""Encoded images that a tap remembers at most, where no run takes them."""
+
 
 class _Encode:
-    """Stands in for ``vae.encode``; a deep copy of it is the copied VAE's own method."""
+    """Stands in for ``vae.encode``; in a copy or a pickle of the VAE it is what it stood in for."""
 
-    def __init__(self, vae: nn.Module, seen: list[tuple[Tensor, Any]]) -> None:
+    def __init__(self, vae: nn.Module, seen: deque[tuple[Tensor, Any]]) -> None:
         self.vae = weakref.ref(vae)
         self.earlier = vars(vae).get("encode")
-        self.seen: list[tuple[Tensor, Any]] | None = seen
+        self.seen: deque[tuple[Tensor, Any]] | None = seen
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        vae = self.vae()
+        vae: Any = self.vae()
         out = self.earlier(x, *args, **kwargs) if self.earlier else type(vae).encode(vae, x, *args, **kwargs)
         if self.seen is not None and not _OWN.get():
             self.seen.append((x.detach(), out))
         return out
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copy = memo.get(id(self.vae()))
-        return self if copy is None else type(copy).encode.__get__(copy)
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # A copy is asked for its method before it has a state of its own: that is the class's.
+        return (getattr, (self.vae(), "encode")) if self.earlier is None else (_same, (self.earlier,))
+
+
+def _same(call: Callable[..., Any]) -> Callable[..., Any]:
+    return call
 
 
 class PixelTap:
     """Listens to a VAE and matches what it encoded to the references of a run."""
 
     def __init__(self, vae: nn.Module) -> None:
-        self._seen: list[tuple[Tensor, Any]] = []
+        self._seen: deque[tuple[Tensor, Any]] = deque(maxlen=_HEARD)
         self._encode = _Encode(vae, self._seen)
         vae.encode = self._encode  # type: ignore[assignment]
 
@@ -64,7 +72,8 @@ class PixelTap:
         tokens : Tensor, shape (B, R, D)
             The reference rows.
         """
-        seen, self._seen[:] = list(self._seen), []
+        seen = list(self._seen)
+        self._seen.clear()
         out: list[Tensor | None] = [None] * len(layout.references)
         parts = tokens.split(layout.sizes, dim=1)
         for i in reversed(range(len(out))):
@@ -85,15 +94,26 @@ class PixelTap:
         return out
 
     def remove(self) -> None:
-        """Put the VAE's own `encode` back, unless somebody has replaced ours since."""
+        """Put the VAE's own `encode` back; where somebody has wrapped ours since, it stays and only passes on."""
         self._encode.seen = None
         self._seen.clear()
         vae = self._encode.vae()
-        if vae is not None and vars(vae).get("encode") is self._encode:
-            if self._encode.earlier is None:
-                del vae.encode
-            else:
-                vae.encode = self._encode.earlier
+        if vae is None:
+            return
+        outer = vars(vae).get("encode")
+        if outer is self._encode:
+            _put_back(vae, self._encode.earlier)
+        while isinstance(outer, _Encode):  # a patch of another pipeline that shares the VAE
+            if outer.earlier is self._encode:
+                outer.earlier = self._encode.earlier
+            outer = outer.earlier
+
+
+def _put_back(vae: nn.Module, earlier: Any) -> None:
+    if earlier is None:
+        del vae.encode
+    else:
+        vae.encode = earlier
 
 
 def encoder(

@@ -7,7 +7,6 @@ rows of its output are taken.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
@@ -21,6 +20,7 @@ from ..functional import pack_rows
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
 from .base import Adapter, Found, Kwargs
+from .hooks import InstanceHook
 from .seams import AttentionSite, attention_sites
 from .streams import QWEN_STREAMS
 
@@ -78,17 +78,16 @@ class QwenImageAdapter(Adapter):
     def hooks(self, transformer: nn.Module, shortened: Callable[[], Any]) -> list[Callable[[], None]]:
         pos_embed = transformer.pos_embed
         assert isinstance(pos_embed, nn.Module)
-        target = weakref.ref(pos_embed)
 
         def true_shapes(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
-            call = shortened() if module is target() else None
+            call = shortened()
             if call is None:
                 return None
             shapes = call[0]["img_shapes"]
             return ((shapes, *args[1:]), kwargs) if args else (args, {**kwargs, "video_fhw": shapes})
 
         def kept_positions(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            call = shortened() if module is target() else None
+            call = shortened()
             if call is None:
                 return None
             kwargs, plan, rows = call
@@ -103,8 +102,8 @@ class QwenImageAdapter(Adapter):
             return torch.cat([image[: prod(shape[0])], *moved]), text
 
         return [
-            pos_embed.register_forward_pre_hook(true_shapes, with_kwargs=True).remove,
-            pos_embed.register_forward_hook(kept_positions).remove,
+            pos_embed.register_forward_pre_hook(InstanceHook(pos_embed, true_shapes), with_kwargs=True).remove,
+            pos_embed.register_forward_hook(InstanceHook(pos_embed, kept_positions)).remove,
         ]
 
     def shape(self, transformer: nn.Module) -> ModelShape:

@@ -18,6 +18,11 @@ __all__ = ["ManualSteps", "ObservedSteps", "PipelineSteps", "RunStep"]
 
 logger = logging.getLogger("sparse_ref_attn")
 
+_SYNCS = (
+    "the step is read from the timestep, one device sync a call; "
+    "call handle.begin(steps=...) and handle.step(i) to avoid it"
+)
+
 
 @dataclass(frozen=True)
 class RunStep:
@@ -31,12 +36,15 @@ class RunStep:
         Step number from 0, and how many the run has (a guess of 1,000 where nobody knows).
     clock : callable
         From a step number to the clock that budgets read.
+    observed : bool
+        Whether step and run are concluded from the timestep, so that the references must be compared.
     """
 
     key: object
     step: int
     total: int
     clock: Callable[[int], Clock]
+    observed: bool = False
 
 
 def _uniform(total: int) -> Callable[[int], Clock]:
@@ -46,7 +54,9 @@ def _uniform(total: int) -> Callable[[int], Clock]:
 class PipelineSteps:
     """Reads the pipeline's scheduler: host integers only, and right under classifier-free guidance.
 
-    Every run sets new timesteps, so the identity of that tensor is the identity of the run.
+    Every run sets new timesteps, so the identity of that tensor is the identity of the run. Where
+    the scheduler turns out not to be the one that runs (a pipeline made by ``from_pipe`` may have
+    another), the timestep is observed instead, until it runs again.
     """
 
     def __init__(self, pipe: Any, clock: str) -> None:
@@ -54,22 +64,43 @@ class PipelineSteps:
         self._scheduler = pipe.scheduler
         self._clock = clock
         self._run: tuple[object, Callable[[int], Clock]] | None = None
+        self._frozen: object = None
+        self._observed = ObservedSteps(
+            "the patched pipeline's scheduler does not run with the transformer (another pipeline drives it): "
+            "the step is read from the timestep, one device sync a call"
+        )
 
     @staticmethod
     def reads(pipe: Any) -> bool:
         """Whether the pipeline's scheduler tells its step."""
         return hasattr(getattr(pipe, "scheduler", None), "step_index")
 
-    def current(self, timestep: Tensor | None) -> RunStep:
+    def run(self) -> object:
+        """The identity of the scheduler's run, None where it is idle (never set, at its end) or distrusted."""
         pipe = self._pipe()
-        scheduler = self._scheduler if pipe is None else pipe.scheduler
-        key = scheduler.timesteps
+        if pipe is not None:
+            self._scheduler = pipe.scheduler
+        scheduler = self._scheduler
+        timesteps, index = scheduler.timesteps, scheduler.step_index
+        idle = getattr(scheduler, "num_inference_steps", None) is None or (index or 0) >= len(timesteps)
+        return None if idle or timesteps is self._frozen else timesteps
+
+    def current(self, timestep: Tensor | None) -> RunStep:
+        key = self.run()
+        if key is None:
+            return self._observed.current(timestep)
+        scheduler = self._scheduler
         first = getattr(scheduler, "begin_index", None) or 0
-        total = len(key) - first
+        total = len(scheduler.timesteps) - first
         index = scheduler.step_index
         if self._run is None or self._run[0] is not key:
             self._run = (key, self._make_clock(scheduler, first, total))
         return RunStep(key, 0 if index is None else index - first, total, self._run[1])
+
+    def restart(self) -> None:
+        """The next call begins a run; where the scheduler told otherwise, it is distrusted until its next run."""
+        self._frozen = self._scheduler.timesteps
+        self._observed.restart()
 
     def _make_clock(self, scheduler: Any, first: int, total: int) -> Callable[[int], Clock]:
         if self._clock == "steps":
@@ -83,21 +114,31 @@ class PipelineSteps:
 
 
 class ManualSteps:
-    """Told by the user: ``handle.begin(steps=...)`` and ``handle.step(i)``."""
+    """Told by the user: ``handle.begin(steps=...)`` and ``handle.step(i)``. A lower step is a new run."""
 
     def __init__(self, total: int) -> None:
         if isinstance(total, bool) or not isinstance(total, int) or total < 1:
             raise ConfigError(f"steps must be an int of at least 1, got {total!r}")
         self._total = total
         self._step = 0
+        self._key = object()
 
     def set(self, step: int) -> None:
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < self._total:
             raise ConfigError(f"step must be an int in [0, {self._total}), got {step!r}")
+        if step < self._step:
+            self._key = object()
         self._step = step
 
+    def run(self) -> object:
+        return self._key
+
     def current(self, timestep: Tensor | None) -> RunStep:
-        return RunStep(self, self._step, self._total, _uniform(self._total))
+        return RunStep(self._key, self._step, self._total, _uniform(self._total))
+
+    def restart(self) -> None:
+        """The next call begins a run, in the same step."""
+        self._key = object()
 
 
 class ObservedSteps:
@@ -107,12 +148,17 @@ class ObservedSteps:
     run. Progress is 1 - t / t_0.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warning: str = _SYNCS) -> None:
+        self._warning = warning
         self._key: object = object()
         self._step = 0
         self._first = self._last = 0.0
         self._progress: dict[int, float] = {}
         self._told = False
+
+    def run(self) -> object:
+        """Nobody knows before the call's timestep and references are seen."""
+        return None
 
     def restart(self) -> None:
         """The next call begins a run, whatever its timestep."""
@@ -124,10 +170,7 @@ class ObservedSteps:
             raise ConfigError("a bare transformer must be called with a timestep, or driven by handle.begin and step")
         if not self._told:
             self._told = True
-            logger.warning(
-                "the step is read from the timestep, one device sync a call; "
-                "call handle.begin(steps=...) and handle.step(i) to avoid it"
-            )
+            logger.warning(self._warning)
         t = float(torch.as_tensor(timestep).flatten()[0])
         if self._first == 0.0 or t > self._last:
             self._key, self._step, self._first, self._progress = object(), 0, t, {}
@@ -137,5 +180,9 @@ class ObservedSteps:
         self._progress[self._step] = 1.0 - t / self._first if self._first else 0.0
         progress = dict(self._progress)
         return RunStep(
-            self._key, self._step, 1000, lambda step: Clock(step, 1000, min(1.0, max(0.0, progress.get(step, 1.0))))
+            self._key,
+            self._step,
+            1000,
+            lambda step: Clock(step, 1000, min(1.0, max(0.0, progress.get(step, 1.0)))),
+            observed=True,
         )
