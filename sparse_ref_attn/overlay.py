@@ -180,7 +180,10 @@ def _kept_masks(record: RunRecord, step: StepRecord) -> list[np.ndarray]:
     sizes = record.layout.sizes
     if step.selection is None:
         if step.kept != sum(sizes):
-            raise LayoutError(f"step {step.index} must say which {step.kept} tokens it kept, got no selection")
+            raise LayoutError(
+                f"step {step.index} must say which {step.kept} tokens it kept, got no selection: the run's rival "
+                "changed tokens instead of choosing them, so draw save_budget_strip"
+            )
         rows = [np.ones(size, dtype=bool) for size in sizes]
     else:
         if tuple(step.selection.sizes) != sizes:

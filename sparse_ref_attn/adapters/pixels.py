@@ -64,7 +64,8 @@ class PixelTap:
 
         Matched by grid, latest first, since inpainting encodes other images too; where more than
         enough have a reference's grid, the one whose latents its tokens follow; where fewer do,
-        the images that were encoded together are taken apart.
+        the images that were encoded together are taken apart. A batch that was encoded one by one
+        (a generator a sample) is put together, each item's own picture.
 
         Parameters
         ----------
@@ -83,12 +84,15 @@ class PixelTap:
             grid = layout.references[i].grid
             assert grid is not None
             alike = sum(r.grid == grid for r in layout.references[: i + 1])
-            best = fits[-1]
+            chosen = fits[-1:]
             if len(fits) > alike:
-                best = max(fits, key=lambda j: (_likeness(seen[j][1], parts[i], grid), j))
-            pixels, encoded = seen.pop(best)
+                chosen = [max(fits, key=lambda j: (_likeness(seen[j][1], item, grid), j)) for item in parts[i].split(1)]
+                if len(set(chosen)) == 1 or any(seen[j][0].shape[0] > 1 for j in chosen):
+                    chosen = chosen[:1]
+            pixels, encoded = torch.cat([seen[j][0] for j in chosen]), seen[chosen[0]][1]
+            seen = [pair for j, pair in enumerate(seen) if j not in chosen]
             if len(fits) < alike and pixels.shape[0] > 1:
-                seen.insert(best, (pixels[:-1], encoded))
+                seen.insert(chosen[0], (pixels[:-1], encoded))
                 pixels = pixels[-1:]
             out[i] = pixels[:, :, 0] if pixels.ndim == 5 else pixels
         return out
