@@ -89,10 +89,12 @@ class PatchHandle:
     def flops(self) -> FlopSummary | None:
         """Work of the last run, dense and as it ran; None when the model's shape is not known."""
         transformer = self._patch.transformer()
-        adapter = self._patch.adapter
-        if transformer is None or not adapter.streams:
+        if transformer is None:
             return None
-        shape = adapter.shape(transformer)
+        try:
+            shape = self._patch.adapter.shape(transformer)
+        except (ConfigError, UnsupportedModelError):  # such as a layer that somebody added, of no known stream
+            return None
         return summarise(shape, self.record)
 
     def summary(self, format: str = "text", *, dense_seconds: float | None = None) -> Any:  # noqa: A002

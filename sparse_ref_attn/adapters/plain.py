@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..cost import ModelShape
 from ..errors import ConfigError, IncompatibleError, LayoutError
 from ..selection import Reduced
 from ..types import TokenLayout
@@ -75,6 +76,8 @@ class PlainAdapter(Adapter):
         From the arguments to the batch items that are scored, where guidance is batched.
     positions : str, optional
         Which of `rows` holds (frame, y, x) ids, so that rivals can place changed tokens.
+    shape : callable, optional
+        From the transformer to its `cost.ModelShape`, so that the summary can count its work.
     name : str
         In tables and messages.
 
@@ -96,6 +99,7 @@ class PlainAdapter(Adapter):
         attention: Sequence[str] = (),
         conditional: Callable[[Kwargs], slice] | None = None,
         positions: str | None = None,
+        shape: Callable[[nn.Module], ModelShape] | None = None,
         name: str = "plain",
     ) -> None:
         unknown = sorted(set(attention) - {"double", "single", "other"})
@@ -107,6 +111,7 @@ class PlainAdapter(Adapter):
         self.name = name  # type: ignore[misc]
         self._find, self._rows = find, dict(rows or {})
         self._attention, self._conditional, self._positions = tuple(attention), conditional, positions
+        self._shape = shape
 
     def find(self, kwargs: Kwargs) -> Found | None:
         return self._find(kwargs)
@@ -129,6 +134,9 @@ class PlainAdapter(Adapter):
 
     def sites(self, transformer: nn.Module) -> list[AttentionSite]:
         return [AttentionSite(None, kind) for kind in self._attention]
+
+    def shape(self, transformer: nn.Module) -> ModelShape:
+        return super().shape(transformer) if self._shape is None else self._shape(transformer)
 
     def check_measurable(self, transformer: nn.Module) -> None:
         if not set(self._attention) - {"other"}:

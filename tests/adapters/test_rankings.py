@@ -34,7 +34,7 @@ def test_used_for_another_run_without_profiling(case: Case, tmp_path: Path) -> N
             case.call(pipe, references=max(case.references), seed=9, **(other if kept else {}))
             kept.append(handle.record)
     profiled, reused = kept
-    assert [step.kind for step in reused.steps][0] == "sparse"
+    assert reused.steps[0].kind == "sparse"
     assert not reused.attention
     assert reused.steps[-1].kept == profiled.steps[-1].kept
     assert reused.scores is not None
