@@ -1,0 +1,138 @@
+"""What is installed, what it makes possible here, and why the rest is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import __version__
+from .adapters import supported
+from .adapters.seams import DIFFUSERS_RANGE, check_diffusers
+from .errors import VersionError
+from .selection.names import NAMES
+
+__all__ = ["Ability", "diagnose", "report", "versions"]
+
+PACKAGES = {
+    "torch": "core",
+    "numpy": "core",
+    "einops": "core",
+    "triton": "core on Linux",
+    "diffusers": "pipelines",
+    "transformers": "pipelines",
+    "accelerate": "offloading",
+    "pillow": "pictures",
+    "peft": "training",
+    "scikit-image": "evaluation",
+    "flash-attn": "optional attention kernels of diffusers",
+    "torchao": "optional quantised transformers",
+}
+
+
+@dataclass(frozen=True)
+class Ability:
+    """One thing the library can do.
+
+    Parameters
+    ----------
+    what : str
+    missing : str
+        What is in the way, in words; empty when nothing is.
+    """
+
+    what: str
+    missing: str = ""
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, this library and the packages it knows; None for one that is not installed.
+
+    Examples
+    --------
+    >>> versions()["torch"] == torch.__version__.split("+")[0] or versions()["torch"] == torch.__version__
+    True
+    """
+    found: dict[str, str | None] = {"python": platform.python_version(), "sparse-ref-attn": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def device() -> str:
+    """The device that runs by default, in words."""
+    if not torch.cuda.is_available():
+        return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    found = torch.cuda.get_device_properties(0)
+    return (
+        f"{found.name} (CUDA {torch.version.cuda}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB)"
+    )
+
+
+def _abilities(installed: dict[str, str | None]) -> list[Ability]:
+    extra = "pip install 'sparse-ref-attn[diffusers]'"
+    absent = [name for name in ("diffusers", "transformers", "pillow") if installed[name] is None]
+    pipelines = f"{', '.join(absent)} not installed: {extra}" if absent else ""
+    if not pipelines:
+        try:
+            check_diffusers()
+        except VersionError as error:
+            pipelines = str(error)
+    gpu = "" if torch.cuda.is_available() else "no CUDA device, or torch was built without CUDA"
+    offload = gpu or ("" if installed["accelerate"] else f"accelerate not installed: {extra}")
+    return [
+        Ability("patch a diffusers pipeline", pipelines),
+        Ability("patch a transformer of your own (PlainAdapter)"),
+        Ability("sra demo", pipelines),
+        Ability("sra run", pipelines),
+        Ability("run on a GPU", gpu),
+        Ability("offload a model to the CPU's memory (sra run --offload)", offload),
+    ]
+
+
+def diagnose() -> dict[str, Any]:
+    """Everything `report` prints, as JSON types.
+
+    Examples
+    --------
+    >>> sorted(diagnose())
+    ['attention_mass_backends', 'can', 'cannot', 'device', 'models', 'selectors', 'versions']
+    """
+    installed = versions()
+    abilities = _abilities(installed)
+    return {
+        "versions": installed,
+        "device": device(),
+        "can": [a.what for a in abilities if not a.missing],
+        "cannot": {a.what: a.missing for a in abilities if a.missing},
+        "models": supported(),
+        "selectors": {name: (cls.__doc__ or "").splitlines()[0] for name, cls in NAMES.items()},
+        "attention_mass_backends": {"chunked": "plain PyTorch, any device"},
+    }
+
+
+def report() -> str:
+    """What `diagnose` found, as text."""
+    found = diagnose()
+    (low, high) = DIFFUSERS_RANGE
+    wanted = f"supported: >= {low[0]}.{low[1]}, < {high[0]}.{high[1]}"
+    lines = ["Versions"]
+    for name, version in found["versions"].items():
+        use = f"{PACKAGES[name]}; {wanted}" if name == "diffusers" else PACKAGES.get(name, "")
+        lines.append(f"  {name:<16} {version or 'not installed':<16} {use}".rstrip())
+    lines += ["", "Device", f"  {found['device']}", "", "Possible here"]
+    lines += [f"  yes  {what}" for what in found["can"]]
+    lines += [f"  no   {what}: {why}" for what, why in found["cannot"].items()]
+    lines += ["", "Transformers that can be patched"]
+    lines += [f"  {name.rpartition('.')[2]:<32} {family}" for name, family in found["models"].items()]
+    lines += ["", "Selectors, by name (sra run --select NAME)"]
+    lines += [f"  {name:<16} {what}" for name, what in found["selectors"].items()]
+    lines += ["", "Backends of attention_mass"]
+    lines += [f"  {name:<16} {what}" for name, what in found["attention_mass_backends"].items()]
+    return "\n".join(lines)

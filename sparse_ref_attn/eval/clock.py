@@ -1,0 +1,99 @@
+"""Where the time of one pipeline call goes: attention, the rest of the transformer, everything else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapters import seams
+from ..timing import Stopwatch
+
+__all__ = ["CallTimes", "time_call"]
+
+
+@dataclass(frozen=True)
+class CallTimes:
+    """Seconds of one ``pipe()`` call.
+
+    Parameters
+    ----------
+    whole : float
+        From the call to the finished picture, on the host's clock.
+    transformer : float
+        Of it inside the transformer, all steps.
+    attention : float, optional
+        Of that inside attention; None where it was not measured.
+    """
+
+    whole: float
+    transformer: float
+    attention: float | None = None
+
+    @property
+    def fixed(self) -> float:
+        """Outside the transformer: text encoders, VAE, scheduler."""
+        return max(self.whole - self.transformer, 0.0)
+
+
+def time_call(
+    call: Callable[[], Any], transformer: nn.Module, sites: Sequence[seams.AttentionSite]
+) -> tuple[Any, CallTimes]:
+    """Make a call and take its times; what it computes is not changed by a bit.
+
+    Parameters
+    ----------
+    call : callable
+        Runs the pipeline and returns a picture on the host, so that the device has finished.
+    transformer : nn.Module
+        The pipeline's transformer.
+    sites : sequence of AttentionSite
+        Its attention (``Adapter.sites``); empty when attention cannot be measured.
+
+    Notes
+    -----
+    Reads CUDA events after the call: no sync in between.
+    """
+    inside: list[Stopwatch] = []
+    attending: list[Stopwatch] = []
+    with _transformer_watches(transformer, inside), _attention_watches(sites, attending):
+        began = time.perf_counter()
+        result = call()
+        whole = time.perf_counter() - began
+    attention = sum(watch.seconds() for watch in attending) if sites else None
+    return result, CallTimes(whole, sum(watch.seconds() for watch in inside), attention)
+
+
+@contextmanager
+def _transformer_watches(transformer: nn.Module, watches: list[Stopwatch]) -> Iterator[None]:
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        watches.append(Stopwatch(next(module.parameters()).device))
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        watches[-1].stop(next(module.parameters()).device)
+
+    handles = [transformer.register_forward_pre_hook(before), transformer.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _attention_watches(sites: Sequence[seams.AttentionSite], watches: list[Stopwatch]) -> Iterator[None]:
+    device: list[Any] = [None]
+
+    def before(site: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        device[0] = q.device
+        watches.append(Stopwatch(q.device))
+
+    def after(site: int) -> None:
+        watches[-1].stop(device[0])
+
+    with seams.tapped_attention(sites, before, after):
+        yield

@@ -1,0 +1,111 @@
+"""What `demo` and `run` leave behind: pictures, report.json, and the table they print."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .compare import Comparison
+
+__all__ = ["prepare_directory", "table", "write"]
+
+
+def prepare_directory(path: str | os.PathLike[str]) -> Path:
+    """The directory, made if need be.
+
+    Raises
+    ------
+    ConfigError
+        If it is a file, or cannot be made or written to.
+    """
+    directory = Path(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the output must be a directory that can be made, got {path}: {error.strerror}") from error
+    if not os.access(directory, os.W_OK):
+        raise ConfigError(f"the output must be a directory that can be written to, got {path}")
+    return directory
+
+
+def write(directory: Path, result: Comparison, about: dict[str, Any]) -> list[tuple[str, str]]:
+    """Write the pictures and ``report.json``; which files, and what each shows.
+
+    Parameters
+    ----------
+    directory : Path
+    result : Comparison
+    about : dict
+        JSON types that go into the report beside the measurements.
+    """
+    files = []
+    if result.dense_image is not None:
+        result.dense_image.save(directory / "dense.png")
+        files.append(("dense.png", "the picture with every reference token"))
+    result.sparse_image.save(directory / "sparse.png")
+    files.append(("sparse.png", "the picture with the kept ones, same seed"))
+    kinds = {step.kind for step in result.handle.record.steps}
+    if kinds & {"sparse", "cached"}:
+        result.handle.save_overlay(directory / "kept.png")
+        files.append(("kept.png", "the reference: kept tokens bright, dropped ones dark; scores; tokens by step"))
+    report = {**about, "comparison": result.to_dict(), "run": result.summary("dict")}
+    (directory / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    files.append(("report.json", "all numbers, settings and versions"))
+    return files
+
+
+def table(result: Comparison) -> str:
+    """The comparison as lines of text: times, tokens, work, bound.
+
+    Returns
+    -------
+    str
+        Without a dense run, its column and the ratios are "-".
+    """
+    dense, sparse = result.dense, result.sparse
+    tokens = result.handle.record.layout.reference_tokens
+    steps = result.handle.record.steps
+    kept = sum(step.kept for step in steps) / len(steps)
+    inside = None if dense is None else dense.transformer
+    rows: list[tuple[str, str, str, str]] = [
+        ("", "dense", "sparse", "gain"),
+        ("whole call", _seconds(dense.whole if dense else None), _seconds(sparse.whole), _times(result.speedup)),
+        (
+            "  inside the transformer",
+            _seconds(inside),
+            _seconds(sparse.transformer),
+            _times(inside / sparse.transformer if inside else None),
+        ),
+        ("  text encoders, VAE, rest", _seconds(dense.fixed if dense else None), _seconds(sparse.fixed), ""),
+        ("reference tokens a step", f"{tokens:,}", f"{kept:,.0f}", f"{100 * kept / tokens:.3g} % kept"),
+    ]
+    if result.dense_flops is not None and result.sparse_flops is not None:
+        full, short = (f"{flops.total / 1e12:,.3g}" for flops in (result.dense_flops, result.sparse_flops))
+        rows.append(("transformer work, TFLOP", full, short, f"{_times(result.flop_ratio)} (FLOP ratio)"))
+    if result.bound_seconds is not None:
+        rows.append(("the bound of the whole call", "", _seconds(result.bound_seconds), _times(result.bound_speedup)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3]]).rstrip()
+        for row in rows
+    ]
+    if result.measured_over_bound is not None:
+        lines += [
+            "",
+            f"Measured over bound: {result.measured_over_bound:.2f} (0.90 to 1.05 is as it should be; a busy machine "
+            "scatters). The bound is",
+            "the dense run's attention time and the rest of its transformer time, each scaled by its own work,",
+            "plus the time outside the transformer.",
+        ]
+    return "\n".join(lines)
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
