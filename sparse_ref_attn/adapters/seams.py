@@ -102,10 +102,19 @@ def step_cache_active(module: nn.Module) -> bool:
 
 
 def reset_step_cache(module: nn.Module) -> None:
-    """Forget what an active step cache has stored; its next step computes in full."""
+    """Forget what an active step cache has stored; its next step computes in full.
+
+    It may run inside the pipeline's ``cache_context``, which the reset would end.
+    """
     reset = getattr(module, "_reset_stateful_cache", None)
-    if reset is not None:
-        reset()
+    if reset is None:
+        return
+    hooks = [h for m in module.modules() for h in getattr(getattr(m, "_diffusers_hook", None), "hooks", {}).values()]
+    states = [state for hook in hooks for state in vars(hook).values() if hasattr(state, "set_context")]
+    contexts = [state._context for state in states]
+    reset()
+    for state, context in zip(states, contexts, strict=True):
+        state.set_context(context)
 
 
 def attention_sites(blocks: Sequence[tuple[nn.Module, str]]) -> list[AttentionSite]:
