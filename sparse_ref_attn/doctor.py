@@ -15,7 +15,7 @@ from .adapters.seams import DIFFUSERS_RANGE, check_diffusers
 from .errors import VersionError
 from .selection.names import NAMES
 
-__all__ = ["Ability", "diagnose", "report", "versions"]
+__all__ = ["Ability", "device", "diagnose", "report", "versions"]
 
 PACKAGES = {
     "torch": "core",
@@ -65,14 +65,23 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def device() -> str:
-    """The device that runs by default, in words."""
-    if not torch.cuda.is_available():
-        return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    found = torch.cuda.get_device_properties(0)
-    return (
-        f"{found.name} (CUDA {torch.version.cuda}, sm_{found.major}{found.minor}, {found.total_memory / 2**30:.0f} GiB)"
-    )
+def device(name: str | None = None) -> str:
+    """A torch device in words; the one that runs by default when none is named.
+
+    Examples
+    --------
+    >>> device("cpu").startswith("CPU (")
+    True
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not name.startswith("cuda"):
+        threads = torch.get_num_threads()
+        kind = "CPU" if name == "cpu" else name
+        return f"{kind} ({platform.machine()}, {threads} thread{'s' * (threads != 1)})"
+    found = torch.cuda.get_device_properties(name)
+    memory = found.total_memory / 2**30
+    return f"{found.name} (CUDA {torch.version.cuda}, sm_{found.major}{found.minor}, {memory:.0f} GiB)"
 
 
 def _abilities(installed: dict[str, str | None]) -> list[Ability]:

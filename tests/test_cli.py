@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,7 @@ RUN = ["run", "--model", "{models}/kontext", "--prompt", "x", "--out", "{out}", 
         ([*TINY, "--out", "{out}", "--keep", "most"], "must be a share"),
         ([*TINY, "--out", "{out}", "--keep", "1"], "write 100% for all"),
         ([*TINY, "--out", "{out}", "--preset", "recast", "--keep", "0.0"], "must lie in (0, 1]"),
+        ([*TINY, "--out", "{out}", "--preset", "recast", "--keep", "nan"], "must lie in (0, 1]"),
         ([*TINY, "--out", "{out}", "--preset", "recast", "--keep", "9"], "must be a share"),
         ([*TINY, "--out", "{out}", "--preset", "best"], "'recast', 'sparse-context'"),
         ([*TINY, "--out", "{text}"], "must be a directory"),
@@ -270,6 +272,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert len(errors) == 1
     assert words in errors[0]
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("package", ["diffusers", "transformers"])
+@pytest.mark.parametrize("arguments", [TINY, RUN[:-4] + RUN[-2:]])
+def test_a_missing_package_is_named(
+    package: str, arguments: list[str], tmp_path: Path, models: Path, photo: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, package, None)
+    given = [argument.format(models=models, photo=photo) for argument in arguments]
+    assert main([*given, "--out", str(tmp_path)]) == 2
+    assert "pip install 'sparse-ref-attn[diffusers]'" in capsys.readouterr().err
 
 
 # -- estimate, doctor ------------------------------------------------------------------------

@@ -102,6 +102,7 @@ def kontext_pipeline(size: str = "demo", seed: int = 0) -> Any:
         raise ConfigError(f"size must be one of {', '.join(map(repr, SIZES))}, got {size!r}")
     try:
         import diffusers
+        import transformers  # noqa: F401 -- diffusers imports without it, and then has no pipelines
     except ImportError as error:
         raise VersionError(
             "the embedded pipeline needs diffusers and transformers: pip install 'sparse-ref-attn[diffusers]'"

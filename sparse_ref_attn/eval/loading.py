@@ -68,6 +68,7 @@ def load_pipeline(
     if offload != "none" and not device.startswith("cuda"):
         raise ConfigError(f"offload {offload!r} needs a CUDA device, got {device}")
     try:
+        import transformers  # noqa: F401 -- diffusers imports without it, and then has no pipelines
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise VersionError(

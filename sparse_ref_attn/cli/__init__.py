@@ -1,0 +1,41 @@
+"""The command line: ``python -m sparse_ref_attn``, or ``sra``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ..errors import SparseRefError
+from .arguments import parser
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments after the program's name; default those of this process.
+
+    Returns
+    -------
+    int
+        0, or 2 after a line on stderr that says what was wrong.
+
+    Examples
+    --------
+    >>> main(["doctor", "--json"])  # doctest: +ELLIPSIS
+    {
+      "versions": {
+    ...
+    0
+    """
+    try:
+        options = parser().parse_args(argv)
+        options.run(options)
+    except SparseRefError as error:
+        print(f"sra: error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,155 @@
+"""The commands and their arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from .. import __version__
+from ..adapters.geometries import MODELS
+from ..config import TASKS
+from ..errors import ConfigError
+from ..eval import loading
+from ..eval.embedded import SIZES
+from ..selection.names import NAMES
+from . import commands
+
+__all__ = ["parser"]
+
+PRESETS = ("recast", "sparse-context")
+DEMO_PROMPT = "the same cup on a marble table"
+
+
+def _keep(text: str) -> float | int:
+    """ "0.25" and "25%" are shares, "256" is a number of tokens."""
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        keep: float | int = int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a share (0.25, 25%) or a number of tokens (256), got {text!r}"
+        ) from None
+    if keep == 1 and isinstance(keep, int):
+        raise argparse.ArgumentTypeError("1 means one token or all of them: write 100% for all, got '1'")
+    return keep
+
+
+def _above(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return number
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, cross, height = text.partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT in pixels, got {text!r}")
+    return int(width), int(height)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are the library's: one line, no usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} ({self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; parsed options have `run`, the command to call with them."""
+    top = _Parser(
+        prog="sra",
+        description="Runs reference-conditioned diffusion transformers on the reference tokens that matter.",
+    )
+    top.add_argument("--version", action="version", version=f"sparse_ref_attn {__version__}")
+    kinds = top.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = kinds.add_parser(
+        "demo",
+        help="dense and sparse side by side, offline, on random weights",
+        description="Builds a small FLUX.1 Kontext pipeline (diffusers' own classes), runs it dense and sparse on a "
+        "photo, and reports times, tokens and bound. " + commands.RANDOM_WEIGHTS.replace("\n", " "),
+    )
+    demo.add_argument("--out", required=True, metavar="DIR", help="where pictures and report.json go")
+    demo.add_argument("--image", metavar="PATH", help="reference photo (default: a bundled one)")
+    demo.add_argument("--prompt", default=DEMO_PROMPT)
+    demo.add_argument("--steps", type=_above(1), default=8, help="denoising steps (default: %(default)s)")
+    demo.add_argument("--size", choices=SIZES, default="demo", help='"tiny" takes no time and shows no gain')
+    _add_config(demo, "sparse-context", "25%% of the tokens by edges; recast rises from 1/16 to 1/4")
+    _add_common(demo)
+    demo.set_defaults(run=commands.demo, compare_dense=True)
+
+    run = kinds.add_parser(
+        "run",
+        help="the same with a real model: FLUX.1 Kontext, FLUX.2, Klein, Qwen-Image-Edit",
+        description="Loads a diffusers pipeline, edits the images dense and sparse with the same seed, and reports "
+        "times, tokens and bound.",
+    )
+    run.add_argument("--model", required=True, metavar="PATH", help="directory of save_pretrained, or a hub id")
+    run.add_argument("--image", required=True, action="append", metavar="PATH", help="reference; repeat for several")
+    run.add_argument("--prompt", required=True)
+    run.add_argument("--out", required=True, metavar="DIR", help="where pictures and report.json go")
+    _add_config(run, "recast", "recast: 1/16 to 1/4, rising; sparse-context: 10%%")
+    run.add_argument("--task", choices=TASKS, help="kind of edit, which picks rule and guard (default: the preset's)")
+    run.add_argument("--select", choices=NAMES, help="rule that ranks the tokens (default: the preset's)")
+    run.add_argument("--height", type=_above(16), help="of the output, in pixels")
+    run.add_argument("--width", type=_above(16))
+    run.add_argument("--steps", type=_above(1), help="denoising steps (default: the pipeline's)")
+    run.add_argument("--dtype", choices=loading.DTYPES, help="default: bfloat16 on CUDA, float32 elsewhere")
+    run.add_argument("--device", help="default: cuda where there is one, else cpu")
+    run.add_argument("--offload", choices=loading.OFFLOADS, default="none", help="keep the model in the CPU's memory")
+    run.add_argument(
+        "--compare-dense", action=argparse.BooleanOptionalAction, default=True, help="also run with every token"
+    )
+    run.add_argument(
+        "--set", action="append", type=_setting, metavar="NAME=VALUE", help="argument of the pipeline's own call"
+    )
+    _add_common(run)
+    run.set_defaults(run=commands.run)
+
+    guess = kinds.add_parser(
+        "estimate",
+        help="tokens, work and memory of a run, without running it",
+        description="Tokens, FLOPs and memory of a run from sizes alone; needs no weights.",
+    )
+    guess.add_argument("--model", required=True, help=f"{', '.join(MODELS)}, or a pipeline's directory")
+    guess.add_argument("--references", type=_above(1), default=1, metavar="N", help="how many (default: %(default)s)")
+    guess.add_argument("--size", type=_size, default=(1024, 1024), metavar="WxH", help="of each (default: 1024x1024)")
+    guess.add_argument("--output", type=_size, default=(1024, 1024), metavar="WxH", help="default: 1024x1024")
+    guess.add_argument("--text-tokens", type=_above(0), default=512, metavar="N", help="default: %(default)s")
+    guess.add_argument("--steps", type=_above(1), default=28, help="default: %(default)s")
+    _add_config(guess, "recast", "recast: 1/16 to 1/4, rising; sparse-context: 10%%")
+    guess.add_argument("--json", action="store_true")
+    guess.set_defaults(run=commands.estimate)
+
+    check = kinds.add_parser("doctor", help="what is installed, and what is possible here")
+    check.add_argument("--json", action="store_true")
+    check.set_defaults(run=commands.diagnose)
+    return top
+
+
+def _add_config(parser: argparse.ArgumentParser, preset: str, keep: str) -> None:
+    parser.add_argument("--preset", choices=PRESETS, default=preset, help="default: %(default)s")
+    parser.add_argument("--keep", type=_keep, metavar="R", help=f"share (0.25, 25%%) or tokens (256); default: {keep}")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=_above(0), default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=_above(1), default=1, metavar="N", help="runs of each, in turns; times are medians"
+    )
