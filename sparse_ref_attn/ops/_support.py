@@ -1,26 +1,30 @@
-"""Who can compute a call of `gather_attention`, and why another cannot.
+"""Who can compute a call of an op, and why another cannot.
 
 One predicate per backend returns the reasons against it; an empty list means that it can. The same
-predicate picks a backend and explains a refusal.
+predicate picks a backend and explains a refusal. `pick` and `triton_reasons` serve every op, the rest
+`gather_attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 
-__all__ = ["ORDER", "Call", "choose", "order_for", "reasons"]
+__all__ = ["ORDER", "Call", "choose", "is_aligned", "order_for", "pick", "reasons", "triton_reasons"]
 
 # The order in which "auto" tries them. No row has been measured by this project yet: the cards' rows follow
 # published figures, and `benchmarks/bench_ops.py` prints what should replace them.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("sdpa",),
-    "cuda, one item": ("sdpa",),  # one gather costs 1-3 % of the attention it feeds
-    "cuda, several items": ("sdpa",),
+    "cuda, one item": ("sdpa", "triton"),  # one gather costs 1-3 % of the attention it feeds
+    "cuda, several items": ("triton", "sdpa"),  # sdpa waits for the device and runs item by item
 }
 
 
@@ -44,7 +48,28 @@ def _sdpa(call: Call) -> list[str]:
     return [] if call.dtype in floats else [f"needs float16, bfloat16, float32 or float64, got {call.dtype}"]
 
 
-_PREDICATES: dict[str, Callable[[Call], list[str]]] = {"sdpa": _sdpa}
+def _triton(call: Call) -> list[str]:
+    if find_spec("triton") is None:
+        return ["needs the package triton, which is not installed"]
+    import triton
+
+    against = []
+    interpreted = triton.knobs.runtime.interpret
+    if call.device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(call.device) < (8, 0):
+            against.append("needs a card of compute capability 8.0 or later")
+    elif not interpreted:
+        against.append(f"needs a CUDA device, got {call.device}")
+    if call.dtype not in (torch.float16, torch.bfloat16) and not (interpreted and call.dtype == torch.float32):
+        against.append(f"needs float16 or bfloat16, got {call.dtype}")
+    if call.channels not in (32, 64, 128):
+        against.append(f"needs a head dim of 32, 64 or 128, got {call.channels}")
+    if not call.aligned:
+        against.append("needs every row to start at a multiple of 16 bytes (strides and storage offset)")
+    return against
+
+
+_PREDICATES: dict[str, Callable[[Call], list[str]]] = {"sdpa": _sdpa, "triton": _triton}
 
 
 def reasons(backend: str, call: Call) -> list[str]:
@@ -67,10 +92,55 @@ def choose(backend: str, call: Call) -> str:
     ConfigError
         If it cannot do the call (each backend tried, with its reasons).
     """
-    tried = order_for(call) if backend == "auto" else (backend,)
-    against = {name: reasons(name, call) for name in tried}
-    for name, why in against.items():
-        if not why:
+    return pick(backend, order_for(call), {name: partial(reasons, name, call) for name in _PREDICATES})
+
+
+def pick(backend: str, order: Sequence[str], predicates: Mapping[str, Callable[[], list[str]]]) -> str:
+    """`backend` itself if it can do the call, or for "auto" the first of `order` that can.
+
+    Raises
+    ------
+    ConfigError
+        If none can (each one tried, with its reasons), or the name is unknown.
+    """
+    if backend != "auto" and backend not in predicates:
+        raise ConfigError(f"backend must be one of {('auto', *predicates)}, got {backend!r}")
+    tried: dict[str, list[str]] = {}
+    for name in order if backend == "auto" else (backend,):
+        tried[name] = predicates[name]()
+        if not tried[name]:
             return name
-    told = "; ".join(f"{name}: {', '.join(why)}" for name, why in against.items())
+    told = "; ".join(f"{name}: {', '.join(why)}" for name, why in tried.items())
     raise ConfigError(f"the backend must be able to do the call, got {told}")
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether Triton will know that every row along the last dim starts at a multiple of 16 bytes.
+
+    It asks that of the pointer, and 16 elements of every stride; otherwise it turns its 16-byte asynchronous copies
+    into 2-byte loads, without a word.
+    """
+    strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    return x.data_ptr() % 16 == 0 and all(n == 1 or s % 16 == 0 for n, s in strides)
+
+
+def triton_reasons(*tensors: Tensor) -> list[str]:
+    """Why Triton kernels cannot run on these tensors (last dim: channels); the op's own limits come on top."""
+    if not _has_triton():
+        return ["needs triton"]
+    from triton import knobs
+
+    why = []
+    interpreted = knobs.runtime.interpret
+    if not interpreted and not all(x.is_cuda for x in tensors):
+        why.append(f"needs a CUDA device, or TRITON_INTERPRET=1, got {tensors[0].device}")
+    if any(x.stride(-1) != 1 for x in tensors if x.numel()):
+        why.append("needs a contiguous last dim")
+    elif not all(is_aligned(x) for x in tensors if x.numel()):
+        why.append("needs a pointer at a multiple of 16 bytes and strides of multiples of 16 elements")
+    return why
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

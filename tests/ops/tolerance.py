@@ -18,14 +18,14 @@ def assert_as_accurate(actual: Tensor, truth: Tensor, low: Tensor, name: str = "
     truth : Tensor, float64
         The same from the formula in float64, from the same (rounded) inputs.
     low : Tensor
-        The same from plain PyTorch in the inputs' precision.
+        The same from plain PyTorch in the inputs' precision, not widened.
     name : str
         Opens the message.
 
     Notes
     -----
-    The second term is one rounding of a value of size 0.3 in the dtype of `actual`; it matters where plain PyTorch
-    happens to be exact. Infinities must agree exactly, NaN is never accepted.
+    The second term is one rounding at 0.3 in the dtype of `low`; it matters where plain PyTorch happens to be exact.
+    Infinities must agree exactly, NaN is never accepted.
     """
     assert truth.dtype == torch.float64, f"truth must be float64, got {truth.dtype}"
     assert actual.shape == truth.shape == low.shape, f"{name}: {actual.shape}, {truth.shape}, {low.shape}"
@@ -35,7 +35,7 @@ def assert_as_accurate(actual: Tensor, truth: Tensor, low: Tensor, name: str = "
     actual, truth, low = (t[~infinite] for t in (actual, truth, low))
     if not truth.numel():
         return
-    rounded = truth.to(actual.dtype)
+    rounded = truth.to(low.dtype)
     slack = 2 * (rounded + 0.3 - 0.3 - rounded).abs().max().double()
     error = (actual.double() - truth).abs().max()
     allowed = 2 * (low.double() - truth).abs().max() + slack

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...errors import LayoutError
-from .chunked import attention_mass_chunked
+from .library import mass_op
 
 __all__ = ["attention_mass"]
 
@@ -18,6 +19,10 @@ def attention_mass(
     scale: float | None = None,
     key_mask: Tensor | None = None,
     query_stride: int = 1,
+    lse: Tensor | None = None,
+    value: Tensor | None = None,
+    reduce_heads: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     r"""Mean attention that queries pay to each key of a span, per head.
 
@@ -26,7 +31,8 @@ def attention_mass(
 
     .. math:: s_{hk} = \frac{1}{N} \sum_{j=1}^{N} \operatorname{softmax}_k(a \langle q_{hj}, k_{h\cdot} \rangle)
 
-    where the softmax runs over *all* keys. The N x S block is never stored whole.
+    where the softmax runs over *all* keys. The N x S block is never stored whole. With `value` the
+    score is ToPi's [2]_, ``s[h, k] * ||v[h, k]||``.
 
     Parameters
     ----------
@@ -42,25 +48,45 @@ def attention_mass(
         True where a key may be attended (padding of prompts is False).
     query_stride : int
         Use every n-th query only. Default 1, all.
+    lse : Tensor, shape (B, H, N), float32, optional
+        Natural-log LSE of every query's scaled scores over all keys that it may attend, as
+        `gather_attention` returns it. Then only the span's keys are read. Default: computed here.
+    value : Tensor, shape (B, S, H, C), floating, optional
+        Values; each mass is multiplied by the Euclidean norm of its value.
+    reduce_heads : bool
+        Return the mean over the heads. Default False.
+    backend : {"auto", "reference", "chunked", "triton"}
+        "reference" is the formula as it stands and stores the N x S block; "chunked" is plain PyTorch;
+        "triton" takes float16 and bfloat16, C in {32, 64, 128}, a scale above 0, and tensors with a
+        contiguous last dim whose pointers and strides are multiples of 16 bytes and elements. A named
+        backend never falls back.
 
     Returns
     -------
-    Tensor, shape (B, H, R), float32
-        In [0, 1]; each row sums to at most 1, the shortfall went to the other keys.
+    Tensor, shape (B, H, R), or (B, R) with `reduce_heads`, float32
+        In [0, 1] without `value`; each row sums to at most 1, the shortfall went to the other keys.
 
     Raises
     ------
     LayoutError
         If shapes, dtypes or devices disagree, or the span is empty or outside the keys.
+    ConfigError
+        If the backend cannot do the call; the message says why.
+
+    See Also
+    --------
+    attention_mass_varlen : The same for packed rows of items of unequal length.
 
     Notes
     -----
-    Not differentiable: a ranking needs no gradient. Float32 accumulation. No host sync.
+    Not differentiable: a ranking needs no gradient. Float32 accumulation. No host sync. Deterministic:
+    one program owns one block of reference tokens, no atomics.
 
     References
     ----------
     .. [1] Han et al., "ReCAST: Probing Sparse Reference Use in In-Context Image Generation",
        FoGen at ICML 2026, eq. (2).
+    .. [2] ToPi, arXiv 2602.01609.
 
     Examples
     --------
@@ -70,14 +96,31 @@ def attention_mass(
     >>> attention_mass(torch.zeros(1, 4, 1, 16), torch.zeros(1, 5, 1, 16), (2, 5))
     tensor([[[0.2000, 0.2000, 0.2000]]])
     """
+    _check(q, k, span, key_mask, query_stride, lse, value)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    mask = None if key_mask is None else key_mask.bool()
+    mass = mass_op(q.detach(), k.detach(), *span, scale, mask, lse, query_stride, backend)
+    if value is not None:
+        mass = mass * value[:, span[0] : span[1]].detach().float().norm(dim=-1).transpose(1, 2)
+    return mass.mean(dim=1) if reduce_heads else mass
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    span: tuple[int, int],
+    key_mask: Tensor | None,
+    query_stride: int,
+    lse: Tensor | None,
+    value: Tensor | None,
+) -> None:
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise LayoutError(
             f"q (B, N, H, C) and k (B, S, H, C) must agree in B, H and C, got {tuple(q.shape)} and {tuple(k.shape)}"
         )
     if q.dtype != k.dtype or q.device != k.device or not q.is_floating_point():
         raise LayoutError(
-            "q and k must share a floating dtype and a device, "
-            f"got {q.dtype} on {q.device} and {k.dtype} on {k.device}"
+            f"q and k must share a floating dtype and a device, got {q.dtype} on {q.device} and {k.dtype} on {k.device}"
         )
     if not 0 <= span[0] < span[1] <= k.shape[1]:
         raise LayoutError(f"span must lie within the {k.shape[1]} keys and not be empty, got {span}")
@@ -85,7 +128,11 @@ def attention_mass(
         raise LayoutError(f"query_stride must be at least 1, got {query_stride}")
     if key_mask is not None and (key_mask.shape != (k.shape[0], k.shape[1]) or key_mask.dtype.is_floating_point):
         raise LayoutError(f"key_mask must be bool of shape {(k.shape[0], k.shape[1])}, got {tuple(key_mask.shape)}")
-    q = q[:, ::query_stride]
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    mask = None if key_mask is None else key_mask.bool()
-    return attention_mass_chunked(q.detach(), k.detach(), span, scale, mask)
+    rows = (q.shape[0], q.shape[2], q.shape[1])
+    if lse is not None and (lse.shape != rows or lse.dtype != torch.float32 or lse.device != q.device):
+        raise LayoutError(
+            f"lse must be (B, H, N) = {rows}, float32 on {q.device}, "
+            f"got {tuple(lse.shape)}, {lse.dtype} on {lse.device}"
+        )
+    if value is not None and (value.shape[:3] != k.shape[:3] or value.device != q.device):
+        raise LayoutError(f"value must have the rows of k {tuple(k.shape)}, got {tuple(value.shape)}")

@@ -9,10 +9,19 @@ __all__ = ["attention_mass_reference"]
 
 
 def attention_mass_reference(
-    q: Tensor, k: Tensor, span: tuple[int, int], scale: float, key_mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    span: tuple[int, int],
+    scale: float,
+    key_mask: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
-    """q (B, N, H, C), k (B, S, H, C), key_mask (B, S) bool -> (B, H, R), in the precision of q."""
+    """q (B, N, H, C), k (B, S, H, C), key_mask (B, S) bool, lse (B, H, N) -> (B, H, R), in the precision of q."""
+    start, stop = span
     scores = torch.einsum("bnhc,bshc->bhns", q, k) * scale
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, :], float("-inf"))
-    return scores.softmax(dim=-1)[..., span[0] : span[1]].mean(dim=2)
+    if lse is None:
+        return scores.softmax(dim=-1)[..., start:stop].mean(dim=2)
+    pivot = lse.masked_fill(lse == float("-inf"), float("inf"))[..., None].to(scores.dtype)  # a query without keys
+    return (scores[..., start:stop] - pivot).exp().mean(dim=2)

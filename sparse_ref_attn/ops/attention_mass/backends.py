@@ -1,0 +1,41 @@
+"""Who computes the mass: one predicate per backend, and the order in which "auto" tries them.
+
+`reference` is the definition, `chunked` plain PyTorch in bounded memory, `triton` the kernels. No card has run the
+kernels yet, so "auto" does not pick them: they wait in no row of `ORDER` until `pytest -m gpu` has passed on one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._support import pick, triton_reasons
+
+__all__ = ["ORDER", "choose"]
+
+ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("chunked",),
+    "cuda": ("chunked",),
+}
+CHANNELS = (32, 64, 128)
+HALF = (torch.float16, torch.bfloat16)
+
+
+def choose(backend: str, q: Tensor, k: Tensor, scale: float) -> str:
+    """`backend`, or for "auto" the first that can; ConfigError with everyone's reasons where none can."""
+    return pick(
+        backend,
+        ORDER.get(q.device.type, ORDER["cpu"]),
+        {"reference": list, "chunked": list, "triton": lambda: _triton(q, k, scale)},
+    )
+
+
+def _triton(q: Tensor, k: Tensor, scale: float) -> list[str]:
+    why = triton_reasons(q, k)
+    if q.dtype not in HALF and not (q.dtype == torch.float32 and not q.is_cuda):
+        why.append(f"needs float16 or bfloat16, got {q.dtype}")
+    if q.shape[-1] not in CHANNELS:
+        why.append(f"needs a head dim in {CHANNELS}, got {q.shape[-1]}")
+    if not scale > 0:
+        why.append(f"needs scale > 0, got {scale}")
+    return why

@@ -1,0 +1,148 @@
+"""Registration with torch, and what each backend is called with.
+
+The ops are opaque to the compiler; the backend's name travels as an argument and is resolved inside, where pointers and
+the device are known. Nothing is differentiable: a ranking needs no gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import choose
+from .chunked import attention_mass_chunked
+from .from_lse import attention_mass_from_lse
+from .reference import attention_mass_reference
+from .tuning import LSE_TILES, MASS_TILES, tiles_for
+
+__all__ = ["mass_op", "mass_varlen_op"]
+
+library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
+library.define(
+    "attention_mass(Tensor q, Tensor k, SymInt start, SymInt stop, float scale, Tensor? key_mask, Tensor? lse, "
+    "SymInt query_stride, str backend) -> Tensor"
+)
+library.define(
+    "attention_mass_varlen(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor cu_seqlens_ref, "
+    "Tensor ref_starts, SymInt total_ref, SymInt max_seqlen_q, SymInt max_seqlen_ref, float scale, Tensor? lse, "
+    "SymInt query_stride, str backend) -> Tensor"
+)
+
+
+def _mass(
+    q: Tensor,
+    k: Tensor,
+    start: int,
+    stop: int,
+    scale: float,
+    key_mask: Tensor | None,
+    lse: Tensor | None,
+    query_stride: int,
+    backend: str,
+) -> Tensor:
+    chosen = choose(backend, q, k, scale)
+    if chosen == "triton":
+        from .triton_mass import launch_lse, launch_mass
+
+        capability = _capability(q)
+        if key_mask is not None:
+            key_mask = key_mask.contiguous()
+        if lse is None:
+            lse = launch_lse(q, k, scale, query_stride, tiles_for(LSE_TILES, capability, q.shape[-1]), key_mask)
+        tiles = tiles_for(MASS_TILES, capability, q.shape[-1])
+        mask = None if key_mask is None else key_mask[:, start:stop]
+        return launch_mass(q, k[:, start:stop], lse, scale, query_stride, tiles, mask)
+    q = q[:, ::query_stride]
+    lse = None if lse is None else lse[..., ::query_stride]
+    if chosen == "reference":
+        return attention_mass_reference(q, k, (start, stop), scale, key_mask, lse).float()
+    if lse is None:
+        return attention_mass_chunked(q, k, (start, stop), scale, key_mask)
+    mask = None if key_mask is None else key_mask[:, start:stop]
+    return attention_mass_from_lse(q, k[:, start:stop], lse, scale, mask)
+
+
+def _mass_varlen(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    cu_seqlens_ref: Tensor,
+    ref_starts: Tensor,
+    total_ref: int,
+    max_seqlen_q: int,
+    max_seqlen_ref: int,
+    scale: float,
+    lse: Tensor | None,
+    query_stride: int,
+    backend: str,
+) -> Tensor:
+    chosen = choose(backend, q, k, scale)
+    if chosen == "triton":
+        from .triton_mass import Ragged, launch_lse, launch_mass
+
+        ragged = Ragged(cu_seqlens_q, cu_seqlens_k, cu_seqlens_ref, ref_starts, max_seqlen_q, max_seqlen_ref)
+        capability, channels = _capability(q), q.shape[-1]
+        q, k, lse = q[None], k[None], None if lse is None else lse[None]
+        if lse is None:
+            lse = launch_lse(q, k, scale, query_stride, tiles_for(LSE_TILES, capability, channels), ragged=ragged)
+        tiles = tiles_for(MASS_TILES, capability, channels)
+        return launch_mass(q, k, lse, scale, query_stride, tiles, ragged=ragged, total_ref=total_ref)[0]
+    mass = q.new_zeros(q.shape[1], total_ref, dtype=torch.float32)
+    at_q, at_k, at_ref = (x.tolist() for x in (cu_seqlens_q, cu_seqlens_k, cu_seqlens_ref))
+    for item, first in enumerate(ref_starts.tolist()):
+        queries, keys = slice(*at_q[item : item + 2]), slice(*at_k[item : item + 2])
+        out = slice(*at_ref[item : item + 2])
+        if queries.start == queries.stop or out.start == out.stop:
+            continue
+        start = first - keys.start
+        mass[:, out] = _mass(
+            q[None, queries],
+            k[None, keys],
+            start,
+            start + out.stop - out.start,
+            scale,
+            None,
+            None if lse is None else lse[None, :, queries],
+            query_stride,
+            chosen,
+        )[0]
+    return mass
+
+
+library.impl("attention_mass", _mass, "CompositeExplicitAutograd")
+library.impl("attention_mass_varlen", _mass_varlen, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sparse_ref_attn::attention_mass", lib=library)
+def _(
+    q: Tensor,
+    k: Tensor,
+    start: int,
+    stop: int,
+    scale: float,
+    key_mask: Tensor | None,
+    lse: Tensor | None,
+    query_stride: int,
+    backend: str,
+) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], stop - start), dtype=torch.float32)
+
+
+@torch.library.register_fake("sparse_ref_attn::attention_mass_varlen", lib=library)
+def _(
+    q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, cu_ref: Tensor, ref_starts: Tensor, total_ref: int, *rest: object
+) -> Tensor:
+    return q.new_empty((q.shape[1], total_ref), dtype=torch.float32)
+
+
+mass_op = torch.ops.sparse_ref_attn.attention_mass.default
+mass_varlen_op = torch.ops.sparse_ref_attn.attention_mass_varlen.default
+
+
+def _capability(x: Tensor) -> int:
+    """Compute capability times ten (90 for an H200); 0 where there is none."""
+    if not x.is_cuda or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
