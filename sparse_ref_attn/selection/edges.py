@@ -83,7 +83,7 @@ class Edges(Selector):
         scores = []
         for item in image:
             gradient = _gradient(item, self.sigma)
-            magnitude = gradient.norm(dim=0)
+            magnitude = torch.hypot(*gradient)
             density = area_pool(_link(gradient, self.low, self.high).to(magnitude), grid)
             slope = area_pool(torch.where(magnitude < FLAT, 0.0, magnitude), grid) / STEEPEST
             scores.append(density + 1e-3 * slope)
@@ -156,7 +156,7 @@ def _gradient(image: Tensor, sigma: float) -> Tensor:
     across = padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]
     along = padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]
     gradient = torch.stack([along[..., 2:, :] - along[..., :-2, :], across[..., 2:] - across[..., :-2]])
-    steepest = gradient.norm(dim=0).argmax(0)
+    steepest = torch.hypot(*gradient).argmax(0)
     return gradient.gather(1, steepest.expand(2, 1, -1, -1)).squeeze(1)
 
 
@@ -173,7 +173,7 @@ def _blur(image: Tensor, taps: list[float]) -> Tensor:
 def _link(gradient: Tensor, low: float, high: float) -> Tensor:
     """Suppression of non-maxima, then hysteresis: (2, H, W) -> (H, W) bool."""
     down, right = gradient
-    magnitude = gradient.norm(dim=0)
+    magnitude = torch.hypot(*gradient)
     steep, flat = torch.maximum(down.abs(), right.abs()), torch.minimum(down.abs(), right.abs())
     part = flat / steep.clamp(min=torch.finfo(steep.dtype).tiny)  # how far the gradient leans to the diagonal
     around = functional.pad(magnitude, (1, 1, 1, 1))

@@ -101,7 +101,7 @@ def saliency_map(features: Tensor) -> Tensor:
     padded = functional.pad(features, (2, 2, 2, 2), mode="replicate")
     tall = sum(tap * padded[..., i : i + height, :] for i, tap in enumerate(taps))
     smooth = sum(tap * tall[..., i : i + width] for i, tap in enumerate(taps))
-    return (_surround(features) - smooth).norm(dim=1)
+    return (_surround(features) - smooth).square().sum(dim=1).sqrt()
 
 
 def _surround(features: Tensor) -> Tensor:
