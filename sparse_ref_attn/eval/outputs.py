@@ -92,14 +92,18 @@ def table(result: Comparison) -> str:
         "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3]]).rstrip()
         for row in rows
     ]
-    if result.measured_over_bound is not None:
+    over = result.measured_over_bound
+    if over is not None:
         lines += [
             "",
-            f"Measured over bound: {result.measured_over_bound:.2f} (0.90 to 1.05 is as it should be; a busy machine "
-            "scatters). The bound is",
-            "the dense run's attention time and the rest of its transformer time, each scaled by its own work,",
-            "plus the time outside the transformer.",
+            f"Measured over bound: {over:.2f}. The bound is the dense run's attention time and the rest of its",
+            "transformer time, each scaled by its own work, plus the time outside the transformer.",
         ]
+        if not 0.90 <= over <= 1.05:
+            lines += [
+                "Outside 0.90 to 1.05 the times are not to be trusted, or something is slow: calls too short to time,",
+                "or a busy machine. Longer runs and --repeats 3 tell.",
+            ]
     return "\n".join(lines)
 
 
