@@ -93,9 +93,9 @@ def test_bad_input_is_refused_in_words():
         attention_mass(q, k, (0, 6), lse=torch.zeros(2, 4, 3))
     with pytest.raises(LayoutError, match="value must have the rows of k"):
         attention_mass(q, k, (0, 6), value=q)
-    with pytest.raises(ConfigError, match="backend must be one of .*'triton'.*got 'fast'"):
+    with pytest.raises(ConfigError, match=r"backend must be one of .*'triton'.*got 'fast'"):
         attention_mass(q, k, (0, 6), backend="fast")
-    with pytest.raises(ConfigError, match="triton: .*needs a CUDA device"):
+    with pytest.raises(ConfigError, match=r"triton: .*needs a CUDA device"):
         attention_mass(q, k, (0, 6), backend="triton")
     i = torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(LayoutError, match=r"ref_starts must be \(1,\) int32"):

@@ -52,8 +52,8 @@ def _mass(
         tiles = tiles_for(MASS_TILES, capability, q.shape[-1])
         mask = None if key_mask is None else key_mask[:, start:stop]
         return launch_mass(q, k[:, start:stop], lse, scale, query_stride, tiles, mask)
-    q = q[:, ::query_stride]
-    lse = None if lse is None else lse[..., ::query_stride]
+    if query_stride > 1:
+        q, lse = q[:, ::query_stride], None if lse is None else lse[..., ::query_stride]
     if chosen == "reference":
         return attention_mass_reference(q, k, (start, stop), scale, key_mask, lse).float()
     if lse is None:

@@ -5,33 +5,61 @@ Each is the other's gradient. Rows are distinct, so both are deterministic.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import overload
+
 from torch import Tensor
 
 from ...errors import LayoutError
+from .library import ORDER, pack_op, unpack_op
+from .reference import pack_reference, unpack_reference
 
 __all__ = ["pack_rows", "unpack_rows"]
 
 
-def pack_rows(x: Tensor, rows: Tensor, dim: int = 1) -> Tensor:
+@overload
+def pack_rows(x: Tensor, rows: Tensor, dim: int = 1, *, backend: str = ...) -> Tensor: ...
+
+
+@overload
+def pack_rows(x: Sequence[Tensor], rows: Tensor, dim: int = 1, *, backend: str = ...) -> tuple[Tensor, ...]: ...
+
+
+def pack_rows(
+    x: Tensor | Sequence[Tensor], rows: Tensor, dim: int = 1, *, backend: str = "auto"
+) -> Tensor | tuple[Tensor, ...]:
     """Keep `rows` of `x` along `dim`.
 
     Parameters
     ----------
-    x : Tensor, any dtype, with S rows along `dim`
-    rows : Tensor, shape (T,), int64
+    x : Tensor, any dtype, with S rows along `dim`; or a sequence of them
+        Several tensors (hidden states, position ids, keys, values, ...) share one launch. They agree
+        in S and the device, and may differ in every other dimension and in dtype.
+    rows : Tensor, shape (T,), int32 | int64
         Distinct rows in [0, S). Ascending order keeps the sequence's order.
     dim : int
         The token axis. Default 1, as in (B, S, D).
+    backend : {"auto", "reference", "triton"}
+        "reference" is ``index_select``. A named backend never falls back.
 
     Returns
     -------
-    Tensor, shape of `x` with T rows along `dim`
-        A copy; differentiable.
+    Tensor, shape of `x` with T rows along `dim`; or a tuple of them
+        Copies; differentiable.
 
     Raises
     ------
     LayoutError
-        If `rows` is not a vector.
+        If `rows` is not a vector, or the tensors disagree in S or the device.
+    ConfigError
+        If the backend cannot do the call; the message says why.
+    IndexError | RuntimeError
+        If a row is outside the tensor (torch's own, "reference" on a CPU).
+
+    Notes
+    -----
+    Deterministic, forward and backward. No host sync. With "triton" a row outside the tensor reads
+    as zeros, unnoticed.
 
     Examples
     --------
@@ -39,30 +67,60 @@ def pack_rows(x: Tensor, rows: Tensor, dim: int = 1) -> Tensor:
     >>> pack_rows(torch.arange(4.0).view(1, 4, 1), torch.tensor([0, 3])).flatten().tolist()
     [0.0, 3.0]
     """
-    _check(rows)
-    return x.index_select(dim, rows)
+    tensors, dim = _check((x,) if isinstance(x, Tensor) else x, rows, dim)
+    if _is_reference(backend, tensors[0]):
+        packed = [pack_reference(t, rows, dim) for t in tensors]
+    else:
+        packed = pack_op(tensors, rows, dim, backend)
+    return packed[0] if isinstance(x, Tensor) else tuple(packed)
 
 
-def unpack_rows(y: Tensor, rows: Tensor, size: int, dim: int = 1) -> Tensor:
+@overload
+def unpack_rows(y: Tensor, rows: Tensor, size: int, dim: int = 1, *, backend: str = ...) -> Tensor: ...
+
+
+@overload
+def unpack_rows(
+    y: Sequence[Tensor], rows: Tensor, size: int, dim: int = 1, *, backend: str = ...
+) -> tuple[Tensor, ...]: ...
+
+
+def unpack_rows(
+    y: Tensor | Sequence[Tensor], rows: Tensor, size: int, dim: int = 1, *, backend: str = "auto"
+) -> Tensor | tuple[Tensor, ...]:
     """Put packed rows back into `size` rows; the dropped ones are zero.
 
     Parameters
     ----------
-    y : Tensor, with T rows along `dim`
-    rows : Tensor, shape (T,), int64
+    y : Tensor, with T rows along `dim`; or a sequence of them
+        As `pack_rows` returned them.
+    rows : Tensor, shape (T,), int32 | int64
         Where each row goes, as given to `pack_rows`.
     size : int
         Number of rows S of the result along `dim`.
+    dim : int
+        The token axis. Default 1.
+    backend : {"auto", "reference", "triton"}
+        "reference" is ``index_copy``. A named backend never falls back.
 
     Returns
     -------
-    Tensor, shape of `y` with `size` rows along `dim`
+    Tensor, shape of `y` with `size` rows along `dim`; or a tuple of them
         Differentiable.
 
     Raises
     ------
     LayoutError
         If `rows` does not number the rows of `y`.
+    ConfigError
+        If the backend cannot do the call; the message says why.
+    IndexError | RuntimeError
+        If a row is outside the result (torch's own, "reference" on a CPU).
+
+    Notes
+    -----
+    Deterministic, forward and backward. No host sync. With "triton" a row outside the result is
+    left out, unnoticed.
 
     Examples
     --------
@@ -70,14 +128,37 @@ def unpack_rows(y: Tensor, rows: Tensor, size: int, dim: int = 1) -> Tensor:
     >>> unpack_rows(torch.tensor([[[5.0], [6.0]]]), torch.tensor([0, 2]), 4).flatten().tolist()
     [5.0, 0.0, 6.0, 0.0]
     """
-    _check(rows)
-    if y.shape[dim] != rows.shape[0]:
-        raise LayoutError(f"rows must number the {y.shape[dim]} rows of y along dim {dim}, got {rows.shape[0]}")
-    shape = list(y.shape)
-    shape[dim] = size
-    return y.new_zeros(shape).index_copy(dim, rows, y)
+    tensors, dim = _check((y,) if isinstance(y, Tensor) else y, rows, dim)
+    if tensors[0].shape[dim] != rows.shape[0]:
+        raise LayoutError(
+            f"rows must number the {tensors[0].shape[dim]} rows of y along dim {dim}, got {rows.shape[0]}"
+        )
+    if _is_reference(backend, tensors[0]):
+        full = [unpack_reference(t, rows, size, dim) for t in tensors]
+    else:
+        full = unpack_op(tensors, rows, size, dim, backend)
+    return full[0] if isinstance(y, Tensor) else tuple(full)
 
 
-def _check(rows: Tensor) -> None:
+def _is_reference(backend: str, x: Tensor) -> bool:
+    """Whether the definition computes the call, so that no op of ours stands between torch and it."""
+    if backend == "auto":
+        return ORDER.get(x.device.type, ORDER["cpu"])[0] == "reference"
+    return backend == "reference"
+
+
+def _check(tensors: Sequence[Tensor], rows: Tensor, dim: int) -> tuple[list[Tensor], int]:
+    """The tensors and `dim` counted from the first axis, which all tensors must share."""
     if rows.ndim != 1:
         raise LayoutError(f"rows must be a vector of row numbers, got shape {tuple(rows.shape)}")
+    if not tensors:
+        raise LayoutError("there must be at least one tensor, got none")
+    first = tensors[0]
+    axis = dim % first.ndim
+    for t in tensors[1:]:
+        if dim % t.ndim != axis or t.shape[axis] != first.shape[axis] or t.device != first.device:
+            raise LayoutError(
+                "tensors must share the token axis, its length and the device, "
+                f"got {tuple(first.shape)} on {first.device} and {tuple(t.shape)} on {t.device} along {dim}"
+            )
+    return list(tensors), axis

@@ -1,0 +1,80 @@
+"""What the compiler makes of the mass, LSE and row kernels. The limits are literals: change them knowingly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_ref_attn.ops.attention_mass.triton_mass import Ragged, launch_lse, launch_mass
+from sparse_ref_attn.ops.attention_mass.tuning import LSE_TILES, MASS_TILES, tiles_for
+from sparse_ref_attn.ops.pack_rows.triton_rows import launch_pack, launch_unpack
+
+from .aot import Launch, compiled_for
+
+CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
+SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma"}
+EVERY_TIME = ["sm_80", "sm_90"]
+AT_LENGTH = [pytest.param(card, marks=pytest.mark.slow) for card in ("sm_80", "sm_90", "sm_100", "gfx942")]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches(card: str, C: int, dtype: torch.dtype, masked: bool, ragged: bool) -> list[Launch]:
+    """The LSE's and the mass's launch at the size of FLUX.1 Kontext: 4096 generation and 4096 reference tokens."""
+    text, rows = 512, 512 + 4096 + 4096
+    joint = meta(1, rows, 24, C, dtype=dtype)
+    q, k_ref = joint[:, text : text + 4096], joint[:, text + 4096 :]
+    mask = meta(1, rows, dtype=torch.bool) if masked else None
+    cu, first = meta(5, dtype=torch.int32), meta(4, dtype=torch.int32)
+    items = Ragged(cu, cu, cu, first, 1024, 1024) if ragged else None
+    capability = CAPABILITY[card]
+    with compiled_for(card) as seen:
+        lse = launch_lse(q, joint, 0.1, 1, tiles_for(LSE_TILES, capability, C), mask, items)
+        ref_mask = None if mask is None else mask[:, text + 4096 :]
+        launch_mass(q, k_ref, lse, 0.1, 1, tiles_for(MASS_TILES, capability, C), ref_mask, items)
+    assert [one.name for one in seen] == ["_lse", "_mass"]
+    return seen
+
+
+def gate(one: Launch, card: str) -> None:
+    assert one.stack == 0, one
+    assert one.shared <= SHARED[card], one
+    assert one.count(MATRIX[card]) > 0, one.instructions
+    if card != "gfx942":
+        assert one.count(r"LDGSTS.*\.128") > 0, one.instructions
+        assert one.count(r"LDG\..*U16") == 0, one.instructions
+
+
+@pytest.mark.parametrize("card", EVERY_TIME)
+def test_mass_and_lse(card: str):
+    for one in launches(card, 128, torch.bfloat16, masked=False, ragged=False):
+        gate(one, card)
+
+
+@pytest.mark.parametrize(("masked", "ragged"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("C", [32, 64, 128])
+@pytest.mark.parametrize("card", AT_LENGTH)
+def test_every_mass_and_lse(card: str, C: int, dtype: torch.dtype, masked: bool, ragged: bool):
+    for one in launches(card, C, dtype, masked, ragged):
+        gate(one, card)
+
+
+@pytest.mark.parametrize("card", [*EVERY_TIME, *AT_LENGTH[2:]])
+def test_rows_move_in_16_bytes(card: str):
+    tokens = [meta(1, 8192, 3072), meta(1, 8192, 128)]
+    row = meta(2048, dtype=torch.int64)
+    with compiled_for(card) as seen:
+        launch_unpack(launch_pack(tokens, row, 1), row, 8192, 1)
+    assert [one.grid for one in seen] == [(512, 2, 1), (512, 2, 1)]
+    for one in seen:
+        assert one.stack == 0, one
+        if card == "gfx942":
+            assert one.count("global_store_dwordx4") > 0, one.instructions
+        else:
+            assert one.count(r"LDG\.E.*128") > 0, one.instructions
+            assert one.count(r"STG\.E.*128") > 0, one.instructions
+            assert one.count(r"(LDG|STG)\..*U16") == 0, one.instructions
