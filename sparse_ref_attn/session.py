@@ -20,6 +20,7 @@ from .functional import attention_mass
 from .record import BlockAttention, RunRecord, StepRecord
 from .schedules import Budget, Clock
 from .selection import AttentionMass, Probe, Reduced, Reducer, References, Selector, ranking
+from .selection.base import scores_of
 from .types import RefSelection, TokenLayout
 
 __all__ = ["AttentionView", "Plan", "Session", "block_indices"]
@@ -273,10 +274,7 @@ class Session:
             self._scores = []
             return
         assert isinstance(select, Selector)
-        scores = [s.to(references.tokens.device, torch.float32) for s in select.score(references)]
-        shapes = tuple(tuple(s.shape) for s in scores)
-        if shapes != tuple((size,) for size in references.sizes):
-            raise ConfigError(f"a selector must give one score a token, {references.sizes}, got shapes {shapes}")
+        scores = scores_of(select, references)
         if not bool(torch.isfinite(torch.cat(scores)).all()):
             raise NonFiniteError(f"scores of {type(select).__name__} must be finite, got NaN or infinity")
         self._scores = record.scores = scores

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import PixelsUnavailableError
+from ..errors import ConfigError, PixelsUnavailableError
 from ..types import TokenLayout
 
 __all__ = ["FromFunction", "Probe", "Reduced", "Reducer", "References", "Selector"]
@@ -127,15 +127,41 @@ class Selector:
         raise NotImplementedError
 
 
+def scores_of(selector: Selector, references: References) -> list[Tensor]:
+    """The selector's scores, shapes (R_i,), float32, on the tokens' device.
+
+    Raises
+    ------
+    ConfigError
+        If it does not give one score a token.
+    """
+    scores = [s.to(references.tokens.device, torch.float32) for s in selector.score(references)]
+    shapes = tuple(tuple(s.shape) for s in scores)
+    if shapes != tuple((size,) for size in references.sizes):
+        raise ConfigError(f"a selector must give one score a token, {references.sizes}, got shapes {shapes}")
+    return scores
+
+
 @dataclass(frozen=True)
 class FromFunction(Selector):
-    """A user's function as a selector: it gets `References`, returns one score tensor a reference."""
+    """A user's function as a selector: it gets `References`, returns one score tensor a reference.
+
+    Raises
+    ------
+    ConfigError
+        At scoring, if it returns something else than a sequence of tensors, arrays or numbers.
+    """
 
     function: Callable[[References], Sequence[Any]]
 
     def score(self, references: References) -> list[Tensor]:
-        device = references.tokens.device
-        return [torch.as_tensor(s, device=device).float() for s in self.function(references)]
+        made = self.function(references)
+        try:
+            return [torch.as_tensor(s, device=references.tokens.device).float() for s in made]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"a selector's function must return a tensor or array of numbers for each reference, got {made!r:.200}"
+            ) from error
 
 
 @dataclass(frozen=True)

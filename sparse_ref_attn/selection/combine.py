@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import Probe, References, Selector
+from .base import Probe, References, Selector, scores_of
 
 __all__ = ["Mix", "Union"]
 
@@ -71,7 +71,7 @@ class Mix(Selector):
     def score(self, references: References) -> list[Tensor]:
         mixed = torch.zeros(references.layout.reference_tokens, dtype=torch.float64, device=references.tokens.device)
         for selector, weight in self._pairs():
-            mixed += weight * mean_ranks(torch.cat(selector.score(references)))
+            mixed += weight * mean_ranks(torch.cat(scores_of(selector, references)))
         highest = max(len(mixed) - 1, 1) * sum(weight for _, weight in self._pairs())
         return references.split((mixed / highest).float())
 
@@ -120,7 +120,7 @@ class Union(Selector):
 
     def score(self, references: References) -> list[Tensor]:
         count = len(self.selectors)
-        columns = [selector.score(references) for selector in self.selectors]
+        columns = [scores_of(selector, references) for selector in self.selectors]
         scores = []
         for parts in zip(*columns, strict=True):
             size = len(parts[0])

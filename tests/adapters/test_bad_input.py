@@ -110,6 +110,18 @@ RUNS = {
         sra.SparseRef(references_of(lambda size: torch.zeros(0))), sra.ConfigError, r"got shapes \(\(0,\), \(0,\)\)"),
     "scores of another size": (
         sra.SparseRef(references_of(lambda size: torch.zeros(size, 1))), sra.ConfigError, r"got shapes \(\(96, 1\)"),
+    "scores of another size in a mix": (
+        sra.SparseRef(sra.Mix({references_of(lambda size: torch.zeros(size - 1)): 1.0})), sra.ConfigError,
+        r"one score a token, \(96, 64\), got shapes \(\(95,\), \(63,\)\)"),
+    "scores of another size in a union": (
+        sra.SparseRef(sra.Union([sra.Grid(), references_of(lambda size: torch.zeros(1))])), sra.ConfigError,
+        r"one score a token, \(96, 64\), got shapes \(\(1,\), \(1,\)\)"),
+    "no scores at all": (
+        sra.SparseRef(sra.FromFunction(lambda references: None)), sra.ConfigError,  # type: ignore[arg-type,return-value]
+        r"must return a tensor or array of numbers for each reference, got None"),
+    "words for scores": (
+        sra.SparseRef(references_of(lambda size: ["best"] * size)), sra.ConfigError,
+        r"must return a tensor or array of numbers for each reference, got \[\['best', 'best'"),
     "scores that are NaN": (
         sra.SparseRef(references_of(lambda size: torch.full((size,), torch.nan))), sra.NonFiniteError,
         r"scores of FromFunction must be finite, got NaN"),
@@ -210,3 +222,14 @@ def test_a_varying_budget_under_a_step_cache(budget: schedules.Budget, fits: boo
     pipe.transformer.disable_cache()
     case.call(pipe, steps=4)
     assert handle.record.steps[-1].kind == "sparse"
+
+
+def test_a_layer_that_somebody_added_leaves_the_summary_without_flops() -> None:
+    pipe = CASE.build()
+    handle = sra.patch(pipe, sra.SparseRef("grid", 0.5))
+    CASE.call(pipe)
+    assert handle.flops() is not None
+    pipe.transformer.image_prompt = torch.nn.Linear(4, 4)
+    assert handle.flops() is None
+    assert handle.summary("dict")["flops"] is None
+    assert "48 (50 %)" in handle.summary()
