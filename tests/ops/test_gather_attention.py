@@ -225,6 +225,14 @@ def test_bad_input_is_named(changes: dict[str, object], message: str) -> None:
 def test_unknown_and_refusing_backends_are_named() -> None:
     with pytest.raises(ConfigError, match="must be one of auto, reference"):
         gather_attention(**spoil(backend="cutlass"))
+    # a name that cannot do the call never falls back, and says everything that is against it
+    with pytest.raises(ConfigError, match=r"triton: needs a CUDA device, got cpu.* got torch.float32.* 128, got 16"):
+        gather_attention(**spoil(backend="triton"))
+
+
+def test_a_scale_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"scale must be positive and finite, got -1.0"):
+        gather_attention(**spoil(scale=-1.0))
 
 
 def test_q_may_need_no_gradient() -> None:

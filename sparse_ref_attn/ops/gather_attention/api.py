@@ -11,7 +11,7 @@ from .normal_form import normalise
 
 __all__ = ["BACKENDS", "gather_attention"]
 
-BACKENDS = ("auto", "reference", "sdpa")
+BACKENDS = ("auto", "reference", "sdpa", "triton")
 
 
 @overload
@@ -114,14 +114,14 @@ def gather_attention(
     cu_seqlens_k : Tensor, shape (B + 1,) or (2, B + 1), int32 | int64, optional
         The same for `k`. With `k2`, the second row counts from 0 in `k2`.
     scale : float, optional
-        The score scale ``a``. Default ``C ** -0.5``.
+        The score scale ``a``, positive. Default ``C ** -0.5``.
     distinct : bool
         Promise that no bank row is named twice (per head), not even by two items. Gradients of the
         bank are then stored directly instead of summed. Default False. A broken promise gives wrong
         gradients of the bank.
     return_lse : bool
         Return the log-sum-exp too. Default False.
-    backend : {"auto", "reference", "sdpa"}
+    backend : {"auto", "reference", "sdpa", "triton"}
         Who computes it. A name that cannot do the call raises, with its reasons; "auto" takes the first
         that can, in the order of ``ops/_support.py``. "reference" is the definition.
     check : bool
@@ -141,7 +141,7 @@ def gather_attention(
         If shapes, dtypes, devices or strides disagree with the above, an offset does not tile its
         tensor, or an index lies outside the bank.
     ConfigError
-        If the backend is unknown or cannot do this call.
+        If the scale is not positive, or the backend is unknown or cannot do this call.
 
     See Also
     --------

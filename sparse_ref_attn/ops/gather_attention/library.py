@@ -23,6 +23,7 @@ TENSORS = (
     "Tensor q, Tensor? k, Tensor? v, Tensor? k2, Tensor? v2, Tensor? k_ref, Tensor? v_ref, "
     "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? ref_indices, Tensor? ref_offsets"
 )
+MODULES = {"sdpa": ".sdpa", "triton": ".triton_backend"}
 DIFFERENTIABLE = 7  # q, k, v, k2, v2, k_ref, v_ref come first
 
 library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
@@ -51,7 +52,7 @@ def _call(a: Arguments) -> Call:
 
 def _implementation(a: Arguments, backend: str) -> Any:
     """The module of the chosen backend: `forward(a)` and `backward(a, ...)`."""
-    return import_module(f".{choose(backend, _call(a))}", __package__)
+    return import_module(MODULES[choose(backend, _call(a))], __package__)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import LayoutError
+from ...errors import ConfigError, LayoutError
 from .arguments import Arguments
 
 __all__ = ["normalise"]
@@ -82,6 +82,8 @@ def normalise(
     elif ref_offsets is not None:
         raise LayoutError("ref_offsets split ref_indices, got them without ref_indices")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not 0 < scale < float("inf"):
+        raise ConfigError(f"scale must be positive and finite, got {scale}")
     return Arguments(
         q, k, v, k2, v2, k_ref, v_ref, cu_seqlens_q, cu_seqlens_k, ref_indices, ref_offsets, scale, bool(distinct)
     )

@@ -1,0 +1,173 @@
+"""The attention kernels themselves, interpreted, against float64: a grid, a fuzz of ragged shapes, poisoned memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparse_ref_attn.errors import ConfigError
+from sparse_ref_attn.functional import gather_attention
+from sparse_ref_attn.ops.gather_attention import triton_backend
+from sparse_ref_attn.ops.gather_attention.arguments import Arguments
+from sparse_ref_attn.ops.gather_attention.gradients import Wanted
+from sparse_ref_attn.ops.gather_attention.normal_form import normalise
+from sparse_ref_attn.ops.gather_attention.tuning import Config
+
+from ..guards import Canaries, in_nan
+from ..problems import NAMES, Problem, gradients, make, truth
+from ..tolerance import assert_as_accurate
+
+SMALL = Config(32, 32, 4, 2)  # so that small problems have many tiles
+ONE_LOOP = Config(16, 32, 4, 2, split=False)
+
+PROBLEMS = {
+    "one token": make(((1,),), ((1,),), (1,), 1, channels=32),
+    "ragged items, one bank": make(((63, 1, 34),), ((40, 2, 65),), (33, 0, 70), 80, channels=32),
+    "text and image rows apart": make(((2, 33), (40, 5)), ((3, 35), (36, 6)), (34, 4), 50, channels=32),
+    "two dense tensors, grouped heads": make(
+        ((33, 3),), ((3, 35),), (34, 4), 50, second=(40, 2), heads=4, key_heads=2, channels=32
+    ),
+    "empty items": make(((3, 0, 33),), ((0, 4, 0),), (0, 2, 33), 40, channels=64),
+    "nothing to attend to": make(((3, 33),), ((0, 0),), (0, 0), 5, channels=32),
+    "bank alone": make(((33, 3),), None, (34, 2), 70, channels=32),
+    "dense alone": make(((33, 3),), ((34, 2),), None, channels=32),
+    "rows named twice": make(((33, 3),), ((4, 2),), (35, 34), 9, repeats=True, channels=32),
+    "a selection per key head": make(((33, 3),), ((4, 2),), ((33, 0), (1, 34)), 40, heads=4, key_heads=2, channels=32),
+    "head dim 128": make(((40,),), ((33,),), (34,), 50, heads=1, channels=128),
+}
+
+
+def arguments(problem: Problem, distinct: bool = False) -> Arguments:
+    operands = [problem.operands.get(n) for n in NAMES]
+    layout = [problem.layout.get(n) for n in ("ref_indices", "ref_offsets", "cu_seqlens_q", "cu_seqlens_k")]
+    return normalise(*operands, *layout, None, distinct)
+
+
+def check(problem: Problem, dtype: torch.dtype, config: Config, *, distinct: bool = False, through_lse: bool = True):
+    """Kernels between canaries on operands in NaN, results as accurate as PyTorch's in the same precision."""
+    low = problem.to(dtype)
+    exact = low.to(torch.float64).leaves()
+    out, lse = truth(exact)
+    generator = torch.Generator().manual_seed(1)  # the weights of `gradients`
+    grad_out = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)
+    grad_lse = torch.randn(lse.shape, generator=torch.Generator().manual_seed(2)) if through_lse else None
+
+    def loss(o: Tensor, total: Tensor) -> Tensor:
+        value = (o * grad_out.to(o)).sum()
+        return value if grad_lse is None else value + (torch.where(total.isinf(), 0.0, total) * grad_lse.to(o)).sum()
+
+    def grads_of(p: Problem, o: Tensor, total: Tensor) -> dict[str, Tensor]:
+        value = loss(o, total)
+        leaves = list(p.operands.values())
+        got = torch.autograd.grad(value, leaves, allow_unused=True) if value.requires_grad else [None] * len(leaves)
+        return {n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(p.operands.items(), got, strict=True)}
+
+    want = grads_of(exact, out, lse)
+    plain = low.leaves()
+    plain_out, plain_lse = plain.run("reference")
+    allowed = grads_of(plain, plain_out, plain_lse)
+    poisoned = Problem({n: in_nan(x) for n, x in low.operands.items()}, low.layout)
+    with Canaries():
+        a = arguments(poisoned, distinct)
+        got_out, got_lse = triton_backend.forward(a, config)
+        got = triton_backend.backward(
+            a, in_nan(grad_out), grad_lse, got_out, got_lse, Wanted(True, True, True), (config, config)
+        )
+    single = low.to(torch.float32).run("reference")
+    assert_as_accurate(got_out, out.detach(), plain_out.detach(), "out")
+    assert_as_accurate(got_lse, lse.detach(), single[1], "lse")
+    for name, grad in zip(NAMES, got, strict=True):
+        assert (grad is None) == (name not in want)
+        if grad is not None:
+            assert grad.dtype == dtype
+            assert_as_accurate(grad, want[name], allowed[name], f"d{name}")
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_float32_kernels_are_the_formula(name: str) -> None:
+    check(PROBLEMS[name], torch.float32, SMALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name", ["ragged items, one bank", "two dense tensors, grouped heads", "rows named twice", "head dim 128"]
+)
+def test_half_precision_errs_at_most_twice_as_much_as_pytorch(name: str, dtype: torch.dtype) -> None:
+    check(PROBLEMS[name], dtype, SMALL)
+
+
+@pytest.mark.parametrize("name", ["ragged items, one bank", "text and image rows apart", "a selection per key head"])
+def test_one_loop_with_a_mask_is_the_same(name: str) -> None:
+    check(PROBLEMS[name], torch.bfloat16, ONE_LOOP, through_lse=False)
+
+
+def test_distinct_rows_are_stored_straight_into_the_bank() -> None:
+    base = make(((33, 3),), ((4, 2),), (20, 0), 60, channels=32)
+    layout = {**base.layout, "ref_indices": torch.randperm(60)[:55], "ref_offsets": torch.tensor([[0, 20, 55]])}
+    check(Problem(base.operands, layout), torch.float32, SMALL, distinct=True)
+    per_head = {**layout, "ref_offsets": torch.tensor([[0, 20, 24], [24, 30, 55]])}
+    check(Problem(base.operands, per_head), torch.float32, SMALL, distinct=True)
+
+
+lengths = st.integers(0, 40)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_fuzz_of_ragged_shapes(data: st.DataObject) -> None:
+    items = data.draw(st.integers(1, 3))
+
+    def row() -> tuple[int, ...]:
+        return tuple(data.draw(lengths) for _ in range(items))
+
+    key_heads, group = data.draw(st.sampled_from([(1, 1), (2, 1), (1, 3)]))
+    queries = tuple(row() for _ in range(data.draw(st.integers(1, 2))))
+    keys = data.draw(st.sampled_from([0, 1, 2]))
+    second = row() if keys == 1 and data.draw(st.booleans()) else None
+    kept = None
+    if keys == 0 or data.draw(st.booleans()):
+        kept = tuple(row() for _ in range(key_heads)) if data.draw(st.booleans()) else row()
+    problem = make(
+        queries, tuple(row() for _ in range(keys)) if keys else None, kept, 45, second=second,
+        heads=key_heads * group, key_heads=key_heads, channels=32, repeats=data.draw(st.booleans()),
+        seed=data.draw(st.integers(0, 99)),
+    )  # fmt: skip
+    check(
+        problem,
+        data.draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        data.draw(st.sampled_from([SMALL, ONE_LOOP])),
+    )
+
+
+def test_the_public_function_in_the_shipped_configuration() -> None:
+    problem = make(((130, 3),), ((70, 2),), (65, 4), 80, heads=1, channels=64).to(torch.bfloat16)
+    kernel, dense = problem.leaves(), problem.leaves()
+    exact = problem.to(torch.float64).leaves()
+    got, want, low = (gradients(p, *p.run(b)) for p, b in ((kernel, "triton"), (exact, "sdpa"), (dense, "reference")))
+    for name in want:
+        assert_as_accurate(got[name], want[name], low[name], name)
+
+
+def test_the_same_bits_every_time() -> None:
+    problem = PROBLEMS["rows named twice"].to(torch.bfloat16)
+    first, second = ([*p.run("triton"), *gradients(p, *p.run("triton")).values()] for p in (problem.leaves(),) * 2)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"channels": 48}, "needs a head dim of 32, 64 or 128, got 48"),
+        ({"dtype": torch.float64}, "needs float16 or bfloat16"),
+        ({"gap": 3}, "multiple of 16 bytes"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused(changes: dict[str, object], message: str) -> None:
+    x = torch.zeros(4, 2, changes.get("channels", 32), dtype=changes.get("dtype", torch.bfloat16))
+    q = in_nan(x, changes["gap"]) if "gap" in changes else x
+    with pytest.raises(ConfigError, match=message):
+        gather_attention(q, x, x, backend="triton")
