@@ -54,14 +54,15 @@ def save_overlay(record: RunRecord, path: str | os.PathLike[str] | IO[bytes], st
     path : path-like or binary file
         Where the PNG is written, 1400 pixels wide.
     step : int, optional
-        A sparse (or cached) step, counted from 0. Default: the last sparse step.
+        Counted from 0. Default: the last sparse (or cached) step; the last step of a run that kept
+        every token.
 
     Raises
     ------
     LayoutError
-        If no sparse step was run, or selections, scores or pixels do not fit the references.
+        If no step was run, or selections, scores or pixels do not fit the references.
     ConfigError
-        If `step` was not run or was dense.
+        If `step` was not run.
 
     Notes
     -----
@@ -90,7 +91,8 @@ def save_overlay(record: RunRecord, path: str | os.PathLike[str] | IO[bytes], st
     title = f"Reference tokens kept at step {shown.index} ({shown.kind})"
     line = f"{total:,} of {everything:,} reference tokens took part in this step ({_percent(total / everything)})"
     inner = WIDTH - 2 * MARGIN
-    head = _down([_words(title, 30, inner), _words(line, 18, inner, FAINT)], 4)
+    notes = [_words(note, 16, inner, FAINT) for note in record.notes]
+    head = _down([_words(title, 30, inner), _words(line, 18, inner, FAINT), *notes], 4)
     budget = _down([_words("Budget over the run", 22, inner), _strip(record, inner, shown.index)], 8)
     _save(_down([head, _legend(record.scores is not None), *rows, budget], GAP), path)
 
@@ -159,19 +161,19 @@ def _heat_image(scores: np.ndarray, size: tuple[int, int]) -> Image.Image:
 
 
 def _choose(record: RunRecord, step: int | None) -> StepRecord:
-    sparse = [s for s in record.steps if s.kind == "sparse"]
-    usable = sparse or [s for s in record.steps if s.kind == "cached" and s.selection is not None]
-    if not usable or not record.layout.references:
+    if not record.steps or not record.layout.references:
         raise LayoutError(
-            "an overlay needs a run with references and a sparse step, got "
-            f"{len(record.layout.references)} references and steps {sorted({s.kind for s in record.steps})}"
+            f"an overlay needs a run with references, got {len(record.layout.references)} references and "
+            f"{len(record.steps)} steps"
         )
     if step is None:
-        return usable[-1]
+        sparse = [s for s in record.steps if s.kind == "sparse"]
+        cached = [s for s in record.steps if s.kind == "cached" and s.selection is not None]
+        return (sparse or cached or record.steps)[-1]
     found = [s for s in record.steps if s.index == step]
-    if not found or found[-1].kind not in ("sparse", "cached"):
-        got = f"step {step}, which was {found[-1].kind}" if found else f"step {step}, which was not run"
-        raise ConfigError(f"step must be one that dropped tokens ({usable[0].index} to {usable[-1].index}), got {got}")
+    if not found:
+        first, last = record.steps[0].index, record.steps[-1].index
+        raise ConfigError(f"step must be one that was run ({first} to {last}), got {step}")
     return found[-1]
 
 

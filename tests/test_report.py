@@ -330,9 +330,7 @@ def test_more_references_need_a_taller_page_only_when_a_row_is_full(tmp_path):
 
 def test_overlay_errors_say_what_must_hold(tmp_path, run):
     path = tmp_path / "kept.png"
-    with pytest.raises(ConfigError, match=r"2 to 3.*step 0, which was profile"):
-        save_overlay(run, path, 0)
-    with pytest.raises(ConfigError, match="step 9, which was not run"):
+    with pytest.raises(ConfigError, match=r"that was run \(0 to 3\), got 9"):
         save_overlay(run, path, 9)
     run.scores = [torch.ones(4)]
     with pytest.raises(LayoutError, match="scores must have"):
@@ -340,9 +338,18 @@ def test_overlay_errors_say_what_must_hold(tmp_path, run):
     run.scores, run.pixels = None, [torch.zeros(3, 8, 8)]
     with pytest.raises(LayoutError, match="shape"):
         save_overlay(run, path)
-    run.steps = run.steps[:2]
-    with pytest.raises(LayoutError, match=r"a sparse step.*'dense', 'profile'"):
+    run.steps = []
+    with pytest.raises(LayoutError, match="got 1 references and 0 steps"):
         save_overlay(run, path)
+
+
+def test_a_run_that_kept_everything_has_an_overlay_too(tmp_path, run):
+    run.steps, run.pixels = run.steps[:2], [torch.full((1, 3, 8, 8), 0.5)]
+    save_overlay(run, tmp_path / "dense.png")
+    run.steps[-1].selection = RefSelection(torch.tensor([0]), (4,))
+    run.steps[-1].kept = 1
+    save_overlay(run, tmp_path / "sparse.png")
+    assert pixels_of(tmp_path / "dense.png").sum() > pixels_of(tmp_path / "sparse.png").sum()
     run.steps = []
     with pytest.raises(LayoutError, match="call the pipeline first"):
         save_budget_strip(run, path)

@@ -1,0 +1,105 @@
+"""What the front page says is so: its code runs, its table is made from the rows, its links exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import sparse_ref_attn as sra
+from benchmarks import tables
+from sparse_ref_attn.adapters.base import Adapter, references_from_ids, take_rows
+from sparse_ref_attn.adapters.seams import attention_sites
+from sparse_ref_attn.selection import References, Selector
+from sparse_ref_attn.selection.cells import area_pool
+from sparse_ref_attn.types import Reference, TokenLayout
+from tests.pictures import picture
+from tests.pipelines import CASES
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "CONTRIBUTING.md", "ninja_build.md", "csrc/README.md", "benchmarks/README.md")
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def tiny_kontext() -> Any:
+    """A tiny Kontext pipeline that takes the README's call as it stands."""
+    pipe = CASES["kontext"].build()
+    call = type(pipe).__call__
+
+    class Small(type(pipe)):
+        def __call__(self, **kwargs: Any) -> Any:
+            return call(self, **{"height": 32, "width": 32, "max_area": 32 * 32, "_auto_resize": False,
+                                 "num_inference_steps": 3, "max_sequence_length": 32} | kwargs)  # fmt: skip
+
+    pipe.__class__ = Small
+    return pipe
+
+
+def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, choices = blocks("README.md")
+    names = {"pipe": tiny_kontext(), "photo": picture(48, 32), "sra": sra}
+    exec(first, names)
+    assert names["image"].size == (32, 32)
+    assert "kept" in capsys.readouterr().out
+    assert (tmp_path / "kept.png").stat().st_size > 1000
+    exec(choices, names)
+    handle = sra.patch(names["pipe"], sra.SparseRef("grid", 0.5))  # the last choice was replaced, not stacked
+    names["pipe"](prompt="a cup", image=names["photo"])
+    assert handle.record.steps[-1].kept == 48
+    handle.remove()
+
+
+def test_the_contributing_pages_selector_works() -> None:
+    source = next(block for block in blocks("CONTRIBUTING.md") if "class Brightness" in block)
+    from dataclasses import dataclass
+
+    names: dict[str, Any] = {"dataclass": dataclass, "Selector": Selector, "area_pool": area_pool}
+    exec(source, names)
+    layout = TokenLayout(4, 0, (0, 0), (Reference(0, 4, (2, 2)),))
+    import torch
+
+    photo = torch.zeros(1, 3, 8, 8)
+    photo[..., 4:, :4] = 1.0
+    references = References(layout, torch.zeros(1, 4, 8), pixels=[photo])
+    assert names["Brightness"]().score(references)[0].argmax().item() == 2
+
+
+def test_the_contributing_pages_adapter_is_one() -> None:
+    source = next(block for block in blocks("CONTRIBUTING.md") if "class MyModelAdapter" in block)
+    names: dict[str, Any] = {
+        "Adapter": Adapter, "references_from_ids": references_from_ids, "take_rows": take_rows,
+        "attention_sites": attention_sites,
+    }  # fmt: skip
+    exec(source.replace('"image", ...', '"image"'), names)
+    adapter = names["MyModelAdapter"]()
+    attention = SimpleNamespace(processor=object())
+    assert [site.kind for site in adapter.sites(SimpleNamespace(blocks=[SimpleNamespace(attn=attention)]))] == ["single"]
+
+
+def test_the_readmes_tables_are_made_from_the_rows() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("<!-- table:") >= 1
+    assert tables.insert(text) == text, "run python -m benchmarks.tables --write"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_every_supported_selector_and_budget_is_on_the_front_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    selectors = [n for n in sra.selection.__all__ if isinstance(getattr(sra.selection, n), type)]
+    names = [n for n in selectors if issubclass(getattr(sra.selection, n), Selector) and n != "Selector"]
+    budgets = ["Constant", "Polynomial", "Linear", "Cosine", "Descending", "TopP", "Pieces", "piecewise"]
+    missing = [name for name in [*names, *budgets, "Downscale", "ToMe"] if name not in text]
+    assert not missing
