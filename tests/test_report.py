@@ -339,15 +339,15 @@ def test_overlay_errors_say_what_must_hold(tmp_path, run):
     with pytest.raises(LayoutError, match="shape"):
         save_overlay(run, path)
     run.steps = []
-    with pytest.raises(LayoutError, match="got 1 references and 0 steps"):
+    with pytest.raises(LayoutError, match="got 2 references and 0 steps"):
         save_overlay(run, path)
 
 
 def test_a_run_that_kept_everything_has_an_overlay_too(tmp_path, run):
-    run.steps, run.pixels = run.steps[:2], [torch.full((1, 3, 8, 8), 0.5)]
+    layout = run.layout
+    run.steps, run.pixels = run.steps[:2], [torch.full((1, 3, 8, 8), 0.5), None]
     save_overlay(run, tmp_path / "dense.png")
-    run.steps[-1].selection = RefSelection(torch.tensor([0]), (4,))
-    run.steps[-1].kept = 1
+    run.steps[-1] = step_of(1, layout, [0, 4])
     save_overlay(run, tmp_path / "sparse.png")
     assert pixels_of(tmp_path / "dense.png").sum() > pixels_of(tmp_path / "sparse.png").sum()
     run.steps = []
