@@ -1,0 +1,68 @@
+"""The README's tables, made from the rows in ``benchmarks/results``.
+
+python -m benchmarks.tables            # prints them
+python -m benchmarks.tables --write    # puts them into README.md, between the table's marks
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+__all__ = ["insert", "pipeline"]
+
+
+def pipeline(path: Path) -> str:
+    """Markdown of whole-pipeline rows: of each case the latest run, dense first."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    latest: dict[tuple[str, int], list[dict[str, str]]] = {}
+    for row in rows:
+        case = latest.setdefault((row["model"], int(row["references"])), [])
+        if row["method"] == "dense":
+            case.clear()
+        case.append(row)
+    lines = [
+        "| model, references | method | reference tokens a step | seconds | speed-up | bound | measured / bound |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for (model, references), case in latest.items():
+        dense = float(case[0]["seconds_median"])
+        for row in case:
+            bound = "" if row["method"] == "dense" else f"{dense / float(row['bound_seconds']):.2f}x"
+            ratio = "" if row["method"] == "dense" else f"{float(row['measured_over_bound']):.2f}"
+            lines.append(
+                f"| {model}, {references} | {row['method']} | {float(row['kept_mean']):,.0f} "
+                f"| {float(row['seconds_median']):.2f} | {float(row['speedup']):.2f}x | {bound} | {ratio} |"
+            )
+    first = next(iter(latest.values()))[0]
+    lines += [
+        "",
+        f"{first['device']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}, diffusers "
+        f"{first['diffusers']}; medians, all methods in turn in one process; {first['date']}, commit {first['commit']}.",
+    ]
+    return "\n".join(lines)
+
+
+def insert(text: str) -> str:
+    """`text` with every ``<!-- table:NAME -->`` block filled from ``results/NAME.csv``."""
+
+    def fill(match: re.Match[str]) -> str:
+        path = RESULTS / f"{match[1]}.csv"
+        return f"<!-- table:{match[1]} -->\n{pipeline(path)}\n<!-- /table -->"
+
+    return re.sub(r"<!-- table:(\w+) -->\n.*?<!-- /table -->", fill, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    if "--write" in sys.argv[1:]:
+        readme.write_text(insert(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        for csv_path in sorted(RESULTS.glob("pipeline_*.csv")):
+            print(f"{csv_path.stem}\n\n{pipeline(csv_path)}\n")
