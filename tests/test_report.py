@@ -341,6 +341,9 @@ def test_overlay_errors_say_what_must_hold(tmp_path, run):
     run.steps = []
     with pytest.raises(LayoutError, match="got 2 references and 0 steps"):
         save_overlay(run, path)
+    with pytest.raises(LayoutError, match="call the pipeline first"):
+        save_budget_strip(run, path)
+    assert not path.exists()
 
 
 def test_a_run_that_kept_everything_has_an_overlay_too(tmp_path, run):
@@ -350,7 +353,3 @@ def test_a_run_that_kept_everything_has_an_overlay_too(tmp_path, run):
     run.steps[-1] = step_of(1, layout, [0, 4])
     save_overlay(run, tmp_path / "sparse.png")
     assert pixels_of(tmp_path / "dense.png").sum() > pixels_of(tmp_path / "sparse.png").sum()
-    run.steps = []
-    with pytest.raises(LayoutError, match="call the pipeline first"):
-        save_budget_strip(run, path)
-    assert not path.exists()
