@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import sparse_ref_attn as sra
 from benchmarks import tables
@@ -58,13 +60,9 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 def test_the_contributing_pages_selector_works() -> None:
     source = next(block for block in blocks("CONTRIBUTING.md") if "class Brightness" in block)
-    from dataclasses import dataclass
-
     names: dict[str, Any] = {"dataclass": dataclass, "Selector": Selector, "area_pool": area_pool}
     exec(source, names)
     layout = TokenLayout(4, 0, (0, 0), (Reference(0, 4, (2, 2)),))
-    import torch
-
     photo = torch.zeros(1, 3, 8, 8)
     photo[..., 4:, :4] = 1.0
     references = References(layout, torch.zeros(1, 4, 8), pixels=[photo])
@@ -80,7 +78,8 @@ def test_the_contributing_pages_adapter_is_one() -> None:
     exec(source.replace('"image", ...', '"image"'), names)
     adapter = names["MyModelAdapter"]()
     attention = SimpleNamespace(processor=object())
-    assert [site.kind for site in adapter.sites(SimpleNamespace(blocks=[SimpleNamespace(attn=attention)]))] == ["single"]
+    model = SimpleNamespace(blocks=[SimpleNamespace(attn=attention)])
+    assert [site.kind for site in adapter.sites(model)] == ["single"]
 
 
 def test_the_readmes_tables_are_made_from_the_rows() -> None:

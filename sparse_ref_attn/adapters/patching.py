@@ -7,7 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import nn
 
@@ -97,7 +97,20 @@ class PatchHandle:
             return None
         return summarise(shape, self.record)
 
-    def summary(self, format: str = "text", *, dense_seconds: float | None = None) -> Any:  # noqa: A002
+    @overload
+    def summary(
+        self, format: Literal["text", "markdown", "json"] = "text", *, dense_seconds: float | None = None
+    ) -> str: ...
+
+    @overload
+    def summary(self, format: Literal["dict"], *, dense_seconds: float | None = None) -> dict[str, Any]: ...
+
+    def summary(
+        self,
+        format: Literal["text", "markdown", "json", "dict"] = "text",
+        *,
+        dense_seconds: float | None = None,
+    ) -> str | dict[str, Any]:
         """The last run in numbers.
 
         Parameters
