@@ -16,14 +16,14 @@ from torch import Tensor
 from . import schedules
 from .config import SparseRef
 from .errors import BudgetError, ConfigError, NonFiniteError
-from .functional import attention_mass
-from .record import BlockAttention, RunRecord, StepRecord
+from .profiling import AttentionView, Profile, top_quarter
+from .record import RunRecord, StepRecord
 from .schedules import Budget, Clock
-from .selection import AttentionMass, Probe, Reduced, Reducer, References, Selector, ranking
+from .selection import AttentionMass, Reduced, Reducer, References, Selector, ranking
 from .selection.base import scores_of
 from .types import RefSelection, TokenLayout
 
-__all__ = ["AttentionView", "Plan", "Session", "block_indices"]
+__all__ = ["Plan", "Session"]
 
 
 @dataclass(frozen=True)
@@ -52,57 +52,6 @@ class Plan:
         return layout.reference_tokens
 
 
-@dataclass(frozen=True)
-class AttentionView:
-    """One attention call of a profiling step, conditional items only.
-
-    Parameters
-    ----------
-    keys, values : Tensor, shape (B, S, H, C)
-        All keys and values of the call, after QK-norm and RoPE.
-    generation : Tensor, shape (B, N, H, C), optional
-        Queries of the generation tokens, if this call has them.
-    reference : Tensor, shape (B, R', H, C), optional
-        Queries of the reference rows from the first reference's first row to the last one's last.
-    spans : tuple of (int, int)
-        Keys of each reference.
-    key_mask : Tensor, shape (B, S), bool, optional
-    """
-
-    keys: Tensor
-    values: Tensor
-    generation: Tensor | None
-    reference: Tensor | None
-    spans: tuple[tuple[int, int], ...]
-    key_mask: Tensor | None = None
-
-
-def block_indices(blocks: str | Sequence[int], kinds: Sequence[str]) -> frozenset[int]:
-    """The blocks that a probe means, of a model whose blocks are of `kinds` in order.
-
-    "all", "double", "single" or indices. "single" on a model without joint-stream blocks (Qwen)
-    means the last two thirds of its blocks.
-
-    Examples
-    --------
-    >>> sorted(block_indices("single", ["double", "single", "single"]))
-    [1, 2]
-    """
-    if blocks == "all":
-        return frozenset(range(len(kinds)))
-    if blocks == "single" and "single" not in kinds:
-        return frozenset(range(len(kinds) // 3, len(kinds)))
-    if isinstance(blocks, str):
-        found = frozenset(i for i, kind in enumerate(kinds) if kind == blocks)
-        if not found:
-            raise ConfigError(f'blocks must be "all", "double", "single" or indices, and exist here; got {blocks!r}')
-        return found
-    out = frozenset(range(len(kinds))[i] if -len(kinds) <= i < len(kinds) else -1 for i in blocks)
-    if not out or -1 in out:
-        raise ConfigError(f"block indices must lie within this model's {len(kinds)} blocks, got {tuple(blocks)}")
-    return out
-
-
 class Session:
     """One generation at a time, for one patched transformer.
 
@@ -121,9 +70,7 @@ class Session:
         if needs_mass and not any(p.queries == "generation" for p in probes):
             probes.extend(AttentionMass().probes())
         plain = [replace(p, value_norm=False) for p in probes if p.value_norm]
-        self.probes: tuple[Probe, ...] = tuple(dict.fromkeys([*probes, *plain]))
-        self._blocks = {probe: block_indices(probe.blocks, kinds) for probe in self.probes}
-        self.profile_steps = frozenset(step for probe in self.probes for step in probe.steps)
+        self.profile = Profile([*probes, *plain], kinds)
         self.record: RunRecord | None = None
         self.forget()
 
@@ -131,8 +78,7 @@ class Session:
         """Drop everything that belongs to a run, but keep its record."""
         self.references: References | None = None
         self._clock: Callable[[int], Clock] | None = None
-        self._sums: dict[Probe, Tensor] = {}
-        self._terms: dict[Probe, int] = {}
+        self.profile.clear()
         self._scores: list[Tensor] | None = None
         self._order: Tensor | None = None
         self._raised: tuple[int, ...] = ()
@@ -145,7 +91,7 @@ class Session:
     def varies(self) -> str:
         """How the number of kept tokens changes over a run: "never", "pieces" or "every step"."""
         assert isinstance(self.config.budget, Budget)
-        if self.config.budget.varies == "never" and self.probes:
+        if self.config.budget.varies == "never" and self.profile.probes:
             return "pieces"
         return self.config.budget.varies
 
@@ -174,7 +120,7 @@ class Session:
         if not bool(torch.isfinite(tokens).all()):
             raise NonFiniteError("the references' latents must be finite, got NaN or infinity")
         config = self.config
-        late = sorted(step for step in self.profile_steps if step >= total_steps)
+        late = sorted(step for step in self.profile.steps if step >= total_steps)
         if late:
             raise ConfigError(f"profiling steps must lie within the run's {total_steps} steps, got {late}")
         if config.weights is not None and len(config.weights) != len(layout.references):
@@ -194,7 +140,7 @@ class Session:
         except ConfigError:
             data = {"description": config.describe()}
         self.record = RunRecord(layout, tokens.shape[0], total_steps, pixels=list(pixels), config=data)
-        if not self.probes:
+        if not self.profile.probes:
             self._rank()
 
     def plan(self, step: int) -> Plan:
@@ -207,11 +153,11 @@ class Session:
         if self.references is None or self._clock is None:
             raise BudgetError("a run must have begun before a step is planned")
         if self._scores is None:
-            if step in self.profile_steps:
+            if step in self.profile.steps:
                 return Plan("profile")
-            if any(later >= step for later in self.profile_steps):
+            if any(later >= step for later in self.profile.steps):
                 return Plan("dense")
-            if not self._sums:
+            if not self.profile.mass():
                 self._note_blind()
                 return Plan("dense")
             self._rank()
@@ -223,7 +169,7 @@ class Session:
     def _note_blind(self) -> None:
         assert self.record is not None
         note = (
-            f"every step runs dense: no attention was measured in the profiling steps {sorted(self.profile_steps)}; "
+            f"every step runs dense: no attention was measured in the profiling steps {sorted(self.profile.steps)}; "
             "their calls must hold the reference tokens and go through the attention that is listened to"
         )
         if note not in self.record.notes:
@@ -239,32 +185,14 @@ class Session:
         """Measure one attention call of a profiling step."""
         assert self.references is not None
         assert self.record is not None
-        cache: dict[tuple[str, int], list[Tensor]] = {}
-        for probe in self.probes:
-            queries = view.generation if probe.queries == "generation" else view.reference
-            if queries is None or step not in probe.steps or block not in self._blocks[probe]:
-                continue
-            key = (probe.queries, probe.query_stride)
-            if key not in cache:
-                cache[key] = _measure(probe, queries, view)
-                rows = queries[:, :: probe.query_stride]
-                self.record.scoring_flops += 2.0 * rows.numel() * view.keys.shape[1]
-                if probe.queries == "generation":
-                    self.record.attention.append(_statistics(step, block, [part.mean(dim=0) for part in cache[key]]))
-            parts = cache[key]
-            if probe.value_norm:
-                norms = [view.values[:, a:b].float().norm(dim=-1).transpose(1, 2) for a, b in view.spans]
-                parts = [part * norm for part, norm in zip(parts, norms, strict=True)]
-            mass = torch.cat([part.mean(dim=(0, 1)) for part in parts])
-            self._sums[probe] = self._sums[probe] + mass if probe in self._sums else mass
-            self._terms[probe] = self._terms.get(probe, 0) + 1
+        self.profile.observe(step, block, view, self.record)
 
     def _rank(self) -> None:
         """Score once; every budget is then a prefix. One sync for the check of finiteness."""
         references, record = self.references, self.record
         assert references is not None
         assert record is not None
-        references.attention = {probe: total / self._terms[probe] for probe, total in self._sums.items()}
+        references.attention = self.profile.mass()
         mass = next(
             (m for p, m in references.attention.items() if p.queries == "generation" and not p.value_norm), None
         )
@@ -286,7 +214,7 @@ class Session:
         assert record is not None
         if guard is None or record.mass is None:
             return
-        share = float(torch.stack([_top_quarter(m[None])[0] for m in record.mass]).mean())
+        share = float(torch.stack([top_quarter(m[None])[0] for m in record.mass]).mean())
         if share >= guard.top_quarter:
             return
         counts = schedules.TopP(guard.mass).counts(Clock.uniform(0, 1), record.layout.sizes, record.mass)
@@ -367,34 +295,3 @@ def _tokens(value: float | int, size: int, reference: int) -> int:
     if count > size:
         raise BudgetError(f"floor must not exceed reference {reference}'s {size} tokens, got {count}")
     return count
-
-
-def _measure(probe: Probe, queries: Tensor, view: AttentionView) -> list[Tensor]:
-    """Mass (B, H, R_i) that the probe's queries pay to each reference."""
-    first, last = view.spans[0][0], view.spans[-1][1]
-    mask = view.key_mask
-    if probe.queries == "generation":
-        mass = attention_mass(queries, view.keys, (first, last), key_mask=mask, query_stride=probe.query_stride)
-        return [mass[..., a - first : b - first] for a, b in view.spans]
-    return [
-        attention_mass(
-            queries[:, a - first : b - first], view.keys, (a, b), key_mask=mask, query_stride=probe.query_stride
-        )
-        for a, b in view.spans
-    ]
-
-
-def _top_quarter(mass: Tensor) -> Tensor:
-    """Share of (H, R) mass in the top 25 % of R, rounded up, (H,)."""
-    top = mass.topk(-(-mass.shape[-1] // 4), dim=-1).values.sum(-1)
-    return top / mass.sum(-1).clamp_min(torch.finfo(mass.dtype).tiny)
-
-
-def _statistics(step: int, block: int, parts: list[Tensor]) -> BlockAttention:
-    share, entropy, top = [], [], []
-    for mass in parts:
-        p = mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
-        share.append(mass.sum(-1))
-        entropy.append(-torch.special.xlogy(p, p).sum(-1) / torch.log(torch.tensor(2.0)))
-        top.append(_top_quarter(mass))
-    return BlockAttention(step, block, torch.stack(share), torch.stack(entropy), torch.stack(top))

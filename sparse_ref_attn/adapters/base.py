@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..cost import ModelShape
 from ..errors import IncompatibleError, LayoutError, UnsupportedModelError
 from ..functional import pack_rows, unpack_rows
+from ..profiling import AttentionView
 from ..selection import Reduced
-from ..session import AttentionView
 from ..types import Reference, TokenLayout
 from . import seams
 from .seams import AttentionSite

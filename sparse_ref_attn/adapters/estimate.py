@@ -13,9 +13,10 @@ from torch import nn
 from ..config import ReCAST, SparseRef
 from ..cost import Flops, Memory, ModelShape, StepTokens, reference_kv_bytes, run_flops, scoring_flops, step_memory
 from ..errors import ConfigError
+from ..profiling import block_indices
 from ..schedules import Budget, Clock
 from ..selection import Random
-from ..session import Session, block_indices
+from ..session import Session
 from ..types import Reference, TokenLayout
 from .base import Adapter, adapter_for
 
@@ -275,16 +276,16 @@ def _plan(
     """
     session = Session(config, [site.kind for site in adapter.sites(transformer)])
     tokens, clock = torch.zeros(batch, layout.reference_tokens, 1), partial(Clock.uniform, steps=steps)
-    if session.probes:
+    if session.profile.probes:
         adapter.check_measurable(transformer)
         session.begin(layout, tokens, [], steps, clock)
     counting = Session(replace(config, select=Random(), guard=None), [])
     counting.begin(layout, tokens, [], steps, clock)
     kinds, kept = [], []
     for step in range(steps):
-        if step in session.profile_steps:
+        if step in session.profile.steps:
             kinds.append("profile")
-        elif any(later > step for later in session.profile_steps):
+        elif any(later > step for later in session.profile.steps):
             kinds.append("dense")
         else:
             plan = counting.plan(step)
@@ -299,7 +300,7 @@ def _scoring(shape: ModelShape, session: Session, layout: TokenLayout, kinds: li
     """Work of measuring attention: probes that share queries and stride are measured once a block."""
     measured = {
         (step, block, probe.queries, probe.query_stride)
-        for probe in session.probes
+        for probe in session.profile.probes
         for step in probe.steps
         for block in block_indices(probe.blocks, kinds)
     }

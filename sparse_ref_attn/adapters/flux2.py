@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..profiling import AttentionView
 from ..selection import Reduced
-from ..session import AttentionView
 from ..types import Reference, TokenLayout
 from .base import Adapter, Found, Kwargs, references_from_ids, take_rows
 from .flux import place_by_ids

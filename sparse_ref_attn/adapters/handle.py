@@ -51,7 +51,7 @@ class Patch:
         self.pipe = None if pipe is None else weakref.ref(pipe)
         self.adapter, self.config = adapter, config
         self.session = Session(config, [site.kind for site in adapter.sites(transformer)])
-        if self.session.probes:
+        if self.session.profile.probes:
             adapter.check_measurable(transformer)
         reads = pipe is not None and PipelineSteps.reads(pipe)
         self._steps = PipelineSteps(pipe, config.clock) if reads else ObservedSteps()

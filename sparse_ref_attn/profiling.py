@@ -1,0 +1,146 @@
+"""Attention measured in profiling steps: what the reference tokens receive, per probe, and the paper's diagnostics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+from .functional import attention_mass
+from .record import BlockAttention, RunRecord
+from .selection import Probe
+
+__all__ = ["AttentionView", "Profile", "block_indices", "top_quarter"]
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """One attention call of a profiling step, conditional items only.
+
+    Parameters
+    ----------
+    keys, values : Tensor, shape (B, S, H, C)
+        All keys and values of the call, after QK-norm and RoPE.
+    generation : Tensor, shape (B, N, H, C), optional
+        Queries of the generation tokens, if this call has them.
+    reference : Tensor, shape (B, R', H, C), optional
+        Queries of the reference rows from the first reference's first row to the last one's last.
+    spans : tuple of (int, int)
+        Keys of each reference.
+    key_mask : Tensor, shape (B, S), bool, optional
+    """
+
+    keys: Tensor
+    values: Tensor
+    generation: Tensor | None
+    reference: Tensor | None
+    spans: tuple[tuple[int, int], ...]
+    key_mask: Tensor | None = None
+
+
+def block_indices(blocks: str | Sequence[int], kinds: Sequence[str]) -> frozenset[int]:
+    """The blocks that a probe means, of a model whose blocks are of `kinds` in order.
+
+    "all", "double", "single" or indices. "single" on a model without joint-stream blocks (Qwen)
+    means the last two thirds of its blocks.
+
+    Examples
+    --------
+    >>> sorted(block_indices("single", ["double", "single", "single"]))
+    [1, 2]
+    """
+    if blocks == "all":
+        return frozenset(range(len(kinds)))
+    if blocks == "single" and "single" not in kinds:
+        return frozenset(range(len(kinds) // 3, len(kinds)))
+    if isinstance(blocks, str):
+        found = frozenset(i for i, kind in enumerate(kinds) if kind == blocks)
+        if not found:
+            raise ConfigError(f'blocks must be "all", "double", "single" or indices, and exist here; got {blocks!r}')
+        return found
+    out = frozenset(range(len(kinds))[i] if -len(kinds) <= i < len(kinds) else -1 for i in blocks)
+    if not out or -1 in out:
+        raise ConfigError(f"block indices must lie within this model's {len(kinds)} blocks, got {tuple(blocks)}")
+    return out
+
+
+class Profile:
+    """Sums of the attention that each probe asks for, over the blocks and steps of one run.
+
+    Parameters
+    ----------
+    probes : sequence of Probe
+        Repeated ones count once.
+    kinds : sequence of str
+        Kind of each attention block in order ("double", "single", ...).
+    """
+
+    def __init__(self, probes: Sequence[Probe], kinds: Sequence[str]) -> None:
+        self.probes = tuple(dict.fromkeys(probes))
+        self.steps = frozenset(step for probe in self.probes for step in probe.steps)
+        self._blocks = {probe: block_indices(probe.blocks, kinds) for probe in self.probes}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was measured."""
+        self._sums: dict[Probe, Tensor] = {}
+        self._terms: dict[Probe, int] = {}
+
+    def mass(self) -> dict[Probe, Tensor]:
+        """What was measured, (R,) float32 each: mean over items, heads, blocks and steps."""
+        return {probe: total / self._terms[probe] for probe, total in self._sums.items()}
+
+    def observe(self, step: int, block: int, view: AttentionView, record: RunRecord) -> None:
+        """Measure one attention call; its work and its diagnostics go to `record`."""
+        measured: dict[tuple[str, int], list[Tensor]] = {}
+        for probe in self.probes:
+            queries = view.generation if probe.queries == "generation" else view.reference
+            if queries is None or step not in probe.steps or block not in self._blocks[probe]:
+                continue
+            key = (probe.queries, probe.query_stride)
+            if key not in measured:
+                measured[key] = _measure(probe, queries, view)
+                record.scoring_flops += 2.0 * queries[:, :: probe.query_stride].numel() * view.keys.shape[1]
+                if probe.queries == "generation":
+                    record.attention.append(_statistics(step, block, [part.mean(dim=0) for part in measured[key]]))
+            parts = measured[key]
+            if probe.value_norm:
+                norms = [view.values[:, a:b].float().norm(dim=-1).transpose(1, 2) for a, b in view.spans]
+                parts = [part * norm for part, norm in zip(parts, norms, strict=True)]
+            mass = torch.cat([part.mean(dim=(0, 1)) for part in parts])
+            self._sums[probe] = self._sums[probe] + mass if probe in self._sums else mass
+            self._terms[probe] = self._terms.get(probe, 0) + 1
+
+
+def _measure(probe: Probe, queries: Tensor, view: AttentionView) -> list[Tensor]:
+    """Mass (B, H, R_i) that the probe's queries pay to each reference."""
+    first, last = view.spans[0][0], view.spans[-1][1]
+    mask = view.key_mask
+    if probe.queries == "generation":
+        mass = attention_mass(queries, view.keys, (first, last), key_mask=mask, query_stride=probe.query_stride)
+        return [mass[..., a - first : b - first] for a, b in view.spans]
+    return [
+        attention_mass(
+            queries[:, a - first : b - first], view.keys, (a, b), key_mask=mask, query_stride=probe.query_stride
+        )
+        for a, b in view.spans
+    ]
+
+
+def top_quarter(mass: Tensor) -> Tensor:
+    """Share of (H, R) mass in the top 25 % of R, rounded up, (H,)."""
+    top = mass.topk(-(-mass.shape[-1] // 4), dim=-1).values.sum(-1)
+    return top / mass.sum(-1).clamp_min(torch.finfo(mass.dtype).tiny)
+
+
+def _statistics(step: int, block: int, parts: list[Tensor]) -> BlockAttention:
+    share, entropy, top = [], [], []
+    for mass in parts:
+        p = mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+        share.append(mass.sum(-1))
+        entropy.append(-torch.special.xlogy(p, p).sum(-1) / torch.log(torch.tensor(2.0)))
+        top.append(top_quarter(mass))
+    return BlockAttention(step, block, torch.stack(share), torch.stack(entropy), torch.stack(top))
