@@ -73,7 +73,7 @@ def test_rows_move_in_16_bytes(card: str):
     for one in seen:
         assert one.stack == 0, one
         if card == "gfx942":
-            assert one.count("global_store_dwordx4") > 0, one.instructions
+            assert one.count("(global|buffer)_store_dwordx4") > 0, one.instructions
         else:
             assert one.count(r"LDG\.E.*128") > 0, one.instructions
             assert one.count(r"STG\.E.*128") > 0, one.instructions
