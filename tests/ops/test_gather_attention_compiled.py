@@ -19,7 +19,7 @@ from .aot import Launch, compiled_for
 
 #: Registers are 255 at most by construction, and a spill shows on the stack. Bytes of shared memory for one program:
 SHARED_AT_MOST = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 80}
+CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 942}
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma"}
 
 

@@ -63,8 +63,10 @@ def _into_bank(a: Arguments, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _capability(x: Tensor) -> int:
-    """90 for compute capability 9.0; 80 under the interpreter and on cards that are not NVIDIA's."""
-    if x.device.type != "cuda" or torch.version.hip:
+    """90 for compute capability 9.0; 80 under the interpreter; 942 on AMD's cards, whatever their name."""
+    if x.device.type != "cuda":
         return 80
+    if torch.version.hip:
+        return 942
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor

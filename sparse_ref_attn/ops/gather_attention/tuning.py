@@ -26,7 +26,7 @@ class Config(NamedTuple):
     split: bool = True
 
 
-# (least capability, head dim) -> configuration. The rows of 80 also suit cards with 99 KiB of shared memory.
+# (row, head dim) -> configuration. Rows are capabilities, and 942 AMD's gfx942; `config_for` picks the row of a card.
 FORWARD = {
     (80, 32): Config(128, 64, 4, 3),
     (80, 64): Config(128, 64, 8, 3),
@@ -34,6 +34,7 @@ FORWARD = {
     (90, 32): Config(128, 64, 4, 3),
     (90, 64): Config(128, 64, 4, 3),
     (90, 128): Config(128, 64, 8, 3),
+    (942, 128): Config(128, 32, 8, 2),
 }
 GRAD_Q = {
     (80, 32): Config(128, 64, 8, 2),
@@ -42,18 +43,26 @@ GRAD_Q = {
     (90, 32): Config(128, 64, 4, 2),
     (90, 64): Config(128, 64, 8, 2),
     (90, 128): Config(128, 64, 8, 2),
+    (100, 32): Config(128, 64, 8, 2),
 }
 # A program owns block_n keys and walks over the queries.
 GRAD_KV = {
-    (80, 32): Config(64, 64, 4, 2),
-    (80, 64): Config(64, 64, 8, 2),
+    (80, 32): Config(32, 64, 4, 2),
+    (80, 64): Config(32, 64, 4, 2),
     (80, 128): Config(64, 64, 8, 2),
     (90, 32): Config(64, 64, 4, 2),
     (90, 64): Config(64, 64, 4, 2),
     (90, 128): Config(32, 128, 8, 2),
+    (100, 64): Config(64, 64, 8, 2),
+    (100, 128): Config(16, 64, 8, 2),
+    (942, 128): Config(32, 64, 4, 1),
 }
 
 
 def config_for(table: dict[tuple[int, int], Config], capability: int, channels: int) -> Config:
-    """The row of a card. 90 and 100 have 227 KiB of shared memory; 86, 89 and 120 have 99 and take the rows of 80."""
-    return table[90 if 90 <= capability < 120 else 80, channels]
+    """The configuration of a card: its own row where there is one, else the next older one of its kind.
+
+    86, 89 and 120 have 99 KiB of shared memory and no warp-group instructions: they take the rows of 80.
+    """
+    older = {942: (942, 80), 90: (90,), 100: (100, 90), 103: (100, 90)}.get(capability, (80,))
+    return next(table[row, channels] for row in older if (row, channels) in table)
