@@ -1,0 +1,114 @@
+"""The attention kernels on a card: float64 truth, the same bits every time, odd strides, far rows, CUDA graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparse_ref_attn.errors import LayoutError
+from sparse_ref_attn.functional import gather_attention
+
+from ..ops.guards import in_nan
+from ..ops.problems import Problem, gradients, make, truth
+from ..ops.tolerance import assert_as_accurate
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+FAR_BYTES = 2**32 + 2**20
+
+PROBLEMS = {
+    "one token": make(((1,),), ((1,),), (1,), 1, channels=32),
+    "ragged items, one bank": make(((300, 1, 129),), ((100, 2, 513),), (333, 0, 70), 400, channels=64),
+    "text and image rows apart": make(((63, 33), (400, 129)), ((63, 35), (336, 100)), (340, 4), 500, channels=128),
+    "two dense tensors, grouped heads": make(
+        ((333, 3),), ((3, 135),), (340, 4), 500, second=(140, 2), heads=4, key_heads=2, channels=128
+    ),
+    "empty items": make(((3, 0, 133),), ((0, 140, 0),), (0, 200, 133), 240, channels=64),
+    "bank alone": make(((133, 3),), None, (140, 2), 170, channels=32),
+    "dense alone": make(((133, 3),), ((134, 2),), None, channels=64),
+    "rows named twice": make(((133, 300),), ((4, 2),), (135, 340), 90, repeats=True, channels=128),
+    "a selection per key head": make(
+        ((133, 300),), ((4, 2),), ((133, 0), (1, 340)), 400, heads=4, key_heads=2, channels=64
+    ),
+}
+
+
+def results(problem: Problem, backend: str, through_lse: bool = True) -> dict[str, Tensor]:
+    out, lse = problem.run(backend)
+    return {"out": out.detach(), "lse": lse.detach(), **gradients(problem, out, lse if through_lse else None)}
+
+
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_output_lse_and_every_gradient(name: str, dtype: torch.dtype, backend: str) -> None:
+    rounded = PROBLEMS[name].to(dtype)
+    exact = rounded.to(torch.float64).leaves()
+    out, lse = truth(exact)
+    want = {"out": out.detach(), "lse": lse.detach(), **gradients(exact, out, lse)}
+    low = results(rounded.leaves(), "reference")
+    got = results(rounded.to(device=DEVICE).leaves(), backend)
+    for tensor in want:
+        assert_as_accurate(got[tensor].cpu(), want[tensor], low[tensor], tensor)
+
+
+@pytest.mark.parametrize("name", ["rows named twice", "a selection per key head", "text and image rows apart"])
+def test_the_same_bits_every_time(name: str) -> None:
+    problem = PROBLEMS[name].to(torch.bfloat16, DEVICE).leaves()
+    first = results(problem, "triton")
+    for _ in range(10):
+        for tensor, value in results(problem, "triton").items():
+            assert torch.equal(value, first[tensor]), tensor
+
+
+@pytest.mark.parametrize("gap", [8, 24])
+def test_odd_strides_in_poisoned_memory(gap: int) -> None:
+    rounded = PROBLEMS["ragged items, one bank"].to(torch.bfloat16)
+    low = rounded.run("reference")
+    want = truth(rounded.to(torch.float64))
+    poisoned = {n: in_nan(x.to(DEVICE), gap) for n, x in rounded.operands.items()}
+    layout = {n: x.to(DEVICE) for n, x in rounded.layout.items()}
+    out, lse = Problem(poisoned, layout).run("triton")
+    assert_as_accurate(out.cpu(), want[0], low[0], "out")
+    assert_as_accurate(lse.cpu(), want[1], low[1], "lse")
+
+
+def test_a_bank_that_needs_int64_offsets() -> None:
+    if torch.cuda.mem_get_info()[0] < FAR_BYTES:
+        pytest.skip(f"needs {FAR_BYTES >> 30} GiB of free device memory")
+    problem = make(((40,),), ((33,),), (3,), 3, heads=1, channels=32).to(torch.float16, DEVICE)
+    flat = torch.empty(FAR_BYTES // 2, dtype=torch.float16, device=DEVICE)
+    far = flat.as_strided((3, 1, 32), (2**30, 32, 1))
+    far.copy_(problem.operands["k_ref"])
+    moved = Problem({**problem.operands, "k_ref": far}, problem.layout)
+    assert torch.equal(moved.run("triton")[0], problem.run("triton")[0])
+
+
+def test_forward_and_backward_in_a_cuda_graph() -> None:
+    problem = PROBLEMS["rows named twice"].to(torch.bfloat16, DEVICE).leaves()
+    weight = torch.randn_like(problem.operands["q"])
+
+    def step() -> tuple[Tensor, ...]:
+        out = gather_attention(**problem.operands, **problem.layout, backend="triton")
+        return (out, *torch.autograd.grad((out * weight).sum(), list(problem.operands.values())))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        problem.operands["q"].mul_(0.5)
+    graph.replay()
+    for one, expected in zip(captured, step(), strict=True):
+        assert torch.equal(one, expected)
+
+
+def test_checking_mode_names_a_bad_index() -> None:
+    problem = PROBLEMS["one token"].to(torch.bfloat16, DEVICE)
+    layout = {**problem.layout, "ref_indices": torch.tensor([7], device=DEVICE)}
+    with pytest.raises(LayoutError, match=r"lie in \[0, 1\), got values from 7 to 7"):
+        Problem(problem.operands, layout).run("triton", check=True)
