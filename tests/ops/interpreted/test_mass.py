@@ -96,6 +96,16 @@ def test_masked_keys_get_nothing_and_a_query_without_keys_stays_finite():
         assert_as_accurate(got, truth[0, :, -inside:], low[0, :, -inside:])
 
 
+def test_a_query_whose_lse_says_that_it_has_no_keys_adds_nothing():
+    q, k = draw(20, 30)
+    lse = lse_of(q.double(), k.double(), 0.2).float()
+    others = torch.arange(20) != 7
+    lse[..., 7] = float("-inf")
+    mass = attention_mass(q, k, (0, 30), scale=0.2, lse=lse, backend="triton")
+    truth = attention_mass_reference(q[:, others].double(), k.double(), (0, 30), 0.2) * 19 / 20
+    assert_as_accurate(mass, truth, attention_mass_reference(q[:, others], k, (0, 30), 0.2) * (19 / 20))
+
+
 @pytest.mark.parametrize("stride", [2, 3, 7])
 def test_query_stride_takes_every_nth_query(stride: int):
     q, k = draw(50, 40)
