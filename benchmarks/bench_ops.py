@@ -124,6 +124,7 @@ def methods(call: Call) -> dict[str, Callable[[], Tensor]]:
         "ours (triton)": lambda: call.ours("triton"),
     }
     if call.q.device.type == "cuda":
+        out |= {f"ours ({backend})": lambda backend=backend: call.ours(backend) for backend in ("flash", "flex")}
         out["index_select + flash"] = lambda: call.sdpa(call.rows, SDPBackend.FLASH_ATTENTION)
         out["index_select + cudnn"] = lambda: call.sdpa(call.rows, SDPBackend.CUDNN_ATTENTION)
         for package, name, run in (

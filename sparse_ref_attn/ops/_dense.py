@@ -2,8 +2,8 @@ r"""Dense attention of one item by the fused kernels of PyTorch, with the LSE an
 
     dS = P * (dO V^T - delta + dlse)        delta = rowsum(dO * O)
 
-PyTorch's backward kernels compute delta themselves and know no dlse. So where there is one, four columns are added
-to every operand: O gets (1, 1, ..), dO gets -dlse (as its rounded value and the rest), K, Q and V get zeros. This
+PyTorch's backward kernels compute delta themselves and know no dlse. So where there is one, columns are added
+to every operand: O gets (1, 1), dO gets -dlse (as its rounded value and the rest), K, Q and V get zeros. This
 changes rowsum(dO * O) by -dlse and nothing else.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["attend", "attend_backward"]
+__all__ = ["EXTRA", "attend", "attend_backward", "carry_lse"]
 
 aten: Any = torch.ops.aten
 EXTRA = 8  # columns added to carry dlse: kernels on CUDA want multiples of 8
@@ -59,12 +59,7 @@ def attend_backward(
     channels, group = q.shape[2], q.shape[1] // k.shape[1]
     kind = _kind(q)
     if grad_lse is not None and kind != "math":
-        g = grad_lse.t()[..., None]  # (N, H, 1)
-        high = (-g).to(q.dtype)
-        low = (-g - high).to(q.dtype)
-        zeros = q.new_zeros(*q.shape[:2], EXTRA - 2)
-        grad_out = torch.cat([grad_out, high, low, zeros], dim=-1)
-        out = torch.cat([out, torch.ones_like(high), torch.ones_like(high), zeros], dim=-1)
+        grad_out, out = carry_lse(grad_out, out, grad_lse)
         q, k, v = (torch.nn.functional.pad(x, (0, EXTRA)) for x in (q, k, v))
     d4, q4, k4, v4, o4 = (x.transpose(0, 1)[None] for x in (grad_out, q, k, v, out))
     lse4 = lse[None]
@@ -98,6 +93,16 @@ def attend_backward(
     if dk.shape[1] != k.shape[1]:
         dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
     return dq, dk, dv
+
+
+def carry_lse(grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Dout and out (N, H, C) with EXTRA columns that take dlse (H, N) off rowsum(dout * out)."""
+    g = -grad_lse.t()[..., None]
+    high = g.to(out.dtype)
+    low = (g - high).to(out.dtype)
+    zeros = out.new_zeros(*out.shape[:2], EXTRA - 2)
+    one = torch.ones_like(high)
+    return torch.cat([grad_out, high, low, zeros], dim=-1), torch.cat([out, one, one, zeros], dim=-1)
 
 
 def _kind(q: Tensor) -> str:

@@ -23,8 +23,8 @@ __all__ = ["ORDER", "Call", "choose", "is_aligned", "order_for", "pick", "reason
 # published figures, and `benchmarks/bench_ops.py` prints what should replace them.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("sdpa",),
-    "cuda, one item": ("sdpa", "triton"),  # one gather costs 1-3 % of the attention it feeds
-    "cuda, several items": ("triton", "sdpa"),  # sdpa waits for the device and runs item by item
+    "cuda, one item": ("sdpa", "flash"),  # a gather costs 1-3 % of the attention it feeds
+    "cuda, several items": ("triton", "flash", "sdpa"),  # sdpa waits for the device and runs item by item
 }
 
 
@@ -32,7 +32,7 @@ class Call(NamedTuple):
     """What the choice depends on.
 
     ``items`` is the batch size, ``per_head`` whether key/value heads have selections of their own, ``aligned`` whether
-    every row of every operand starts at a multiple of 16 bytes.
+    every row of every operand starts at a multiple of 16 bytes, ``gradients`` whether an operand requires any.
     """
 
     device: torch.device
@@ -41,6 +41,7 @@ class Call(NamedTuple):
     items: int = 1
     per_head: bool = False
     aligned: bool = True
+    gradients: bool = False
 
 
 def _sdpa(call: Call) -> list[str]:
@@ -69,7 +70,43 @@ def _triton(call: Call) -> list[str]:
     return against
 
 
-_PREDICATES: dict[str, Callable[[Call], list[str]]] = {"sdpa": _sdpa, "triton": _triton}
+def _flash(call: Call) -> list[str]:
+    against = []
+    if call.device.type != "cuda":
+        against.append(f"needs a CUDA device, got {call.device}")
+    elif not torch.backends.cuda.is_flash_attention_available():
+        against.append("needs a PyTorch that was built with FlashAttention")
+    elif torch.cuda.get_device_capability(call.device) < (8, 0):
+        against.append("needs a card of compute capability 8.0 or later")
+    if call.dtype not in (torch.float16, torch.bfloat16):
+        against.append(f"needs float16 or bfloat16, got {call.dtype}")
+    if call.channels % 8 or call.channels > 248:
+        against.append(f"needs a head dim that is a multiple of 8 and at most 248, got {call.channels}")
+    if call.per_head:
+        against.append("cannot give each key/value head a selection of its own")
+    return against
+
+
+def _flex(call: Call) -> list[str]:
+    against = []
+    floats = (torch.float16, torch.bfloat16, torch.float32)
+    if call.dtype not in floats and call.device.type == "cuda":
+        against.append(f"needs float16, bfloat16 or float32, got {call.dtype}")
+    if call.gradients and call.device.type == "cpu":
+        against.append("cannot compute gradients on a CPU")
+    if call.channels < 16:
+        against.append(f"needs a head dim of at least 16, got {call.channels}")
+    if call.per_head:
+        against.append("cannot give each key/value head a selection of its own")
+    return against
+
+
+_PREDICATES: dict[str, Callable[[Call], list[str]]] = {
+    "sdpa": _sdpa,
+    "triton": _triton,
+    "flash": _flash,
+    "flex": _flex,
+}
 
 
 def reasons(backend: str, call: Call) -> list[str]:

@@ -7,8 +7,12 @@ import torch
 
 from sparse_ref_attn.errors import ConfigError, LayoutError
 from sparse_ref_attn.functional import gather_attention
+from sparse_ref_attn.ops.gather_attention import flash
+from sparse_ref_attn.ops.gather_attention.arguments import Arguments
+from sparse_ref_attn.ops.gather_attention.gradients import Wanted
+from sparse_ref_attn.ops.gather_attention.packed import pack, unpack_gradients
 
-from .problems import Problem, gradients, make, truth
+from .problems import NAMES, Problem, gradients, make, truth
 
 PROBLEMS = {
     "one item": make(((7,),), ((5,),), (3,), 6),
@@ -233,6 +237,62 @@ def test_unknown_and_refusing_backends_are_named() -> None:
 def test_a_scale_that_is_not_positive_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"scale must be positive and finite, got -1.0"):
         gather_attention(**spoil(scale=-1.0))
+
+
+@pytest.mark.parametrize("name", [name for name in PROBLEMS if "per key head" not in name])
+def test_flex_and_the_packing_that_flash_shares(name: str) -> None:
+    problem = PROBLEMS[name].leaves()
+    exact = PROBLEMS[name].leaves()
+    want = truth(exact)
+    with torch.no_grad():
+        for got, expected in zip(PROBLEMS[name].run("flex"), want, strict=True):
+            same(got, expected)
+    # gradients of the packed rows, by the formula, brought back to where the rows came from
+    layout = [problem.layout.get(n) for n in ("cu_seqlens_q", "cu_seqlens_k", "ref_indices", "ref_offsets")]
+    scale = problem.operands["q"].shape[2] ** -0.5
+    a = Arguments(*(problem.operands.get(n) for n in NAMES), *layout, scale, False)
+    p = pack(a)
+    assert p.q_items.diff().ge(0).all()
+    assert p.k_items.diff().ge(0).all()
+    q, k, v = (x.detach().requires_grad_() for x in (p.q, p.k, p.v))
+    k_all, v_all = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    e = (torch.einsum("nhc,khc->hnk", q, k_all) * scale).exp() * (p.q_items[:, None] == p.k_items[None])
+    total = e.sum(-1, keepdim=True)
+    out = p.put_back(torch.einsum("hnk,khc->nhc", e / torch.where(total == 0, 1.0, total), v_all))
+    same(out, want[0])
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad((out * weight).sum(), (q, k, v))
+    got = unpack_gradients(a, p, *grads, Wanted(True, True, True))
+    expected = gradients(exact, want[0], None)
+    for tensor, grad in zip(NAMES, got, strict=True):
+        assert (grad is None) == (tensor not in expected)
+        if grad is not None:
+            same(grad, expected[tensor])
+
+
+def test_flash_packs_and_calls_pytorch_with_what_it_takes() -> None:
+    """On meta tensors: shapes and arguments. The packing itself is proved with "flex", the kernel on a card."""
+    problem = make(((5, 3), (4, 0)), ((4, 2), (1, 6)), (3, 2), 7, heads=4, key_heads=2).to(torch.bfloat16)
+    problem = problem.to(device="meta")
+    layout = [problem.layout[n] for n in ("cu_seqlens_q", "cu_seqlens_k", "ref_indices", "ref_offsets")]
+    a = Arguments(*(problem.operands.get(n) for n in NAMES), *layout, 0.25, False)
+    out, lse = flash.forward(a)
+    assert (out.shape, lse.shape, lse.dtype) == (a.q.shape, (4, 12), torch.float32)
+    for grad_lse in (None, lse):
+        grads = flash.backward(a, out, grad_lse, out, lse, Wanted(True, True, True))
+        for grad, x in zip(grads, a.tensors, strict=True):
+            assert (grad is None) == (x is None)
+            assert x is None or grad.shape == x.shape
+
+
+def test_flash_says_why_it_cannot() -> None:
+    with pytest.raises(ConfigError, match=r"flash: needs a CUDA device, got cpu, needs float16 or bfloat16"):
+        gather_attention(**spoil(backend="flash"))
+    problem = PROBLEMS["a selection per key head"]
+    with pytest.raises(ConfigError, match="flex: cannot give each key/value head a selection of its own"):
+        problem.run("flex")
+    with pytest.raises(ConfigError, match="flex: cannot compute gradients on a CPU"):
+        PROBLEMS["one item"].leaves().run("flex")
 
 
 def test_q_may_need_no_gradient() -> None:

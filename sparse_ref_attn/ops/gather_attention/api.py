@@ -11,7 +11,7 @@ from .normal_form import normalise
 
 __all__ = ["BACKENDS", "gather_attention"]
 
-BACKENDS = ("auto", "reference", "sdpa", "triton")
+BACKENDS = ("auto", "reference", "sdpa", "triton", "flash", "flex")
 
 
 @overload
@@ -121,7 +121,7 @@ def gather_attention(
         gradients of the bank.
     return_lse : bool
         Return the log-sum-exp too. Default False.
-    backend : {"auto", "reference", "sdpa", "triton"}
+    backend : {"auto", "reference", "sdpa", "triton", "flash", "flex"}
         Who computes it. A name that cannot do the call raises, with its reasons; "auto" takes the first
         that can, in the order of ``ops/_support.py``. "reference" is the definition.
     check : bool
@@ -149,11 +149,19 @@ def gather_attention(
 
     Notes
     -----
-    Differentiable in q, k, v, k2, v2, k_ref and v_ref, through `out` and through the LSE, once
-    ("reference": to any order). Deterministic: gradients of gathered rows are stored packed and summed
-    in a fixed order. The score matrix is never stored (but by "reference"); "sdpa" holds one copy of
-    the kept keys and values, and on CUDA waits for the device to read the offsets.
-    Dropped rows get a gradient of exactly zero. The order of kept rows changes the result to rounding only.
+    Differentiable in q, k, v, k2, v2, k_ref and v_ref, through `out` and through the LSE, once ("reference": to any
+    order). Dropped rows get a gradient of exactly zero. The order of kept rows changes the result to rounding only.
+
+    Deterministic: gradients of gathered rows are stored packed and summed in a fixed order. On CUDA this holds for
+    "triton"; PyTorch's own attention kernels ("sdpa", "flash", "flex") may add up dq in any order unless
+    ``torch.use_deterministic_algorithms(True)`` is set.
+
+    The score matrix is never stored (but by "reference", and by "flex" on a CPU). "sdpa", "flash" and "flex" hold one
+    copy of the kept keys and values. "triton" and "flash" never wait for the device, so a CUDA graph can hold them;
+    "sdpa" does, to read the offsets. Selections per key/value head need "triton", "sdpa" or "reference".
+
+    What has not yet run on a card: every path on CUDA. The Triton kernels are proved under the interpreter and compiled
+    ahead of time for compute capabilities 8.0, 9.0 and 10.0.
 
     References
     ----------

@@ -23,7 +23,7 @@ TENSORS = (
     "Tensor q, Tensor? k, Tensor? v, Tensor? k2, Tensor? v2, Tensor? k_ref, Tensor? v_ref, "
     "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? ref_indices, Tensor? ref_offsets"
 )
-MODULES = {"sdpa": ".sdpa", "triton": ".triton_backend"}
+MODULES = {"sdpa": ".sdpa", "triton": ".triton_backend", "flash": ".flash", "flex": ".flex"}
 DIFFERENTIABLE = 7  # q, k, v, k2, v2, k_ref, v_ref come first
 
 library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
@@ -47,7 +47,8 @@ def _call(a: Arguments) -> Call:
         for x in a.tensors
         if x is not None and x.numel()
     )
-    return Call(a.q.device, a.q.dtype, a.q.shape[2], a.items, a.per_head, aligned)
+    gradients = any(x is not None and x.requires_grad for x in a.tensors)
+    return Call(a.q.device, a.q.dtype, a.q.shape[2], a.items, a.per_head, aligned, gradients)
 
 
 def _implementation(a: Arguments, backend: str) -> Any:
