@@ -114,6 +114,20 @@ def reasons(backend: str, call: Call) -> list[str]:
     return _PREDICATES[backend](call)
 
 
+def explain(call: Call) -> dict[str, list[str]]:
+    """Every backend with the reasons against it, the one that "auto" takes first; for `doctor` to print.
+
+    Examples
+    --------
+    >>> found = explain(Call(torch.device("cpu"), torch.float32, channels=128))
+    >>> list(found)[0], found["sdpa"], found["flash"][0]
+    ('sdpa', [], 'needs a CUDA device, got cpu')
+    """
+    names = [*order_for(call), *_PREDICATES]
+    found = {name: reasons(name, call) for name in names}
+    return dict(sorted(found.items(), key=lambda each: bool(each[1])))
+
+
 def order_for(call: Call) -> tuple[str, ...]:
     """The row of `ORDER` for a call; devices other than CUDA take the CPU's."""
     if call.device.type != "cuda":
