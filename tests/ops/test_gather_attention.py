@@ -1,4 +1,4 @@
-"""The definition and the SDPA backend against dense attention in float64, and what the op promises."""
+"""The definition and the SDPA backend against dense attention in float64 (`test_invariants`: what the op promises)."""
 
 from __future__ import annotations
 
@@ -78,42 +78,6 @@ def test_low_precision_errs_no_more_than_twice_pytorch_itself(dtype: torch.dtype
     slack = 2 * torch.finfo(dtype).eps  # rounding of the result itself
     for got, allowed, scale in zip(errors["sdpa"], errors["reference"], [1.0] * 6, strict=True):
         assert got <= 2 * allowed + slack * scale
-
-
-def test_dropped_rows_have_no_gradient_and_kept_ones_do() -> None:
-    problem = make(((5, 3),), ((4, 2),), (2, 3), 12).leaves()
-    kept = problem.layout["ref_indices"].long().unique()
-    grads = gradients(problem, *problem.run("sdpa"))
-    rows = torch.ones(12, dtype=torch.bool)
-    rows[kept] = False
-    for name in ("k_ref", "v_ref"):
-        assert (grads[name][rows] == 0).all()
-        assert (grads[name][kept].flatten(1).abs().amax(1) > 0).all()
-
-
-def test_an_item_does_not_depend_on_its_neighbours() -> None:
-    both = make(((5, 3),), ((4, 2),), (3, 2), 7)
-    changed = {n: x.clone() for n, x in both.operands.items()}
-    for name in ("q", "k", "v"):
-        changed[name][{"q": 5}.get(name, 4) :] *= -3
-    out, lse = both.run("sdpa")
-    other_out, other_lse = Problem(changed, both.layout).run("sdpa")
-    assert torch.equal(out[:5], other_out[:5])
-    assert torch.equal(lse[:, :5], other_lse[:, :5])
-    assert not torch.allclose(out[5:], other_out[5:])
-
-
-def test_order_of_kept_rows_does_not_matter() -> None:
-    problem = make(((6,),), ((4,),), (5,), 9)
-    flipped = {**problem.layout, "ref_indices": problem.layout["ref_indices"].flip(0)}
-    same(Problem(problem.operands, flipped).run("sdpa")[0], problem.run("sdpa")[0])
-
-
-def test_keeping_all_rows_is_dense_attention() -> None:
-    q, k, v = (torch.randn(2, n, 3, 16) for n in (6, 9, 9))
-    got = gather_attention(q, k[:, :4], v[:, :4], k[:, 4:], v[:, 4:], torch.arange(10).view(2, 5))
-    want = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    torch.testing.assert_close(got, want)
 
 
 def test_batched_operands_equal_packed_ones() -> None:
