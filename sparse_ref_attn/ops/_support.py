@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -17,14 +19,25 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-__all__ = ["ORDER", "Call", "choose", "is_aligned", "order_for", "pick", "reasons", "triton_reasons"]
+__all__ = [
+    "ORDER",
+    "Call",
+    "choose",
+    "flash_packages",
+    "is_aligned",
+    "order_for",
+    "pick",
+    "reasons",
+    "triton_reasons",
+]
 
-# The order in which "auto" tries them. No row has been measured by this project yet: the cards' rows follow
-# published figures, and `benchmarks/bench_ops.py` prints what should replace them.
+# The order in which "auto" tries them. It may pick only what needs no kernel of ours that no card has run: "triton",
+# "flash" and "flex" stand in no row until `pytest -m gpu` has passed on a card, and `benchmarks/bench_ops.py` printed
+# which of them is faster there. Published figures let one expect "flash" first on compute capability 9.0 with
+# flash-attn 3, and "triton" or "flash" for several items, which "sdpa" runs one by one.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("sdpa",),
-    "cuda, one item": ("sdpa", "flash"),  # a gather costs 1-3 % of the attention it feeds
-    "cuda, several items": ("triton", "flash", "sdpa"),  # sdpa waits for the device and runs item by item
+    "cuda": ("sdpa",),
 }
 
 
@@ -74,17 +87,56 @@ def _flash(call: Call) -> list[str]:
     against = []
     if call.device.type != "cuda":
         against.append(f"needs a CUDA device, got {call.device}")
-    elif not torch.backends.cuda.is_flash_attention_available():
-        against.append("needs a PyTorch that was built with FlashAttention")
-    elif torch.cuda.get_device_capability(call.device) < (8, 0):
-        against.append("needs a card of compute capability 8.0 or later")
+    else:
+        packages = flash_packages(call, call.gradients)
+        if all(packages.values()):
+            told = "; ".join(f"{name} {', '.join(why)}" for name, why in packages.items())
+            against.append(f"needs a package with FlashAttention ({told})")
     if call.dtype not in (torch.float16, torch.bfloat16):
         against.append(f"needs float16 or bfloat16, got {call.dtype}")
-    if call.channels % 8 or call.channels > 248:
-        against.append(f"needs a head dim that is a multiple of 8 and at most 248, got {call.channels}")
+    most = 248 if call.gradients else 256  # eight columns carry the gradient of the lse
+    if call.channels % 8 or call.channels > most:
+        against.append(f"needs a head dim that is a multiple of 8 and at most {most}, got {call.channels}")
     if call.per_head:
         against.append("cannot give each key/value head a selection of its own")
+    if not call.aligned:
+        against.append("needs every row to start at a multiple of 16 bytes (strides and storage offset)")
     return against
+
+
+def flash_packages(call: Call, backward: bool = False) -> dict[str, list[str]]:
+    """What is against each package with packed FlashAttention, by the name of its module, the best one first."""
+    nvidia = call.device.type == "cuda" and torch.version.hip is None
+    capability = torch.cuda.get_device_capability(call.device) if nvidia else (0, 0)
+    ampere = [] if capability >= (8, 0) else ["needs an NVIDIA card of compute capability 8.0 or later"]
+    hopper = [] if capability[0] == 9 else ["needs an NVIDIA card of compute capability 9.0"]
+    forward_only = ["has no backward"] if backward else []
+    if call.dtype != torch.bfloat16:
+        forward_only.append(f"needs bfloat16, got {call.dtype}")
+    inside = [] if torch.backends.cuda.is_flash_attention_available() else ["was built without FlashAttention"]
+    return {
+        "flash_attn_interface": hopper + _flash_module("flash_attn_interface"),
+        "fa3_fwd_interface": hopper + forward_only + _flash_module("fa3_fwd_interface"),
+        "flash_attn": ampere + _flash_module("flash_attn", at_least=(2, 7)),
+        "torch": ampere + inside,
+    }
+
+
+@cache
+def _flash_module(name: str, at_least: tuple[int, int] = (0, 0)) -> list[str]:
+    if find_spec(name) is None:
+        return ["is not installed"]
+    try:
+        module = import_module(name)
+    except (ImportError, OSError) as error:  # built for another PyTorch or CUDA
+        return [f"cannot be imported: {str(error).splitlines()[0]}"]
+    attend = getattr(module, "flash_attn_varlen_func", None)
+    if attend is None or "return_attn_probs" not in signature(attend).parameters:
+        return ["must have a flash_attn_varlen_func that returns the lse (return_attn_probs)"]
+    version = str(getattr(module, "__version__", ""))
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < at_least and at_least > (0, 0):
+        return [f"must be {at_least[0]}.{at_least[1]} or later, got {version or 'no version'}"]
+    return []
 
 
 def _flex(call: Call) -> list[str]:
@@ -130,9 +182,7 @@ def explain(call: Call) -> dict[str, list[str]]:
 
 def order_for(call: Call) -> tuple[str, ...]:
     """The row of `ORDER` for a call; devices other than CUDA take the CPU's."""
-    if call.device.type != "cuda":
-        return ORDER["cpu"]
-    return ORDER["cuda, several items" if call.items > 1 or call.per_head else "cuda, one item"]
+    return ORDER.get(call.device.type, ORDER["cpu"])
 
 
 def choose(backend: str, call: Call) -> str:
