@@ -1,22 +1,27 @@
-"""Which package "flash" would take, and what is said of one that cannot be taken."""
+"""Which package "flash" would take, what is said of one that cannot be taken, and all that is done around its call."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.ops import _support
 from sparse_ref_attn.ops._support import ORDER, Call, flash_packages, reasons
 from sparse_ref_attn.ops.attention_mass.backends import ORDER as MASS_ORDER
-from sparse_ref_attn.ops.gather_attention.flash_packages import BACKWARD, FORWARD
+from sparse_ref_attn.ops.gather_attention.arguments import Arguments
+from sparse_ref_attn.ops.gather_attention.flash import backward_by, forward_by
+from sparse_ref_attn.ops.gather_attention.flash_packages import BACKWARD, FORWARD, Lengths
+from sparse_ref_attn.ops.gather_attention.gradients import Wanted
 from sparse_ref_attn.ops.pack_rows.library import ORDER as ROWS_ORDER
 
-from .problems import make
+from .problems import NAMES, Problem, gradients, make, truth
 
 CALL = Call(torch.device("cpu"), torch.bfloat16, 64)
 
@@ -80,3 +85,70 @@ def test_auto_takes_no_kernel_of_ours_that_no_card_has_run() -> None:
     """A row with "triton" is written by hand once `pytest -m gpu` has passed on such a card."""
     for order in (ORDER, MASS_ORDER, ROWS_ORDER):
         assert not {"triton", "flash", "flex"} & {name for row in order.values() for name in row}
+
+
+def scores(q: Tensor, k: Tensor, lengths: Lengths, scale: float) -> Tensor:
+    """Of all queries with all keys (H, T, K), -inf where they belong to different items."""
+    item_q, item_k = (
+        torch.cat([torch.full((b - a,), item) for item, (a, b) in enumerate(pairwise(cu.tolist()))])
+        for cu in (lengths.cu_q, lengths.cu_k)
+    )
+    s = torch.einsum("nhc,khc->hnk", q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)) * scale
+    return s.masked_fill(item_q[:, None] != item_k, float("-inf"))
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention as a package is asked for it: an empty row is zero, and its lse +inf as flash-attn 2 has it."""
+    assert lengths.cu_q.dtype == lengths.cu_k.dtype == torch.int32
+    assert max(lengths.cu_q.diff()) <= lengths.max_q
+    assert max(lengths.cu_k.diff()) <= lengths.max_k
+    s = scores(q, k, lengths, scale)
+    lse = s.logsumexp(-1)
+    lse = torch.where(lse.isinf(), float("inf"), lse)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return torch.einsum("hnk,khc->nhc", (s - lse[..., None]).exp(), v), lse
+
+
+def plain_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, lengths: Lengths, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Its gradients, from no more than a package is given: delta = rowsum(dO * O)."""
+    assert all(x.is_contiguous() for x in (grad_out, lse))
+    group = q.shape[1] // k.shape[1]
+    k_all, v_all = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    p = (scores(q, k, lengths, scale) - lse[..., None]).exp()
+    delta = (grad_out * out).sum(-1).t()
+    ds = p * (torch.einsum("nhc,khc->hnk", grad_out, v_all) - delta[..., None]) * scale
+    dk, dv = torch.einsum("hnk,nhc->khc", ds, q), torch.einsum("hnk,nhc->khc", p, grad_out)
+    return torch.einsum("hnk,khc->nhc", ds, k_all), *(x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        make(((7, 1, 4),), ((5, 2, 9),), (3, 0, 6), 6),
+        make(((2, 3), (4, 5)), ((3, 1), (2, 6)), (2, 4), 5, heads=4, key_heads=2),
+        make(((2, 3, 0),), ((3, 0, 2),), (2, 4, 1), 5, second=(4, 2, 0)),
+        make(((3, 2, 1),), ((0, 4, 0),), (0, 0, 3), 5),  # an item without keys
+        make(((5, 3),), None, (6, 5), 3, repeats=True),
+        make(((0, 0),), ((4, 1),), None),
+        make(((3, 2),), ((0, 0),), (0, 0), 5),
+    ],
+)
+@pytest.mark.parametrize("through_lse", [False, True])
+def test_what_is_done_around_a_package(problem: Problem, through_lse: bool) -> None:
+    exact = problem.leaves()
+    want = truth(exact)
+    layout = [problem.layout.get(n) for n in ("cu_seqlens_q", "cu_seqlens_k", "ref_indices", "ref_offsets")]
+    a = Arguments(*(problem.operands.get(n) for n in NAMES), *layout, problem.operands["q"].shape[2] ** -0.5, False)
+    out, lse = forward_by(plain, a)
+    torch.testing.assert_close((out, lse), want, rtol=1e-12, atol=1e-12)
+    expected = gradients(exact, want[0], want[1] if through_lse else None)
+    generator = torch.Generator().manual_seed(1)  # the weights of `gradients`
+    grad_out, grad_lse = (torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (out, lse))
+    grad_lse = torch.where(lse.isinf(), 0.0, grad_lse) if through_lse else None
+    got = backward_by(plain_backward, a, grad_out, grad_lse, out, lse, Wanted(True, True, True))
+    for name, grad in zip(NAMES, got, strict=True):
+        assert (grad is None) == (name not in expected)
+        if grad is not None:
+            torch.testing.assert_close(grad, expected[name], rtol=1e-12, atol=1e-12)

@@ -156,6 +156,10 @@ def gather_attention(
     "triton"; PyTorch's own attention kernels ("sdpa", "flash", "flex") may add up dq in any order unless
     ``torch.use_deterministic_algorithms(True)`` is set.
 
+    "flash" calls the first that can of flash-attn 3, fa3-fwd (bfloat16, forward only: the next one computes the
+    gradients), flash-attn 2.7 or later, and the FlashAttention inside PyTorch. A user's
+    ``torch.nn.attention.activate_flash_attention_impl`` decides what the last one is.
+
     The score matrix is never stored (but by "reference", and by "flex" on a CPU). "sdpa", "flash" and "flex" hold one
     copy of the kept keys and values. "triton" and "flash" never wait for the device, so a CUDA graph can hold them;
     "sdpa" does, to read the offsets. Selections per key/value head need "triton", "sdpa" or "reference".

@@ -1,6 +1,7 @@
 """Gather once, then FlashAttention for packed batches, by the best package that can; no host sync.
 
-The packing is proved on a CPU; no call of a kernel has run on a card.
+Everything but the packages' own functions is proved on a CPU, with plain attention in their place. No call of theirs
+has run on a card.
 """
 
 from __future__ import annotations
@@ -11,45 +12,57 @@ from torch import Tensor
 from .._dense import EXTRA, carry_lse
 from .._support import Call, flash_packages
 from .arguments import Arguments
-from .flash_packages import BACKWARD, FORWARD, Lengths
+from .flash_packages import BACKWARD, FORWARD, Backward, Forward, Lengths
 from .gradients import Gradients, Wanted
 from .packed import Packed, pack, unpack_gradients
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "backward_by", "forward", "forward_by"]
 
 
-def forward(a: Arguments, package: str | None = None) -> tuple[Tensor, Tensor]:
+def forward(a: Arguments) -> tuple[Tensor, Tensor]:
     """Out (T, H, C) and lse (H, T), contiguous."""
+    return forward_by(FORWARD[_package(a)], a)
+
+
+def backward(
+    a: Arguments, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, wanted: Wanted
+) -> Gradients:
+    """Gradients from those of out (T, H, C) and lse (H, T)."""
+    return backward_by(BACKWARD[_package(a, backward=True)], a, grad_out, grad_lse, out, lse, wanted)
+
+
+def forward_by(attend: Forward, a: Arguments) -> tuple[Tensor, Tensor]:
+    """Pack, attend, and put everything back in its place."""
     p = pack(a)
     if not p.q.shape[0] or not p.k.shape[0]:
-        lse = a.q.new_full((a.q.shape[1], a.q.shape[0]), float("-inf"), dtype=torch.float32)
+        lse = a.q.new_full(a.q.shape[1::-1], float("-inf"), dtype=torch.promote_types(a.q.dtype, torch.float32))
         return torch.zeros_like(a.q, memory_format=torch.contiguous_format), lse
-    out, lse = FORWARD[package or _package(a)](p.q, p.k, p.v, _lengths(p), a.scale)
+    out, lse = attend(p.q, p.k, p.v, _lengths(p), a.scale)
     # without keys, some packages say +inf and others -inf
     lse = torch.where(lse.isinf(), float("-inf"), lse)
     return p.put_back(out), p.put_back(lse.t()).t().contiguous()
 
 
-def backward(
+def backward_by(
+    attend: Backward,
     a: Arguments,
     grad_out: Tensor,
     grad_lse: Tensor | None,
     out: Tensor,
     lse: Tensor,
     wanted: Wanted,
-    package: str | None = None,
 ) -> Gradients:
-    """Gradients from those of out (T, H, C) and lse (H, T)."""
+    """Pack, differentiate, and put everything back in its place."""
     p = pack(a)
     if not p.q.shape[0] or not p.k.shape[0]:
-        return unpack_gradients(a, p, *(torch.zeros_like(x) for x in (p.q, p.k, p.v)), wanted)
+        return unpack_gradients(a, p, torch.zeros_like(p.q), torch.zeros_like(p.k), torch.zeros_like(p.v), wanted)
     lse = torch.where(lse.isinf(), float("inf"), lse)  # exp(s - inf) = 0 in every package
     lse = p.take(lse.t()).t().contiguous()
     grad_out, out, q, k, v = p.take(grad_out).contiguous(), p.take(out), p.q, p.k, p.v
     if grad_lse is not None:
         grad_out, out = carry_lse(grad_out, out, p.take(grad_lse.t()).t())
         q, k, v = (torch.nn.functional.pad(x, (0, EXTRA)) for x in (q, k, v))
-    grads = BACKWARD[package or _package(a, backward=True)](grad_out, q, k, v, out, lse, _lengths(p), a.scale)
+    grads = attend(grad_out, q, k, v, out, lse, _lengths(p), a.scale)
     dq, dk, dv = (x[..., : a.q.shape[2]] for x in grads)
     return unpack_gradients(a, p, dq, dk, dv, wanted)
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["BACKWARD", "FORWARD", "Lengths"]
+__all__ = ["BACKWARD", "FORWARD", "Backward", "Forward", "Lengths"]
 
 aten: Any = torch.ops.aten
 
