@@ -13,9 +13,12 @@ from . import __version__
 from .adapters import supported
 from .adapters.seams import DIFFUSERS_RANGE, check_diffusers
 from .errors import VersionError
+from .ops import _support
+from .ops.attention_mass.backends import explain as explain_mass
+from .ops.pack_rows.library import explain as explain_rows
 from .selection.names import NAMES
 
-__all__ = ["Ability", "device", "diagnose", "report", "versions"]
+__all__ = ["Ability", "backends", "device", "diagnose", "report", "versions"]
 
 PACKAGES = {
     "torch": "core",
@@ -28,9 +31,12 @@ PACKAGES = {
     "pillow": "pictures",
     "peft": "training",
     "scikit-image": "evaluation",
-    "flash-attn": "optional attention kernels of diffusers",
+    "flash-attn": "optional attention kernels",
+    "flash-attn-3": "optional attention kernels",
+    "fa3-fwd": "optional attention kernels",
     "torchao": "optional quantised transformers",
 }
+CHANNELS = 128  # of the call that backends are asked for
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,32 @@ def device(name: str | None = None) -> str:
     return f"{found.name} (CUDA {torch.version.cuda}, sm_{found.major}{found.minor}, {memory:.0f} GiB)"
 
 
+def backends() -> dict[str, dict[str, list[str]]]:
+    """Every backend of every op with the reasons against it here, the one that "auto" takes first.
+
+    Asked for a plain call in bfloat16 with 128 channels, on the GPU if there is one; a call of another kind may
+    be refused by more of them.
+
+    Examples
+    --------
+    >>> found = backends()
+    >>> sorted(found), found["pack_rows"]["reference"]
+    (['attention_mass', 'gather_attention', 'pack_rows'], [])
+    """
+    call = _plain_call()
+    x = torch.empty(1, 16, 1, CHANNELS, dtype=call.dtype, device=call.device)
+    return {
+        "gather_attention": _support.explain(call),
+        "attention_mass": explain_mass(x, x, CHANNELS**-0.5),
+        "pack_rows": explain_rows([x], torch.zeros(1, dtype=torch.int64, device=call.device), 1),
+    }
+
+
+def _plain_call() -> _support.Call:
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _support.Call(where, torch.bfloat16, CHANNELS)
+
+
 def _abilities(installed: dict[str, str | None]) -> list[Ability]:
     extra = "pip install 'sparse-ref-attn[diffusers]'"
     absent = [name for name in ("diffusers", "transformers", "pillow") if installed[name] is None]
@@ -111,7 +143,7 @@ def diagnose() -> dict[str, Any]:
     Examples
     --------
     >>> sorted(diagnose())
-    ['attention_mass_backends', 'can', 'cannot', 'device', 'models', 'selectors', 'versions']
+    ['backends', 'can', 'cannot', 'device', 'flash_packages', 'models', 'selectors', 'versions']
     """
     installed = versions()
     abilities = _abilities(installed)
@@ -122,7 +154,15 @@ def diagnose() -> dict[str, Any]:
         "cannot": {a.what: a.missing for a in abilities if a.missing},
         "models": supported(),
         "selectors": {name: (cls.__doc__ or "").splitlines()[0] for name, cls in NAMES.items()},
-        "attention_mass_backends": {"chunked": "plain PyTorch, any device"},
+        "backends": {
+            op: {
+                "auto": next(iter(found)),
+                "can": [name for name, why in found.items() if not why],
+                "cannot": {name: "; ".join(why) for name, why in found.items() if why},
+            }
+            for op, found in backends().items()
+        },
+        "flash_packages": {name: "; ".join(why) for name, why in _support.flash_packages(_plain_call()).items()},
     }
 
 
@@ -142,6 +182,11 @@ def report() -> str:
     lines += [f"  {name.rpartition('.')[2]:<32} {family}" for name, family in found["models"].items()]
     lines += ["", "Selectors, by name (sra run --select NAME)"]
     lines += [f"  {name:<16} {what}" for name, what in found["selectors"].items()]
-    lines += ["", "Backends of attention_mass"]
-    lines += [f"  {name:<16} {what}" for name, what in found["attention_mass_backends"].items()]
+    lines += ["", f"Backends of the ops (bfloat16, {CHANNELS} channels)"]
+    for op, here in found["backends"].items():
+        lines += [f"  {op}"]
+        lines += [f"    {name:<14} {'yes, auto takes it' if name == here['auto'] else 'yes'}" for name in here["can"]]
+        lines += [f"    {name:<14} no: {why}" for name, why in here["cannot"].items()]
+    lines += ["", "Modules with FlashAttention (flash calls the first that can)"]
+    lines += [f"  {name:<20} {f'no: {why}' if why else 'yes'}" for name, why in found["flash_packages"].items()]
     return "\n".join(lines)

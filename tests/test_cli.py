@@ -23,6 +23,7 @@ from sparse_ref_attn.eval.clock import time_call
 from sparse_ref_attn.eval.compare import compare
 from sparse_ref_attn.eval.embedded import SIZES, kontext_pipeline
 from sparse_ref_attn.eval.loading import call_arguments
+from sparse_ref_attn.ops.gather_attention.api import BACKENDS
 from tests.pictures import picture
 from tests.pipelines import CASES
 
@@ -311,6 +312,25 @@ def test_doctor_says_what_is_there_and_what_is_not() -> None:
         assert (version or "not installed") in line
     if not torch.cuda.is_available():
         assert "no CUDA device" in data["cannot"]["run on a GPU"]
+
+
+def test_doctor_names_the_backend_that_auto_takes_and_why_others_cannot() -> None:
+    text, data = run("doctor"), json.loads(run("doctor", "--json"))
+    assert set(data["backends"]) == {"gather_attention", "attention_mass", "pack_rows"}
+    for op, found in data["backends"].items():
+        section = text.partition(f"  {op}\n")[2]
+        assert section.startswith(f"    {found['auto']:<14} yes, auto takes it\n")
+        assert found["auto"] == found["can"][0]
+        assert all(f"    {name:<14} no: {why}\n" in section for name, why in found["cannot"].items())
+        assert "reference" in found["can"]
+    gather = data["backends"]["gather_attention"]
+    assert {"auto", *gather["can"], *gather["cannot"]} == set(BACKENDS)
+    if not torch.cuda.is_available():
+        assert [data["backends"][op]["auto"] for op in ("gather_attention", "attention_mass", "pack_rows")] == [
+            "sdpa", "chunked", "reference",
+        ]  # fmt: skip
+        assert data["backends"]["gather_attention"]["cannot"]["flash"] == "needs a CUDA device, got cpu"
+        assert all("NVIDIA" in why for why in data["flash_packages"].values())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

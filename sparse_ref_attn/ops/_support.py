@@ -23,10 +23,12 @@ __all__ = [
     "ORDER",
     "Call",
     "choose",
+    "explain",
     "flash_packages",
     "is_aligned",
     "order_for",
     "pick",
+    "ranked",
     "reasons",
     "triton_reasons",
 ]
@@ -63,7 +65,7 @@ def _sdpa(call: Call) -> list[str]:
 
 
 def _triton(call: Call) -> list[str]:
-    if find_spec("triton") is None:
+    if not _has_triton():
         return ["needs the package triton, which is not installed"]
     import triton
 
@@ -142,8 +144,13 @@ def _flash_module(name: str, at_least: tuple[int, int] = (0, 0)) -> list[str]:
 def _flex(call: Call) -> list[str]:
     against = []
     floats = (torch.float16, torch.bfloat16, torch.float32)
-    if call.dtype not in floats and call.device.type == "cuda":
-        against.append(f"needs float16, bfloat16 or float32, got {call.dtype}")
+    if call.device.type == "cuda":
+        if not _has_triton():
+            against.append("needs the package triton, which is not installed")
+        if call.dtype not in floats:
+            against.append(f"needs float16, bfloat16 or float32, got {call.dtype}")
+    elif call.device.type != "cpu":
+        against.append(f"needs a CUDA device or a CPU, got {call.device}")
     if call.gradients and call.device.type == "cpu":
         against.append("cannot compute gradients on a CPU")
     if call.channels < 16:
@@ -162,8 +169,14 @@ _PREDICATES: dict[str, Callable[[Call], list[str]]] = {
 
 
 def reasons(backend: str, call: Call) -> list[str]:
-    """Why `backend` cannot do `call`; empty when it can."""
-    return _PREDICATES[backend](call)
+    """Why `backend` cannot do `call`; empty when it can, as "reference" always can."""
+    return [] if backend == "reference" else _PREDICATES[backend](call)
+
+
+def ranked(order: Sequence[str], predicates: Mapping[str, Callable[[], list[str]]]) -> dict[str, list[str]]:
+    """Every backend of an op with the reasons against it: those that can come first, in the order of "auto"."""
+    found = {name: predicates[name]() for name in (*order, *predicates)}
+    return dict(sorted(found.items(), key=lambda each: bool(each[1])))
 
 
 def explain(call: Call) -> dict[str, list[str]]:
@@ -175,9 +188,7 @@ def explain(call: Call) -> dict[str, list[str]]:
     >>> list(found)[0], found["sdpa"], found["flash"][0]
     ('sdpa', [], 'needs a CUDA device, got cpu')
     """
-    names = [*order_for(call), *_PREDICATES]
-    found = {name: reasons(name, call) for name in names}
-    return dict(sorted(found.items(), key=lambda each: bool(each[1])))
+    return ranked(order_for(call), {name: partial(reasons, name, call) for name in (*_PREDICATES, "reference")})
 
 
 def order_for(call: Call) -> tuple[str, ...]:

@@ -6,12 +6,14 @@ kernels yet, so "auto" does not pick them: they wait in no row of `ORDER` until 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .._support import pick, triton_reasons
+from .._support import pick, ranked, triton_reasons
 
-__all__ = ["ORDER", "choose"]
+__all__ = ["ORDER", "choose", "explain"]
 
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("chunked",),
@@ -23,11 +25,20 @@ HALF = (torch.float16, torch.bfloat16)
 
 def choose(backend: str, q: Tensor, k: Tensor, scale: float) -> str:
     """`backend`, or for "auto" the first that can; ConfigError with everyone's reasons where none can."""
-    return pick(
-        backend,
-        ORDER.get(q.device.type, ORDER["cpu"]),
-        {"reference": list, "chunked": list, "triton": lambda: _triton(q, k, scale)},
-    )
+    return pick(backend, _order(q), _predicates(q, k, scale))
+
+
+def explain(q: Tensor, k: Tensor, scale: float) -> dict[str, list[str]]:
+    """Every backend with the reasons against it, the one that "auto" takes first."""
+    return ranked(_order(q), _predicates(q, k, scale))
+
+
+def _order(q: Tensor) -> tuple[str, ...]:
+    return ORDER.get(q.device.type, ORDER["cpu"])
+
+
+def _predicates(q: Tensor, k: Tensor, scale: float) -> dict[str, Callable[[], list[str]]]:
+    return {"reference": list, "chunked": list, "triton": lambda: _triton(q, k, scale)}
 
 
 def _triton(q: Tensor, k: Tensor, scale: float) -> list[str]:

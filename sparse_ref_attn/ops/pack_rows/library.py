@@ -5,16 +5,16 @@ The public functions call the definition directly where it is the backend, and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._support import pick, triton_reasons
+from .._support import pick, ranked, triton_reasons
 from .reference import pack_reference, unpack_reference
 
-__all__ = ["ORDER", "pack_op", "unpack_op"]
+__all__ = ["ORDER", "explain", "pack_op", "unpack_op"]
 
 # The order in which "auto" tries the backends. No card has run the kernel yet, so "auto" does not pick it.
 ORDER: dict[str, tuple[str, ...]] = {
@@ -28,7 +28,20 @@ library.define("pack_rows(Tensor[] x, Tensor rows, int dim, str backend) -> Tens
 library.define("unpack_rows(Tensor[] y, Tensor rows, SymInt size, int dim, str backend) -> Tensor[]")
 
 
+def explain(tensors: Sequence[Tensor], rows: Tensor, dim: int) -> dict[str, list[str]]:
+    """Every backend with the reasons against it, the one that "auto" takes first."""
+    return ranked(_order(rows), _predicates(tensors, rows, dim))
+
+
 def _choose(backend: str, tensors: Sequence[Tensor], rows: Tensor, dim: int) -> str:
+    return pick(backend, _order(rows), _predicates(tensors, rows, dim))
+
+
+def _order(rows: Tensor) -> tuple[str, ...]:
+    return ORDER.get(rows.device.type, ORDER["cpu"])
+
+
+def _predicates(tensors: Sequence[Tensor], rows: Tensor, dim: int) -> dict[str, Callable[[], list[str]]]:
     def triton() -> list[str]:
         why = triton_reasons(rows)
         outer = max(x.shape[:dim].numel() for x in tensors)
@@ -36,8 +49,7 @@ def _choose(backend: str, tensors: Sequence[Tensor], rows: Tensor, dim: int) -> 
             why.append(f"needs at most {MOST_OUTER} elements before the token axis, got {outer}")
         return why
 
-    order = ORDER.get(rows.device.type, ORDER["cpu"])
-    return pick(backend, order, {"reference": list, "triton": triton})
+    return {"reference": list, "triton": triton}
 
 
 def _pack(x: Sequence[Tensor], rows: Tensor, dim: int, backend: str) -> list[Tensor]:
