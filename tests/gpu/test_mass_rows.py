@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparse_ref_attn.errors import LayoutError
 from sparse_ref_attn.functional import attention_mass, attention_mass_varlen, pack_rows, unpack_rows
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
 
@@ -63,6 +64,14 @@ def test_ragged(stride: int):
             check(mine, q[:, at[0] : at[0] + n : stride], k[:, at[1] : at[1] + s], (s - r, s))
         else:
             assert not mine.any()
+
+
+def test_checking_mode_names_bad_offsets():
+    q, k = draw(40, 70, batch=1)
+    cu_q, cu_k, cu_ref = (torch.tensor([0, n], dtype=torch.int32, device=DEVICE) for n in (40, 70, 30))
+    starts = torch.tensor([41], dtype=torch.int32, device=DEVICE)
+    with pytest.raises(LayoutError, match=r"must lie among its keys, rows 0 to 70 of k, got rows 41 to 71"):
+        attention_mass_varlen(q[0], k[0], cu_q, cu_k, cu_ref, starts, 30, backend="triton", check=True)
 
 
 def test_mass_has_the_same_bits_every_time():

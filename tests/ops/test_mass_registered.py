@@ -102,6 +102,29 @@ def test_bad_input_is_refused_in_words():
         attention_mass_varlen(q[0], k[0], i, i, i, torch.zeros(1), 4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cu_seqlens_q": (0, 1, 9)}, r"cu_seqlens_q must run from 0 to 3 without decreasing, got \[0, 1, 9\]"),
+        ({"cu_seqlens_q": (0, 4, 3)}, "cu_seqlens_q must run from 0 to 3"),
+        ({"cu_seqlens_k": (1, 4, 8)}, "cu_seqlens_k must run from 0 to 8"),
+        ({"cu_seqlens_ref": (0, 1, 2)}, "cu_seqlens_ref must run from 0 to 3"),
+        ({"ref_starts": (-3, 6)}, "item 0 must lie among its keys, rows 0 to 4 of k, got rows -3 to -2"),
+        ({"ref_starts": (3, 7)}, "item 1 must lie among its keys, rows 4 to 8 of k, got rows 7 to 9"),
+        ({"max_seqlen_q": 1}, "max_seqlen_q must be at least the longest item's 2 rows of cu_seqlens_q, got 1"),
+        ({"max_seqlen_ref": 1}, "max_seqlen_ref must be at least the longest item's 2 rows"),
+    ],
+)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_offsets_that_do_not_fit_are_refused(changes: dict[str, object], message: str, backend: str):
+    offsets = {"cu_seqlens_q": (0, 1, 3), "cu_seqlens_k": (0, 4, 8), "cu_seqlens_ref": (0, 1, 3), "ref_starts": (3, 6)}
+    given = {**offsets, **changes}
+    given = {n: torch.tensor(x, dtype=torch.int32) if isinstance(x, tuple) else x for n, x in given.items()}
+    q, k = torch.randn(3, 1, 16), torch.randn(8, 1, 16)
+    with pytest.raises(LayoutError, match=message):
+        attention_mass_varlen(q, k, **given, total_ref=3, backend=backend)
+
+
 def test_opcheck():
     q, k = draw(5, 7)
     mask = torch.rand(2, 7) > 0.2

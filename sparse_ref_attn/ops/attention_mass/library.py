@@ -12,6 +12,7 @@ from torch import Tensor
 from .backends import choose
 from .chunked import attention_mass_chunked
 from .from_lse import attention_mass_from_lse
+from .offsets import check_offsets
 from .reference import attention_mass_reference
 from .tuning import LSE_TILES, MASS_TILES, tiles_for
 
@@ -25,7 +26,7 @@ library.define(
 library.define(
     "attention_mass_varlen(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor cu_seqlens_ref, "
     "Tensor ref_starts, SymInt total_ref, SymInt max_seqlen_q, SymInt max_seqlen_ref, float scale, Tensor? lse, "
-    "SymInt query_stride, str backend) -> Tensor"
+    "SymInt query_stride, str backend, bool check=False) -> Tensor"
 )
 
 
@@ -76,8 +77,23 @@ def _mass_varlen(
     lse: Tensor | None,
     query_stride: int,
     backend: str,
+    check: bool = False,
 ) -> Tensor:
     chosen = choose(backend, q, k, scale)
+    if check or chosen != "triton" or not q.is_cuda:
+        at_q, at_k, at_ref, starts = (x.tolist() for x in (cu_seqlens_q, cu_seqlens_k, cu_seqlens_ref, ref_starts))
+        check_offsets(
+            {
+                "cu_seqlens_q": (at_q, q.shape[0]),
+                "cu_seqlens_k": (at_k, k.shape[0]),
+                "cu_seqlens_ref": (at_ref, total_ref),
+            },
+            starts,
+            {
+                "max_seqlen_q": (max_seqlen_q, "cu_seqlens_q"),
+                "max_seqlen_ref": (max_seqlen_ref, "cu_seqlens_ref"),
+            },
+        )
     if chosen == "triton":
         from .triton_mass import Ragged, launch_lse, launch_mass
 
@@ -89,8 +105,7 @@ def _mass_varlen(
         tiles = tiles_for(MASS_TILES, capability, channels)
         return launch_mass(q, k, lse, scale, query_stride, tiles, ragged=ragged, total_ref=total_ref)[0]
     mass = q.new_zeros(q.shape[1], total_ref, dtype=torch.float32)
-    at_q, at_k, at_ref = (x.tolist() for x in (cu_seqlens_q, cu_seqlens_k, cu_seqlens_ref))
-    for item, first in enumerate(ref_starts.tolist()):
+    for item, first in enumerate(starts):
         queries, keys = slice(*at_q[item : item + 2]), slice(*at_k[item : item + 2])
         out = slice(*at_ref[item : item + 2])
         if queries.start == queries.stop or out.start == out.stop:

@@ -27,6 +27,7 @@ def attention_mass_varlen(
     lse: Tensor | None = None,
     reduce_heads: bool = False,
     backend: str = "auto",
+    check: bool = False,
 ) -> Tensor:
     r"""`attention_mass` of a ragged batch: each item its own queries, keys and references.
 
@@ -58,6 +59,9 @@ def attention_mass_varlen(
         Return the mean over the heads. Default False.
     backend : {"auto", "reference", "chunked", "triton"}
         As in `attention_mass`.
+    check : bool
+        Check the values of offsets and bounds with "triton" on CUDA too, which waits for the device. Every other
+        call checks them anyway. Unchecked, a wrong one reads outside the tensors. Default False.
 
     Returns
     -------
@@ -67,14 +71,15 @@ def attention_mass_varlen(
     Raises
     ------
     LayoutError
-        If shapes, dtypes or devices disagree.
+        If shapes, dtypes or devices disagree, offsets do not tile their rows, an item's references do not lie
+        among its keys, or an item is longer than its bound.
     ConfigError
         If the backend cannot do the call; the message says why.
 
     Notes
     -----
-    Not differentiable. Deterministic. "triton" makes no host sync and does not read the offsets on the
-    host: wrong ones read outside the tensors. The other backends sync once to read them.
+    Not differentiable. Deterministic. "triton" makes no host sync, unless asked to check. The other backends
+    sync once to read the offsets.
 
     Examples
     --------
@@ -128,5 +133,6 @@ def attention_mass_varlen(
         lse,
         query_stride,
         backend,
+        check,
     )
     return mass.mean(dim=0) if reduce_heads else mass

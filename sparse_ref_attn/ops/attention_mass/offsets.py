@@ -1,0 +1,34 @@
+"""What must hold of a ragged batch's offsets, which only reading them on the host can tell."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from ...errors import LayoutError
+
+__all__ = ["check_offsets"]
+
+
+def check_offsets(
+    tilings: dict[str, tuple[list[int], int]], ref_starts: list[int], longest: dict[str, tuple[int, str]]
+) -> None:
+    """Raise a LayoutError unless offsets tile their rows and references lie among their item's keys.
+
+    `tilings` holds (offsets, rows) of cu_seqlens_q, cu_seqlens_k and cu_seqlens_ref, `longest` the bound of an item's
+    rows by its name, and which offsets it bounds.
+    """
+    for name, (offsets, rows) in tilings.items():
+        if offsets[0] != 0 or offsets[-1] != rows or any(a > b for a, b in pairwise(offsets)):
+            raise LayoutError(f"{name} must run from 0 to {rows} without decreasing, got {offsets}")
+    for bound, (most, name) in longest.items():
+        found = max((b - a for a, b in pairwise(tilings[name][0])), default=0)
+        if found > most:
+            raise LayoutError(f"{bound} must be at least the longest item's {found} rows of {name}, got {most}")
+    keys, references = (tilings[name][0] for name in ("cu_seqlens_k", "cu_seqlens_ref"))
+    for item, start in enumerate(ref_starts):
+        count = references[item + 1] - references[item]
+        if count and not keys[item] <= start <= keys[item + 1] - count:
+            raise LayoutError(
+                f"the references of item {item} must lie among its keys, rows {keys[item]} to {keys[item + 1]} of k, "
+                f"got rows {start} to {start + count}"
+            )
