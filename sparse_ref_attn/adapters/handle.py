@@ -15,7 +15,7 @@ from ..config import SparseRef
 from ..errors import HandleRemovedError, IncompatibleError
 from ..functional import pack_rows
 from ..packing import kept_rows
-from ..record import RunRecord, StepRecord
+from ..record import RunRecord
 from ..session import Plan, Session
 from ..timing import Stopwatch, Stopwatches
 from ..types import TokenLayout
@@ -24,6 +24,7 @@ from .base import Adapter, Found, Kwargs
 from .hooks import InstanceHook
 from .pixels import PixelTap, encoder
 from .steps import ManualSteps, ObservedSteps, PipelineSteps, RunStep
+from .witness import RunWitness
 
 __all__ = ["Patch"]
 
@@ -58,7 +59,7 @@ class Patch:
         self._manual: tuple[ManualSteps, object] | None = None
         self._key: object = None
         self._found: tuple[object, dict[object, Found | None]] = (None, {})
-        self._branches, self._timestep = 0, None
+        self._witness = RunWitness(timed=False)
         self._call: _Call | None = None
         self._stored: Plan | None = None
         self._last_kept: int | None = None
@@ -143,7 +144,7 @@ class Patch:
         if cached and plan.reduced is not None:  # the rows of the extract step, changed tokens have no fewer
             kept = full.reference_tokens if self._stored is None else self._stored.kept(full)
         record = self.session.step_record(run.step, kind, kept, plan.selection)
-        if not run.observed and not self._is_branch(steps, record, kwargs, layout):
+        if not run.observed and not self._belongs(record.calls, kwargs, layout):
             steps.restart()
             return self._before(module, (), kwargs)
         self._clear_step_cache(module, kept)
@@ -216,7 +217,8 @@ class Patch:
         if run.observed and (run.step > 0 or run.key is self._key):
             steps.restart()
             run = steps.current(kwargs.get("timestep"))
-        self._key, self._stored, self._last_kept, self._branches = None, None, None, 0
+        self._key, self._stored, self._last_kept = None, None, None
+        self._witness = RunWitness(timed=isinstance(steps, PipelineSteps))
         if seams.step_cache_active(module) and session.varies == "every step":
             raise IncompatibleError(
                 "a step cache needs a kept count that seldom changes, got a budget that changes at every step: "
@@ -235,24 +237,12 @@ class Patch:
         rows = pack_rows(x, layout.reference_rows(x.device))
         return known is not None and rows.shape == known.tokens.shape and torch.equal(rows, known.tokens)
 
-    def _is_branch(self, steps: Any, record: StepRecord, kwargs: Kwargs, layout: TokenLayout | None) -> bool:
-        """Whether a further call of one step is a branch of guidance, not another run that nobody announced.
-
-        Timestep and references are compared when a step has more calls than any before it: one sync a
-        run under sequential guidance, none without.
-        """
-        timestep = kwargs.get("timestep")
-        if record.calls == 0:
-            self._timestep = timestep
-        if record.calls <= self._branches:
-            return True
-        timed = isinstance(steps, PipelineSteps) and timestep is not None
-        if timed and not torch.equal(torch.as_tensor(timestep), torch.as_tensor(self._timestep)):
-            return False
-        if layout is not None and not self._same_references(kwargs, layout):
-            return False
-        self._branches = record.calls
-        return True
+    def _belongs(self, calls: int, kwargs: Kwargs, layout: TokenLayout | None) -> bool:
+        """Whether a call is of the run that began, and not of another one that nobody announced."""
+        text = None if self.adapter.text_tokens is None else kwargs.get(self.adapter.text_tokens)
+        return self._witness.agrees(
+            calls, kwargs.get("timestep"), text, lambda: layout is None or self._same_references(kwargs, layout)
+        )
 
     def _shorten(self, call: _Call, kwargs: Kwargs, layout: TokenLayout, plan: Plan) -> Kwargs:
         if plan.selection is not None:

@@ -1,0 +1,144 @@
+"""`torch.compile`: block by block without new graphs or breaks, as a whole after the patch, refused before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import sparse_ref_attn as sra
+from sparse_ref_attn import schedules
+from tests.contract.state import MASS, kinds, steps
+from tests.pipelines import CASES
+
+DEEP = {
+    "klein": {"layers": 12, "single": 12},
+    "kontext": {"layers": 12, "single": 12},
+    "qwen_edit_plus": {"layers": 12},
+}
+VARYING = sra.SparseRef("mass", schedules.Linear(0.1, 0.9))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+class Counting:
+    """A backend that runs graphs as they are, and counts them and their calls."""
+
+    def __init__(self) -> None:
+        self.graphs = self.calls = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        self.graphs += 1
+
+        def run(*args: Any) -> Any:
+            self.calls += 1
+            return graph(*args)
+
+        return run
+
+
+@pytest.mark.parametrize("name", list(DEEP))
+def test_repeated_blocks(name: str) -> None:
+    case, backend = CASES[name], Counting()
+    plain = case.build(**DEEP[name])
+    expected = sra.patch(plain, VARYING)
+    pipe = case.build(**DEEP[name])
+    handle = sra.patch(pipe, VARYING)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+    seen: list[tuple[int, int]] = []
+
+    def note(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+        seen.append((backend.graphs, backend.calls))
+        return kwargs
+
+    for first in (0, 3):
+        got = case.call(pipe, steps=6, first=first, callback=note)
+        np.testing.assert_allclose(got, case.call(plain, steps=6, first=first), atol=1e-5)
+        assert steps(handle) == steps(expected)
+        assert len({step.kept for step in handle.record.steps}) == 6
+    graphs, calls = zip(*seen, strict=True)
+    blocks = sum(DEEP[name].values())
+    assert calls == tuple(blocks * n for n in (0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10))  # profiling steps run eagerly
+    assert 0 == graphs[0] < graphs[1] < graphs[2]  # one length, then any length
+    assert set(graphs[2:]) == {graphs[2]}
+    assert not counters["graph_break"]
+    handle.remove()
+    case.call(pipe, steps=2)
+    assert (backend.graphs, backend.calls) == (graphs[2], 12 * blocks)
+
+
+def method(pipe: Any, **options: Any) -> None:
+    pipe.transformer.compile(**options)
+
+
+def function(pipe: Any, **options: Any) -> None:
+    pipe.transformer = torch.compile(pipe.transformer, **options)
+
+
+@pytest.mark.parametrize("compile_", [method, function])
+def test_compiled_as_a_whole_after_the_patch(compile_: Callable[..., None]) -> None:
+    """The compiler steps around the hooks; it traced into them and failed at the profiling step."""
+    case = CASES["klein"]
+    dense = case.call(case.build(layers=1, single=1))
+    plain = case.build(layers=1, single=1)
+    expected = sra.patch(plain, MASS)
+    wanted = case.call(plain)
+    pipe = case.build(layers=1, single=1)
+    handle = sra.patch(pipe, MASS)
+    backend = Counting()
+    compile_(pipe, backend=backend)
+    np.testing.assert_allclose(case.call(pipe), wanted, atol=1e-5)
+    assert steps(handle) == steps(expected)
+    assert backend.calls > 0
+    handle.remove()
+    np.testing.assert_allclose(case.call(pipe), dense, atol=1e-5)
+
+
+@pytest.mark.parametrize("compile_", [method, function])
+def test_one_graph_as_a_whole_is_refused_by_the_compiler(compile_: Callable[..., None]) -> None:
+    case = CASES["klein"]
+    pipe = case.build(layers=1, single=1)
+    handle = sra.patch(pipe, MASS)
+    compile_(pipe, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile_repeated_blocks"):
+        case.call(pipe)
+    handle.remove()
+
+
+@pytest.mark.parametrize("compile_", [method, function])
+def test_compiled_as_a_whole_before_the_patch_is_refused(compile_: Callable[..., None]) -> None:
+    """torch would never call the hooks: nothing would be dropped, and nobody told."""
+    pipe = CASES["klein"].build(layers=1, single=1)
+    compile_(pipe, backend="eager")
+    for model in (pipe, pipe.transformer):
+        with pytest.raises(
+            sra.IncompatibleError, match=r"must not be compiled as a whole when it is patched.*compile_re"
+        ):
+            sra.patch(model, MASS)
+    assert not pipe.transformer._forward_hooks
+    assert "encode" not in vars(pipe.vae)
+
+
+def test_blocks_compiled_before_the_patch() -> None:
+    case, backend = CASES["klein"], Counting()
+    plain = case.build()
+    sra.patch(plain, MASS)
+    pipe = case.build()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+    case.call(pipe)
+    handle = sra.patch(pipe, MASS)
+    np.testing.assert_allclose(case.call(pipe), case.call(plain), atol=1e-5)
+    assert kinds(handle) == ["profile", "sparse", "sparse"]
+    graphs = backend.graphs
+    case.call(pipe)
+    assert backend.graphs == graphs

@@ -1,0 +1,122 @@
+"""Copies of a patched pipeline, deep or through a file, are clean: dense, and with weights of their own."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sparse_ref_attn as sra
+from tests.contract.state import GRID, kinds
+from tests.pipelines import CASES, Case
+
+EDGES = sra.SparseRef("edges", 0.3)
+cases = pytest.mark.parametrize(
+    "case", [CASES["kontext"], CASES["klein"], CASES["qwen_edit_plus"]], ids=lambda case: case.name
+)
+
+
+def shift(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+
+
+def deep(model: Any) -> Any:
+    return copy.deepcopy(model)
+
+
+def pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@cases
+@pytest.mark.parametrize("make", [deep, pickled, saved])
+def test_copies_of_the_models_are_clean(case: Case, make: Any) -> None:
+    pipe, plain = case.build(), case.build()
+    dense = case.call(plain)
+    handle = sra.patch(pipe, EDGES)
+    sparse = case.call(pipe)
+    record = handle.record
+    transformer, vae = make(pipe.transformer), make(pipe.vae)
+    plain.transformer, plain.vae = transformer, vae
+    assert np.array_equal(dense, case.call(plain))
+    assert handle.record is record  # the copies did not drive the original's patch
+
+    shift(transformer)
+    shift(vae)
+    for model in (transformer, vae):
+        fresh = case.build()
+        shift(fresh.transformer if model is transformer else fresh.vae)
+        name = "transformer" if model is transformer else "vae"
+        other = case.build()
+        setattr(other, name, model)
+        assert np.array_equal(case.call(fresh), case.call(other)), name  # the copy's own weights, encoding included
+
+    assert np.array_equal(sparse, case.call(pipe))  # the original is as it was
+    assert kinds(handle) == ["sparse"] * 3
+    copied = sra.patch(other, GRID)  # and a copy can be patched
+    case.call(other)
+    assert kinds(copied) == ["sparse"] * 3
+    copied.remove()
+    handle.remove()
+
+
+@cases
+def test_copy_of_the_pipeline(case: Case) -> None:
+    pipe = case.build()
+    dense = case.call(pipe)
+    handle = sra.patch(pipe, EDGES)
+    sparse = case.call(pipe)
+    twin = copy.deepcopy(pipe)
+    assert np.array_equal(dense, case.call(twin))
+    handle.remove()
+    assert np.array_equal(dense, case.call(twin))
+    handle = sra.patch(twin, EDGES)
+    assert np.array_equal(sparse, case.call(twin))
+    assert np.array_equal(dense, case.call(pipe))
+
+
+def test_copy_with_the_users_wrapper_of_encode() -> None:
+    """A copy keeps what stood on the VAE before the patch."""
+    case = CASES["klein"]
+    pipe = case.build()
+    called = []
+
+    class Wrapper:
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            called.append(self)
+            return type(pipe.vae).encode(pipe.vae, *args, **kwargs)
+
+    pipe.vae.encode = mine = Wrapper()
+    sra.patch(pipe, EDGES)
+    twin = copy.deepcopy(pipe.vae)
+    assert type(vars(twin)["encode"]) is Wrapper
+    twin.encode(torch.zeros(1, 3, 64, 64))
+    assert called == [vars(twin)["encode"]] != [mine]
+
+
+@cases
+def test_save_pretrained(case: Case, tmp_path: Path) -> None:
+    pipe = case.build()
+    dense = case.call(pipe)
+    sra.patch(pipe, EDGES)
+    case.call(pipe)
+    for name in ("transformer", "vae"):
+        model = getattr(pipe, name)
+        model.save_pretrained(tmp_path / name)
+        setattr(pipe, name, type(model).from_pretrained(tmp_path / name))
+    assert np.array_equal(dense, case.call(pipe))

@@ -1,0 +1,214 @@
+"""Pipelines that share models, or nothing: patches reach as far as the transformer does, and no further."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import sparse_ref_attn as sra
+from tests.contract.state import GRID, MASS, kinds, state, steps
+from tests.pipelines import CASES
+
+KLEIN, KONTEXT = CASES["klein"], CASES["kontext"]
+EDGES, SALIENCY = sra.SparseRef("edges", 0.25), sra.SparseRef("saliency", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "cls"),
+    [
+        ("kontext", "kontext_inpaint", diffusers.FluxKontextInpaintPipeline),
+        ("klein", "klein_inpaint", diffusers.Flux2KleinInpaintPipeline),
+    ],
+)
+def test_from_pipe_shares_the_patch(name: str, other: str, cls: type) -> None:
+    case, inpaint = CASES[name], CASES[other]
+    alone = inpaint.build()
+    dense = inpaint.call(alone)
+    sra.patch(alone, EDGES)
+    wanted = inpaint.call(alone)
+    pipe = case.build()
+    case.call(pipe, steps=1)
+    before = state(pipe)
+    handle = sra.patch(pipe, EDGES)
+    second = cls.from_pipe(pipe)
+    second.set_progress_bar_config(disable=True)
+    for _ in range(2):
+        assert np.array_equal(wanted, inpaint.call(second))  # the pixels that the second pipeline encoded
+        assert kinds(handle) == ["sparse"] * 3
+        case.call(pipe)
+        assert kinds(handle) == ["sparse"] * 3
+    handle.remove()
+    assert np.array_equal(dense, inpaint.call(second))
+    assert state(pipe) == before
+
+
+def test_text_to_image_from_pipe() -> None:
+    pipe = KONTEXT.build()
+    words: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 2, "height": 32, "width": 32}
+    words |= {"output_type": "np", "max_sequence_length": 32}
+    second = diffusers.FluxPipeline.from_pipe(pipe)
+    second.set_progress_bar_config(disable=True)
+    dense = second(**words, latents=_noise(second)).images
+    handle = sra.patch(pipe, GRID)
+    assert np.array_equal(dense, second(**words, latents=_noise(second)).images)
+    KONTEXT.call(pipe)
+    assert kinds(handle) == ["sparse"] * 3
+    assert np.array_equal(dense, second(**words, latents=_noise(second)).images)
+
+
+def _noise(pipe: Any) -> Any:
+    return torch.randn(1, 64, pipe.transformer.config.in_channels, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("ran", ["never", "to its end", "aborted", "aborted after its second step"])
+@pytest.mark.parametrize("cfg", [False, True])
+def test_a_pipeline_with_another_scheduler(ran: str, cfg: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The patched pipeline's scheduler stands still, and knows neither step nor run of the other one.
+
+    It was read all the same: every step was step 0, or the ranking of the last image was used again.
+    """
+    pipe = KLEIN.build()
+    handle = sra.patch(pipe, MASS)
+    second = diffusers.Flux2KleinPipeline.from_pipe(
+        pipe, scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    )
+    second.set_progress_bar_config(disable=True)
+    last = {"never": -1, "to its end": 9, "aborted": 0, "aborted after its second step": 1}[ran]
+
+    def stop(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+        if step == last:
+            raise KeyboardInterrupt
+        return kwargs
+
+    if last == 9:
+        KLEIN.call(pipe, steps=4, cfg=cfg)
+    elif last >= 0:
+        with pytest.raises(KeyboardInterrupt):
+            KLEIN.call(pipe, steps=4, cfg=cfg, callback=stop)
+    fresh = KLEIN.build()
+    witness = sra.patch(fresh.transformer, MASS)
+    with caplog.at_level(logging.WARNING, "sparse_ref_attn"):
+        for first in (5, 9):
+            image = KLEIN.call(second, steps=4, cfg=cfg, first=first)
+            assert kinds(handle) == ["profile", "sparse", "sparse", "sparse"]
+            assert np.array_equal(image, KLEIN.call(fresh, steps=4, cfg=cfg, first=first))
+            assert steps(handle) == steps(witness)
+    own = [r for r in caplog.records if "another pipeline drives it" in r.message]
+    assert len(own) == 1
+    alone = KLEIN.build()
+    single = sra.patch(alone, MASS)
+    assert np.array_equal(KLEIN.call(pipe, steps=4, cfg=cfg), KLEIN.call(alone, steps=4, cfg=cfg))
+    assert steps(handle) == steps(single)  # its own scheduler is read again
+    assert handle.record.total_steps == 4
+
+
+def test_two_pipelines_in_two_threads() -> None:
+    wanted = {}
+    for config in (GRID, MASS):
+        pipe = KLEIN.build()
+        sra.patch(pipe, config)
+        wanted[config] = KLEIN.call(pipe, references=2, cfg=True)
+    pipes = {config: KLEIN.build() for config in wanted}
+    handles = {config: sra.patch(pipe, config) for config, pipe in pipes.items()}
+
+    def thrice(config: sra.SparseRef) -> list[np.ndarray]:
+        return [KLEIN.call(pipes[config], references=2, cfg=True) for _ in range(3)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for config, images in zip(pipes, pool.map(thrice, pipes), strict=True):
+            assert all(np.array_equal(wanted[config], image) for image in images)
+    assert kinds(handles[GRID])[0] == "sparse"
+    assert kinds(handles[MASS])[0] == "profile"
+    handles[GRID].remove()
+    assert np.array_equal(wanted[MASS], KLEIN.call(pipes[MASS], references=2, cfg=True))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_pipelines_with_one_vae(order: tuple[int, int]) -> None:
+    """Removed in the order in which they were patched, the first one's wrapper stayed on the VAE."""
+    pipes = [KLEIN.build(seed) for seed in (0, 1)]
+    for pipe in pipes:
+        KLEIN.call(pipe, steps=1)
+    pipes[1].vae = pipes[0].vae
+    before = [state(pipe) for pipe in pipes]
+    handles = [sra.patch(pipe, config) for pipe, config in zip(pipes, (EDGES, SALIENCY), strict=True)]
+    for _ in range(2):
+        for pipe, handle in zip(pipes, handles, strict=True):
+            KLEIN.call(pipe, references=2)
+            assert kinds(handle) == ["sparse"] * 3
+    for _ in range(40):  # nothing takes what the other pipeline encodes: it must not pile up
+        KLEIN.call(pipes[0], references=1, steps=1)
+    tap = handles[1]._patch.pixels
+    assert tap is not None
+    assert len(tap._seen) < 40
+    for i in order:
+        handles[i].remove()
+    assert [state(pipe) for pipe in pipes] == before
+    assert "encode" not in vars(pipes[0].vae)
+
+
+def test_patching_again_replaces() -> None:
+    pipe = KLEIN.build()
+    KLEIN.call(pipe, steps=1)
+    before = state(pipe)
+    first = sra.patch(pipe, MASS)
+    once = len(pipe.transformer._forward_pre_hooks), len(pipe.transformer._forward_hooks)
+    second = sra.patch(pipe, GRID)
+    assert (len(pipe.transformer._forward_pre_hooks), len(pipe.transformer._forward_hooks)) == once
+    KLEIN.call(pipe)
+    assert kinds(second) == ["sparse"] * 3
+    assert repr(first) == "PatchHandle(FLUX.2: removed)"
+    first.remove()  # says nothing about the second
+    KLEIN.call(pipe)
+    assert kinds(second) == ["sparse"] * 3
+    third = sra.patch(pipe.transformer, GRID)  # the same transformer
+    assert len(pipe.transformer._forward_hooks) == once[1]
+    assert "encode" not in vars(pipe.vae)
+    third.remove()
+    assert state(pipe) == before
+
+
+def test_a_refused_patch_leaves_the_earlier_one() -> None:
+    pipe = KLEIN.build()
+    handle = sra.patch(pipe, GRID)
+    before = state(pipe)
+    with pytest.raises(sra.ConfigError, match="block indices must lie within this model's 4 blocks"):
+        sra.patch(pipe, sra.SparseRef(sra.AttentionMass(blocks=(17,)), 0.5))
+    assert state(pipe) == before
+    KLEIN.call(pipe)
+    assert kinds(handle) == ["sparse"] * 3
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_users_own_wrapper_of_encode(when: str) -> None:
+    pipe = KLEIN.build()
+    called = []
+
+    def wrap() -> Any:
+        inner = pipe.vae.encode
+
+        def mine(*args: Any, **kwargs: Any) -> Any:
+            called.append(1)
+            return inner(*args, **kwargs)
+
+        pipe.vae.encode = mine
+        return mine
+
+    mine = wrap() if when == "before" else None
+    handle = sra.patch(pipe, EDGES)
+    mine = mine or wrap()
+    handle = sra.patch(pipe, EDGES)
+    KLEIN.call(pipe, references=2)
+    assert kinds(handle) == ["sparse"] * 3  # edges were seen
+    assert len(called) == 2
+    handle.remove()
+    assert vars(pipe.vae)["encode"] is mine
+    plain = KLEIN.build()
+    assert np.array_equal(KLEIN.call(pipe), KLEIN.call(plain))
+    assert len(called) == 3

@@ -1,0 +1,164 @@
+"""What the library says: one line at patch time, and errors that name what must hold and what was got."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models import attention_dispatch
+
+import sparse_ref_attn as sra
+from sparse_ref_attn.adapters import supported
+from sparse_ref_attn.adapters.flux2 import Flux2Adapter
+from tests.contract.state import ALL, GRID, MASS, kinds, state
+from tests.pipelines import CASES
+
+KLEIN = CASES["klein"]
+
+
+def test_one_line_at_patch_time(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = KLEIN.build()
+    with caplog.at_level(logging.DEBUG, "sparse_ref_attn"):
+        handle = sra.patch(pipe, MASS)
+        assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+            ("INFO", f"patched FLUX.2: {MASS.describe()}")
+        ]
+        KLEIN.call(pipe, references=2, cfg=True)
+        KLEIN.call(pipe, references=0)
+        handle.remove()
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_unsupported_class(wrapped: bool) -> None:
+    class MyDiT(torch.nn.Module):
+        pass
+
+    class Pipe:
+        transformer = MyDiT()
+
+    with pytest.raises(sra.UnsupportedModelError) as caught:
+        sra.patch(Pipe() if wrapped else MyDiT())
+    text = str(caught.value)
+    assert "MyDiT" in text.splitlines()[0]
+    for name in supported():
+        assert name in text
+    assert "sparse_ref_attn.PlainAdapter(" in text
+    assert "sparse_ref_attn.register_adapter(MyDiT, adapter)" in text
+
+
+def test_nothing_to_patch() -> None:
+    class Unet:
+        unet = torch.nn.Linear(2, 2)
+
+    for pipe in (Unet(), None, "model/path"):
+        with pytest.raises(
+            sra.UnsupportedModelError, match="needs a pipeline with a transformer, or a transformer, got"
+        ):
+            sra.patch(pipe)
+
+
+@pytest.mark.parametrize("config", ["grid", 0.3, {"select": "grid"}])
+def test_a_configuration_of_another_type(config: Any) -> None:
+    pipe = KLEIN.build()
+    before = state(pipe)
+    with pytest.raises(sra.ConfigError, match=f"config must be a SparseRef .* got {type(config).__name__}"):
+        sra.patch(pipe, config)
+    assert state(pipe) == before
+
+
+@pytest.mark.parametrize("version", ["0.41.2", "0.43.0", "1.0.0.dev0", "0.9"])
+def test_the_version_of_diffusers(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = KLEIN.build()
+    before = state(pipe)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with pytest.raises(sra.VersionError, match=f"patching needs diffusers >= 0.42, < 0.43, got {version}"):
+        sra.patch(pipe, GRID)
+    assert state(pipe) == before
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.42.9.dev0")
+    sra.patch(pipe, GRID).remove()
+
+
+def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(sra.VersionError, match=r"needs diffusers >= 0.42, < 0.43, and diffusers is not installed"):
+        sra.patch(KLEIN.build(), GRID)
+
+
+def test_a_registry_that_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seams are checked before anything is touched."""
+    pipe = KLEIN.build()
+    monkeypatch.delattr(attention_dispatch._AttentionBackendRegistry, "_constraints")
+    with pytest.raises(sra.VersionError, match=r"must keep the attention backend registry's \['_constraints'\]"):
+        sra.patch(pipe, GRID)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("how", ["model", "context"])
+def test_the_users_attention_backend(when: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profiling step's private backend delegates to it, and it is the user's again afterwards."""
+    used: list[str] = []
+    registry, names = attention_dispatch._AttentionBackendRegistry, attention_dispatch.AttentionBackendName
+    for name in (names.NATIVE, names._NATIVE_MATH):
+        monkeypatch.setitem(registry._backends, name, _noting(registry._backends[name], name.value, used))
+
+    def choose(pipe: Any) -> None:
+        if how == "model":
+            pipe.transformer.set_attention_backend("_native_math")
+
+    def call(pipe: Any) -> np.ndarray:
+        used.clear()
+        if how == "model":
+            return KLEIN.call(pipe)
+        with attention_dispatch.attention_backend("_native_math"):
+            return KLEIN.call(pipe)
+
+    plain = KLEIN.build()
+    choose(plain)
+    dense, wanted = call(plain), list(used)
+    assert wanted == ["_native_math"] * 12
+    pipe = KLEIN.build()
+    if when == "before":
+        choose(pipe)
+    handle = sra.patch(pipe, ALL)
+    if when == "after":
+        choose(pipe)
+    KLEIN.call(pipe, references=0)
+    before = state(pipe)
+    assert np.array_equal(dense, call(pipe))
+    assert used == wanted
+    assert kinds(handle)[0] == "profile"
+    assert state(pipe) == before
+    handle.remove()
+    assert np.array_equal(dense, call(pipe))
+    assert used == wanted
+
+
+def _noting(inner: Any, name: str, used: list[str]) -> Any:
+    def backend(*args: Any, **kwargs: Any) -> Any:
+        used.append(name)
+        return inner(*args, **kwargs)
+
+    return backend
+
+
+def test_an_unknown_layout_runs_dense_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Blind(Flux2Adapter):
+        def find(self, kwargs: dict[str, Any]) -> None:
+            return None
+
+    pipe = KLEIN.build()
+    dense = KLEIN.call(pipe)
+    sra.patch(pipe, GRID, adapter=Blind())
+    with caplog.at_level(logging.WARNING, "sparse_ref_attn"):
+        for _ in range(2):
+            assert np.array_equal(dense, KLEIN.call(pipe))
+    assert len(caplog.records) == 1
+    assert "running dense: the layout of a call is not known (160 rows that the FLUX.2 adapter" in caplog.text
