@@ -44,7 +44,8 @@ def pipeline(path: Path) -> str:
     lines += [
         "",
         f"{first['device']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}, diffusers "
-        f"{first['diffusers']}; medians, all methods in turn in one process; {first['date']}, commit {first['commit']}.",
+        f"{first['diffusers']}; medians, all methods in turn in one process; {first['date']}, commit "
+        f"{first['commit']}.",
     ]
     return "\n".join(lines)
 

@@ -272,7 +272,7 @@ def SparseContext(  # noqa: N802
     Examples
     --------
     >>> SparseContext(0.25, task="subject").select
-    Saliency()
+    Saliency(on_latents='error')
     """
     _check_task(task)
     if select is None:
