@@ -45,13 +45,14 @@ def tiny_kontext() -> Any:
 
 def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
-    first, choices = blocks("README.md")
+    first, choices, door = blocks("README.md")
     names = {"pipe": tiny_kontext(), "photo": picture(48, 32), "sra": sra}
     exec(first, names)
     assert names["image"].size == (32, 32)
     assert "kept" in capsys.readouterr().out
     assert (tmp_path / "kept.png").stat().st_size > 1000
     exec(choices, names)
+    exec(door, names)
     handle = sra.patch(names["pipe"], sra.SparseRef("grid", 0.5))  # the last choice was replaced, not stacked
     names["pipe"](prompt="a cup", image=names["photo"])
     assert handle.record.steps[-1].kept == 48
