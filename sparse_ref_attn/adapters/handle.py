@@ -74,6 +74,8 @@ class Patch:
         assert transformer is not None
         before, after = (InstanceHook(transformer, hook) for hook in (self._before, self._after))
         with contextlib.ExitStack() as undo:
+            undo.callback(before.disarm)
+            undo.callback(after.disarm)
             undo.callback(transformer.register_forward_pre_hook(before, with_kwargs=True).remove)
             undo.callback(transformer.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
             for off in self.adapter.hooks(transformer, lambda: None if self._call is None else self._call.short):
@@ -85,7 +87,7 @@ class Patch:
             self._undo = undo.pop_all()
 
     def remove(self) -> None:
-        """Take everything off again. Safe to call twice, and in the middle of a run."""
+        """Take everything off again. Safe to call twice, and in the middle of a run, between two calls."""
         self.removed = True
         self._close()
         self._undo.close()
@@ -118,8 +120,6 @@ class Patch:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
     ) -> tuple[tuple[Any, ...], Kwargs] | None:
-        if self.removed:  # a compiler may still call a hook that was taken off
-            return None
         began = time.perf_counter()
         self._close()
         steps = self._leader()

@@ -35,10 +35,15 @@ class InstanceHook:
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         self._module = weakref.ref(module)
+        self._armed = True
         self._call = torch.compiler.disable(call, reason=_REASON)
 
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
-        return self._call(module, *arguments) if module is self._module() else None
+        return self._call(module, *arguments) if self._armed and module is self._module() else None
+
+    def disarm(self) -> None:
+        """Do nothing from now on: torch still calls a hook that was taken off within the call."""
+        self._armed = False
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _inert, ()

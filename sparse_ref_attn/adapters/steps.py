@@ -178,7 +178,7 @@ class ObservedSteps:
             self._step += 1
         self._last = t
         self._progress[self._step] = 1.0 - t / self._first if self._first else 0.0
-        progress = dict(self._progress)
+        progress = self._progress  # of this run, and growing with it
         return RunStep(
             self._key,
             self._step,

@@ -120,6 +120,17 @@ def test_observed(case: Case, caplog: pytest.LogCaptureFixture) -> None:
     assert "one device sync a call; call handle.begin(steps=...)" in caplog.text
 
 
+def test_the_clock_of_an_observed_run() -> None:
+    """Progress is 1 - t / t_0. It was that at the first step, and 1 at all others."""
+    transformer, calls, _ = recorded(KLEIN, None, steps=6)
+    times = [float(kwargs["timestep"][0]) for _, kwargs, _ in calls]
+    handle = sra.patch(transformer, sra.SparseRef("grid", sra.Linear(0.25, 0.75)))
+    for _, kwargs, _ in calls:
+        transformer(**kwargs)
+    assert [step.kept for step in handle.record.steps] == [round(96 * (0.25 + 0.5 * (1 - t / times[0]))) for t in times]
+    assert len(set(times)) == 6
+
+
 def test_observed_run_broken_off() -> None:
     """The next run begins at the same timestep with other references, or goes on below it."""
     config = sra.SparseRef("mass", 0.3)

@@ -75,6 +75,18 @@ def test_copies_of_the_models_are_clean(case: Case, make: Any) -> None:
     handle.remove()
 
 
+def test_shallow_copies_run_dense() -> None:
+    """They share the dictionary of hooks, as the replicas of ``DataParallel`` do."""
+    case = CASES["klein"]
+    pipe, plain = case.build(), case.build()
+    dense = case.call(plain)
+    handle = sra.patch(pipe, EDGES)
+    plain.transformer = copy.copy(pipe.transformer)
+    assert np.array_equal(dense, case.call(plain))
+    case.call(pipe)
+    assert kinds(handle) == ["sparse"] * 3
+
+
 @cases
 def test_copy_of_the_pipeline(case: Case) -> None:
     pipe = case.build()

@@ -71,6 +71,18 @@ def test_remove_in_the_middle_of_a_run() -> None:
     assert np.array_equal(image, KLEIN.call(pipe))
 
 
+def test_remove_within_a_call() -> None:
+    """torch has the list of hooks by then, and calls the library's all the same."""
+    pipe = KLEIN.build()
+    dense = KLEIN.call(pipe)
+    handles: list[sra.PatchHandle] = []
+    for register in (pipe.transformer.register_forward_pre_hook, pipe.transformer.register_forward_hook):
+        with register(lambda module, *args: handles[-1].remove()):
+            handles.append(sra.patch(pipe, GRID))
+            KLEIN.call(pipe)
+        assert np.array_equal(dense, KLEIN.call(pipe))
+
+
 def test_patched_takes_itself_off_also_after_an_error() -> None:
     pipe = KLEIN.build()
     KLEIN.call(pipe, steps=1)
