@@ -19,7 +19,7 @@ COLUMNS = (
     "date", "commit", "device", "torch", "diffusers", "threads", "dtype", "model", "width", "depth", "steps",
     "references", "method", "kept_mean", "seconds_median", "seconds_min", "seconds_max", "rounds", "flop_ratio",
     "bound_seconds", "measured_over_bound", "speedup", "host_ms_per_step", "gate", "dense_attention_seconds",
-    "dense_remaining_seconds", "fixed_seconds",
+    "dense_remaining_seconds", "fixed_seconds", "scoring_seconds",
 )  # fmt: skip
 
 
