@@ -86,6 +86,31 @@ def test_a_masked_key_gets_nothing_and_the_others_share_its_part():
     torch.testing.assert_close(attention_mass(q, k, (0, 50), key_mask=mask.int()), mass, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("magnitude", [1.0, 100.0])
+@pytest.mark.parametrize("given", [False, True])
+def test_an_item_that_may_attend_to_nothing_gets_zeros(backend, magnitude, given):
+    q, k = draw(2, 9, 12, 2, 16)
+    q = q * magnitude
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0] = False
+    lse = torch.full((2, 2, 9), float("-inf"))
+    lse[1] = (torch.einsum("nhc,shc->hns", q[1], k[1]) / 4).logsumexp(-1)
+    mass = attention_mass(q, k, (4, 12), key_mask=mask, lse=lse if given else None, backend=backend)
+    assert (mass[0] == 0).all()
+    alone = attention_mass(q[1:], k[1:], (4, 12), backend=backend)[0]
+    torch.testing.assert_close(mass[1], alone, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_no_queries_no_items_and_no_heads_give_zeros_of_the_right_shape(backend):
+    for shape in ((2, 0, 3), (0, 4, 3), (2, 4, 0)):
+        batch, queries, heads = shape
+        q, k = torch.randn(batch, queries, heads, 16), torch.randn(batch, 6, heads, 16)
+        mass = attention_mass(q, k, (1, 6), backend=backend)
+        assert torch.equal(mass, torch.zeros(batch, heads, 5))
+
+
 def test_any_strides():
     random = torch.Generator().manual_seed(0)
     qkv = torch.randn(2, 70, 3, 4, 16, generator=random)

@@ -64,7 +64,8 @@ def attention_mass(
     Returns
     -------
     Tensor, shape (B, H, R), or (B, R) with `reduce_heads`, float32
-        In [0, 1] without `value`; each row sums to at most 1, the shortfall went to the other keys.
+        In [0, 1] without `value`; each row sums to at most 1, the shortfall went to the other keys. A query that
+        may attend to no key gives nothing; without queries there are zeros.
 
     Raises
     ------

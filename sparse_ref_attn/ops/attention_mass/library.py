@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .backends import choose
 from .chunked import attention_mass_chunked
-from .from_lse import attention_mass_from_lse
 from .offsets import check_offsets
 from .reference import attention_mass_reference
 from .tuning import LSE_TILES, MASS_TILES, tiles_for
@@ -57,10 +56,7 @@ def _mass(
         q, lse = q[:, ::query_stride], None if lse is None else lse[..., ::query_stride]
     if chosen == "reference":
         return attention_mass_reference(q, k, (start, stop), scale, key_mask, lse).float()
-    if lse is None:
-        return attention_mass_chunked(q, k, (start, stop), scale, key_mask)
-    mask = None if key_mask is None else key_mask[:, start:stop]
-    return attention_mass_from_lse(q, k[:, start:stop], lse, scale, mask)
+    return attention_mass_chunked(q, k, (start, stop), scale, key_mask, lse)
 
 
 def _mass_varlen(

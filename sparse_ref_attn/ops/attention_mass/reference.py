@@ -1,4 +1,7 @@
-"""The definition: softmax over all keys, columns of the span, mean over the queries."""
+"""The definition: softmax over all keys, columns of the span, mean over the queries.
+
+A query that may attend to no key gives nothing, and no queries give zeros.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,6 @@ def attention_mass_reference(
     scores = torch.einsum("bnhc,bshc->bhns", q, k) * scale
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, :], float("-inf"))
-    if lse is None:
-        return scores.softmax(dim=-1)[..., start:stop].mean(dim=2)
-    pivot = lse.masked_fill(lse == float("-inf"), float("inf"))[..., None].to(scores.dtype)  # a query without keys
-    return (scores[..., start:stop] - pivot).exp().mean(dim=2)
+    lse = scores.logsumexp(dim=-1) if lse is None else lse.to(scores.dtype)
+    pivot = lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]
+    return (scores[..., start:stop] - pivot).exp().sum(dim=2) / max(q.shape[1], 1)
