@@ -33,7 +33,7 @@ from sparse_ref_attn.record import RunRecord
 
 from . import results
 from .dense_times import DenseTimes, timed
-from .memory import keep_freed_memory
+from .memory import keep_freed_memory, page_faults, peak_memory, reserve
 from .pipelines import build, caller
 from .shapes import CASES, QUICK, PipelineCase
 
@@ -167,12 +167,17 @@ def bench(case: PipelineCase, methods: Sequence[str], options: argparse.Namespac
     if not passes_gate(pipe, call, chosen):
         raise RuntimeError(f"the correctness gate of {case} is red: no speed-up is reported")
     tap = tap_seconds(pipe, call)
+    held = peak_memory()
     call(steps=1)  # warm-up at the largest size
+    if device.type == "cpu":
+        reserve(3 * (peak_memory() - held) // 2)
     runs = {name: Runs() for name in configs}
     for number in range(case.rounds):
         for name, config in configs.items():
+            before = page_faults()
             run_once(pipe, call, config, runs[name])
-            print(f"  round {number + 1}, {name}: {runs[name].total[-1]:.2f} s", flush=True)
+            faults = page_faults() - before
+            print(f"  round {number + 1}, {name}: {runs[name].total[-1]:.2f} s, {faults} page faults", flush=True)
     share = tap * len(adapter.sites(pipe.transformer)) * case.steps / median(runs["dense"].total)
     print(f"  timing the dense runs' attention took {share:.3%} of them")
     for name, own in runs.items():

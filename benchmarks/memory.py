@@ -1,15 +1,20 @@
 """Keeps the C library's allocator from handing large tensors back to the kernel between operations.
 
-glibc maps every block above 32 MB anew and clears it page by page, so an operation just above that size pays for page
-faults that one just below does not: the dense run would look slow for the wrong reason.
+glibc maps every block above 32 MB anew and the kernel clears it page by page, so an operation just above that size pays
+for page faults that one just below does not: the dense run would look slow for the wrong reason. Even a heap that never
+shrinks still grows now and then, where the freed blocks lie so that a large tensor fits none of them; `reserve` lets it
+grow once, before anything is timed, and `page_faults` shows whether that was enough.
 """
 
 from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import resource
 
-__all__ = ["keep_freed_memory"]
+import torch
+
+__all__ = ["keep_freed_memory", "page_faults", "peak_memory", "reserve"]
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -20,3 +25,18 @@ def keep_freed_memory() -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def reserve(size: int) -> None:
+    """Make the heap hold `size` more bytes whose pages are already there (after `keep_freed_memory`)."""
+    torch.empty(size, dtype=torch.uint8).fill_(1)
+
+
+def page_faults() -> int:
+    """Pages that the kernel has given this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def peak_memory() -> int:
+    """Most memory this process has held, in bytes (Linux)."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

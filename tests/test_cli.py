@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -331,6 +333,14 @@ def test_doctor_names_the_backend_that_auto_takes_and_why_others_cannot() -> Non
         ]  # fmt: skip
         assert data["backends"]["gather_attention"]["cannot"]["flash"] == "needs a CUDA device, got cpu"
         assert all("NVIDIA" in why for why in data["flash_packages"].values())
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as out:
+        done = subprocess.run([sys.executable, "-m", "sparse_ref_attn", "doctor"], stdout=out, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr.decode()) == (1, "")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

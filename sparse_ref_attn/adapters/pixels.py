@@ -89,7 +89,9 @@ class PixelTap:
                 chosen = [max(fits, key=lambda j: (_likeness(seen[j][1], item, grid), j)) for item in parts[i].split(1)]
                 if len(set(chosen)) == 1 or any(seen[j][0].shape[0] > 1 for j in chosen):
                     chosen = chosen[:1]
-            pixels, encoded = torch.cat([seen[j][0] for j in chosen]), seen[chosen[0]][1]
+            pixels, encoded = seen[chosen[0]]
+            if len(chosen) > 1:
+                pixels = torch.cat([seen[j][0] for j in chosen])
             seen = [pair for j, pair in enumerate(seen) if j not in chosen]
             if len(fits) < alike and pixels.shape[0] > 1:
                 seen.insert(chosen[0], (pixels[:-1], encoded))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0, or 2 after a line on stderr that says what was wrong.
+        0, 1 when whoever reads stdout has gone (``sra doctor | head -3``), or 2 after a line on stderr that says what
+        was wrong.
 
     Examples
     --------
@@ -35,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(argv)
         options.run(options)
+        sys.stdout.flush()
     except SparseRefError as error:
         print(f"sra: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
+        return 1
     return 0
