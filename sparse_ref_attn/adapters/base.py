@@ -17,6 +17,7 @@ from ..profiling import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
 from . import seams
+from .joining import sample_of, split_items, with_sample
 from .seams import AttentionSite
 
 __all__ = ["Adapter", "Found", "adapter_for", "references_from_ids", "register_adapter", "supported"]
@@ -42,6 +43,14 @@ class Adapter:
     """Argument that holds the image stream (B, rows, D)."""
     text_tokens: str | None = "encoder_hidden_states"
     """Argument that holds the text stream (B, text, D); None without text in joint attention."""
+    attention_arguments: str = "joint_attention_kwargs"
+    """Argument whose entries the blocks hand on to their attention."""
+    per_item: ClassVar[tuple[str, ...]] = ()
+    """Arguments that hold one entry for each item of a batch."""
+    processors: ClassVar[tuple[str, ...]] = ()
+    """Classes of attention processors with which calls can run together (see `ragged`)."""
+    packs: ClassVar[bool] = False
+    """Whether calls that run together lie end to end through whole blocks; otherwise they are padded."""
 
     def check(self, transformer: nn.Module) -> None:
         """Raise UnsupportedModelError for a variant of the class that this adapter cannot serve."""
@@ -107,21 +116,41 @@ class Adapter:
 
         An output of the generation rows alone is returned as it is.
         """
-        sample = output[0] if isinstance(output, tuple) else output.sample if hasattr(output, "sample") else output
-        if not isinstance(sample, Tensor):
-            raise LayoutError(
-                f"a transformer's output must be a tensor, a tuple that starts with one, or have it as sample, "
-                f"got {type(output).__name__}"
-            )
+        sample = sample_of(output)
         if sample.ndim != 3 or sample.shape[1] != rows.shape[0]:
             return output
-        full = unpack_rows(sample, rows, size)
-        if isinstance(output, tuple):
-            return (full, *output[1:])
-        if hasattr(output, "sample"):
-            output.sample = full
-            return output
-        return full
+        return with_sample(output, unpack_rows(sample, rows, size))
+
+    def cannot_join(self, kwargs: Kwargs) -> str | None:
+        """Why this call cannot run together with others, in words; None when it can."""
+        return f"the {self.name} adapter cannot put calls together"
+
+    def items(self, kwargs: Kwargs) -> list[Kwargs]:
+        """A call taken apart into calls with a batch of one."""
+        return split_items(kwargs, self.tokens, self.per_item)
+
+    def join(self, items: Sequence[Kwargs], shared_time: bool | None = None) -> Kwargs:
+        """One call for all `items`, each with a batch of one: padded (B, ...), or packed (1, ...) end to end.
+
+        `shared_time` tells whether they have one timestep and guidance; None asks the tensors.
+        """
+        raise IncompatibleError(f"the {self.name} adapter cannot put calls together")
+
+    def key_masks(self, items: Sequence[Kwargs]) -> list[Tensor | None]:
+        """Of each item's text rows, those that may be attended to, (text,) bool; None for all."""
+        return [None] * len(items)
+
+    def rotary(self, transformer: nn.Module, kwargs: Kwargs) -> tuple[Tensor, ...]:
+        """Rotary tables of one item's rows, text first; not asked where calls are packed."""
+        raise NotImplementedError
+
+    def rotate(self, rotary: Sequence[Tensor], x: Tensor) -> Tensor:
+        """Queries or keys (1, T, H, C) turned by the tables (T, ...) of `rotary`."""
+        raise NotImplementedError
+
+    def joined_hooks(self, transformer: nn.Module, running: Callable[[], Any]) -> list[Callable[[], None]]:
+        """Further hooks for joined calls, as removers. `running()` is the `ragged.RaggedCall` that runs, or None."""
+        return []
 
     def hooks(self, transformer: nn.Module, shortened: Callable[[], Any]) -> list[Callable[[], None]]:
         """Further hooks, as removers. `shortened()` is what `prepare` returned for the running call, or None."""

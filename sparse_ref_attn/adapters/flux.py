@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from ..selection import Reduced
 from ..types import TokenLayout
 from .base import Adapter, Found, Kwargs, references_from_ids, take_rows
-from .seams import AttentionSite, attention_sites
+from .joining import flat_ids, pad, same, stack
+from .seams import AttentionSite, attention_sites, rotate_pairs
 from .streams import FLUX_STREAMS
 
 __all__ = ["FluxAdapter", "place_by_ids"]
+
+_IDS = {"img_ids": "hidden_states", "txt_ids": "encoder_hidden_states"}
 
 
 def place_by_ids(kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
@@ -46,6 +49,8 @@ class FluxAdapter(Adapter):
     name = "FLUX.1 Kontext"
     classes = ("diffusers.models.transformers.transformer_flux.FluxTransformer2DModel",)
     streams = FLUX_STREAMS
+    per_item = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+    processors = ("FluxAttnProcessor",)
 
     def find(self, kwargs: Kwargs) -> Found | None:
         if kwargs.get("img_ids") is None or kwargs.get("controlnet_block_samples") is not None:
@@ -57,6 +62,23 @@ class FluxAdapter(Adapter):
 
     def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
         return place_by_ids(kwargs, layout, reduced)
+
+    def cannot_join(self, kwargs: Kwargs) -> str | None:
+        named = ("controlnet_block_samples", "controlnet_single_block_samples")
+        return next((f"{name} cannot be padded" for name in named if kwargs.get(name) is not None), None)
+
+    def join(self, items: Sequence[Kwargs], shared_time: bool | None = None) -> Kwargs:
+        own = {name: stack(items, name) for name in ("pooled_projections", "timestep", "guidance")}
+        rows = {name: pad(items, name) for name in ("hidden_states", "encoder_hidden_states")}
+        # The tables that the model makes of these are not used: `rotary` has each item's own.
+        ids = {name: rows[of].new_zeros(rows[of].shape[1], 3) for name, of in _IDS.items()}
+        return {**same(items, {*self.per_item, *_IDS}), **own, **rows, **ids}
+
+    def rotary(self, transformer: nn.Module, kwargs: Kwargs) -> tuple[Tensor, ...]:
+        return transformer.pos_embed(torch.cat([flat_ids(kwargs["txt_ids"]), flat_ids(kwargs["img_ids"])]))  # type: ignore[operator]
+
+    def rotate(self, rotary: Sequence[Tensor], x: Tensor) -> Tensor:
+        return rotate_pairs(x, *rotary)
 
     def sites(self, transformer: nn.Module) -> list[AttentionSite]:
         blocks = [(b.attn, "double") for b in transformer.transformer_blocks]  # type: ignore[union-attr]

@@ -6,7 +6,7 @@ Order text | generation | references; Klein-KV has text | references | generatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from ..selection import Reduced
 from ..types import Reference, TokenLayout
 from .base import Adapter, Found, Kwargs, references_from_ids, take_rows
 from .flux import place_by_ids
+from .joining import flat_ids, same, stack
+from .modulation import per_row_modulation
 from .seams import AttentionSite, attention_sites
 from .streams import FLUX2_STREAMS
 
@@ -56,6 +58,14 @@ class Flux2Adapter(Adapter):
     name = "FLUX.2"
     classes = ("diffusers.models.transformers.transformer_flux2.Flux2Transformer2DModel",)
     streams = FLUX2_STREAMS
+    per_item = ("hidden_states", "encoder_hidden_states", "timestep", "guidance")
+    processors = (
+        "Flux2AttnProcessor",
+        "Flux2ParallelSelfAttnProcessor",
+        "Flux2KVAttnProcessor",
+        "Flux2KVParallelSelfAttnProcessor",
+    )
+    packs = True
 
     def layout_key(self, kwargs: Kwargs) -> object:
         return kwargs.get("kv_cache_mode"), kwargs.get("num_ref_tokens") or 0
@@ -96,6 +106,25 @@ class Flux2Adapter(Adapter):
         if self.extracts(kwargs):
             kwargs["num_ref_tokens"] = rows - layout.generation[1]
         return kwargs
+
+    def cannot_join(self, kwargs: Kwargs) -> str | None:
+        mode = kwargs.get("kv_cache_mode")
+        return None if mode is None else f"a call that keeps reference K/V runs alone (kv_cache_mode={mode!r})"
+
+    def join(self, items: Sequence[Kwargs], shared_time: bool | None = None) -> Kwargs:
+        times = {name: stack(items, name) for name in ("timestep", "guidance")}
+        if shared_time is None:
+            shared_time = all(t is None or bool((t == t[0]).all()) for t in times.values())
+        if shared_time:
+            times = {name: None if t is None else t[:1] for name, t in times.items()}
+        rows = {
+            name: torch.cat([item[name] for item in items], 1) for name in ("hidden_states", "encoder_hidden_states")
+        }
+        ids = {name: torch.cat([flat_ids(item[name]) for item in items]) for name in ("img_ids", "txt_ids")}
+        return {**same(items, {*self.per_item, *ids}), **times, **rows, **ids}
+
+    def joined_hooks(self, transformer: nn.Module, running: Callable[[], Any]) -> list[Callable[[], None]]:
+        return per_row_modulation(transformer, running)
 
     def sites(self, transformer: nn.Module) -> list[AttentionSite]:
         blocks = [(b.attn, "double") for b in transformer.transformer_blocks]  # type: ignore[union-attr]

@@ -21,7 +21,8 @@ from ..selection import Reduced
 from ..types import Reference, TokenLayout
 from .base import Adapter, Found, Kwargs
 from .hooks import InstanceHook
-from .seams import AttentionSite, attention_sites
+from .joining import pad, same, stack
+from .seams import AttentionSite, attention_sites, rotate_qwen
 from .streams import QWEN_STREAMS
 
 __all__ = ["QwenImageAdapter"]
@@ -33,6 +34,16 @@ class QwenImageAdapter(Adapter):
     name = "Qwen-Image-Edit"
     classes = ("diffusers.models.transformers.transformer_qwenimage.QwenImageTransformer2DModel",)
     streams = QWEN_STREAMS
+    attention_arguments = "attention_kwargs"
+    per_item = (
+        "hidden_states",
+        "encoder_hidden_states",
+        "encoder_hidden_states_mask",
+        "timestep",
+        "guidance",
+        "img_shapes",
+    )
+    processors = ("QwenDoubleStreamAttnProcessor2_0",)
 
     def check(self, transformer: nn.Module) -> None:
         if type(transformer.pos_embed).__name__ != "QwenEmbedRope":
@@ -106,6 +117,48 @@ class QwenImageAdapter(Adapter):
             pos_embed.register_forward_hook(InstanceHook(pos_embed, kept_positions)).remove,
         ]
 
+    def cannot_join(self, kwargs: Kwargs) -> str | None:
+        named = ("controlnet_block_samples", "additional_t_cond")
+        return next((f"{name} cannot be padded" for name in named if kwargs.get(name) is not None), None)
+
+    def join(self, items: Sequence[Kwargs], shared_time: bool | None = None) -> Kwargs:
+        own = {name: stack(items, name) for name in ("timestep", "guidance")}
+        rows = {name: pad(items, name) for name in ("hidden_states", "encoder_hidden_states")}
+        # Shapes that count the rows, for models that modulate references apart; `rotary` has the true ones.
+        shapes = [[item["img_shapes"][0][0], *_filler(rows["hidden_states"].shape[1], item)] for item in items]
+        return {
+            **same(items, self.per_item),
+            **own,
+            **rows,
+            "encoder_hidden_states_mask": None,
+            "img_shapes": shapes,
+        }
+
+    def key_masks(self, items: Sequence[Kwargs]) -> list[Tensor | None]:
+        masks = [item.get("encoder_hidden_states_mask") for item in items]
+        return [None if mask is None else mask[0].bool() for mask in masks]
+
+    def rotary(self, transformer: nn.Module, kwargs: Kwargs) -> tuple[Tensor, ...]:
+        text, device = kwargs["encoder_hidden_states"].shape[1], kwargs["hidden_states"].device
+        image, words = transformer.pos_embed(kwargs["img_shapes"], max_txt_seq_len=text, device=device)  # type: ignore[operator]
+        return (torch.cat([words, image]),)
+
+    def rotate(self, rotary: Sequence[Tensor], x: Tensor) -> Tensor:
+        return rotate_qwen(x, *rotary)
+
+    def joined_hooks(self, transformer: nn.Module, running: Callable[[], Any]) -> list[Callable[[], None]]:
+        pos_embed = transformer.pos_embed
+        assert isinstance(pos_embed, nn.Module)
+
+        def unused(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
+            """The model's own tables are not used in a joined call: the smallest will do."""
+            call, shapes = running(), args[0] if args else kwargs["video_fhw"]
+            if call is None or shapes != call.kwargs["img_shapes"]:
+                return None
+            return (([[(1, 1, 1)]], *args[1:]), kwargs) if args else (args, {**kwargs, "video_fhw": [[(1, 1, 1)]]})
+
+        return [pos_embed.register_forward_pre_hook(InstanceHook(pos_embed, unused), with_kwargs=True).remove]
+
     def shape(self, transformer: nn.Module) -> ModelShape:
         return ModelShape.from_module(
             transformer, self.streams, reference_timestep=bool(getattr(transformer, "zero_cond_t", False))
@@ -118,6 +171,11 @@ class QwenImageAdapter(Adapter):
         latents = pipe._encode_vae_image(image=pixels[:, :, None], generator=None)
         batch, channels, _, height, width = latents.shape
         return pipe._pack_latents(latents, batch, channels, height, width), (height // 2, width // 2)
+
+
+def _filler(rows: int, item: Kwargs) -> list[tuple[int, int, int]]:
+    """What an item's image stream has beyond its generation, as one shape."""
+    return [(1, 1, rows - prod(item["img_shapes"][0][0]))]
 
 
 def _frequencies(pos_embed: Any, frame: int, shape: Sequence[int], positions: Tensor) -> Tensor:

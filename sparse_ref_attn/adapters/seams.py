@@ -20,12 +20,15 @@ from ..errors import IncompatibleError, VersionError
 __all__ = [
     "DIFFUSERS_RANGE",
     "AttentionSite",
+    "PrivateBackend",
     "attention_sites",
     "check_diffusers",
     "check_measurable",
     "check_not_compiled",
     "eager_blocks",
     "reset_step_cache",
+    "rotate_pairs",
+    "rotate_qwen",
     "step_cache_active",
     "tapped_attention",
     "unwrap",
@@ -140,67 +143,112 @@ def tapped_attention(
 
     `after(i)` is called when the attention itself is done.
 
-    Each processor gets a private backend that calls the tap and then the user's own backend. The
-    backend is an unlisted `AttentionBackendName`, so the public enum stays as it is.
+    Each processor gets a private backend that calls the tap and then the user's own backend.
     """
-    dispatch = _dispatch()
-    registry = dispatch._AttentionBackendRegistry
-    tables = (registry._backends, registry._constraints, registry._supported_arg_names)
-    undo: list[Callable[[], None]] = []
-    try:
+    with contextlib.ExitStack() as undo:
         for i, site in enumerate(sites):
-            undo.append(_install(dispatch, tables, i, site.processor, tap, after))
+
+            def attend(
+                q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, user: Callable[[], Tensor], i: int = i
+            ) -> Tensor:
+                tap(i, q, k, v, mask)
+                out = user()
+                after(i)
+                return out
+
+            backend = PrivateBackend(site.processor, attend)
+            undo.callback(backend.remove)
+            backend.enter()
         yield
-    finally:
-        for call in reversed(undo):
-            call()
 
 
-def _install(
-    dispatch: Any, tables: Any, i: int, processor: Any, tap: Tap, after: Callable[[int], None]
-) -> Callable[[], None]:
-    own = "_attention_backend" in vars(processor)
-    inner = processor._attention_backend
-    value = f"sparse_ref_attn_{id(processor)}_{i}"
-    member = str.__new__(dispatch.AttentionBackendName, value)
-    member._name_, member._value_ = value.upper(), value
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Callable[[], Tensor]], Tensor]
 
-    def backend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        _parallel_config: Any = None,
-    ) -> Tensor:
-        tap(i, query, key, value, attn_mask)
-        out = dispatch.dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attn_mask,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            backend=inner,
-            parallel_config=_parallel_config,
-        )
-        after(i)
-        return out
 
-    dispatch._AttentionBackendRegistry.register(member)(backend)
-    processor._attention_backend = member
+class PrivateBackend:
+    """An attention backend for one processor, in force from `enter` to `leave`.
 
-    def undo() -> None:
-        if own:
-            processor._attention_backend = inner
+    It is an unlisted ``AttentionBackendName``, so the public enum stays as it is.
+
+    Parameters
+    ----------
+    processor : object
+        A processor that dispatches to attention backends.
+    attend : callable
+        ``attend(q, k, v, mask, user)`` with q, k, v (B, S, H, C); ``user()`` is what the processor's
+        own backend makes of the same call.
+    """
+
+    def __init__(self, processor: Any, attend: Attend) -> None:
+        self._dispatch = _dispatch()
+        self._processor = processor
+        self._inner: Any = None
+        self._own: bool | None = None
+        value = f"sparse_ref_attn_{id(processor)}_{id(self)}"
+        self._member = str.__new__(self._dispatch.AttentionBackendName, value)
+        self._member._name_, self._member._value_ = value.upper(), value
+
+        def backend(
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attn_mask: Tensor | None = None,
+            dropout_p: float = 0.0,
+            is_causal: bool = False,
+            scale: float | None = None,
+            enable_gqa: bool = False,
+            _parallel_config: Any = None,
+        ) -> Tensor:
+            def user() -> Tensor:
+                return self._dispatch.dispatch_attention_fn(
+                    query,
+                    key,
+                    value,
+                    attn_mask=attn_mask,
+                    dropout_p=dropout_p,
+                    is_causal=is_causal,
+                    scale=scale,
+                    enable_gqa=enable_gqa,
+                    backend=self._inner,
+                    parallel_config=_parallel_config,
+                )
+
+            return attend(query, key, value, attn_mask, user)
+
+        self._dispatch._AttentionBackendRegistry.register(self._member)(backend)
+
+    def enter(self) -> None:
+        """Serve the processor's attention from now on."""
+        if self._own is None:
+            self._own = "_attention_backend" in vars(self._processor)
+            self._inner = self._processor._attention_backend
+            self._processor._attention_backend = self._member
+
+    def leave(self) -> None:
+        """Give the processor its own backend back."""
+        if self._own is None:
+            return
+        if self._own:
+            self._processor._attention_backend = self._inner
         else:
-            del processor._attention_backend
-        for table in tables:
-            table.pop(member, None)
+            del self._processor._attention_backend
+        self._own = None
 
-    return undo
+    def remove(self) -> None:
+        """Leave for good."""
+        self.leave()
+        registry = self._dispatch._AttentionBackendRegistry
+        for table in (registry._backends, registry._constraints, registry._supported_arg_names):
+            table.pop(self._member, None)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """FLUX's rotary embedding of x (B, S, H, C) by tables (S, C)."""
+    module = importlib.import_module("diffusers.models.embeddings")
+    return module.apply_rotary_emb(x, (cos, sin), sequence_dim=1)
+
+
+def rotate_qwen(x: Tensor, table: Tensor) -> Tensor:
+    """Qwen-Image's rotary embedding of x (B, S, H, C) by a complex table (S, C / 2)."""
+    module = importlib.import_module("diffusers.models.transformers.transformer_qwenimage")
+    return module.apply_rotary_emb_qwen(x, table, use_real=False)

@@ -1,0 +1,363 @@
+"""Calls with different numbers of rows, run as one: each item attends to its own rows alone.
+
+Where modulation depends on the timestep only (FLUX.2), items lie end to end through whole blocks:
+
+    [text 0 | text 1 | ... | image 0 | image 1 | ...]
+
+Elsewhere they are padded to one length side by side, and attention takes the live rows out, turns each item by its own
+rotary tables and puts the rows back. What attention must know travels as an argument of the blocks, so a block that is
+run again for its gradient (gradient checkpointing) finds the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import IncompatibleError, LayoutError
+from ..functional import gather_attention, pack_rows, unpack_rows
+from ..session import Plan
+from ..types import TokenLayout
+from .base import Adapter, Kwargs
+from .hooks import InstanceHook
+from .joining import sample_of, with_sample
+from .seams import PrivateBackend
+
+__all__ = ["Item", "Ragged", "RaggedCall", "RaggedRows"]
+
+_SLOT = "attention_mask"  # every processor has it, and refuses what is not a mask should these hooks be gone
+
+ItemTap = Callable[[int, int, Tensor, Tensor, Tensor, "Tensor | None"], None]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One call with a batch of one.
+
+    Parameters
+    ----------
+    kwargs : dict
+        Its arguments by name, with the rows that take part.
+    short : (dict, Plan, Tensor), optional
+        The full arguments, the plan and the kept rows, where rows were dropped or replaced.
+    """
+
+    kwargs: Kwargs
+    short: tuple[Kwargs, Plan, Tensor | None] | None = None
+
+
+@dataclass(frozen=True)
+class RaggedRows:
+    """Whose row is whose in joint attention, B items.
+
+    Parameters
+    ----------
+    cu_seqlens : Tensor, shape (B + 1,) or (2, B + 1), int32
+        Items' stretches of the rows; two where text and image rows lie apart.
+    live : Tensor, shape (T,), int64, optional
+        Rows of the flattened (batch * S) sequence that belong to an item, item by item. None: all.
+    keys : Tensor, shape (T',), int64, optional
+        Of the live rows those that may be attended to. None: all.
+    cu_seqlens_k : Tensor, shape (B + 1,), int32, optional
+        Items' stretches of `keys`.
+    rotate : callable, optional
+        Turns (1, T, H, C), the live rows, where the model's own rotary embedding does not apply.
+    tap : callable, optional
+        ``tap(item, site, q, k, v, mask)`` sees each item's attention, (1, S, H, C) after RoPE.
+    """
+
+    cu_seqlens: Tensor
+    live: Tensor | None = None
+    keys: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    rotate: Any = None
+    tap: ItemTap | None = None
+
+    def attend(self, site: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention (batch, S, H, C) within each item; rows of no item are zero."""
+        shape = q.shape
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        if self.live is not None:
+            q, k, v = pack_rows((q, k, v), self.live, 0)
+        if self.rotate is not None:
+            q, k = (self.rotate(x[None])[0] for x in (q, k))
+        if self.tap is not None:
+            self._show(site, q.detach(), k.detach(), v.detach())
+        cu_seqlens_k = self.cu_seqlens
+        if self.keys is not None and self.cu_seqlens_k is not None:
+            k, v = pack_rows((k, v), self.keys, 0)
+            cu_seqlens_k = self.cu_seqlens_k
+        out = gather_attention(q, k, v, cu_seqlens_q=self.cu_seqlens, cu_seqlens_k=cu_seqlens_k)
+        if self.live is not None:
+            out = unpack_rows(out, self.live, shape[0] * shape[1], 0)
+        return out.view(shape)
+
+    def _show(self, site: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        assert self.tap is not None
+        mask = None
+        if self.keys is not None:
+            mask = torch.zeros(q.shape[0], dtype=torch.bool, device=q.device).index_fill_(0, self.keys, True)
+        stretches = self.cu_seqlens.reshape(-1, self.cu_seqlens.shape[-1]).tolist()
+        for item in range(len(stretches[0]) - 1):
+            at = [slice(row[item], row[item + 1]) for row in stretches]
+            item_q, item_k, item_v = (torch.cat([x[span] for span in at])[None] for x in (q, k, v))
+            kept = None if mask is None else torch.cat([mask[span] for span in at])[None, None, None]
+            self.tap(item, site, item_q, item_k, item_v, kept)
+
+
+class RaggedCall:
+    """One call for several items.
+
+    Attributes
+    ----------
+    kwargs : dict
+        What the transformer is to be called with.
+    text, images : tuple of int
+        Rows of each item in the text and the image stream.
+    """
+
+    def __init__(self, kwargs: Kwargs, text: Sequence[int], images: Sequence[int], packed: bool) -> None:
+        self.kwargs = kwargs
+        self.text, self.images, self._packed = tuple(text), tuple(images), packed
+        self._restore: tuple[Sequence[Tensor], int] | None = None
+
+    def samples(self, output: Any) -> list[Tensor]:
+        """Each item's output rows (1, rows, D), in the order of the items."""
+        sample = sample_of(output)
+        if self._packed:
+            return list(sample.split(self.images, dim=1))
+        return [sample[i : i + 1, :rows] for i, rows in enumerate(self.images)]
+
+    def outputs(self, output: Any) -> list[Any]:
+        """What each item's own call would have returned."""
+        return [with_sample(output, sample) for sample in self.samples(output)]
+
+    def restore(self, output: Any) -> Any:
+        """The output of the batched call that `Ragged.shortened` took apart: full length, dropped rows zero."""
+        if self._restore is None:
+            raise LayoutError("only a call made by Ragged.shortened has an output to restore")
+        rows, size = self._restore
+        full = [unpack_rows(x, at, size) for x, at in zip(self.samples(output), rows, strict=True)]
+        return with_sample(output, torch.cat(full))
+
+
+class Ragged:
+    """Makes one transformer able to run items of different lengths as one call.
+
+    `install` puts hooks on its attention layers that do nothing but for joined calls. They must
+    stay until the backward pass is done, since a checkpointed block runs again there.
+
+    Parameters
+    ----------
+    transformer : nn.Module
+    adapter : Adapter
+
+    Examples
+    --------
+    A batch of two, of which the first item keeps rows 0 and 2 and the second one all four:
+
+    >>> from sparse_ref_attn.adapters.base import adapter_for
+    >>> from sparse_ref_attn.eval.embedded import kontext_pipeline
+    >>> from sparse_ref_attn.types import Reference, TokenLayout
+    >>> model = kontext_pipeline(size="tiny").transformer
+    >>> adapter = adapter_for(model)
+    >>> ids = torch.tensor([[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]])
+    >>> config = model.config
+    >>> kwargs = {
+    ...     "hidden_states": torch.randn(2, 4, config.in_channels), "timestep": torch.ones(2),
+    ...     "encoder_hidden_states": torch.randn(2, 3, config.joint_attention_dim), "txt_ids": torch.zeros(3, 3),
+    ...     "pooled_projections": torch.randn(2, config.pooled_projection_dim), "img_ids": ids,
+    ...     "guidance": torch.ones(2), "return_dict": False,
+    ... }
+    >>> layout = TokenLayout(4, 3, (0, 2), (Reference(2, 2, (1, 2)),))
+    >>> ragged = Ragged(model, adapter)
+    >>> ragged.install()
+    >>> with ragged.shortened(kwargs, layout, [torch.tensor([0, 2]), torch.arange(4)]) as call:
+    ...     out = call.restore(model(**call.kwargs))
+    >>> out[0].shape[:2], bool(out[0][0, [1, 3]].any())
+    (torch.Size([2, 4]), False)
+    >>> ragged.remove()
+    """
+
+    def __init__(self, transformer: nn.Module, adapter: Adapter) -> None:
+        self._transformer, self._adapter = transformer, adapter
+        self._sites = [m for m in transformer.modules() if hasattr(getattr(m, "processor", None), "_attention_backend")]
+        known = adapter.processors
+        other = sorted({type(m.processor).__name__ for m in self._sites} - set(known))
+        if other or not self._sites:
+            raise IncompatibleError(
+                f"to run calls together, the attention of {type(transformer).__name__} must go through "
+                f"{' or '.join(known) or 'processors that its adapter names'}, got {other or 'none'}"
+            )
+        self._running: RaggedCall | None = None
+        self._short: Any = None
+        self._undo = contextlib.ExitStack()
+
+    def install(self) -> None:
+        """Put the hooks on."""
+        with contextlib.ExitStack() as undo:
+            for i, module in enumerate(self._sites):
+                for off in _listen(i, module):
+                    undo.callback(off)
+            for off in self._adapter.joined_hooks(self._transformer, lambda: self._running):
+                undo.callback(off)
+            for off in self._adapter.hooks(self._transformer, lambda: self._short):
+                undo.callback(off)
+            self._undo = undo.pop_all()
+
+    def remove(self) -> None:
+        """Take the hooks off; calling it again does nothing."""
+        self._undo.close()
+
+    @contextlib.contextmanager
+    def joined(
+        self, items: Sequence[Item], shared_time: bool | None = None, tap: ItemTap | None = None
+    ) -> Iterator[RaggedCall]:
+        """Inside, the transformer may be called once with the returned call's `kwargs`.
+
+        Parameters
+        ----------
+        items : sequence of Item
+        shared_time : bool, optional
+            Whether all have one timestep and guidance. None asks the tensors (a host sync on CUDA).
+        tap : callable, optional
+            See `RaggedRows`.
+
+        Raises
+        ------
+        IncompatibleError
+            If the items cannot run together; the message says why.
+        """
+        adapter, calls = self._adapter, [item.kwargs for item in items]
+        for kwargs in calls:
+            why = adapter.cannot_join(kwargs)
+            if why is not None:
+                raise IncompatibleError(why)
+        images = [kwargs[adapter.tokens].shape[1] for kwargs in calls]
+        text = [0 if adapter.text_tokens is None else kwargs[adapter.text_tokens].shape[1] for kwargs in calls]
+        kwargs = adapter.join(calls, shared_time)
+        device = kwargs[adapter.tokens].device
+        if adapter.packs:
+            rows = _packed(text, images, device, tap)
+        else:
+            rotary = [torch.cat(tables) for tables in zip(*map(self._rotary, items), strict=True)]
+            rows = _padded(text, images, adapter.key_masks(calls), partial(adapter.rotate, rotary), device, tap)
+        handed = kwargs.get(adapter.attention_arguments) or {}
+        call = RaggedCall({**kwargs, adapter.attention_arguments: {**handed, _SLOT: rows}}, text, images, adapter.packs)
+        self._running = call
+        try:
+            yield call
+        finally:
+            self._running = None
+
+    @contextlib.contextmanager
+    def shortened(
+        self, kwargs: Kwargs, layout: TokenLayout, rows: Sequence[Tensor], shared_time: bool | None = None
+    ) -> Iterator[RaggedCall]:
+        """A batched call, item i with only `rows[i]` of its image stream; `RaggedCall.restore` undoes it.
+
+        Parameters
+        ----------
+        kwargs : dict
+            All arguments by name, batch B.
+        layout : TokenLayout
+            Of `kwargs`.
+        rows : sequence of B tensors, shape (rows_i,), int64
+            Ascending.
+        shared_time : bool, optional
+            As for `joined`.
+        """
+        parts = self._adapter.items(kwargs)
+        if len(parts) != len(rows):
+            raise LayoutError(f"rows must be given for each of the batch's {len(parts)} items, got {len(rows)}")
+        items = [
+            Item(self._adapter.drop(part, layout, at), (part, Plan("sparse"), at))
+            for part, at in zip(parts, rows, strict=True)
+        ]
+        with self.joined(items, shared_time) as call:
+            call._restore = rows, layout.rows
+            yield call
+
+    def _rotary(self, item: Item) -> Any:
+        self._short = item.short
+        try:
+            return self._adapter.rotary(self._transformer, item.kwargs)
+        finally:
+            self._short = None
+
+
+def _listen(site: int, module: nn.Module) -> list[Callable[[], None]]:
+    """Hooks that give attention layer `site` its rows, as removers."""
+    current: list[RaggedRows] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, user: Callable[[], Tensor]) -> Tensor:
+        return current[-1].attend(site, q, k, v)
+
+    backend = PrivateBackend(module.processor, attend)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> tuple[tuple[Any, ...], Kwargs] | None:
+        rows = kwargs.get(_SLOT)
+        if not isinstance(rows, RaggedRows):
+            return None
+        current.append(rows)
+        backend.enter()
+        turned = {} if rows.rotate is None else {"image_rotary_emb": None}
+        return args, {**kwargs, _SLOT: None, **turned}
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> None:
+        if current:
+            current.pop()
+            backend.leave()
+
+    return [
+        backend.remove,
+        module.register_forward_pre_hook(InstanceHook(module, before), with_kwargs=True).remove,
+        module.register_forward_hook(InstanceHook(module, after), with_kwargs=True, always_call=True).remove,
+    ]
+
+
+def _offsets(lengths: Sequence[int], first: int = 0) -> list[int]:
+    return list(accumulate(lengths, initial=first))
+
+
+def _packed(text: Sequence[int], images: Sequence[int], device: torch.device, tap: ItemTap | None) -> RaggedRows:
+    stretches = [_offsets(text), _offsets(images, sum(text))]
+    return RaggedRows(torch.tensor(stretches, dtype=torch.int32, device=device), tap=tap)
+
+
+def _padded(
+    text: Sequence[int],
+    images: Sequence[int],
+    masks: Sequence[Tensor | None],
+    rotate: Callable[[Tensor], Tensor],
+    device: torch.device,
+    tap: ItemTap | None,
+) -> RaggedRows:
+    most, size = max(text), max(text) + max(images)
+    spans = [
+        torch.arange(start, start + length)
+        for i, (words, cells) in enumerate(zip(text, images, strict=True))
+        for start, length in ((i * size, words), (i * size + most, cells))
+    ]
+    lengths = [a + b for a, b in zip(text, images, strict=True)]
+    cu_seqlens = torch.tensor(_offsets(lengths), dtype=torch.int32, device=device)
+    live = torch.cat(spans).to(device)
+    if all(mask is None for mask in masks):
+        return RaggedRows(cu_seqlens, live, rotate=rotate, tap=tap)
+    keep = [
+        torch.cat(
+            [torch.ones(words, dtype=torch.bool) if mask is None else mask.cpu(), torch.ones(cells, dtype=torch.bool)]
+        )
+        for mask, words, cells in zip(masks, text, images, strict=True)
+    ]
+    counts = [int(k.sum()) for k in keep]
+    cu_seqlens_k = torch.tensor(_offsets(counts), dtype=torch.int32, device=device)
+    keys = torch.cat(keep).nonzero().flatten().to(device)
+    return RaggedRows(cu_seqlens, live, keys, cu_seqlens_k, rotate, tap)
