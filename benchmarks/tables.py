@@ -37,14 +37,22 @@ def pipeline(path: Path) -> str:
                 f"| {model}, {references} | {method} | {float(row['kept_mean']):,.0f} | {seconds:.2f} "
                 f"| {speedup:.2f}x | {bound} | {ratio} |"
             )
-    first = rows[-1]
-    lines += [
-        "",
-        f"{first['device']}, {first['threads']} threads, {first['dtype']}, torch {first['torch']}, diffusers "
-        f"{first['diffusers']}; medians; each row against the dense run of its own process; {first['date']}, commit "
-        f"{first['commit']}.",
-    ]
+    where: dict[str, list[str]] = {}
+    for (model, references), methods in latest.items():
+        for row in methods.values():
+            cases = where.setdefault(_environment(row), [])
+            if (case := f"{model}, {references}") not in cases:
+                cases.append(case)
+    lines += ["", "Medians; each row against the dense run of its own process."]
+    lines += [f"- {'; '.join(cases)}: {environment}" for environment, cases in where.items()]
     return "\n".join(lines)
+
+
+def _environment(row: dict[str, str]) -> str:
+    return (
+        f"{row['device']}, {row['threads']} threads, {row['dtype']}, torch {row['torch']}, diffusers "
+        f"{row['diffusers']}, {row['date']}, commit {row['commit']}"
+    )
 
 
 def insert(text: str) -> str:
