@@ -146,7 +146,7 @@ def rows_of(
             bound = bound_seconds(full, own_work, attention, transformer - attention, fixed + scoring)
             row["scoring_seconds"] = scoring
             steps = own.record.steps
-            row["kept_mean"] = sum(step.kept for step in steps) / len(steps)
+            row["kept_mean"] = sum(own.record.mean_kept(step) for step in steps) / len(steps)
             row |= {"flop_ratio": full.total / kept.total, "bound_seconds": bound}
             row["measured_over_bound"] = bound / row["seconds_median"]
             row["host_ms_per_step"] = 1000 * sum(step.host_seconds for step in steps) / len(steps)

@@ -67,6 +67,9 @@ class SparseRef:
     execute : {"tokens"}
         Where the saving happens: "tokens" drops rows at the transformer's input, so that every
         block runs on a shorter sequence.
+    from_block : int
+        Block from which on the dropped tokens are gone: all tokens run through the blocks before it, at every step.
+        0, the default, is the transformer's input. Below the number of blocks.
     floor : float or int
         Least kept of each reference: a ratio of it, or tokens. Matters where references compete
         (a budget with ``per="all"``). Default 0.
@@ -98,6 +101,7 @@ class SparseRef:
     select: Selector | Reducer | str = "mass"
     budget: Budget | float | int = 0.25
     execute: str = "tokens"
+    from_block: int = 0
     floor: float | int = 0
     weights: tuple[float, ...] | None = None
     multiple: int = 1
@@ -116,6 +120,8 @@ class SparseRef:
                 raise ConfigError(f"weights must be finite numbers above 0, one a reference, got {self.weights}")
         if self.execute != "tokens":
             raise ConfigError(f'execute must be "tokens", got {self.execute!r}')
+        if isinstance(self.from_block, bool) or not isinstance(self.from_block, int) or self.from_block < 0:
+            raise ConfigError(f"from_block must be an int of at least 0, got {self.from_block!r}")
         if isinstance(self.floor, bool) or not isinstance(self.floor, (int, float)) or not self.floor >= 0:
             raise ConfigError(f"floor must be a ratio in [0, 1] or a number of tokens, got {self.floor!r}")
         if isinstance(self.floor, float) and self.floor > 1:
@@ -128,6 +134,10 @@ class SparseRef:
             raise ConfigError(f"seed must be an int, got {self.seed!r}")
         if isinstance(self.select, Reducer) and self.guard is not None:
             raise ConfigError("a rival that changes tokens has no ranking to guard: guard must be None")
+        if isinstance(self.select, Reducer) and self.from_block:
+            raise ConfigError(
+                f"a rival changes tokens at the transformer's input: from_block must be 0, got {self.from_block}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only; raises ConfigError for a selector that holds a function or an array."""
@@ -139,6 +149,7 @@ class SparseRef:
             "select": selector_to_dict(self.select),
             "budget": self.budget.to_dict(),
             "execute": self.execute,
+            "from_block": self.from_block,
             "floor": self.floor,
             "weights": None if self.weights is None else list(self.weights),
             "multiple": self.multiple,
@@ -178,7 +189,8 @@ class SparseRef:
     def describe(self) -> str:
         """One line for logs and tables."""
         name = type(self.select).__name__
-        return f"{name}, {self.budget}, {self.execute}"
+        depth = f" from block {self.from_block}" if self.from_block else ""
+        return f"{name}, {self.budget}, {self.execute}{depth}"
 
 
 def ReCAST(  # noqa: N802 -- the paper's name, used like the noun it is

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .types import RefSelection, TokenLayout
 
-__all__ = ["BlockAttention", "RunRecord", "StepRecord"]
+__all__ = ["BlockAttention", "RunRecord", "StepRecord", "mean_over_blocks"]
 
 
 @dataclass
@@ -34,6 +34,8 @@ class StepRecord:
         Time of the library's own host code.
     selection : RefSelection, optional
         Which tokens; None when all.
+    from_block : int
+        Block from which on only these took part; all tokens ran through the blocks before it.
     """
 
     index: int
@@ -43,6 +45,7 @@ class StepRecord:
     seconds: Callable[[], float] = field(default=lambda: 0.0, repr=False)
     host_seconds: float = 0.0
     selection: RefSelection | None = field(default=None, repr=False)
+    from_block: int = 0
 
 
 @dataclass
@@ -96,6 +99,8 @@ class RunRecord:
         What the library decided on its own, in words (the guard, a fallback).
     config : dict
         The configuration, as JSON types.
+    blocks : int
+        Blocks of the transformer; 0 when not known.
     """
 
     layout: TokenLayout
@@ -109,3 +114,19 @@ class RunRecord:
     scoring_flops: float = 0.0
     notes: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    blocks: int = 0
+
+    def mean_kept(self, step: StepRecord) -> float:
+        """Reference tokens that took part in `step`, mean over the blocks."""
+        return mean_over_blocks(step.kept, self.layout.reference_tokens, step.from_block, self.blocks)
+
+
+def mean_over_blocks(kept: int, tokens: int, from_block: int, blocks: int) -> float:
+    """Mean over `blocks` of `tokens` before block `from_block` and `kept` from there on.
+
+    Examples
+    --------
+    >>> mean_over_blocks(kept=100, tokens=400, from_block=2, blocks=8)
+    175.0
+    """
+    return kept + (tokens - kept) * from_block / blocks if from_block else kept

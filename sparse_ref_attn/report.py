@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from .errors import ConfigError, LayoutError
-from .record import RunRecord, StepRecord
+from .record import RunRecord, StepRecord, mean_over_blocks
 
 __all__ = ["FlopSummary", "attention_table", "summary"]
 
@@ -107,7 +107,8 @@ def summary(
         The dict has the keys "references" (per reference: number from 1, grid, tokens, kept_min, kept_mean,
         kept_max, mass_kept), "steps", "reference_tokens", "seconds", "host_ms_per_step", "speedup",
         "flops", "by_step", "batch", "notes" and "config". Kept counts are over all steps, where
-        dense and profile steps count as all tokens. ``mass_kept`` is the share, in [0, 1], of the
+        dense and profile steps count as all tokens, and a step whose dropped tokens leave by depth as the mean over
+        its blocks. ``mass_kept`` is the share, in [0, 1], of the
         profiled mass that the kept tokens hold, mean over the sparse and cached steps.
         ``speedup["sparse_step"]`` compares with dense steps only: a profile step also measures.
 
@@ -157,7 +158,7 @@ def _measure(record: RunRecord, flops: FlopSummary | None, dense_seconds: float 
     per_kind = {kind: [s for s, step in zip(seconds, steps, strict=True) if step.kind == kind] for kind in KINDS}
     mean_seconds = {kind: _mean(per_kind[kind]) for kind in KINDS}
     total = sum(s for s in seconds if s is not None) if None not in seconds else None
-    mean_kept = sum(step.kept for step in steps) / len(steps)
+    mean_kept = sum(record.mean_kept(step) for step in steps) / len(steps)
     host = sum(step.host_seconds for step in steps)
     kinds = Counter(step.kind for step in steps)
     work = None
@@ -186,6 +187,7 @@ def _measure(record: RunRecord, flops: FlopSummary | None, dense_seconds: float 
             "step": [step.index for step in steps],
             "kind": [step.kind for step in steps],
             "kept": [step.kept for step in steps],
+            "from_block": [step.from_block for step in steps],
             "calls": [step.calls for step in steps],
             "seconds": seconds,
         },
@@ -217,8 +219,9 @@ def _references(record: RunRecord) -> list[dict[str, Any]]:
     return rows
 
 
-def _kept(record: RunRecord, step: StepRecord) -> tuple[int, ...] | None:
-    """Tokens of each reference that took part in a step; None if unknown (a cached step may not say)."""
+def _kept(record: RunRecord, step: StepRecord) -> tuple[float, ...] | None:
+    """Tokens of each reference that took part in a step, mean over its blocks; None if unknown (a cached step may not
+    say)."""
     sizes = record.layout.sizes
     if step.selection is not None:
         if tuple(step.selection.sizes) != sizes:
@@ -226,7 +229,8 @@ def _kept(record: RunRecord, step: StepRecord) -> tuple[int, ...] | None:
                 f"the selection of step {step.index} must be for references of {sizes} tokens, "
                 f"got one for {tuple(step.selection.sizes)}"
             )
-        return step.selection.counts()
+        counts = zip(step.selection.counts(), sizes, strict=True)
+        return tuple(mean_over_blocks(kept, size, step.from_block, record.blocks) for kept, size in counts)
     if step.kept == sum(sizes):
         return sizes
     return (step.kept,) if len(sizes) == 1 else None

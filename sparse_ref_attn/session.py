@@ -37,11 +37,14 @@ class Plan:
         The kept tokens of a sparse step.
     reduced : sequence of Reduced, optional
         The changed tokens of a sparse step, when a rival runs instead of a selector.
+    from_block : int
+        Block from which on only the kept tokens take part.
     """
 
     kind: str
     selection: RefSelection | None = None
     reduced: Sequence[Reduced] | None = None
+    from_block: int = 0
 
     def kept(self, layout: TokenLayout) -> int:
         """Reference tokens that take part."""
@@ -60,10 +63,18 @@ class Session:
     config : SparseRef
     kinds : sequence of str
         Kind of each attention block in order ("double", "single", ...).
+
+    Raises
+    ------
+    ConfigError
+        If a setting names a block that the model does not have.
     """
 
     def __init__(self, config: SparseRef, kinds: Sequence[str]) -> None:
         self.config = config
+        self._blocks = len(kinds)
+        if config.from_block and config.from_block >= len(kinds):
+            raise ConfigError(f"from_block must lie below the model's {len(kinds)} blocks, got {config.from_block}")
         select = config.select
         probes = list(select.probes()) if isinstance(select, Selector) else []
         needs_mass = config.guard is not None or (isinstance(config.budget, Budget) and config.budget.needs_mass)
@@ -139,7 +150,9 @@ class Session:
             data: dict[str, Any] = config.to_dict()
         except ConfigError:
             data = {"description": config.describe()}
-        self.record = RunRecord(layout, tokens.shape[0], total_steps, pixels=list(pixels), config=data)
+        self.record = RunRecord(
+            layout, tokens.shape[0], total_steps, pixels=list(pixels), config=data, blocks=self._blocks
+        )
         if not self.profile.probes:
             self._rank()
 
@@ -279,14 +292,14 @@ class Session:
         else:
             assert self._scores is not None
             indices = ranking.per_reference(self._scores, counts)
-        return Plan("sparse", RefSelection(indices, sizes))
+        return Plan("sparse", RefSelection(indices, sizes), from_block=self.config.from_block)
 
-    def step_record(self, step: int, kind: str, kept: int, selection: RefSelection | None) -> StepRecord:
+    def step_record(self, step: int, kind: str, kept: int, plan: Plan) -> StepRecord:
         """The record of `step`, made at its first call."""
         assert self.record is not None
         steps = self.record.steps
         if not steps or steps[-1].index != step:
-            steps.append(StepRecord(step, kind, kept, selection=selection))
+            steps.append(StepRecord(step, kind, kept, selection=plan.selection, from_block=plan.from_block))
         return steps[-1]
 
 

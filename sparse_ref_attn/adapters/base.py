@@ -17,8 +17,9 @@ from ..profiling import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
 from . import seams
+from .depth import Block, DepthCut, blocks_of
 from .joining import sample_of, split_items, with_sample
-from .seams import AttentionSite
+from .seams import AttentionSite, attention_sites
 
 __all__ = ["Adapter", "Found", "adapter_for", "references_from_ids", "register_adapter", "supported"]
 
@@ -39,6 +40,8 @@ class Adapter:
     """Full names (module.qualname) of the transformer classes."""
     streams: ClassVar[Mapping[str, str]] = {}
     """Which stream each Linear sees, for `cost.ModelShape.from_module`."""
+    stacks: ClassVar[Mapping[str, str]] = {}
+    """ModuleLists of blocks, in order of execution -> kind of their blocks ("double" or "single")."""
     tokens: str = "hidden_states"
     """Argument that holds the image stream (B, rows, D)."""
     text_tokens: str | None = "encoder_hidden_states"
@@ -156,13 +159,31 @@ class Adapter:
         """Further hooks, as removers. `shortened()` is what `prepare` returned for the running call, or None."""
         return []
 
+    def blocks(self, transformer: nn.Module) -> list[Block]:
+        """Every block, in order of execution; empty when `stacks` does not say."""
+        return blocks_of(transformer, self.stacks)
+
+    def drop_in_block(self, kind: str, kwargs: Kwargs, cut: DepthCut) -> Kwargs:
+        """A block's arguments with the kept rows alone, of every tensor that has a row for each token."""
+        raise NotImplementedError
+
+    def check_depth(self, transformer: nn.Module) -> None:
+        """Raise IncompatibleError when references cannot leave by depth."""
+        if type(self).drop_in_block is Adapter.drop_in_block or not self.blocks(transformer):
+            raise IncompatibleError(
+                f"the {self.name} adapter must say what its blocks are (stacks, drop_in_block) for references to leave "
+                "by depth; drop them at the input: from_block=0"
+            )
+
     def sites(self, transformer: nn.Module) -> list[AttentionSite]:
         """Attention of each block, in order of execution; empty when it cannot be measured."""
-        return []
+        attention = [(block.module.get_submodule("attn"), block.kind) for block in self.blocks(transformer)]
+        return attention_sites(attention)
 
     def shape(self, transformer: nn.Module) -> ModelShape:
         """The model's sizes, from which its work is counted."""
-        return ModelShape.from_module(transformer, self.streams)
+        names = [block.name for block in self.blocks(transformer)]
+        return ModelShape.from_module(transformer, self.streams, blocks=names)
 
     def check_measurable(self, transformer: nn.Module) -> None:
         """Raise IncompatibleError when attention cannot be measured on this instance."""

@@ -14,6 +14,7 @@ from ..config import ReCAST, SparseRef
 from ..cost import Flops, Memory, ModelShape, StepTokens, reference_kv_bytes, run_flops, scoring_flops, step_memory
 from ..errors import ConfigError
 from ..profiling import block_indices
+from ..record import mean_over_blocks
 from ..schedules import Budget, Clock
 from ..selection import Random
 from ..session import Session
@@ -63,6 +64,10 @@ class Estimate:
         What each step does; "profile" is dense and measures attention.
     tokens : tuple of int
         Reference tokens that take part in each step, all references together.
+    from_block : tuple of int
+        Block of each step from which on only these take part, 0 for the transformer's input.
+    blocks : int
+        Blocks of the transformer.
     dense, sparse : Flops
         Of the run with every token, and as it would run, profiling and `scoring` included.
     scoring : Flops
@@ -80,6 +85,8 @@ class Estimate:
     references: tuple[int, ...]
     kinds: tuple[str, ...]
     tokens: tuple[int, ...]
+    from_block: tuple[int, ...]
+    blocks: int
     dense: Flops
     sparse: Flops
     scoring: Flops
@@ -88,8 +95,9 @@ class Estimate:
 
     @property
     def mean_tokens(self) -> float:
-        """Reference tokens a step, averaged over all steps, dense ones included."""
-        return sum(self.tokens) / len(self.tokens)
+        """Reference tokens a step, averaged over all steps, dense ones included, and over the blocks of a step."""
+        total, by_step = sum(self.references), zip(self.tokens, self.from_block, strict=True)
+        return sum(mean_over_blocks(kept, total, first, self.blocks) for kept, first in by_step) / len(self.tokens)
 
     @property
     def flop_ratio(self) -> float:
@@ -102,7 +110,7 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types, with `mean_tokens` and `flop_ratio`."""
         out = asdict(self)
-        for name in ("references", "kinds", "tokens", "notes"):
+        for name in ("references", "kinds", "tokens", "from_block", "notes"):
             out[name] = list(out[name])
         return out | {"mean_tokens": self.mean_tokens, "flop_ratio": self.flop_ratio}
 
@@ -209,12 +217,13 @@ def estimate(
     adapter = adapter_for(transformer)
     shape = adapter.shape(transformer)
     layout = _layout(references, output, text_tokens, pixels_per_token)
-    session, kinds, kept = _plan(transformer, adapter, config, layout, steps, batch)
-    tokens = [StepTokens.of(layout, n) for n in kept]
+    session, kinds, kept, from_block = _plan(transformer, adapter, config, layout, steps, batch)
+    tokens = [StepTokens.of(layout, n, first) for n, first in zip(kept, from_block, strict=True)]
     full = StepTokens.of(layout)
     scoring = _scoring(shape, session, layout, [site.kind for site in adapter.sites(transformer)], batch)
+    kept_sparse = [n for n, kind in zip(kept, kinds, strict=True) if kind == "sparse"]
     sparse_steps = [t for t, kind in zip(tokens, kinds, strict=True) if kind == "sparse"]
-    most = max(sparse_steps, key=lambda t: t.references, default=full)
+    most = max(sparse_steps, key=lambda t: t.references + t.dropped, default=full)
     return Estimate(
         model=f"{adapter.name} ({shape.name})",
         config=config.describe(),
@@ -223,15 +232,17 @@ def estimate(
         references=layout.sizes,
         kinds=tuple(kinds),
         tokens=tuple(kept),
+        from_block=tuple(from_block),
+        blocks=len(shape.leading),
         dense=run_flops(shape, [full] * steps, batch, calls_per_step),
         sparse=run_flops(shape, tokens, batch, calls_per_step, scoring),
         scoring=scoring,
         memory=RunMemory(
             dense=step_memory(shape, full, batch),
-            sparse=step_memory(shape, max(tokens, key=lambda t: t.references), batch),
+            sparse=step_memory(shape, max(tokens, key=lambda t: t.references + t.dropped), batch),
             sparse_step=step_memory(shape, most, batch),
             dense_reference_kv=reference_kv_bytes(shape, full.references, batch),
-            sparse_reference_kv=reference_kv_bytes(shape, most.references, batch),
+            sparse_reference_kv=reference_kv_bytes(shape, max(kept_sparse, default=full.references), batch),
         ),
         notes=tuple(_notes(config)),
     )
@@ -269,19 +280,21 @@ def _grid(name: str, size: Size, cell: int) -> tuple[int, int]:
 
 def _plan(
     transformer: nn.Module, adapter: Adapter, config: SparseRef, layout: TokenLayout, steps: int, batch: int
-) -> tuple[Session, list[str], list[int]]:
-    """The run's session, and what each step does and keeps.
+) -> tuple[Session, list[str], list[int], list[int]]:
+    """The run's session, and what each step does, keeps, and from which block on.
 
     The counts are those of a real session with random scores, because they do not depend on the scores.
     """
+    if config.from_block:
+        adapter.check_depth(transformer)
     session = Session(config, [site.kind for site in adapter.sites(transformer)])
     tokens, clock = torch.zeros(batch, layout.reference_tokens, 1), partial(Clock.uniform, steps=steps)
     if session.profile.probes:
         adapter.check_measurable(transformer)
         session.begin(layout, tokens, [], steps, clock)
-    counting = Session(replace(config, select=Random(), guard=None), [])
+    counting = Session(replace(config, select=Random(), guard=None, from_block=0), [])
     counting.begin(layout, tokens, [], steps, clock)
-    kinds, kept = [], []
+    kinds, kept, from_block = [], [], []
     for step in range(steps):
         if step in session.profile.steps:
             kinds.append("profile")
@@ -291,9 +304,11 @@ def _plan(
             plan = counting.plan(step)
             kinds.append(plan.kind)
             kept.append(plan.kept(layout))
+            from_block.append(config.from_block if plan.kind == "sparse" else 0)
             continue
         kept.append(layout.reference_tokens)
-    return session, kinds, kept
+        from_block.append(0)
+    return session, kinds, kept, from_block
 
 
 def _scoring(shape: ModelShape, session: Session, layout: TokenLayout, kinds: list[str], batch: int) -> Flops:

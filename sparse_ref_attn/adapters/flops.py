@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..cost import Flops, ModelShape, StepTokens, step_flops
 from ..record import RunRecord, StepRecord
 from ..report import FlopSummary
@@ -13,7 +15,7 @@ def recorded_flops(shape: ModelShape, record: RunRecord) -> Flops:
     """Work of the run as it ran: every call of every step, and the measuring of attention."""
     total = Flops(0, int(record.scoring_flops))
     for step in record.steps:
-        total = total + step_flops(shape, _tokens(record, step, step.kept), record.batch) * step.calls
+        total = total + step_flops(shape, _tokens(record, step), record.batch) * step.calls
     return total
 
 
@@ -21,8 +23,8 @@ def dense_flops(shape: ModelShape, record: RunRecord) -> Flops:
     """Work of the same run with every reference token in every step."""
     total = Flops(0, 0)
     for step in record.steps:
-        tokens = _tokens(record, step, record.layout.reference_tokens)
-        total = total + step_flops(shape, tokens, record.batch) * step.calls
+        everything = replace(step, kept=record.layout.reference_tokens, from_block=0)
+        total = total + step_flops(shape, _tokens(record, everything), record.batch) * step.calls
     return total
 
 
@@ -31,9 +33,8 @@ def summarise(shape: ModelShape, record: RunRecord) -> FlopSummary:
     return FlopSummary(dense_flops(shape, record).total / 1e12, recorded_flops(shape, record).total / 1e12)
 
 
-def _tokens(record: RunRecord, step: StepRecord, references: int) -> StepTokens:
+def _tokens(record: RunRecord, step: StepRecord) -> StepTokens:
     layout = record.layout
     if step.kind == "cached":
-        return StepTokens(layout.text, layout.generation[1], 0, cached=references)
-    split = layout.generation[0] > 0
-    return StepTokens(layout.text, layout.generation[1], references, split=split)
+        return StepTokens(layout.text, layout.generation[1], 0, cached=step.kept)
+    return replace(StepTokens.of(layout, step.kept, step.from_block), split=layout.generation[0] > 0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..selection import Reduced
 from ..types import TokenLayout
 from .base import Adapter, Found, Kwargs, references_from_ids, take_rows
+from .depth import DepthCut
 from .joining import flat_ids, pad, same, stack
-from .seams import AttentionSite, attention_sites, rotate_pairs
+from .seams import rotate_pairs
 from .streams import FLUX_STREAMS
 
 __all__ = ["FluxAdapter", "place_by_ids"]
@@ -49,6 +50,7 @@ class FluxAdapter(Adapter):
     name = "FLUX.1 Kontext"
     classes = ("diffusers.models.transformers.transformer_flux.FluxTransformer2DModel",)
     streams = FLUX_STREAMS
+    stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
     per_item = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
     processors = ("FluxAttnProcessor",)
 
@@ -80,10 +82,9 @@ class FluxAdapter(Adapter):
     def rotate(self, rotary: Sequence[Tensor], x: Tensor) -> Tensor:
         return rotate_pairs(x, *rotary)
 
-    def sites(self, transformer: nn.Module) -> list[AttentionSite]:
-        blocks = [(b.attn, "double") for b in transformer.transformer_blocks]  # type: ignore[union-attr]
-        blocks += [(b.attn, "single") for b in transformer.single_transformer_blocks]  # type: ignore[union-attr]
-        return attention_sites(blocks)
+    def drop_in_block(self, kind: str, kwargs: Kwargs, cut: DepthCut) -> Kwargs:
+        rotary = tuple(cut.table(part, joint=True) for part in kwargs["image_rotary_emb"])
+        return {**kwargs, "hidden_states": cut.rows(kwargs["hidden_states"]), "image_rotary_emb": rotary}
 
     def encode(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
         latents = pipe._encode_vae_image(image=pixels, generator=None)

@@ -6,8 +6,8 @@ Order text | generation | references; Klein-KV has text | references | generatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,10 @@ from ..profiling import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
 from .base import Adapter, Found, Kwargs, references_from_ids, take_rows
+from .depth import DepthCut
 from .flux import place_by_ids
 from .joining import flat_ids, same, stack
 from .modulation import per_row_modulation
-from .seams import AttentionSite, attention_sites
 from .streams import FLUX2_STREAMS
 
 __all__ = ["Flux2Adapter"]
@@ -58,6 +58,7 @@ class Flux2Adapter(Adapter):
     name = "FLUX.2"
     classes = ("diffusers.models.transformers.transformer_flux2.Flux2Transformer2DModel",)
     streams = FLUX2_STREAMS
+    stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
     per_item = ("hidden_states", "encoder_hidden_states", "timestep", "guidance")
     processors = (
         "Flux2AttnProcessor",
@@ -126,10 +127,11 @@ class Flux2Adapter(Adapter):
     def joined_hooks(self, transformer: nn.Module, running: Callable[[], Any]) -> list[Callable[[], None]]:
         return per_row_modulation(transformer, running)
 
-    def sites(self, transformer: nn.Module) -> list[AttentionSite]:
-        blocks = [(b.attn, "double") for b in transformer.transformer_blocks]  # type: ignore[union-attr]
-        blocks += [(b.attn, "single") for b in transformer.single_transformer_blocks]  # type: ignore[union-attr]
-        return attention_sites(blocks)
+    def drop_in_block(self, kind: str, kwargs: Kwargs, cut: DepthCut) -> Kwargs:
+        """The single blocks get text and image as one stream."""
+        rotary = tuple(cut.table(part, joint=True) for part in kwargs["image_rotary_emb"])
+        rows = cut.rows(kwargs["hidden_states"], joint=kind == "single")
+        return {**kwargs, "hidden_states": rows, "image_rotary_emb": rotary}
 
     def view(self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionView | None:
         if layout.generation[0] == 0:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SparseRef
-from ..errors import HandleRemovedError, IncompatibleError
+from ..errors import HandleRemovedError, IncompatibleError, LayoutError
 from ..functional import pack_rows
 from ..packing import kept_rows
 from ..record import RunRecord
@@ -21,6 +21,7 @@ from ..timing import Stopwatch, Stopwatches
 from ..types import TokenLayout
 from . import seams
 from .base import Adapter, Found, Kwargs
+from .depth import DepthCut, leaving
 from .hooks import InstanceHook
 from .pixels import PixelTap, encoder
 from .steps import ManualSteps, ObservedSteps, PipelineSteps, RunStep
@@ -37,6 +38,7 @@ class _Call:
     def __init__(self) -> None:
         self.rows: Tensor | None = None
         self.size = 0
+        self.cut: DepthCut | None = None
         self.short: Any = None
         self.watch: Stopwatch | None = None
         self.device = torch.device("cpu")
@@ -51,6 +53,8 @@ class Patch:
         self.transformer = weakref.ref(transformer)
         self.pipe = None if pipe is None else weakref.ref(pipe)
         self.adapter, self.config = adapter, config
+        if config.from_block:
+            adapter.check_depth(transformer)
         self.session = Session(config, [site.kind for site in adapter.sites(transformer)])
         if self.session.profile.probes:
             adapter.check_measurable(transformer)
@@ -143,7 +147,7 @@ class Patch:
         kept, kind = plan.kept(full), "cached" if cached else plan.kind
         if cached and plan.reduced is not None:  # the rows of the extract step, changed tokens have no fewer
             kept = full.reference_tokens if self._stored is None else self._stored.kept(full)
-        record = self.session.step_record(run.step, kind, kept, plan.selection)
+        record = self.session.step_record(run.step, kind, kept, plan)
         if not run.observed and not self._belongs(record.calls, kwargs, layout):
             steps.restart()
             return self._before(module, (), kwargs)
@@ -154,9 +158,12 @@ class Patch:
             kwargs = self._prune(kwargs, plan)
         else:
             assert layout is not None
-            kwargs = self._shorten(call, kwargs, layout, plan)
             if plan.kind == "profile" and record.calls == 0:
                 self._listen(call, module, layout, run.step)
+            if plan.from_block:
+                self._shorten_by_depth(call, module, layout, plan)
+            else:
+                kwargs = self._shorten(call, kwargs, layout, plan)
         if record.calls == 0:
             record.seconds = Stopwatches()
         record.calls += 1
@@ -176,6 +183,10 @@ class Patch:
             return None
         if call.watch is not None:
             call.record.seconds.append(call.watch)
+        if call.cut is not None:
+            if not call.cut.reached:
+                raise LayoutError("where references leave by depth, a later block must run in every call, and none did")
+            call.rows = call.cut.kept
         if call.rows is not None:
             output = self.adapter.restore(output, call.rows, call.size)
         call.record.host_seconds += time.perf_counter() - began
@@ -224,6 +235,8 @@ class Patch:
                 "a step cache needs a kept count that seldom changes, got a budget that changes at every step: "
                 f"{self.config.budget}. Use budget.piecewise(n) or schedules.Constant, or disable the cache"
             )
+        if self.config.from_block:
+            self._check_depth(module, kwargs)
         tokens = pack_rows(x, layout.reference_rows(x.device))
         pixels = [None] * len(layout.references) if self.pixels is None else self.pixels.take(layout, tokens)
         encode = None if self.pipe is None or self.pixels is None else encoder(self.pipe, self.adapter.encode)
@@ -262,6 +275,32 @@ class Patch:
             return kwargs
         call.short = (kwargs, plan, call.rows)
         return short
+
+    def _check_depth(self, module: nn.Module, kwargs: Kwargs) -> None:
+        why = None
+        if seams.step_cache_active(module):
+            why = "a step cache, which takes what it skips from a step of one length"
+        elif seams.splits_the_sequence(module):
+            why = "context parallelism, where a block sees a part of the rows"
+        elif self.adapter.extracts(kwargs):
+            why = "a pipeline that stores the references' keys and values of every block"
+        if why is not None:
+            raise IncompatibleError(
+                f"where references leave by depth, a block must get every row of its own call, got {why}. "
+                "Drop them at the input: from_block=0"
+            )
+
+    def _shorten_by_depth(self, call: _Call, module: nn.Module, layout: TokenLayout, plan: Plan) -> None:
+        selection, adapter = plan.selection, self.adapter
+        assert selection is not None
+        cut = call.cut = DepthCut(layout, lambda: kept_rows(layout, selection))
+        call.size = layout.rows
+
+        def shorten(kind: str, block: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Kwargs:
+            kwargs = adapter.bind(block, args, kwargs)
+            return adapter.drop_in_block(kind, kwargs, cut) if cut.arrive() else kwargs
+
+        call.contexts.enter_context(leaving(adapter.blocks(module)[plan.from_block :], shorten))
 
     def _prune(self, kwargs: Kwargs, plan: Plan) -> Kwargs:
         if plan.selection is None:

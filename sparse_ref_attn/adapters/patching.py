@@ -92,10 +92,9 @@ class PatchHandle:
         if transformer is None:
             return None
         try:
-            shape = self._patch.adapter.shape(transformer)
+            return summarise(self._patch.adapter.shape(transformer), self.record)
         except (ConfigError, UnsupportedModelError):  # such as a layer that somebody added, of no known stream
             return None
-        return summarise(shape, self.record)
 
     @overload
     def summary(

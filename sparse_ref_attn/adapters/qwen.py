@@ -7,9 +7,10 @@ rows of its output are taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,10 @@ from ..functional import pack_rows
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
 from .base import Adapter, Found, Kwargs
+from .depth import DepthCut
 from .hooks import InstanceHook
 from .joining import pad, same, stack
-from .seams import AttentionSite, attention_sites, rotate_qwen
+from .seams import rotate_qwen
 from .streams import QWEN_STREAMS
 
 __all__ = ["QwenImageAdapter"]
@@ -34,6 +36,7 @@ class QwenImageAdapter(Adapter):
     name = "Qwen-Image-Edit"
     classes = ("diffusers.models.transformers.transformer_qwenimage.QwenImageTransformer2DModel",)
     streams = QWEN_STREAMS
+    stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double"}
     attention_arguments = "attention_kwargs"
     per_item = (
         "hidden_states",
@@ -160,12 +163,14 @@ class QwenImageAdapter(Adapter):
         return [pos_embed.register_forward_pre_hook(InstanceHook(pos_embed, unused), with_kwargs=True).remove]
 
     def shape(self, transformer: nn.Module) -> ModelShape:
-        return ModelShape.from_module(
-            transformer, self.streams, reference_timestep=bool(getattr(transformer, "zero_cond_t", False))
-        )
+        return replace(super().shape(transformer), reference_timestep=bool(getattr(transformer, "zero_cond_t", False)))
 
-    def sites(self, transformer: nn.Module) -> list[AttentionSite]:
-        return attention_sites([(b.attn, "double") for b in transformer.transformer_blocks])  # type: ignore[union-attr]
+    def drop_in_block(self, kind: str, kwargs: Kwargs, cut: DepthCut) -> Kwargs:
+        image, text = kwargs["image_rotary_emb"]
+        kwargs = {**kwargs, "hidden_states": cut.rows(kwargs["hidden_states"])}
+        if kwargs.get("modulate_index") is not None:
+            kwargs["modulate_index"] = cut.table(kwargs["modulate_index"], axis=1)
+        return kwargs | {"image_rotary_emb": (cut.table(image), text)}
 
     def encode(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
         latents = pipe._encode_vae_image(image=pixels[:, :, None], generator=None)

@@ -29,6 +29,7 @@ __all__ = [
     "reset_step_cache",
     "rotate_pairs",
     "rotate_qwen",
+    "splits_the_sequence",
     "step_cache_active",
     "tapped_attention",
     "unwrap",
@@ -102,6 +103,12 @@ def eager_blocks(module: nn.Module) -> Iterator[None]:
 def step_cache_active(module: nn.Module) -> bool:
     """Whether a cache that reuses activations of earlier steps is on (diffusers' own, or cache-dit's)."""
     return bool(getattr(module, "is_cache_enabled", False) or getattr(module, "_is_cached", False))
+
+
+def splits_the_sequence(module: nn.Module) -> bool:
+    """Whether diffusers' context parallelism gives each process a part of the sequence."""
+    parallel = getattr(module, "_parallel_config", None)
+    return parallel is not None and getattr(parallel, "context_parallel_config", None) is not None
 
 
 def reset_step_cache(module: nn.Module) -> None:

@@ -49,7 +49,7 @@ def step_flops(shape: ModelShape, tokens: StepTokens, batch: int = 1) -> Flops:
     """FLOPs of one transformer call.
 
     Attention takes ``4 H C`` FLOPs for each query-key pair of each layer: S x (S + cached) pairs, or on a split step
-    (T + G) x (T + G + R) + R x R.
+    (T + G) x (T + G + R) + R x R. Rows that leave by depth count in the embedder and the blocks before they leave.
 
     Parameters
     ----------
@@ -58,6 +58,11 @@ def step_flops(shape: ModelShape, tokens: StepTokens, batch: int = 1) -> Flops:
         Rows of one item.
     batch : int
         Items B in the call (2 with batched classifier-free guidance).
+
+    Raises
+    ------
+    ConfigError
+        If rows leave at a block that the shape does not have.
 
     Examples
     --------
@@ -77,8 +82,15 @@ def step_flops(shape: ModelShape, tokens: StepTokens, batch: int = 1) -> Flops:
         + shape.item
         + shape.reference_item * (2 if own_timestep else 1)
     )
-    width = shape.heads * shape.head_dim
-    return Flops(matmul=2 * batch * macs, attention=4 * batch * shape.attention_layers * width * tokens.pairs)
+    if tokens.from_block:
+        if tokens.from_block >= len(shape.leading):
+            raise ConfigError(
+                f"rows must leave before the last of the {len(shape.leading)} blocks that the shape of {shape.name} "
+                f"knows, got block {tokens.from_block}"
+            )
+        macs += shape.leading[tokens.from_block] * tokens.dropped
+    pairs = tokens.pairs(shape.attention_layers)
+    return Flops(matmul=2 * batch * macs, attention=4 * batch * shape.heads * shape.head_dim * pairs)
 
 
 def scoring_flops(shape: ModelShape, queries: int, keys: int, blocks: int, batch: int = 1) -> Flops:

@@ -44,6 +44,6 @@ def step_memory(shape: ModelShape, tokens: StepTokens, batch: int = 1) -> Memory
     row = _LIVE_TENSORS * shape.heads * shape.head_dim + shape.widest
     return Memory(
         parameters=shape.parameter_bytes,
-        activations=batch * tokens.joint * row * shape.dtype_bytes,
+        activations=batch * (tokens.joint + tokens.dropped) * row * shape.dtype_bytes,
         reference_kv=reference_kv_bytes(shape, tokens.references if tokens.split else tokens.cached, batch),
     )

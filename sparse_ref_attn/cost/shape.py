@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -50,6 +52,9 @@ class ModelShape:
         step they always have.
     widest : int
         Largest input plus output width of a Linear layer that runs on rows.
+    leading : tuple of int
+        ``leading[i]`` are the multiply-adds of an image row that goes no further than block i: the embedder and the
+        blocks before it. Empty when the blocks are not known.
     """
 
     name: str
@@ -67,6 +72,7 @@ class ModelShape:
     reference_item: int = 0
     reference_timestep: bool = False
     widest: int = 0
+    leading: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.output_rows not in ("all", "generation"):
@@ -86,6 +92,7 @@ class ModelShape:
         head_dim: int | None = None,
         output_rows: str = "all",
         reference_timestep: bool = False,
+        blocks: Sequence[str] = (),
     ) -> ModelShape:
         """Read the shape off a transformer, on any device including meta; nothing is run.
 
@@ -101,6 +108,8 @@ class ModelShape:
             By default read from ``module.config`` as diffusers names them.
         output_rows, reference_timestep
             See `ModelShape`.
+        blocks : sequence of str
+            Name of each block in order of execution, for `leading`.
 
         Raises
         ------
@@ -122,12 +131,15 @@ class ModelShape:
             raise ConfigError(f"a stream must be one of {STREAMS}, got {unknown}")
         patterns = [(re.compile(pattern), stream) for pattern, stream in streams.items()]
         macs, widest, unmatched = dict.fromkeys(STREAMS, 0), 0, []
+        by_block: Counter[str | None] = Counter()
         for name, inputs, outputs in _linears(module):
             stream = next((stream for pattern, stream in patterns if pattern.fullmatch(name)), None)
             if stream is None:
                 unmatched.append(name)
                 continue
             macs[stream] += inputs * outputs
+            if stream in ("image", "joint"):
+                by_block[next((block for block in blocks if name.startswith(block + ".")), None)] += inputs * outputs
             if stream not in ("item", "reference_item"):
                 widest = max(widest, inputs + outputs)
         if unmatched:
@@ -148,6 +160,9 @@ class ModelShape:
             output_rows=output_rows,
             reference_timestep=reference_timestep,
             widest=widest,
+            leading=tuple(accumulate([by_block[block] for block in blocks[:-1]], initial=by_block[None]))
+            if blocks
+            else (),
             **macs,
         )
 

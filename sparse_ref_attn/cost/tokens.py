@@ -27,11 +27,13 @@ class StepTokens:
     split : bool
         References attend to themselves only, text and generation to everything: the extract step of a reference
         K/V cache.
+    dropped, from_block : int
+        Further reference rows that take part in the blocks before `from_block` alone.
 
     Raises
     ------
     ConfigError
-        If a count is negative, or a split step also has cached tokens.
+        If a count is negative, a split step also has cached tokens, or rows leave by depth on either.
     """
 
     text: int
@@ -39,25 +41,34 @@ class StepTokens:
     references: int
     cached: int = 0
     split: bool = False
+    dropped: int = 0
+    from_block: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.text, self.generation, self.references, self.cached) < 0 or (self.split and self.cached):
+        counts = (self.text, self.generation, self.references, self.cached, self.dropped, self.from_block)
+        if min(counts) < 0 or (self.split and self.cached):
             raise ConfigError(f"token counts must be >= 0, and a split step has no cached tokens, got {self}")
+        if bool(self.dropped) != bool(self.from_block) or (self.dropped and (self.split or self.cached)):
+            raise ConfigError(f"rows that leave by depth need a block to leave at and no reference cache, got {self}")
 
     @classmethod
-    def of(cls, layout: TokenLayout, kept: int | None = None) -> StepTokens:
-        """A call of `layout` that keeps `kept` reference tokens; all of them by default."""
+    def of(cls, layout: TokenLayout, kept: int | None = None, from_block: int = 0) -> StepTokens:
+        """A call of `layout` that keeps `kept` reference tokens (default all) from block `from_block` on."""
         references = layout.reference_tokens
-        return cls(layout.text, layout.rows - references, references if kept is None else kept)
+        kept = references if kept is None else kept
+        dropped = references - kept if from_block else 0
+        return cls(
+            layout.text, layout.rows - references, kept, dropped=dropped, from_block=from_block if dropped else 0
+        )
 
     @property
     def joint(self) -> int:
-        """Rows of the joint sequence (S)."""
+        """Rows of the joint sequence (S), in the last block."""
         return self.text + self.generation + self.references
 
-    @property
-    def pairs(self) -> int:
-        """Query-key pairs of one attention layer and head."""
+    def pairs(self, layers: int) -> int:
+        """Query-key pairs of one head over `layers` attention layers."""
         if self.split:
-            return (self.text + self.generation) * self.joint + self.references**2
-        return self.joint * (self.joint + self.cached)
+            return layers * ((self.text + self.generation) * self.joint + self.references**2)
+        leading = self.from_block * (self.joint + self.dropped) ** 2
+        return leading + (layers - self.from_block) * self.joint * (self.joint + self.cached)

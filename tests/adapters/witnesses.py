@@ -103,15 +103,18 @@ def witnessed(transformer: torch.nn.Module) -> Iterator[list[Call]]:
 
 
 class HiddenKeys(TorchFunctionMode):
-    """Inside, an attention over n keys sees only those that ``seen[n]``, (n,) bool, allows."""
+    """Inside, an attention over n keys, from call `first` on, sees only those that ``seen[n]``, (n,) bool, allows."""
 
-    def __init__(self, seen: dict[int, Tensor]) -> None:
+    def __init__(self, seen: dict[int, Tensor], first: int = 0) -> None:
         super().__init__()
-        self.seen = seen
+        self.seen, self.first, self.calls = seen, first, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.nn.functional.scaled_dot_product_attention:
+            self.calls += 1
+            if self.calls <= self.first:
+                return func(*args, **kwargs)
             kwargs = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
             args, seen = (), self.seen[kwargs["key"].shape[-2]]
             mask = kwargs.get("attn_mask")
@@ -119,12 +122,12 @@ class HiddenKeys(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def hidden_keys(call: Call, kept: Tensor, references_first: bool = False) -> HiddenKeys:
-    """Hides the reference tokens of `call` that are not `kept`, (R,) bool, in every attention."""
+def hidden_keys(call: Call, kept: Tensor, references_first: bool = False, from_block: int = 0) -> HiddenKeys:
+    """Hides the reference tokens of `call` that are not `kept`, (R,) bool, in every attention from a block on."""
     text, generation = torch.ones(call.text).bool(), torch.ones(GENERATION).bool()
     image = [kept, generation] if references_first else [generation, kept]
     joint = torch.cat([text, *image])
-    return HiddenKeys({len(joint): joint, len(kept): kept})
+    return HiddenKeys({len(joint): joint, len(kept): kept}, from_block)
 
 
 def best(scores: np.ndarray, sizes: tuple[int, ...], share: float) -> torch.Tensor:

@@ -1,0 +1,164 @@
+"""References that leave by depth: all tokens run through the first blocks, the kept ones through the rest.
+
+For the time of one call the later blocks stand in their ModuleList behind a module that cuts their arguments to the
+kept rows. A hook of a block would be compiled into it, and would be gone when gradient checkpointing runs it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LayoutError
+from ..functional import pack_rows
+from ..types import TokenLayout
+
+__all__ = ["Block", "DepthCut", "blocks_of", "leaving"]
+
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a transformer: where it stands, its name among the modules, and its kind ("double", "single")."""
+
+    stack: nn.ModuleList
+    index: int
+    name: str
+    kind: str
+
+    @property
+    def module(self) -> nn.Module:
+        return self.stack[self.index]
+
+
+def blocks_of(transformer: nn.Module, stacks: Mapping[str, str]) -> list[Block]:
+    """The blocks of the ModuleLists named in `stacks` (name -> kind), in order.
+
+    Examples
+    --------
+    >>> model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Identity(), nn.Identity()])})
+    >>> [block.name for block in blocks_of(model, {"blocks": "single"})]
+    ['blocks.0', 'blocks.1']
+    """
+    found: list[Block] = []
+    for path, kind in stacks.items():
+        stack = cast(nn.ModuleList, transformer.get_submodule(path))
+        found.extend(Block(stack, i, f"{path}.{i}", kind) for i in range(len(stack)))
+    return found
+
+
+class DepthCut:
+    """The rows of one call that stay, and the cutting of block arguments to them.
+
+    Parameters
+    ----------
+    layout : TokenLayout
+        Of the whole call.
+    choose : callable returning Tensor or None
+        The kept rows of the image stream (ascending), or None to keep all; asked at the first block that cuts.
+    """
+
+    def __init__(self, layout: TokenLayout, choose: Callable[[], Tensor | None]) -> None:
+        self._layout = layout
+        self._choose: Callable[[], Tensor | None] | None = choose
+        self._joint: Tensor | None = None
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+        self.kept: Tensor | None = None
+
+    @property
+    def reached(self) -> bool:
+        """Whether a block that cuts has run."""
+        return self._choose is None
+
+    def arrive(self) -> bool:
+        """Choose the rows, once; whether there is anything to cut."""
+        if self._choose is not None:
+            self.kept, self._choose = self._choose(), None
+        return self.kept is not None
+
+    def rows(self, x: Tensor, axis: int = 1, joint: bool = False) -> Tensor:
+        """The kept rows of a stream; as it is when an earlier block has cut it.
+
+        Parameters
+        ----------
+        x : Tensor
+            With the rows of the image stream along `axis`, or with `joint` the text's rows before them.
+
+        Raises
+        ------
+        LayoutError
+            If it has another number of rows: a split sequence, or tokens that somebody added.
+        """
+        assert self.kept is not None
+        text = self._layout.text if joint else 0
+        full, short = text + self._layout.rows, text + self.kept.shape[0]
+        if x.shape[axis] == short:
+            return x
+        if x.shape[axis] != full:
+            raise LayoutError(
+                f"where references leave by depth, a block must get all {full} rows of its stream or the {short} kept "
+                f"ones, got {x.shape[axis]}"
+            )
+        return pack_rows(x, self._stream_rows(joint).to(x.device), axis)
+
+    def table(self, x: Tensor, axis: int = 0, joint: bool = False) -> Tensor:
+        """As `rows`, of a tensor that every block gets anew: cut once a call."""
+        if id(x) not in self._tables:
+            self._tables[id(x)] = (x, self.rows(x, axis, joint))
+        return self._tables[id(x)][1]
+
+    def _stream_rows(self, joint: bool) -> Tensor:
+        assert self.kept is not None
+        if not joint:
+            return self.kept
+        if self._joint is None:
+            text = self._layout.text
+            self._joint = torch.cat([torch.arange(text, device=self.kept.device), self.kept + text])
+        return self._joint
+
+
+class _Later(nn.Module):
+    """A block after the cut. It keeps all it needs: checkpointing runs it again after the call."""
+
+    def __init__(self, block: nn.Module, cut: Callable[[nn.Module, tuple[Any, ...], Arguments], Arguments]) -> None:
+        super().__init__()
+        self.block, self._cut = block, cut
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block(**self._cut(self.block, args, kwargs))
+
+
+@contextlib.contextmanager
+def leaving(
+    blocks: Sequence[Block], cut: Callable[[str, nn.Module, tuple[Any, ...], Arguments], Arguments]
+) -> Iterator[None]:
+    """Inside, each of `blocks` is called with the arguments that ``cut(kind, block, args, kwargs)`` makes.
+
+    A compiler that traces the model steps around `cut`; compiled blocks stay as they are.
+
+    Examples
+    --------
+    >>> model = nn.ModuleList([nn.Identity(), nn.Identity()])
+    >>> (block,) = blocks_of(nn.ModuleDict({"blocks": model}), {"blocks": "single"})[1:]
+    >>> with leaving([block], lambda kind, module, args, kwargs: {"input": args[0] + 1}):
+    ...     [layer(1) for layer in model]
+    [1, 2]
+    >>> type(model[1]).__name__
+    'Identity'
+    """
+    cut = torch.compiler.disable(cut)
+    modules = [block.module for block in blocks]
+    try:
+        for block, module in zip(blocks, modules, strict=True):
+            block.stack[block.index] = _Later(module, partial(cut, block.kind))
+        yield
+    finally:
+        for block, module in zip(blocks, modules, strict=True):
+            block.stack[block.index] = module

@@ -1,0 +1,222 @@
+"""The contract where references leave by depth: the blocks are touched within a call only, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from torch._dynamo.utils import counters
+
+import sparse_ref_attn as sra
+from sparse_ref_attn import schedules
+from tests.contract.state import kinds, state, steps
+from tests.contract.test_compile import DEEP, Counting, _fresh_compiler, function, method  # noqa: F401
+from tests.contract.test_offload import by_model, sequential
+from tests.contract.test_weights import add, gradients
+from tests.pipelines import CASES, Case, each_case
+
+MODELS = [CASES[name] for name in ("kontext", "klein", "qwen_edit_plus_2511")]
+models = pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
+
+GRID = sra.SparseRef("grid", 0.3, from_block=1)
+MASS = sra.SparseRef("mass", schedules.Linear(0.2, 0.8), from_block=1)
+ALL = sra.SparseRef("mass", 1.0, from_block=1)
+configs = pytest.mark.parametrize("config", [GRID, MASS], ids=["grid", "mass"])
+
+
+@each_case(lambda case: case.name != "klein_kv")
+def test_every_token_kept_and_after_remove(case: Case) -> None:
+    pipe = case.build()
+    request: dict[str, Any] = {"steps": 2, "cfg": case.cfg, "references": max(case.references)}
+    case.call(pipe, steps=1)
+    dense, before = case.call(pipe, **request), state(pipe)
+    handle = sra.patch(pipe, ALL)
+    patched = state(pipe)
+    assert np.array_equal(dense, case.call(pipe, **request))
+    assert state(pipe) == patched
+    handle.remove()
+    sparse = sra.patch(pipe, GRID)
+    patched = state(pipe)
+    assert not np.array_equal(dense, case.call(pipe, **request))
+    assert state(pipe) == patched
+    sparse.remove()
+    assert state(pipe) == before
+    assert np.array_equal(dense, case.call(pipe, **request))
+
+
+@models
+@configs
+def test_runs_repeat_and_two_pipelines_do_not_meet(case: Case, config: sra.SparseRef) -> None:
+    pipe, other = case.build(), case.build(seed=1)
+    handle = sra.patch(pipe, config)
+    wanted, dense = case.call(pipe), case.call(other)
+    ran = steps(handle)
+    other_handle = sra.patch(other, GRID)
+    case.call(other, first=5)
+    case.call(pipe, first=7)
+    assert np.array_equal(wanted, case.call(pipe))
+    assert steps(handle) == ran
+    other_handle.remove()
+    assert np.array_equal(dense, case.call(other))
+    copied = copy.deepcopy(pipe.transformer)
+    handle.remove()
+    pipe.transformer = copied
+    assert np.array_equal(case.call(pipe), case.call(case.build()))
+
+
+@models
+@configs
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("late", [False, True])
+def test_an_error_in_a_block(case: Case, config: sra.SparseRef, error: type[BaseException], late: bool) -> None:
+    """Before the references have left, and after; torch runs no hook of ours after a KeyboardInterrupt."""
+    pipe = case.build()
+    dense = case.call(pipe)
+    case_wanted = case.build()
+    sra.patch(case_wanted, config)
+    wanted = case.call(case_wanted)
+    before = state(pipe)
+    handle = sra.patch(pipe, config)
+    left: list[int] = []
+
+    def fail(module: torch.nn.Module, args: tuple) -> None:
+        left.append(1)
+        if len(left) == 2:
+            raise error
+
+    with pipe.transformer.transformer_blocks[int(late)].register_forward_pre_hook(fail), pytest.raises(error):
+        case.call(pipe)
+    assert len(left) == 2
+    assert np.array_equal(wanted, case.call(pipe))
+    with pipe.transformer.transformer_blocks[int(late)].register_forward_pre_hook(fail):
+        left.clear()
+        with pytest.raises(error):
+            case.call(pipe)
+    handle.remove()
+    assert state(pipe) == before
+    assert np.array_equal(dense, case.call(pipe))
+
+
+@models
+@configs
+@pytest.mark.parametrize("offload", [by_model, sequential])
+@pytest.mark.parametrize("first", ["patch", "offload"])
+def test_offload(case: Case, config: sra.SparseRef, offload: Callable[[Any], None], first: str) -> None:
+    plain = case.build()
+    sra.patch(plain, config)
+    wanted = case.call(plain)
+    pipe = case.build()
+    if first == "offload":
+        offload(pipe)
+    handle = sra.patch(pipe, config)
+    if first == "patch":
+        offload(pipe)
+    for _ in range(2):
+        assert np.array_equal(wanted, case.call(pipe))
+    handle.remove()
+    assert np.array_equal(case.call(case.build()), case.call(pipe))
+
+
+@models
+def test_lora(case: Case) -> None:
+    plain = case.build()
+    add(plain)
+    sra.patch(plain, MASS)
+    wanted = case.call(plain)
+    pipe = case.build()
+    handle = sra.patch(pipe, MASS)
+    bare = case.call(pipe)
+    add(pipe)
+    assert np.array_equal(wanted, case.call(pipe))
+    assert not np.array_equal(wanted, bare)
+    assert handle.flops().ratio > 1
+
+
+@models
+@configs
+def test_gradient_checkpointing(case: Case, config: sra.SparseRef) -> None:
+    """A block that runs again in the backward pass gets the rows of its own call, also when the patch is off."""
+    wanted, handle = gradients(case, config, checkpointing=False, removed=False)
+    at_input, _ = gradients(case, sra.SparseRef(config.select, config.budget), checkpointing=False, removed=False)
+    assert any(not torch.equal(grad, at_input[name]) for name, grad in wanted.items())
+    for removed in (False, True):
+        got, again = gradients(case, config, checkpointing=True, removed=removed)
+        assert steps(again) == steps(handle)
+        for name, grad in wanted.items():
+            assert torch.equal(grad, got[name]), name
+
+
+@pytest.mark.parametrize("name", list(DEEP))
+@pytest.mark.parametrize("first", ["patch", "compile"])
+def test_compiled_blocks(name: str, first: str) -> None:
+    """No breaks, no new graphs for a new count, whether they were compiled (and run) before the patch or after it."""
+    case, backend = CASES[name], Counting()
+    config = sra.SparseRef("mass", schedules.Linear(0.1, 0.9), from_block=5)
+    plain, pipe = case.build(**DEEP[name]), case.build(**DEEP[name])
+    expected = sra.patch(plain, config)
+    handle = sra.patch(pipe, config) if first == "patch" else None
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+    if handle is None:
+        case.call(pipe, steps=1)
+        handle = sra.patch(pipe, config)
+    seen: list[int] = []
+
+    def note(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
+        seen.append(backend.graphs)
+        return kwargs
+
+    for number in (0, 3):
+        calls = backend.calls
+        got = case.call(pipe, steps=6, first=number, callback=note)
+        np.testing.assert_allclose(got, case.call(plain, steps=6, first=number), atol=1e-5)
+        assert steps(handle) == steps(expected)
+        assert backend.calls - calls == 5 * sum(DEEP[name].values())  # the profiling step runs eagerly
+    assert set(seen[2:]) == {seen[2]}
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("compile_", [method, function])
+@configs
+def test_compiled_as_a_whole_after_the_patch(compile_: Callable[..., None], config: sra.SparseRef) -> None:
+    case, backend = CASES["klein"], Counting()
+    dense = case.call(case.build())
+    plain = case.build()
+    sra.patch(plain, config)
+    wanted = case.call(plain)
+    pipe = case.build()
+    handle = sra.patch(pipe, config)
+    compile_(pipe, backend=backend)
+    np.testing.assert_allclose(case.call(pipe), wanted, atol=1e-5)
+    assert backend.calls > 0
+    handle.remove()
+    np.testing.assert_allclose(case.call(pipe), dense, atol=1e-5)
+
+
+def test_a_step_cache_is_refused() -> None:
+    case = CASES["qwen_edit_plus"]
+    pipe = case.build(layers=3)
+    handle = sra.patch(pipe, GRID)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(sra.IncompatibleError, match="got a step cache"):
+        case.call(pipe)
+    pipe.transformer.disable_cache()
+    case.call(pipe)
+    assert kinds(handle) == ["sparse"] * 3
+
+
+@pytest.mark.parametrize("case", [CASES["klein"], CASES["qwen_edit"]], ids=lambda case: case.name)
+def test_batches_and_guidance(case: Case) -> None:
+    """An item of a batch is what it is alone, in both branches."""
+    pipe = case.build()
+    handle = sra.patch(pipe, GRID)
+    together = case.call(pipe, batch=2, cfg=True, images_per_prompt=2)
+    assert {step.calls for step in handle.record.steps} == {2}
+    assert np.isfinite(together).all()
+    if case.name == "klein":
+        alone = case.call(pipe, batch=1, cfg=True, images_per_prompt=2)
+        np.testing.assert_allclose(together[:2], alone, atol=1e-5)
