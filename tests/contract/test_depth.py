@@ -184,11 +184,11 @@ def test_compiled_blocks(name: str, first: str) -> None:
 @configs
 def test_compiled_as_a_whole_after_the_patch(compile_: Callable[..., None], config: sra.SparseRef) -> None:
     case, backend = CASES["klein"], Counting()
-    dense = case.call(case.build())
-    plain = case.build()
+    dense = case.call(case.build(layers=1, single=1))
+    plain = case.build(layers=1, single=1)
     sra.patch(plain, config)
     wanted = case.call(plain)
-    pipe = case.build()
+    pipe = case.build(layers=1, single=1)
     handle = sra.patch(pipe, config)
     compile_(pipe, backend=backend)
     np.testing.assert_allclose(case.call(pipe), wanted, atol=1e-5)
