@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["attention_mass_chunked"]
 
 CHUNK_BYTES = 128 << 20
-CPU_CHUNK_BYTES = 8 << 20
+CPU_CHUNK_BYTES = 16 << 20
 LOG2E = math.log2(math.e)
 SAFE = 86.0
 """2^-86 to 2^86, summed over up to 10^12 keys, are normal float32 numbers: no maximum need be subtracted."""

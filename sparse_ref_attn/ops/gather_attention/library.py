@@ -7,6 +7,7 @@ asks for the device's properties.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -38,7 +39,7 @@ library.define(
 
 def gather_attention_op(a: Arguments, backend: str, check: bool) -> tuple[Tensor, Tensor]:
     """Out (T, H, C) and lse (H, T), differentiable."""
-    return torch.ops.sparse_ref_attn.gather_attention(*a, backend, check)
+    return forward_op(*a, backend, check)
 
 
 def _call(a: Arguments) -> Call:
@@ -51,28 +52,36 @@ def _call(a: Arguments) -> Call:
     return Call(a.q.device, a.q.dtype, a.q.shape[2], a.items, a.per_head, aligned, gradients)
 
 
-def _implementation(a: Arguments, backend: str) -> Any:
-    """The module of the chosen backend: `forward(a)` and `backward(a, ...)`."""
-    return import_module(MODULES[choose(backend, _call(a))], __package__)
+@cache
+def _implementation(backend: str) -> Any:
+    """The module of a backend: `forward(a)` and `backward(a, ...)`; imported when it is first called."""
+    return import_module(MODULES[backend], __package__)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     *given, backend, check = arguments
     a = Arguments(*given)
-    if check or a.q.device.type == "cpu":
-        check_values(a, HostLayout.of(a))
-    return _implementation(a, backend).forward(a)
+    layout = HostLayout.of(a) if check or a.q.device.type == "cpu" else None
+    if layout is not None:
+        check_values(a, layout)
+    chosen = choose(backend, _call(a))
+    if chosen == "sdpa":  # the only one that needs the ranges on the host
+        return _implementation(chosen).forward(a, layout)
+    return _implementation(chosen).forward(a)
 
 
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
     *given, backend, wanted = arguments
     a = Arguments(*given)
-    grads: Gradients = _implementation(a, backend).backward(a, grad_out, grad_lse, out, lse, Wanted(*wanted))
+    implementation = _implementation(choose(backend, _call(a)))
+    grads: Gradients = implementation.backward(a, grad_out, grad_lse, out, lse, Wanted(*wanted))
     return [a.q.new_empty(0) if g is None else g for g in grads]
 
 
 library.impl("gather_attention", _forward, "CompositeExplicitAutograd")
 library.impl("gather_attention_backward", _backward, "CompositeExplicitAutograd")
+forward_op = torch.ops.sparse_ref_attn.gather_attention.default
+backward_op = torch.ops.sparse_ref_attn.gather_attention_backward.default
 
 
 @torch.library.register_fake("sparse_ref_attn::gather_attention", lib=library)
@@ -108,7 +117,7 @@ def _formula(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tupl
     wanted = [need[0], any(need[1:5]), any(need[5:7])]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = torch.ops.sparse_ref_attn.gather_attention_backward(grad_out, grad_lse, out, lse, *given, *ctx.rest, wanted)
+    grads = backward_op(grad_out, grad_lse, out, lse, *given, *ctx.rest, wanted)
     asked = (g if n and x is not None else None for g, n, x in zip(grads, need, given, strict=False))
     return (*asked, *[None] * (ctx.inputs - DIFFERENTIABLE))
 
