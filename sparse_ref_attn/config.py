@@ -122,10 +122,7 @@ class SparseRef:
             raise ConfigError(f'execute must be "tokens", got {self.execute!r}')
         if isinstance(self.from_block, bool) or not isinstance(self.from_block, int) or self.from_block < 0:
             raise ConfigError(f"from_block must be an int of at least 0, got {self.from_block!r}")
-        if isinstance(self.floor, bool) or not isinstance(self.floor, (int, float)) or not self.floor >= 0:
-            raise ConfigError(f"floor must be a ratio in [0, 1] or a number of tokens, got {self.floor!r}")
-        if isinstance(self.floor, float) and self.floor > 1:
-            raise ConfigError(f"floor as a ratio must lie in [0, 1], got {self.floor}")
+        schedules.check_floor("floor", self.floor)
         if isinstance(self.multiple, bool) or not isinstance(self.multiple, int) or self.multiple < 1:
             raise ConfigError(f"multiple must be an int of at least 1, got {self.multiple!r}")
         if self.clock not in ("steps", "sigma"):

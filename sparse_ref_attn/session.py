@@ -141,7 +141,7 @@ class Session:
         assert isinstance(config.budget, Budget)
         # Raises now, not after a dense profiling step, where the references have too few tokens.
         config.budget.counts(clock(0), layout.sizes, [torch.ones(size) for size in layout.sizes])
-        self._floors = tuple(_tokens(config.floor, size, i) for i, size in enumerate(layout.sizes))
+        self._floors = schedules.floors(config.floor, layout.sizes)
         self._raised = self._floors
         self._clock = clock
         generator = torch.Generator().manual_seed(config.seed)
@@ -301,10 +301,3 @@ class Session:
         if not steps or steps[-1].index != step:
             steps.append(StepRecord(step, kind, kept, selection=plan.selection, from_block=plan.from_block))
         return steps[-1]
-
-
-def _tokens(value: float | int, size: int, reference: int) -> int:
-    count = round(value * size) if isinstance(value, float) else value
-    if count > size:
-        raise BudgetError(f"floor must not exceed reference {reference}'s {size} tokens, got {count}")
-    return count

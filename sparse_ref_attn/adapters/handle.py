@@ -76,7 +76,7 @@ class Patch:
         """Put the hooks on; everything that can be refused was refused before."""
         transformer = self.transformer()
         assert transformer is not None
-        before, after = (InstanceHook(transformer, hook) for hook in (self._before, self._after))
+        before, after = (InstanceHook(transformer, hook, "inference") for hook in (self._before, self._after))
         with contextlib.ExitStack() as undo:
             undo.callback(before.disarm)
             undo.callback(after.disarm)

@@ -22,8 +22,9 @@ from . import seams
 from .base import Adapter, adapter_for, full_name
 from .flops import summarise
 from .handle import Patch
+from .hooks import check_free
 
-__all__ = ["PatchHandle", "patch", "patched"]
+__all__ = ["PatchHandle", "patch", "patched", "resolve"]
 
 logger = logging.getLogger("sparse_ref_attn")
 
@@ -214,6 +215,27 @@ def patch(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None
     config = ReCAST() if config is None else config
     if not isinstance(config, SparseRef):
         raise ConfigError(f"config must be a SparseRef (ReCAST(...), SparseContext(...)), got {type(config).__name__}")
+    transformer, adapter = resolve(pipe, adapter)
+    check_free(transformer, "inference")
+    state = Patch(transformer, None if isinstance(pipe, nn.Module) else pipe, config, adapter)
+    earlier = _PATCHES.get(transformer)
+    replaced = None if earlier is None else earlier()
+    state.install()
+    if replaced is not None:
+        replaced.remove()
+    _PATCHES[transformer] = weakref.ref(state)
+    logger.info("patched %s: %s", adapter.name, config.describe())
+    return PatchHandle(state, adapter.name)
+
+
+def resolve(pipe: Any, adapter: Adapter | None) -> tuple[nn.Module, Adapter]:
+    """The transformer of a pipeline, or out of its wrappers, and the adapter that serves it.
+
+    Raises
+    ------
+    UnsupportedModelError, VersionError, IncompatibleError
+        As `patch` does.
+    """
     model = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "transformer", None)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
@@ -225,15 +247,7 @@ def patch(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None
     adapter = adapter_for(transformer) if adapter is None else adapter
     if full_name(type(transformer)).startswith("diffusers.") or not isinstance(pipe, nn.Module):
         seams.check_diffusers()
-    state = Patch(transformer, None if isinstance(pipe, nn.Module) else pipe, config, adapter)
-    earlier = _PATCHES.get(transformer)
-    replaced = None if earlier is None else earlier()
-    state.install()
-    if replaced is not None:
-        replaced.remove()
-    _PATCHES[transformer] = weakref.ref(state)
-    logger.info("patched %s: %s", adapter.name, config.describe())
-    return PatchHandle(state, adapter.name)
+    return transformer, adapter
 
 
 @contextlib.contextmanager

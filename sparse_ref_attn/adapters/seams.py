@@ -73,10 +73,15 @@ def _dispatch() -> Any:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The model itself, out of DistributedDataParallel and the like."""
-    while isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        module = module.module
-    return module
+    """The model itself, out of DistributedDataParallel, PeftModel and the like."""
+    while True:
+        base: Any = getattr(module, "get_base_model", None)
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif base is not None:
+            module = base()
+        else:
+            return module
 
 
 def check_not_compiled(module: nn.Module) -> None:

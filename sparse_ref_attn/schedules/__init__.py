@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from .base import Budget, Keep, Piecewise
 from .clock import Clock
 from .curves import Constant, Cosine, Descending, Linear, Pieces, Polynomial
-from .rounding import round_joint
+from .rounding import check_floor, floors, round_joint
 from .top_p import TopP
 
 __all__ = [
@@ -28,6 +28,8 @@ __all__ = [
     "Polynomial",
     "TopP",
     "budget",
+    "check_floor",
+    "floors",
     "from_dict",
     "round_joint",
 ]

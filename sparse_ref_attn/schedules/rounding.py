@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from ..errors import BudgetError
+from ..errors import BudgetError, ConfigError
 
-__all__ = ["round_joint", "whole"]
+__all__ = ["check_floor", "floors", "round_joint", "whole"]
+
+
+def check_floor(name: str, floor: float | int) -> None:
+    """Raise ConfigError unless `floor` is a ratio in [0, 1] (a float) or a number of tokens (an int)."""
+    if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not floor >= 0:
+        raise ConfigError(f"{name} must be a ratio in [0, 1] or a number of tokens, got {floor!r}")
+    if isinstance(floor, float) and floor > 1:
+        raise ConfigError(f"{name} as a ratio must lie in [0, 1], got {floor}")
+
+
+def floors(floor: float | int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Tokens that `floor`, a ratio or a number, means for each reference of `sizes` tokens.
+
+    Raises
+    ------
+    BudgetError
+        If a reference has fewer.
+
+    Examples
+    --------
+    >>> floors(0.25, (8, 100)), floors(3, (8, 100))
+    ((2, 25), (3, 3))
+    """
+    counts = tuple(round(floor * size) if isinstance(floor, float) else floor for size in sizes)
+    for reference, (count, size) in enumerate(zip(counts, sizes, strict=True)):
+        if count > size:
+            raise BudgetError(f"floor must not exceed reference {reference}'s {size} tokens, got {count}")
+    return counts
 
 
 def whole(tokens: float) -> int:

@@ -1,0 +1,7 @@
+"""Fine-tuning with random token dropping, under any trainer."""
+
+from .drop_reference import drop_reference
+from .patching import TrainingHandle, patch_for_training
+from .random_drop import RandomDrop
+
+__all__ = ["RandomDrop", "TrainingHandle", "drop_reference", "patch_for_training"]
