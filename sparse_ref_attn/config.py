@@ -18,6 +18,7 @@ from .selection.names import to_dict as selector_to_dict
 __all__ = ["ReCAST", "SparseContext", "SparseRef", "UniformGuard"]
 
 TASKS = ("auto", "edit", "subject", "style")
+EXECUTIONS = ("tokens", "cache", "both")
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,13 @@ class SparseRef:
     budget : Budget, float or int
         How many, at each step (`schedules`). A float in (0, 1] is a ratio, an int a number of
         tokens, of each reference.
-    execute : {"tokens"}
-        Where the saving happens: "tokens" drops rows at the transformer's input, so that every
-        block runs on a shorter sequence.
+    execute : {"tokens", "cache", "both"}
+        Where the saving happens. "tokens" drops rows at the transformer's input, so that every
+        block runs on a shorter sequence. "cache" and "both" need a model that computes its
+        references' keys and values once (FLUX.2 Klein-KV): "cache" computes those of every
+        reference token, and each later step attends to the ranked ones that its budget keeps;
+        "both" drops rows from the step that computes them, too. On such a model "tokens" does
+        what "both" does.
     from_block : int
         Block from which on the dropped tokens are gone: all tokens run through the blocks before it, at every step.
         0, the default, is the transformer's input. Below the number of blocks.
@@ -84,6 +89,17 @@ class SparseRef:
         of the pipeline's scheduler, the literal 1 - t/T of ReCAST eq. (4).
     seed : int
         Of the library's own generator, reseeded every run.
+    cache_rows : {"budget", "all"}
+        Which reference keys and values are held between steps, where the model keeps any: those of
+        the largest budget still to come, or all.
+    layers : tuple of float, optional
+        Factors in (0, 1] on the budget, one for each attention layer in order of execution: a layer
+        reads that share of the step's kept keys and values, its best ones, rounded up. Only with
+        "cache" and "both".
+    rerank_every : int, optional
+        Measure and rank again every n steps after the last profiling step. With "tokens" such a step
+        is dense; with "cache" it reads all stored keys of the references, at the cost of the scoring
+        alone (see ``query_stride`` of the selector), and all rows are held. Default never.
 
     Raises
     ------
@@ -108,6 +124,9 @@ class SparseRef:
     guard: UniformGuard | None = None
     clock: str = "steps"
     seed: int = 0
+    cache_rows: str = "budget"
+    layers: tuple[float, ...] | None = None
+    rerank_every: int | None = None
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -118,8 +137,8 @@ class SparseRef:
             set_(self, "weights", tuple(float(w) for w in self.weights))
             if not self.weights or any(not (w > 0 and math.isfinite(w)) for w in self.weights):
                 raise ConfigError(f"weights must be finite numbers above 0, one a reference, got {self.weights}")
-        if self.execute != "tokens":
-            raise ConfigError(f'execute must be "tokens", got {self.execute!r}')
+        if self.execute not in EXECUTIONS:
+            raise ConfigError(f"execute must be one of {', '.join(EXECUTIONS)}, got {self.execute!r}")
         if isinstance(self.from_block, bool) or not isinstance(self.from_block, int) or self.from_block < 0:
             raise ConfigError(f"from_block must be an int of at least 0, got {self.from_block!r}")
         schedules.check_floor("floor", self.floor)
@@ -134,6 +153,44 @@ class SparseRef:
         if isinstance(self.select, Reducer) and self.from_block:
             raise ConfigError(
                 f"a rival changes tokens at the transformer's input: from_block must be 0, got {self.from_block}"
+            )
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        cached = self.execute in ("cache", "both")
+        if cached and self.from_block:
+            raise ConfigError(
+                f'from_block goes with execute="tokens" only, got {self.execute!r} and from_block={self.from_block}'
+            )
+        if cached and isinstance(self.select, Reducer):
+            raise ConfigError(f'a rival that changes tokens runs with execute="tokens" only, got {self.execute!r}')
+        if self.cache_rows not in ("budget", "all"):
+            raise ConfigError(f'cache_rows must be "budget" or "all", got {self.cache_rows!r}')
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(float(factor) for factor in self.layers))
+            if not cached or not self.layers or not all(0 < factor <= 1 for factor in self.layers):
+                raise ConfigError(
+                    'layers must be factors in (0, 1], one an attention layer, with execute="cache" or "both", '
+                    f"got {self.layers} with {self.execute!r}"
+                )
+        if self.rerank_every is None:
+            return
+        if isinstance(self.rerank_every, bool) or not isinstance(self.rerank_every, int) or self.rerank_every < 1:
+            raise ConfigError(f"rerank_every must be an int of at least 1, got {self.rerank_every!r}")
+        probes = () if isinstance(self.select, Reducer) else self.select.probes()  # type: ignore[union-attr]
+        if not probes:
+            raise ConfigError(
+                f"rerank_every needs a selector that measures attention, got {type(self.select).__name__}, whose "
+                "ranking would not change"
+            )
+        if self.execute == "both":
+            raise ConfigError(
+                'rerank_every needs the keys of every reference token, which execute="both" never computes; use "cache"'
+            )
+        if cached and any(probe.queries != "generation" for probe in probes):
+            raise ConfigError(
+                'rerank_every with execute="cache" has no queries of the reference tokens to measure, got '
+                f"{type(self.select).__name__}; use AttentionMass"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,6 +210,9 @@ class SparseRef:
             "guard": None if self.guard is None else vars(self.guard).copy(),
             "clock": self.clock,
             "seed": self.seed,
+            "cache_rows": self.cache_rows,
+            "layers": None if self.layers is None else list(self.layers),
+            "rerank_every": self.rerank_every,
         }
 
     @classmethod
@@ -166,6 +226,8 @@ class SparseRef:
                 data["guard"] = UniformGuard(**data["guard"])
             if data.get("weights") is not None:
                 data["weights"] = tuple(data["weights"])
+            if data.get("layers") is not None:
+                data["layers"] = tuple(data["layers"])
             return cls(**data)
         except (KeyError, TypeError) as error:
             raise ConfigError(f"a configuration must hold the fields of SparseRef, got {data}") from error

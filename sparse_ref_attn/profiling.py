@@ -29,8 +29,13 @@ class AttentionView:
     reference : Tensor, shape (B, R', H, C), optional
         Queries of the reference rows from the first reference's first row to the last one's last.
     spans : tuple of (int, int)
-        Keys of each reference.
+        Keys of each reference; with `order` one span, of all of them.
     key_mask : Tensor, shape (B, S), bool, optional
+    order : Tensor, shape (R,), int64, optional
+        Which reference token each key of the span is, counted through all references, where they do
+        not lie in order.
+    sizes : tuple of int
+        Tokens of each reference, with `order`.
     """
 
     keys: Tensor
@@ -39,6 +44,15 @@ class AttentionView:
     reference: Tensor | None
     spans: tuple[tuple[int, int], ...]
     key_mask: Tensor | None = None
+    order: Tensor | None = None
+    sizes: tuple[int, ...] = ()
+
+    def in_order(self, rows: Tensor) -> list[Tensor]:
+        """Split (..., R), one entry a key of the spans, over the references, tokens in order."""
+        if self.order is None:
+            first = self.spans[0][0]
+            return [rows[..., a - first : b - first] for a, b in self.spans]
+        return list(torch.empty_like(rows).index_copy_(-1, self.order, rows).split(self.sizes, dim=-1))
 
 
 def block_indices(blocks: str | Sequence[int], kinds: Sequence[str]) -> frozenset[int]:
@@ -88,6 +102,12 @@ class Profile:
         """Forget what was measured."""
         self._sums: dict[Probe, Tensor] = {}
         self._terms: dict[Probe, int] = {}
+        self._again: int | None = None
+
+    def repeat(self, step: int) -> None:
+        """Forget what was measured, and measure everything in `step`."""
+        self.clear()
+        self._again = step
 
     def mass(self) -> dict[Probe, Tensor]:
         """What was measured, (R,) float32 each: mean over items, heads, blocks and steps."""
@@ -98,7 +118,7 @@ class Profile:
         measured: dict[tuple[str, int], list[Tensor]] = {}
         for probe in self.probes:
             queries = view.generation if probe.queries == "generation" else view.reference
-            if queries is None or step not in probe.steps or block not in self._blocks[probe]:
+            if queries is None or step not in (*probe.steps, self._again) or block not in self._blocks[probe]:
                 continue
             key = (probe.queries, probe.query_stride)
             if key not in measured:
@@ -108,7 +128,8 @@ class Profile:
                     record.attention.append(_statistics(step, block, [part.mean(dim=0) for part in measured[key]]))
             parts = measured[key]
             if probe.value_norm:
-                norms = [view.values[:, a:b].float().norm(dim=-1).transpose(1, 2) for a, b in view.spans]
+                first, last = view.spans[0][0], view.spans[-1][1]
+                norms = view.in_order(view.values[:, first:last].float().norm(dim=-1).transpose(1, 2))
                 parts = [part * norm for part, norm in zip(parts, norms, strict=True)]
             mass = torch.cat([part.mean(dim=(0, 1)) for part in parts])
             self._sums[probe] = self._sums[probe] + mass if probe in self._sums else mass
@@ -121,7 +142,7 @@ def _measure(probe: Probe, queries: Tensor, view: AttentionView) -> list[Tensor]
     mask = view.key_mask
     if probe.queries == "generation":
         mass = attention_mass(queries, view.keys, (first, last), key_mask=mask, query_stride=probe.query_stride)
-        return [mass[..., a - first : b - first] for a, b in view.spans]
+        return view.in_order(mass)
     return [
         attention_mass(
             queries[:, a - first : b - first], view.keys, (a, b), key_mask=mask, query_stride=probe.query_stride

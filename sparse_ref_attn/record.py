@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .types import RefSelection, TokenLayout
 
-__all__ = ["BlockAttention", "RunRecord", "StepRecord", "mean_over_blocks"]
+__all__ = ["BlockAttention", "RunRecord", "Stability", "StepRecord", "mean_over_blocks"]
 
 
 @dataclass
@@ -36,6 +36,10 @@ class StepRecord:
         Which tokens; None when all.
     from_block : int
         Block from which on only these took part; all tokens ran through the blocks before it.
+    layers : tuple of int, optional
+        Reference tokens that each attention layer read, where that differs from `kept`.
+    cache_bytes : int
+        Reference K/V held during the step, with the room in which a call's own rows stand beside them.
     """
 
     index: int
@@ -46,6 +50,27 @@ class StepRecord:
     host_seconds: float = 0.0
     selection: RefSelection | None = field(default=None, repr=False)
     from_block: int = 0
+    layers: tuple[int, ...] | None = field(default=None, repr=False)
+    cache_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How much of the ranking was left when the run ranked again.
+
+    Parameters
+    ----------
+    step : int
+        The step whose attention was measured.
+    spearman : tuple of float
+        Rank correlation with the ranking before, one a reference, in [-1, 1].
+    overlap : float
+        Share of the tokens kept at that step that the later ranking keeps too, in [0, 1].
+    """
+
+    step: int
+    spearman: tuple[float, ...]
+    overlap: float
 
 
 @dataclass
@@ -101,6 +126,10 @@ class RunRecord:
         The configuration, as JSON types.
     blocks : int
         Blocks of the transformer; 0 when not known.
+    stability : list of Stability
+        One entry each time the run ranked again.
+    dense_cache_bytes : int
+        Bytes of the model's own cache of every reference token's K/V; 0 where it keeps none.
     """
 
     layout: TokenLayout
@@ -114,6 +143,8 @@ class RunRecord:
     scoring_flops: float = 0.0
     notes: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    stability: list[Stability] = field(default_factory=list)
+    dense_cache_bytes: int = 0
     blocks: int = 0
 
     def mean_kept(self, step: StepRecord) -> float:

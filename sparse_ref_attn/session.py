@@ -6,7 +6,7 @@ profiling steps, `observe` once a block. Nothing here knows a model or a pipelin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +17,11 @@ from . import schedules
 from .config import SparseRef
 from .errors import BudgetError, ConfigError, NonFiniteError
 from .profiling import AttentionView, Profile, top_quarter
-from .record import RunRecord, StepRecord
+from .record import RunRecord, Stability, StepRecord
 from .schedules import Budget, Clock
 from .selection import AttentionMass, Reduced, Reducer, References, Selector, ranking
 from .selection.base import scores_of
+from .selection.stability import overlap, spearman
 from .types import RefSelection, TokenLayout
 
 __all__ = ["Plan", "Session"]
@@ -34,7 +35,7 @@ class Plan:
     ----------
     kind : {"dense", "profile", "sparse"}
     selection : RefSelection, optional
-        The kept tokens of a sparse step.
+        The kept tokens of a sparse step, and of a profiling step that reads stored keys.
     reduced : sequence of Reduced, optional
         The changed tokens of a sparse step, when a rival runs instead of a selector.
     from_block : int
@@ -92,6 +93,7 @@ class Session:
         self.profile.clear()
         self._scores: list[Tensor] | None = None
         self._order: Tensor | None = None
+        self._again: int | None = None
         self._raised: tuple[int, ...] = ()
         self._floors: tuple[int, ...] = ()
         self._fixed: tuple[int, ...] | None = None
@@ -114,10 +116,12 @@ class Session:
         total_steps: int,
         clock: Callable[[int], Clock],
         encode: Callable[[Tensor], tuple[Tensor, tuple[int, int]]] | None = None,
+        ranked: Sequence[Tensor] | None = None,
     ) -> None:
         """Start a run. `tokens` (B, R, D) are the reference rows as the transformer gets them.
 
-        `encode` makes such rows and their grid of pixels (see `References`).
+        `encode` makes such rows and their grid of pixels (see `References`). `ranked`, the scores of
+        an earlier run, stand in place of the selector's.
 
         Raises
         ------
@@ -153,14 +157,42 @@ class Session:
         self.record = RunRecord(
             layout, tokens.shape[0], total_steps, pixels=list(pixels), config=data, blocks=self._blocks
         )
-        if not self.profile.probes:
-            self._rank()
+        if ranked is not None or not self.profile.probes:
+            self._rank(ranked)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the run has ranked its references."""
+        return self._scores is not None
+
+    @property
+    def version(self) -> tuple[bool, int]:
+        """Changes when the run ranks, and ranks again."""
+        assert self.record is not None
+        return self.ranked, len(self.record.stability)
+
+    @property
+    def everything(self) -> tuple[int, ...]:
+        """All tokens, as `counts`."""
+        assert self.record is not None
+        assert isinstance(self.config.budget, Budget)
+        sizes = self.record.layout.sizes
+        return (sum(sizes),) if self.config.budget.per == "all" else sizes
 
     def plan(self, step: int) -> Plan:
         """What step `step` does; asked again within the step, the same."""
         if self._step is None or self._step[0] != step:
+            if self._again is not None and step != self._again:
+                self._rank_again()
+            if self._reranks(step) and self._scores is not None:
+                self._again = step
+                self.profile.repeat(step)
             self._step = (step, self._plan(step))
         return self._step[1]
+
+    def _reranks(self, step: int) -> bool:
+        every, last = self.config.rerank_every, max(self.profile.steps, default=0)
+        return every is not None and step > last and (step - last) % every == 0
 
     def _plan(self, step: int) -> Plan:
         if self.references is None or self._clock is None:
@@ -175,9 +207,41 @@ class Session:
                 return Plan("dense")
             self._rank()
         counts = self._counts(self._clock(step))
+        if self._reranks(step):
+            return Plan("profile", self._chosen(counts).selection if self.config.execute == "cache" else None)
+        return self._chosen(counts)
+
+    def _chosen(self, counts: tuple[int, ...]) -> Plan:
         if counts not in self._plans:
             self._plans[counts] = self._choose(counts)
         return self._plans[counts]
+
+    def counts(self, step: int) -> tuple[int, ...]:
+        """Tokens that step `step` keeps: of each reference, or of all together (needs a ranking)."""
+        assert self._clock is not None
+        return self._counts(self._clock(step))
+
+    def upcoming(self, steps: Iterable[int]) -> list[tuple[int, ...]]:
+        """As `counts`, of each step; a step that measures, and every step before the ranking, needs all tokens."""
+        return [self.counts(step) if self.ranked and not self._reranks(step) else self.everything for step in steps]
+
+    def most(self, steps: Iterable[int]) -> tuple[int, ...]:
+        """The counts that hold those of every step."""
+        return tuple(max(each) for each in zip(*self.upcoming(steps), strict=True))
+
+    def rank_order(self, counts: Sequence[tuple[int, ...]]) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
+        """Tokens that any of several `counts` keeps, best first, and those `counts` whose choice is a prefix of it.
+
+        Before the ranking: every token, in order.
+        """
+        assert isinstance(self.config.budget, Budget)
+        if self._scores is None:
+            assert self.references is not None
+            return torch.arange(sum(self.references.sizes), device=self.references.tokens.device), tuple(counts)
+        if self.config.budget.per == "all":
+            assert self._order is not None
+            return self._order[: max(sum(c) for c in counts)], tuple(counts)
+        return ranking.nested_order(self._scores, counts)
 
     def _note_blind(self) -> None:
         assert self.record is not None
@@ -189,10 +253,8 @@ class Session:
             self.record.notes.append(note)
 
     def largest(self, steps: Sequence[int]) -> Plan:
-        """The plan of the step among `steps` that keeps most (needs a ranking)."""
-        assert self.references is not None
-        layout = self.references.layout
-        return max((self._plan(step) for step in steps), key=lambda plan: plan.kept(layout))
+        """A plan that keeps what any of `steps` keeps (needs a ranking)."""
+        return self._chosen(self.most(steps))
 
     def observe(self, step: int, block: int, view: AttentionView) -> None:
         """Measure one attention call of a profiling step."""
@@ -200,7 +262,24 @@ class Session:
         assert self.record is not None
         self.profile.observe(step, block, view, self.record)
 
-    def _rank(self) -> None:
+    def _rank_again(self) -> None:
+        """Score anew from what the last step measured; the ranking stays where nothing was measured."""
+        assert self.record is not None
+        assert self._scores is not None
+        assert self._again is not None
+        step, self._again = self._again, None
+        if not self.profile.mass():
+            self.record.notes.append(f"the ranking stays as it was: no attention was measured in step {step}")
+            return
+        counts = self.counts(step)
+        before, kept = self._scores, self._choose(counts).selection
+        self._plans, self._fixed, self._raised = {}, None, self._floors
+        self._rank()
+        after = self._choose(counts).selection
+        same = 1.0 if kept is None or after is None else overlap(kept.indices, after.indices)
+        self.record.stability.append(Stability(step, tuple(spearman(before, self._scores)), same))
+
+    def _rank(self, given: Sequence[Tensor] | None = None) -> None:
         """Score once; every budget is then a prefix. One sync for the check of finiteness."""
         references, record = self.references, self.record
         assert references is not None
@@ -215,7 +294,7 @@ class Session:
             self._scores = []
             return
         assert isinstance(select, Selector)
-        scores = scores_of(select, references)
+        scores = scores_of(select, references) if given is None else list(given)
         if not bool(torch.isfinite(torch.cat(scores)).all()):
             raise NonFiniteError(f"scores of {type(select).__name__} must be finite, got NaN or infinity")
         self._scores = record.scores = scores

@@ -45,7 +45,10 @@ def tiny_kontext() -> Any:
 
 def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
-    first, choices, door = blocks("README.md")
+    first, choices, door = (
+        next(block for block in blocks("README.md") if word in block)
+        for word in ("sra.patch(pipe)", "sra.ReCAST()", "attention_mass")
+    )
     names = {"pipe": tiny_kontext(), "photo": picture(48, 32), "sra": sra}
     exec(first, names)
     assert names["image"].size == (32, 32)
@@ -57,6 +60,18 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     names["pipe"](prompt="a cup", image=names["photo"])
     assert handle.record.steps[-1].kept == 48
     handle.remove()
+
+
+def test_the_readmes_reference_cache_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipe, photo = CASES["klein_kv"].build(), picture(64, 96)
+    call = {"prompt": "a cup", "image": [photo], "height": 64, "width": 64, "max_sequence_length": 48}
+    call |= {"text_encoder_out_layers": (1, 2, 3), "num_inference_steps": 2}
+    names = {"pipe": pipe, "sra": sra, "call": call}
+    for block in blocks("README.md"):
+        if 'execute="cache"' in block:
+            exec(block, names)
+            pipe(**call)
 
 
 def test_the_contributing_pages_selector_works() -> None:

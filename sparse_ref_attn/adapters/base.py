@@ -17,6 +17,7 @@ from ..profiling import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
 from . import seams
+from .cache_seam import CacheSeam
 from .depth import Block, DepthCut, blocks_of
 from .joining import sample_of, split_items, with_sample
 from .seams import AttentionSite, attention_sites
@@ -54,6 +55,8 @@ class Adapter:
     """Classes of attention processors with which calls can run together (see `ragged`)."""
     packs: ClassVar[bool] = False
     """Whether calls that run together lie end to end through whole blocks; otherwise they are padded."""
+    cache: CacheSeam | None = None
+    """How the family keeps its references' K/V between steps, if some of its pipelines do."""
 
     def check(self, transformer: nn.Module) -> None:
         """Raise UnsupportedModelError for a variant of the class that this adapter cannot serve."""
@@ -101,10 +104,6 @@ class Adapter:
     def extracts(self, kwargs: Kwargs) -> bool:
         """Whether later calls attend to this call's reference K/V."""
         return False
-
-    def prune_cache(self, kwargs: Kwargs, indices: Tensor) -> Kwargs:
-        """A `cached` call's arguments with only the K/V rows `indices`."""
-        raise NotImplementedError
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
         """Arguments with only `rows` (ascending) of the image stream."""

@@ -18,37 +18,12 @@ from ..types import Reference, TokenLayout
 from .base import Adapter, Found, Kwargs, references_from_ids, take_rows
 from .depth import DepthCut
 from .flux import place_by_ids
+from .flux2_cache import Flux2CacheSeam
 from .joining import flat_ids, same, stack
 from .modulation import per_row_modulation
 from .streams import FLUX2_STREAMS
 
 __all__ = ["Flux2Adapter"]
-
-
-class _PrunedLayer:
-    """A layer's reference K/V, rows chosen when asked for."""
-
-    def __init__(self, layer: Any, indices: Tensor) -> None:
-        self._layer, self._indices = layer, indices
-
-    def get(self) -> tuple[Tensor, Tensor]:
-        k, v = self._layer.get()
-        rows = self._indices.to(k.device)
-        return k.index_select(1, rows), v.index_select(1, rows)
-
-
-class _PrunedCache:
-    """Reads like a ``Flux2KVCache`` that holds only the kept rows; stores nothing itself."""
-
-    def __init__(self, cache: Any, indices: Tensor) -> None:
-        self._cache, self._indices = cache, indices
-        self.num_ref_tokens = indices.shape[0]
-
-    def get_double(self, layer: int) -> _PrunedLayer:
-        return _PrunedLayer(self._cache.get_double(layer), self._indices)
-
-    def get_single(self, layer: int) -> _PrunedLayer:
-        return _PrunedLayer(self._cache.get_single(layer), self._indices)
 
 
 class Flux2Adapter(Adapter):
@@ -67,6 +42,7 @@ class Flux2Adapter(Adapter):
         "Flux2KVParallelSelfAttnProcessor",
     )
     packs = True
+    cache = Flux2CacheSeam()
 
     def layout_key(self, kwargs: Kwargs) -> object:
         return kwargs.get("kv_cache_mode"), kwargs.get("num_ref_tokens") or 0
@@ -91,9 +67,6 @@ class Flux2Adapter(Adapter):
 
     def extracts(self, kwargs: Kwargs) -> bool:
         return kwargs.get("kv_cache_mode") == "extract"
-
-    def prune_cache(self, kwargs: Kwargs, indices: Tensor) -> Kwargs:
-        return {**kwargs, "kv_cache": _PrunedCache(kwargs["kv_cache"], indices)}
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
         kwargs = take_rows(kwargs, {"hidden_states": 1, "img_ids": -2}, rows)

@@ -21,6 +21,7 @@ from ..timing import Stopwatch, Stopwatches
 from ..types import TokenLayout
 from . import seams
 from .base import Adapter, Found, Kwargs
+from .caching import CacheKeeper
 from .depth import DepthCut, leaving
 from .hooks import InstanceHook
 from .pixels import PixelTap, encoder
@@ -43,6 +44,7 @@ class _Call:
         self.watch: Stopwatch | None = None
         self.device = torch.device("cpu")
         self.record: Any = None
+        self.kept: Any = None
         self.contexts = contextlib.ExitStack()
 
 
@@ -58,6 +60,8 @@ class Patch:
         self.session = Session(config, [site.kind for site in adapter.sites(transformer)])
         if self.session.profile.probes:
             adapter.check_measurable(transformer)
+        CacheKeeper.check(adapter, transformer, config)
+        self.cache = None if adapter.cache is None else CacheKeeper(adapter, self.session)
         reads = pipe is not None and PipelineSteps.reads(pipe)
         self._steps = PipelineSteps(pipe, config.clock) if reads else ObservedSteps()
         self._manual: tuple[ManualSteps, object] | None = None
@@ -140,8 +144,11 @@ class Patch:
         elif run.key is not self._key:
             return None
         plan = self.session.plan(run.step)
-        if plan.kind == "sparse" and layout is not None and self.adapter.extracts(kwargs):
-            plan = self._stored = self.session.largest(range(run.step, run.total))
+        extracts = layout is not None and self.adapter.extracts(kwargs)
+        if plan.kind == "sparse" and extracts:
+            whole = self.config.execute == "cache"
+            plan = Plan("dense") if whole else self.session.largest(range(run.step, run.total))
+            self._stored = None if whole else plan
         assert self.session.record is not None
         full = self.session.record.layout
         kept, kind = plan.kept(full), "cached" if cached else plan.kind
@@ -155,9 +162,12 @@ class Patch:
         call = self._call = _Call()
         call.record, call.device = record, kwargs[self.adapter.tokens].device
         if cached:
-            kwargs = self._prune(kwargs, plan)
+            assert self.cache is not None
+            kwargs = self.cache.read(call.contexts, module, kwargs, plan, run, record)
         else:
             assert layout is not None
+            if extracts and self.cache is not None:
+                call.kept = self.cache.filling(call.contexts, module, run, plan if plan.kind == "sparse" else None)
             if plan.kind == "profile" and record.calls == 0:
                 self._listen(call, module, layout, run.step)
             if plan.from_block:
@@ -187,6 +197,8 @@ class Patch:
             if not call.cut.reached:
                 raise LayoutError("where references leave by depth, a later block must run in every call, and none did")
             call.rows = call.cut.kept
+        if call.kept is not None and self.cache is not None:
+            self.cache.follow(output, call.kept, call.record)
         if call.rows is not None:
             output = self.adapter.restore(output, call.rows, call.size)
         call.record.host_seconds += time.perf_counter() - began
@@ -301,14 +313,6 @@ class Patch:
             return adapter.drop_in_block(kind, kwargs, cut) if cut.arrive() else kwargs
 
         call.contexts.enter_context(leaving(adapter.blocks(module)[plan.from_block :], shorten))
-
-    def _prune(self, kwargs: Kwargs, plan: Plan) -> Kwargs:
-        if plan.selection is None:
-            return kwargs
-        indices = plan.selection.indices
-        if self._stored is not None and self._stored.selection is not None:
-            indices = torch.searchsorted(self._stored.selection.indices, indices)
-        return self.adapter.prune_cache(kwargs, indices)
 
     def _listen(self, call: _Call, module: nn.Module, layout: TokenLayout, step: int) -> None:
         def tap(block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:

@@ -25,10 +25,13 @@ __all__ = [
     "check_diffusers",
     "check_measurable",
     "check_not_compiled",
+    "compiled_blocks",
     "eager_blocks",
+    "internal",
     "reset_step_cache",
     "rotate_pairs",
     "rotate_qwen",
+    "routed_attention",
     "splits_the_sequence",
     "step_cache_active",
     "tapped_attention",
@@ -39,14 +42,17 @@ DIFFUSERS_RANGE = ((0, 42), (0, 43))
 """First supported and first unsupported (major, minor) of diffusers."""
 
 Tap = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None"], None]
+Attention = Callable[..., Tensor]
+Route = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None", Attention], Tensor]
 
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention of the transformer: its processor, and the kind of its block."""
+    """One attention of the transformer: its processor, the kind of its block, its module if it has one."""
 
     processor: Any
     kind: str
+    module: nn.Module | None = None
 
 
 def check_diffusers() -> None:
@@ -72,6 +78,20 @@ def _dispatch() -> Any:
     return importlib.import_module("diffusers.models.attention_dispatch")
 
 
+def internal(module: str, name: str) -> Any:
+    """A class of diffusers that its public interface does not name.
+
+    Raises
+    ------
+    VersionError
+        If it is gone.
+    """
+    found = getattr(importlib.import_module(f"diffusers.{module}"), name, None)
+    if found is None:
+        raise VersionError(f"diffusers {importlib.metadata.version('diffusers')} must have {module}.{name}; it is gone")
+    return found
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """The model itself, out of DistributedDataParallel, PeftModel and the like."""
     while True:
@@ -95,10 +115,15 @@ def check_not_compiled(module: nn.Module) -> None:
         )
 
 
+def compiled_blocks(module: nn.Module) -> bool:
+    """Whether the module or one inside it is compiled."""
+    return any(getattr(m, "_compiled_call_impl", None) is not None for m in module.modules())
+
+
 @contextlib.contextmanager
 def eager_blocks(module: nn.Module) -> Iterator[None]:
     """Run compiled blocks eagerly inside, so that a profiling step neither recompiles nor breaks them."""
-    if not any(getattr(m, "_compiled_call_impl", None) is not None for m in module.modules()):
+    if not compiled_blocks(module):
         yield
         return
     with torch.compiler.set_stance("force_eager"):
@@ -134,7 +159,7 @@ def reset_step_cache(module: nn.Module) -> None:
 
 def attention_sites(blocks: Sequence[tuple[nn.Module, str]]) -> list[AttentionSite]:
     """One site for each (attention module, kind), in order of execution."""
-    return [AttentionSite(attn.processor, kind) for attn, kind in blocks if hasattr(attn, "processor")]
+    return [AttentionSite(attn.processor, kind, attn) for attn, kind in blocks if hasattr(attn, "processor")]
 
 
 def check_measurable(sites: Sequence[AttentionSite], model: str) -> None:
@@ -154,27 +179,38 @@ def tapped_attention(
     """Inside, `tap(i, q, k, v, mask)` sees every attention call of site i, q, k, v (B, S, H, C) after RoPE.
 
     `after(i)` is called when the attention itself is done.
+    """
 
-    Each processor gets a private backend that calls the tap and then the user's own backend.
+    def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
+        tap(i, q, k, v, mask)
+        out = own()
+        after(i)
+        return out
+
+    with routed_attention(sites, attend):
+        yield
+
+
+@contextlib.contextmanager
+def routed_attention(sites: Sequence[AttentionSite], attend: Route) -> Iterator[None]:
+    """Inside, `attend(i, q, k, v, mask, own)` answers every attention call of site i, q, k, v (B, S, H, C) after RoPE.
+
+    ``own(k, v)`` is the user's own attention of q and the mask, by default over the call's own k and v.
+    Each processor gets a private backend.
     """
     with contextlib.ExitStack() as undo:
         for i, site in enumerate(sites):
 
-            def attend(
-                q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, user: Callable[[], Tensor], i: int = i
-            ) -> Tensor:
-                tap(i, q, k, v, mask)
-                out = user()
-                after(i)
-                return out
+            def answer(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, user: Attention, i: int = i) -> Tensor:
+                return attend(i, q, k, v, mask, user)
 
-            backend = PrivateBackend(site.processor, attend)
+            backend = PrivateBackend(site.processor, answer)
             undo.callback(backend.remove)
             backend.enter()
         yield
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Callable[[], Tensor]], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Attention], Tensor]
 
 
 class PrivateBackend:
@@ -188,7 +224,7 @@ class PrivateBackend:
         A processor that dispatches to attention backends.
     attend : callable
         ``attend(q, k, v, mask, user)`` with q, k, v (B, S, H, C); ``user()`` is what the processor's
-        own backend makes of the same call.
+        own backend makes of the same call, ``user(k, v)`` of other keys and values.
     """
 
     def __init__(self, processor: Any, attend: Attend) -> None:
@@ -211,11 +247,11 @@ class PrivateBackend:
             enable_gqa: bool = False,
             _parallel_config: Any = None,
         ) -> Tensor:
-            def user() -> Tensor:
+            def user(k: Tensor = key, v: Tensor = value) -> Tensor:
                 return self._dispatch.dispatch_attention_fn(
                     query,
-                    key,
-                    value,
+                    k,
+                    v,
                     attn_mask=attn_mask,
                     dropout_p=dropout_p,
                     is_causal=is_causal,

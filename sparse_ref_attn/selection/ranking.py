@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..errors import BudgetError, ConfigError
 
-__all__ = ["fingerprint", "order", "per_reference", "prefix"]
+__all__ = ["fingerprint", "nested_order", "order", "per_reference", "prefix"]
 
 
 def order(scores: Sequence[Tensor], floors: Sequence[int], weights: Sequence[float] | None = None) -> Tensor:
@@ -126,6 +127,56 @@ def per_reference(scores: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
         raise ConfigError("there must be at least one reference to choose from, got none")
     _check_counts("counts", counts, scores)
     return _best(scores, counts).sort().values
+
+
+def nested_order(
+    scores: Sequence[Tensor], counts: Sequence[Sequence[int]]
+) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
+    """Order of the tokens that any of several budgets keeps, of which each nested budget's choice is a prefix.
+
+    Budgets that keep tokens of each reference are nested where one keeps at least as many of *every*
+    reference as the other. Of the given ones, from the smallest to the largest, those that are nested
+    in this way are prefixes; a budget that is not needs an order of its own.
+
+    Parameters
+    ----------
+    scores : sequence of Tensor, shapes (R_i,)
+        Finite scores; of equal ones the lower index comes first, as in `per_reference`.
+    counts : sequence of (sequence of int)
+        Budgets: tokens of each reference, 0 <= counts[b][i] <= R_i.
+
+    Returns
+    -------
+    order : Tensor, shape (K,), int64
+        Counted through all references, on the scores' device; K is the most that any budget keeps
+        of each reference, summed. No host sync.
+    nested : tuple of (tuple of int)
+        The budgets whose choice is the first ``sum(budget)`` tokens of `order`; the last is all of it.
+
+    Raises
+    ------
+    BudgetError, ConfigError
+        As `per_reference`.
+
+    Examples
+    --------
+    >>> a, b = torch.tensor([0.1, 0.9]), torch.tensor([0.5, 0.6, 0.7])
+    >>> nested_order([a, b], [(1, 1), (1, 3), (2, 2)])
+    (tensor([1, 4, 3, 2, 0]), ((1, 1), (1, 3), (2, 3)))
+    """
+    distinct = sorted({tuple(c) for c in counts}, key=lambda c: (sum(c), c))
+    for budget in distinct:
+        _check_counts("counts", budget, scores)
+    starts = [0, *itertools.accumulate(len(score) for score in scores)]
+    ranked = [s.sort(descending=True, stable=True).indices + at for s, at in zip(scores, starts, strict=False)]
+    nested, below, pieces = [], (0,) * len(scores), []
+    most = tuple(max(each) for each in zip(*distinct, strict=True))
+    for budget in [*distinct, most]:
+        if all(low <= high for low, high in zip(below, budget, strict=True)):
+            pieces += [r[low:high] for r, low, high in zip(ranked, below, budget, strict=True)]
+            nested.append(budget)
+            below = budget
+    return torch.cat(pieces), tuple(dict.fromkeys(nested))
 
 
 def fingerprint(tokens: Tensor) -> str:

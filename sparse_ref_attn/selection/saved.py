@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
 from .base import References, Selector
-from .combine import mean_ranks
 from .ranking import fingerprint
+from .stability import spearman
 
-__all__ = ["Ranking", "SavedRanking"]
+__all__ = ["Ranking", "SavedRanking", "replacing"]
 
 FORMAT = "sparse_ref_attn ranking 1"
 
@@ -95,17 +96,10 @@ class Ranking:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an npz file; the file at `path` is replaced at once or, on failure, left as it was."""
-        target = Path(path)
         about = {"format": FORMAT, "grids": self.grids, "model": self.model, "fingerprint": self.fingerprint}
         arrays = {f"scores_{i}": score.numpy() for i, score in enumerate(self.scores)}
-        handle, draft = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
-            os.replace(draft, target)
-        except BaseException:
-            os.unlink(draft)
-            raise
+        with replacing(path) as draft, open(draft, "wb") as file:
+            np.savez(file, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ranking:
@@ -140,9 +134,21 @@ class Ranking:
         LayoutError
             If the references' sizes differ.
         """
-        if self.sizes != other.sizes:
-            raise LayoutError(f"rankings must be of references of the same sizes, got {self.sizes} and {other.sizes}")
-        return [_correlation(mean_ranks(a), mean_ranks(b)) for a, b in zip(self.scores, other.scores, strict=True)]
+        return spearman(self.scores, other.scores)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Gives the name of a draft to write; the file at `path` becomes it at once or, on an exception, stays."""
+    target = Path(path)
+    handle, draft = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+    os.close(handle)
+    try:
+        yield draft
+        os.replace(draft, target)
+    except BaseException:
+        os.unlink(draft)
+        raise
 
 
 @dataclass(frozen=True)
@@ -196,8 +202,3 @@ class SavedRanking(Selector):
                 f"got {got[:12]}; say require_same_reference=False to use the ranking anyway"
             )
         return [score.to(references.tokens.device, copy=True) for score in self.ranking.scores]
-
-
-def _correlation(a: Tensor, b: Tensor) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt())
