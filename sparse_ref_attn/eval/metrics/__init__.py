@@ -1,0 +1,26 @@
+"""How alike two images are, each metric by the name of the model it uses.
+
+`Psnr` and `Ssim` need no weights; `Lpips`, `Dists` and `MobileNetIdentity` read those that Python packages carry;
+`ClipSimilarity` and `DinoSimilarity` those of a local folder.
+"""
+
+from .base import Metric, as_image
+from .bootstrap import Interval, mean_interval
+from .fidelity import Psnr, Ssim
+from .identity import ClipSimilarity, ClipText, DinoSimilarity, MobileNetIdentity
+from .perceptual import Dists, Lpips
+
+__all__ = [
+    "ClipSimilarity",
+    "ClipText",
+    "DinoSimilarity",
+    "Dists",
+    "Interval",
+    "Lpips",
+    "Metric",
+    "MobileNetIdentity",
+    "Psnr",
+    "Ssim",
+    "as_image",
+    "mean_interval",
+]
