@@ -65,6 +65,9 @@ __device__ __forceinline__ void mma_m16n8k16<bfloat16>(float (&d)[4], const uint
 // The value that lane (lane ^ mask) brings.
 __device__ __forceinline__ float shfl_xor(float x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
 
+// The value that lane `lane` brings.
+__device__ __forceinline__ int shfl(int x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
+
 template <typename T>
 __device__ __forceinline__ T load_global(const T* from) {
   return __ldg(from);

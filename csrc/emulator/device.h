@@ -86,6 +86,18 @@ void load_matrices(emulator::Lane (&lanes)[emulator::WARP], emulator::Site site)
   count("ldmatrix");
 }
 
+// What lane `from` brings.
+inline uint32_t exchange(uint32_t x, int from, emulator::Site site) {
+  emulator::Lane& lane = emulator::my_lane();
+  lane.in[0] = x;
+  lane.in[1] = static_cast<uint32_t>(from);
+  const auto take = [](emulator::Lane(&lanes)[emulator::WARP], emulator::Site) {
+    for (emulator::Lane& each : lanes) each.out[0] = lanes[each.in[1] % emulator::WARP].in[0];
+    emulator::count("shfl");
+  };
+  return emulator::collective("shfl.sync", site, take).out[0];
+}
+
 }  // namespace emulated
 
 inline uint32_t shared_memory() { return 0; }
@@ -119,14 +131,11 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 }
 
 inline float shfl_xor(float x, int mask, EMULATOR_SITE) {
-  emulator::my_lane().in[0] = emulated::bits<uint32_t>(x);
-  emulator::my_lane().in[1] = static_cast<uint32_t>(mask);
-  const auto exchange = [](emulator::Lane(&lanes)[emulator::WARP], emulator::Site) {
-    for (int lane = 0; lane < emulator::WARP; lane++)
-      lanes[lane].out[0] = lanes[lane ^ static_cast<int>(lanes[lane].in[1])].in[0];
-    emulator::count("shfl");
-  };
-  return emulated::bits<float>(emulator::collective("shfl.sync", {file, line}, exchange).out[0]);
+  const int lane = emulator::this_thread() % emulator::WARP;
+  return emulated::bits<float>(emulated::exchange(emulated::bits<uint32_t>(x), lane ^ mask, {file, line}));
+}
+inline int shfl(int x, int lane, EMULATOR_SITE) {
+  return static_cast<int>(emulated::exchange(static_cast<uint32_t>(x), lane, {file, line}));
 }
 
 template <typename T>

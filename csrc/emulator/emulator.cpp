@@ -71,15 +71,17 @@ struct Thread {
   Context context;
   uint3 index;
   At at;
-  const char* name;  // of the collective waited for
-  Site site;
+  Site site;  // where it waits
   std::vector<Copy> open;                 // issued, not yet committed
   std::deque<std::vector<Copy>> groups;   // committed, not yet waited for
 };
 
 struct Warp {
   Lane lanes[WARP];
-  int arrived;
+  int arrived;       // lanes that wait at a collective
+  int first;         // the first of them,
+  const char* name;  // and where
+  Site site;
   int ready;
   uint32_t epoch;  // __syncwarp passed
 };
@@ -143,10 +145,9 @@ cudaError_t refuse(const std::string& why) {
 
 void leave() { jump(me().context, machine.scheduler); }
 
-void wait(At at, const char* name, Site site) {
+void wait(At at, Site site) {
   Thread& thread = me();
   thread.at = at;
-  thread.name = name;
   thread.site = site;
   machine.warps[machine.current / WARP].ready--;
   leave();
@@ -233,22 +234,19 @@ std::string describe_stuck() {
   std::string text;
   for (size_t w = 0; w < machine.warps.size(); w++)
     if (machine.warps[w].arrived) {
+      const Warp& warp = machine.warps[w];
       unsigned lanes = 0;
-      const Thread* waiting = nullptr;
       std::string others;
       for (int lane = 0; lane < WARP; lane++) {
         const Thread& t = machine.threads[w * WARP + lane];
-        if (t.at == At::COLLECTIVE) {
-          lanes |= 1u << lane;
-          waiting = &t;
-        } else if (others.empty()) {
-          others = t.at == At::RETURNED ? "returned" : "wait at __syncthreads (" + where(t.site) + ")";
-        }
+        if (t.at == At::COLLECTIVE) lanes |= 1u << lane;
+        else if (t.at == At::RETURNED) others = "returned";
+        else others = "wait at __syncthreads (" + where(t.site) + ")";
       }
       char mask[16];
       snprintf(mask, sizeof mask, "0x%08x", lanes);
-      return std::string("divergent warp collective: ") + waiting->name + " (" + where(waiting->site) +
-             ") is waited for by lanes " + mask + " of warp " + std::to_string(w) + ", others " + others;
+      return std::string("divergent warp collective: ") + warp.name + " (" + where(warp.site) + ") is waited for by lanes " +
+             mask + " of warp " + std::to_string(w) + ", others " + others;
     }
   return "deadlock: " + std::to_string(machine.at_barrier) + " of " + std::to_string(machine.live) +
          " threads wait at __syncthreads (" + where(machine.barrier) + ")";
@@ -331,14 +329,16 @@ void count(const char* name, int64_t by) {
 Lane& collective(const char* name, Site site, Compute compute) {
   const int warp = machine.current / WARP;
   Warp& w = machine.warps[warp];
-  for (int t = warp * WARP; w.arrived && t < (warp + 1) * WARP; t++) {
-    const Thread& other = machine.threads[t];
-    if (other.at == At::COLLECTIVE && (strcmp(other.name, name) || other.site.line != site.line))
-      fail(site, "divergent warp collective: this lane is at %s, lane %d of its warp at %s (%s)", name, t % WARP,
-           other.name, where(other.site).c_str());
+  if (w.arrived == 0) {
+    w.first = machine.current % WARP;
+    w.name = name;
+    w.site = site;
+  } else if (w.site.line != site.line || (w.name != name && strcmp(w.name, name))) {
+    fail(site, "divergent warp collective: this lane is at %s, lane %d of its warp at %s (%s)", name, w.first, w.name,
+         where(w.site).c_str());
   }
   if (++w.arrived < WARP) {
-    wait(At::COLLECTIVE, name, site);
+    wait(At::COLLECTIVE, site);
     return my_lane();
   }
   compute(w.lanes, site);
@@ -359,7 +359,7 @@ void block_barrier(const char* file, int line) {
          where(machine.barrier).c_str());
   machine.barrier = site;
   if (++machine.at_barrier < machine.live) {
-    wait(At::BARRIER, "__syncthreads", site);
+    wait(At::BARRIER, site);
     return;
   }
   release_barrier();

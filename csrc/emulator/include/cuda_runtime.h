@@ -7,6 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <algorithm>
 #include <functional>
 
 #define __global__ static
@@ -70,6 +71,9 @@ inline void __syncthreads(const char* file = __builtin_FILE(), int line = __buil
 inline void __syncwarp(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   emulator::warp_barrier(file, line);
 }
+
+using std::max;
+using std::min;
 
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
