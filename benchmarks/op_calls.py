@@ -85,7 +85,7 @@ class Attention:
 
 
 class Mass:
-    """One shape of attention_mass: queries of the generation (1, N, H, C), all keys (1, S, H, C), the references' span."""
+    """One shape of attention_mass: the generation's q (1, N, H, C), all keys (1, S, H, C), the references' span."""
 
     op = "attention_mass"
 

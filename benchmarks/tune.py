@@ -1,10 +1,10 @@
-"""Times every candidate configuration of the attention kernels on this card, and prints rows for the table.
+"""Times every candidate configuration of the attention and mass kernels on this card, and prints rows for the tables.
 
     python -m benchmarks.tune                       # head dims 128, 64, 32 at Kontext's shape, all kernels
     python -m benchmarks.tune --channels 128 --kernels forward --rounds 20
 
-The table is ``sparse_ref_attn/ops/gather_attention/tuning.py``. A candidate that does not fit the card is passed over;
-one that gives another result than the table's own configuration stops the sweep. Not yet run on a card.
+The tables are ``tuning.py`` of gather_attention and of attention_mass. A candidate that does not fit the card is passed
+over; one that gives another result than the table's own configuration stops the sweep. Not yet run on a card.
 """
 
 from __future__ import annotations
@@ -18,19 +18,24 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from sparse_ref_attn.ops._tuning import Config, config_for
+from sparse_ref_attn.ops.attention_mass.triton_mass import launch_lse, launch_mass
+from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS
 from sparse_ref_attn.ops.gather_attention.arguments import Arguments
 from sparse_ref_attn.ops.gather_attention.normal_form import normalise
 from sparse_ref_attn.ops.gather_attention.triton_forward import launch_forward
 from sparse_ref_attn.ops.gather_attention.triton_grad_kv import launch_grad_kv_gathered
 from sparse_ref_attn.ops.gather_attention.triton_grad_q import launch_delta, launch_grad_q
-from sparse_ref_attn.ops.gather_attention.tuning import FORWARD, GRAD_KV, GRAD_Q, Config, config_for
+from sparse_ref_attn.ops.gather_attention.tuning import FORWARD, GRAD_KV, GRAD_Q
 
 from .bench_ops import measure
 
 __all__ = ["candidates", "kernels", "operands", "sweep"]
 
-TABLES = {"forward": FORWARD, "grad_q": GRAD_Q, "grad_kv": GRAD_KV}
-TIMES = {"forward": 1.0, "grad_q": 1.5, "grad_kv": 2.0}  # matrix products, in units of the forward pass
+TABLES = {"forward": FORWARD, "grad_q": GRAD_Q, "grad_kv": GRAD_KV, "lse": LSE, "mass": MASS}
+PRODUCTS = {"forward": 2, "grad_q": 3, "grad_kv": 4, "lse": 1, "mass": 1}  # of queries and keys
+
+BANK = 4096  # reference tokens
 
 Launch = Callable[[Config], "tuple[Tensor, ...]"]
 
@@ -38,7 +43,7 @@ Launch = Callable[[Config], "tuple[Tensor, ...]"]
 def candidates(kernel: str) -> list[Config]:
     """What is worth trying: tiles that the tensor cores take, with and without the unmasked loop."""
     rows, columns = ((64, 128), (32, 64, 128)) if kernel != "grad_kv" else ((32, 64, 128), (64, 128))
-    splits = (True,) if kernel == "grad_kv" else (True, False)
+    splits = (True, False) if kernel in ("forward", "grad_q") else (True,)
     return [Config(*each) for each in product(rows, columns, (4, 8), (2, 3, 4), splits)]
 
 
@@ -54,6 +59,8 @@ def operands(queries: int, kept: int, bank: int, heads: int, channels: int, devi
 
 def kernels(a: Arguments, base: Config) -> dict[str, Launch]:
     """Each kernel as a function of its configuration, on the results of a forward pass."""
+    assert a.k is not None
+    assert a.k_ref is not None
     out, lse = launch_forward(a, base)
     grad = torch.randn_like(out)
     delta = launch_delta(out, grad, None)
@@ -61,6 +68,8 @@ def kernels(a: Arguments, base: Config) -> dict[str, Launch]:
         "forward": lambda config: launch_forward(a, config),
         "grad_q": lambda config: (launch_grad_q(a, grad, lse, delta, config),),
         "grad_kv": lambda config: launch_grad_kv_gathered(a, grad, lse, delta, config),
+        "lse": lambda config: (launch_lse(a.q[None], a.k[None], a.scale, 1, config),),
+        "mass": lambda config: (launch_mass(a.q[None], a.k_ref[None], lse[None], a.scale, 1, config),),
     }
 
 
@@ -76,7 +85,8 @@ def sweep(
         except OutOfResources:
             continue
         for one, expected in zip(got, want, strict=True):
-            torch.testing.assert_close(one, expected, rtol=2e-2, atol=2e-2)
+            size = expected.float().abs().mean()  # a mass is a small number
+            torch.testing.assert_close(one.float() / size, expected.float() / size, rtol=2e-2, atol=2e-2)
         runs[config] = lambda config=config: launch(config)
     times = measure({str(c): f for c, f in runs.items()}, device, rounds)
     return sorted((median(times[str(config)]), config) for config in runs)
@@ -96,14 +106,14 @@ def main() -> None:
     capability = 10 * major + minor
     print(f"{torch.cuda.get_device_name(device)}, capability {capability}, torch {torch.__version__}")
     for channels in o.channels:
-        a = operands(o.queries, o.kept, 4096, o.heads, channels, device)
+        a = operands(o.queries, o.kept, BANK, o.heads, channels, device)
         launches = kernels(a, config_for(FORWARD, capability, channels))
         for kernel in o.kernels:
             base = config_for(TABLES[kernel], capability, channels)
             found = sweep(launches[kernel], base, {base, *candidates(kernel)}, device, o.rounds)
-            # the dk/dv kernel is timed on the gathered rows alone
-            keys = o.kept if kernel == "grad_kv" else o.queries + o.kept
-            flops = TIMES[kernel] * 4.0 * o.queries * keys * o.heads * channels
+            # dk/dv of the gathered rows alone, the LSE over the dense keys, the mass of the whole bank
+            keys = {"grad_kv": o.kept, "lse": o.queries, "mass": BANK}.get(kernel, o.queries + o.kept)
+            flops = PRODUCTS[kernel] * 2.0 * o.queries * keys * o.heads * channels
             for ms, config in found[:3]:
                 mark = "  (the table's)" if config == base else ""
                 print(

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparse_ref_attn.ops._tuning import config_for
 from sparse_ref_attn.ops.gather_attention.arguments import Arguments
 from sparse_ref_attn.ops.gather_attention.triton_forward import launch_forward
 from sparse_ref_attn.ops.gather_attention.triton_grad_kv import launch_grad_kv, launch_grad_kv_gathered
 from sparse_ref_attn.ops.gather_attention.triton_grad_q import launch_delta, launch_grad_q
 from sparse_ref_attn.ops.gather_attention.triton_sum_rows import launch_sum_rows
-from sparse_ref_attn.ops.gather_attention.tuning import FORWARD, GRAD_KV, GRAD_Q, config_for
+from sparse_ref_attn.ops.gather_attention.tuning import FORWARD, GRAD_KV, GRAD_Q
 
 from .aot import Launch, compiled_for
 

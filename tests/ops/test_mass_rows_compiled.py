@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparse_ref_attn.ops._tuning import config_for
 from sparse_ref_attn.ops.attention_mass.triton_mass import Ragged, launch_lse, launch_mass
-from sparse_ref_attn.ops.attention_mass.tuning import LSE_TILES, MASS_TILES, tiles_for
+from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS
 from sparse_ref_attn.ops.pack_rows.triton_rows import launch_pack, launch_unpack
 
 from .aot import Launch, compiled_for
 
-CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 0}
+CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 942}
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma"}
 EVERY_TIME = ["sm_80", "sm_90"]
@@ -32,9 +33,9 @@ def launches(card: str, C: int, dtype: torch.dtype, masked: bool, ragged: bool) 
     items = Ragged(cu, cu, cu, first, 1024, 1024) if ragged else None
     capability = CAPABILITY[card]
     with compiled_for(card) as seen:
-        lse = launch_lse(q, joint, 0.1, 1, tiles_for(LSE_TILES, capability, C), mask, items)
+        lse = launch_lse(q, joint, 0.1, 1, config_for(LSE, capability, C), mask, items)
         ref_mask = None if mask is None else mask[:, text + 4096 :]
-        launch_mass(q, k_ref, lse, 0.1, 1, tiles_for(MASS_TILES, capability, C), ref_mask, items)
+        launch_mass(q, k_ref, lse, 0.1, 1, config_for(MASS, capability, C), ref_mask, items)
     assert [one.name for one in seen] == ["_lse", "_mass"]
     return seen
 

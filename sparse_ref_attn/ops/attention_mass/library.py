@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._tuning import capability_of, config_for
 from .backends import choose
 from .chunked import attention_mass_chunked
 from .offsets import check_offsets
 from .reference import attention_mass_reference
-from .tuning import LSE_TILES, MASS_TILES, tiles_for
+from .tuning import LSE, MASS
 
 __all__ = ["mass_op", "mass_varlen_op"]
 
@@ -44,14 +45,13 @@ def _mass(
     if chosen == "triton":
         from .triton_mass import launch_lse, launch_mass
 
-        capability = _capability(q)
+        of_lse, of_mass = (config_for(table, capability_of(q), q.shape[-1]) for table in (LSE, MASS))
         if key_mask is not None:
             key_mask = key_mask.contiguous()
         if lse is None:
-            lse = launch_lse(q, k, scale, query_stride, tiles_for(LSE_TILES, capability, q.shape[-1]), key_mask)
-        tiles = tiles_for(MASS_TILES, capability, q.shape[-1])
+            lse = launch_lse(q, k, scale, query_stride, of_lse, key_mask)
         mask = None if key_mask is None else key_mask[:, start:stop]
-        return launch_mass(q, k[:, start:stop], lse, scale, query_stride, tiles, mask)
+        return launch_mass(q, k[:, start:stop], lse, scale, query_stride, of_mass, mask)
     if query_stride > 1:
         q, lse = q[:, ::query_stride], None if lse is None else lse[..., ::query_stride]
     if chosen == "reference":
@@ -94,12 +94,11 @@ def _mass_varlen(
         from .triton_mass import Ragged, launch_lse, launch_mass
 
         ragged = Ragged(cu_seqlens_q, cu_seqlens_k, cu_seqlens_ref, ref_starts, max_seqlen_q, max_seqlen_ref)
-        capability, channels = _capability(q), q.shape[-1]
+        of_lse, of_mass = (config_for(table, capability_of(q), q.shape[-1]) for table in (LSE, MASS))
         q, k, lse = q[None], k[None], None if lse is None else lse[None]
         if lse is None:
-            lse = launch_lse(q, k, scale, query_stride, tiles_for(LSE_TILES, capability, channels), ragged=ragged)
-        tiles = tiles_for(MASS_TILES, capability, channels)
-        return launch_mass(q, k, lse, scale, query_stride, tiles, ragged=ragged, total_ref=total_ref)[0]
+            lse = launch_lse(q, k, scale, query_stride, of_lse, ragged=ragged)
+        return launch_mass(q, k, lse, scale, query_stride, of_mass, ragged=ragged, total_ref=total_ref)[0]
     mass = q.new_zeros(q.shape[1], total_ref, dtype=torch.float32)
     for item, first in enumerate(starts):
         queries, keys = slice(*at_q[item : item + 2]), slice(*at_k[item : item + 2])
@@ -149,11 +148,3 @@ def _(
 
 mass_op = torch.ops.sparse_ref_attn.attention_mass.default
 mass_varlen_op = torch.ops.sparse_ref_attn.attention_mass_varlen.default
-
-
-def _capability(x: Tensor) -> int:
-    """Compute capability times ten (90 for an H200); 0 where there is none."""
-    if not x.is_cuda or torch.version.hip:
-        return 0
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor

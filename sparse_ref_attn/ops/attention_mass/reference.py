@@ -24,6 +24,11 @@ def attention_mass_reference(
     scores = torch.einsum("bnhc,bshc->bhns", q, k) * scale
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, :], float("-inf"))
-    lse = scores.logsumexp(dim=-1) if lse is None else lse.to(scores.dtype)
-    pivot = lse.masked_fill(lse == float("-inf"), float("inf"))[..., None]
-    return (scores[..., start:stop] - pivot).exp().sum(dim=2) / max(q.shape[1], 1)
+    if lse is None:
+        weights = scores.softmax(dim=-1)[..., start:stop]
+        if key_mask is not None:
+            weights = weights.masked_fill(~key_mask.any(dim=1)[:, None, None, None], 0.0)
+    else:
+        pivot = lse.masked_fill(lse == float("-inf"), float("inf"))[..., None].to(scores.dtype)
+        weights = (scores[..., start:stop] - pivot).exp()
+    return weights.mean(dim=2) if q.shape[1] else weights.sum(dim=2)

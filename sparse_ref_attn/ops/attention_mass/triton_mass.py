@@ -19,40 +19,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .._tiles import LOG2E, base2_lse, natural_lse, softmax_step, tile_offsets
-from .tuning import Tiles
+from .._tuning import Config
 
 __all__ = ["Ragged", "launch_lse", "launch_mass"]
 
 
 @triton.jit
 def _lse(
-    Q,
-    K,
-    MASK,
-    LSE,
-    CU_Q,
-    CU_K,
-    queries,
-    keys,
-    scale: tl.float32,
-    query_stride,
-    q_item: tl.int64,
-    q_row: tl.int64,
-    q_head: tl.int64,
-    k_item: tl.int64,
-    k_row: tl.int64,
-    k_head: tl.int64,
-    mask_item: tl.int64,
-    lse_item: tl.int64,
-    lse_head: tl.int64,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    RAGGED: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    Q, K, MASK, LSE, CU_Q, CU_K, queries, keys, scale: tl.float32, query_stride, q_item: tl.int64, q_row: tl.int64,
+    q_head: tl.int64, k_item: tl.int64, k_row: tl.int64, k_head: tl.int64, mask_item: tl.int64, lse_item: tl.int64,
+    lse_head: tl.int64, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    RAGGED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """LSE of every query_stride-th query; the others' places are left alone."""
     block = tl.program_id(0)
     head = tl.cast(tl.program_id(1), tl.int64)
@@ -102,38 +80,12 @@ def _lse(
 
 @triton.jit
 def _mass(
-    Q,
-    K,
-    MASK,
-    LSE,
-    MASS,
-    CU_Q,
-    CU_R,
-    FIRST_ROW,
-    queries,
-    refs,
-    scale: tl.float32,
-    query_stride,
-    q_item: tl.int64,
-    q_row: tl.int64,
-    q_head: tl.int64,
-    k_item: tl.int64,
-    k_row: tl.int64,
-    k_head: tl.int64,
-    mask_item: tl.int64,
-    lse_item: tl.int64,
-    lse_head: tl.int64,
-    lse_row: tl.int64,
-    mass_item: tl.int64,
-    mass_head: tl.int64,
-    C: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    STAGES: tl.constexpr,
-    RAGGED: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    Q, K, MASK, LSE, MASS, CU_Q, CU_R, FIRST_ROW, queries, refs, scale: tl.float32, query_stride, q_item: tl.int64,
+    q_row: tl.int64, q_head: tl.int64, k_item: tl.int64, k_row: tl.int64, k_head: tl.int64, mask_item: tl.int64,
+    lse_item: tl.int64, lse_head: tl.int64, lse_row: tl.int64, mass_item: tl.int64, mass_head: tl.int64,
+    C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, STAGES: tl.constexpr, RAGGED: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """K begins at the first reference row; scores are transposed, [R, Q], so that a row's sum crosses few threads."""
     block = tl.program_id(0)
     head = tl.cast(tl.program_id(1), tl.int64)
@@ -196,7 +148,7 @@ def launch_lse(
     k: Tensor,
     scale: float,
     query_stride: int,
-    tiles: Tiles,
+    config: Config,
     key_mask: Tensor | None = None,
     ragged: Ragged | None = None,
 ) -> Tensor:
@@ -204,35 +156,18 @@ def launch_lse(
     batch, queries, heads, C = q.shape
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     longest, items = (queries, batch) if ragged is None else (ragged.max_q, ragged.ref_starts.shape[0])
-    grid = (triton.cdiv(triton.cdiv(longest, query_stride), tiles.block_q), heads, items)
+    grid = (triton.cdiv(triton.cdiv(longest, query_stride), config.block_m), heads, items)
     if lse.numel() and items:
         with torch.cuda.device_of(q):
             _lse[grid](
-                q,
-                k,
-                _bytes(key_mask),
-                lse,
-                *((None, None) if ragged is None else (ragged.cu_seqlens_q, ragged.cu_seqlens_k)),
-                queries,
-                k.shape[1],
-                scale,
-                query_stride,
-                *_item_row_head(q, ragged),
-                *_item_row_head(k, ragged),
-                0 if key_mask is None else key_mask.stride(0),
-                0 if ragged else lse.stride(0),
-                lse.stride(1),
-                C=C,
-                BLOCK_Q=tiles.block_q,
-                BLOCK_K=tiles.block_k,
-                STAGES=tiles.stages,
-                RAGGED=ragged is not None,
-                MASKED=key_mask is not None,
-                PRECISION=_precision(q),
-                num_warps=tiles.warps,
-                num_stages=tiles.stages,
+                q, k, _bytes(key_mask), lse,
+                *((None, None) if ragged is None else (ragged.cu_seqlens_q, ragged.cu_seqlens_k)), queries, k.shape[1],
+                scale, query_stride, *_item_row_head(q, ragged), *_item_row_head(k, ragged),
+                0 if key_mask is None else key_mask.stride(0), 0 if ragged else lse.stride(0), lse.stride(1), C=C,
+                BLOCK_Q=config.block_m, BLOCK_K=config.block_n, STAGES=config.stages, RAGGED=ragged is not None,
+                MASKED=key_mask is not None, PRECISION=_precision(q), num_warps=config.warps, num_stages=config.stages,
                 enable_fp_fusion=True,
-            )
+            )  # fmt: skip
     return lse
 
 
@@ -242,7 +177,7 @@ def launch_mass(
     lse: Tensor,
     scale: float,
     query_stride: int,
-    tiles: Tiles,
+    config: Config,
     key_mask: Tensor | None = None,
     ragged: Ragged | None = None,
     total_ref: int | None = None,
@@ -255,39 +190,18 @@ def launch_mass(
     refs = k_ref.shape[1] if total_ref is None else total_ref
     mass = torch.empty(batch, heads, refs, dtype=torch.float32, device=q.device)
     longest, items = (refs, batch) if ragged is None else (ragged.max_ref, ragged.ref_starts.shape[0])
-    grid = (triton.cdiv(longest, tiles.block_k), heads, items)
+    grid = (triton.cdiv(longest, config.block_n), heads, items)
     if mass.numel() and items:
         with torch.cuda.device_of(q):
             _mass[grid](
-                q,
-                k_ref,
-                _bytes(key_mask),
-                lse,
-                mass,
-                *((None, None, None) if ragged is None else (ragged[0], ragged[2], ragged[3])),
-                queries,
-                refs,
-                scale,
-                query_stride,
-                *_item_row_head(q, ragged),
-                *_item_row_head(k_ref, ragged),
-                0 if key_mask is None else key_mask.stride(0),
-                0 if ragged else lse.stride(0),
-                lse.stride(1),
-                lse.stride(2),
-                0 if ragged else mass.stride(0),
-                mass.stride(1),
-                C=C,
-                BLOCK_R=tiles.block_k,
-                BLOCK_Q=tiles.block_q,
-                STAGES=tiles.stages,
-                RAGGED=ragged is not None,
-                MASKED=key_mask is not None,
-                PRECISION=_precision(q),
-                num_warps=tiles.warps,
-                num_stages=tiles.stages,
-                enable_fp_fusion=True,
-            )
+                q, k_ref, _bytes(key_mask), lse, mass,
+                *((None, None, None) if ragged is None else (ragged[0], ragged[2], ragged[3])), queries, refs, scale,
+                query_stride, *_item_row_head(q, ragged), *_item_row_head(k_ref, ragged),
+                0 if key_mask is None else key_mask.stride(0), 0 if ragged else lse.stride(0), lse.stride(1),
+                lse.stride(2), 0 if ragged else mass.stride(0), mass.stride(1), C=C, BLOCK_R=config.block_n,
+                BLOCK_Q=config.block_m, STAGES=config.stages, RAGGED=ragged is not None, MASKED=key_mask is not None,
+                PRECISION=_precision(q), num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+            )  # fmt: skip
     return mass
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._tuning import Config, capability_of, config_for
 from .arguments import Arguments
 from .gradients import Gradients, Wanted
 from .triton_forward import launch_forward
 from .triton_grad_kv import launch_grad_kv, launch_grad_kv_gathered
 from .triton_grad_q import launch_delta, launch_grad_q
 from .triton_sum_rows import launch_sum_rows
-from .tuning import FORWARD, GRAD_KV, GRAD_Q, Config, config_for
+from .tuning import FORWARD, GRAD_KV, GRAD_Q
 
 __all__ = ["backward", "forward"]
 
 
 def forward(a: Arguments, config: Config | None = None) -> tuple[Tensor, Tensor]:
     """Out (T, H, C) and lse (H, T), contiguous."""
-    return launch_forward(a, config or config_for(FORWARD, _capability(a.q), a.q.shape[2]))
+    return launch_forward(a, config or config_for(FORWARD, capability_of(a.q), a.q.shape[2]))
 
 
 def backward(
@@ -31,7 +32,7 @@ def backward(
     configs: tuple[Config, Config] | None = None,
 ) -> Gradients:
     """Gradients from those of out (T, H, C) and lse (H, T)."""
-    of_q, of_kv = configs or tuple(config_for(t, _capability(a.q), a.q.shape[2]) for t in (GRAD_Q, GRAD_KV))
+    of_q, of_kv = configs or tuple(config_for(t, capability_of(a.q), a.q.shape[2]) for t in (GRAD_Q, GRAD_KV))
     if grad_out.stride(-1) != 1 or any(s % 8 for s in grad_out.stride()[:2]) or grad_out.data_ptr() % 16:
         grad_out = grad_out.contiguous()
     delta = launch_delta(out, grad_out, grad_lse)
@@ -60,13 +61,3 @@ def _into_bank(a: Arguments, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
         rows = rows * heads + head
     k, v = launch_sum_rows(dk.flatten(1), dv.flatten(1), rows, size * (heads if a.per_head else 1), a.q.dtype)
     return k.view(size, heads, channels), v.view(size, heads, channels)
-
-
-def _capability(x: Tensor) -> int:
-    """90 for compute capability 9.0; 80 under the interpreter; 942 on AMD's cards, whatever their name."""
-    if x.device.type != "cuda":
-        return 80
-    if torch.version.hip:
-        return 942
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor

@@ -18,13 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._ranges import find_tile, tiles_at_most
-from .._tiles import natural_lse, softmax_step, tile_offsets
+from .._tiles import LOG2E, natural_lse, softmax_step, tile_offsets
+from .._tuning import Config
 from .arguments import Arguments
-from .tuning import Config
 
 __all__ = ["launch_forward", "operands", "precision", "slots", "switches"]
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

@@ -16,14 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .._ranges import find_tile, tiles_at_most
-from .._tiles import base2_lse, tile_offsets
+from .._tiles import LOG2E, base2_lse, tile_offsets
+from .._tuning import Config
 from .arguments import Arguments
 from .triton_forward import operands, switches
-from .tuning import Config
 
 __all__ = ["launch_delta", "launch_grad_q"]
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

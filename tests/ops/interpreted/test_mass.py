@@ -10,14 +10,15 @@ from torch import Tensor
 
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.functional import attention_mass, attention_mass_varlen
+from sparse_ref_attn.ops._tuning import Config
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
 from sparse_ref_attn.ops.attention_mass.triton_mass import Ragged, launch_lse, launch_mass
-from sparse_ref_attn.ops.attention_mass.tuning import LSE_TILES, MASS_TILES, Tiles
+from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS
 
 from ..guards import Canaries, in_nan
 from ..tolerance import assert_as_accurate
 
-SMALL = Tiles(16, 16, 4, 2)
+SMALL = Config(16, 16, 4, 2)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
@@ -41,16 +42,16 @@ def test_shipped_tiles(C: int, dtype: torch.dtype):
     q, k = draw(129, 200, C=C, dtype=dtype)
     scale = C**-0.5
     truth = lse_of(q.double(), k.double(), scale)
-    for tiles in {LSE_TILES[capability, C] for capability in (80, 90)}:
+    for config in {LSE[capability, C] for capability in (80, 90)}:
         with Canaries():
-            lse = launch_lse(q, k, scale, 1, tiles)
+            lse = launch_lse(q, k, scale, 1, config)
         assert_as_accurate(lse, truth, lse_of(q, k, scale), "lse")
     start = 71  # the block of reference rows ends within a tile
     truth_mass = attention_mass_reference(q.double(), k.double(), (start, 200), scale)
     low = attention_mass_reference(q, k, (start, 200), scale)
-    for tiles in {MASS_TILES[capability, C] for capability in (80, 90)}:
+    for config in {MASS[capability, C] for capability in (80, 90)}:
         with Canaries():
-            mass = launch_mass(q, k[:, start:], truth.float(), scale, 1, tiles)
+            mass = launch_mass(q, k[:, start:], truth.float(), scale, 1, config)
         assert_as_accurate(mass, truth_mass, low, "mass")
 
 
