@@ -20,9 +20,12 @@ __version__ = "0.1.0"
 # The home of each public name.
 _HOMES = {
     "adapters": ("PatchHandle", "PlainAdapter", "patch", "patched", "register_adapter"),
+    "adapters.batch": ("batch",),
+    "adapters.batch_result": ("BatchResult",),
     "adapters.estimate": ("estimate",),
     "config": ("ReCAST", "SparseContext", "SparseRef"),
     "errors": (
+        "BatchError",
         "BudgetError",
         "ConfigError",
         "HandleRemovedError",
@@ -60,6 +63,8 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AttentionMass",
+    "BatchError",
+    "BatchResult",
     "Boxes",
     "BudgetError",
     "ConfigError",
@@ -102,6 +107,7 @@ __all__ = [
     "UnsupportedModelError",
     "VersionError",
     "__version__",
+    "batch",
     "drop_reference",
     "errors",
     "estimate",

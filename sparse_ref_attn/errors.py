@@ -1,6 +1,7 @@
 """Every error the library raises on purpose. Each message says what must hold, then what was got."""
 
 __all__ = [
+    "BatchError",
     "BudgetError",
     "ConfigError",
     "HandleRemovedError",
@@ -52,3 +53,14 @@ class IncompatibleError(SparseRefError, RuntimeError):
 
 class HandleRemovedError(SparseRefError, RuntimeError):
     """A handle was used after ``remove()``."""
+
+
+class BatchError(SparseRefError, RuntimeError):
+    """One item of a batch failed, and so the batch ended; `item` is its number, ``__cause__`` what it raised."""
+
+    def __init__(self, message: str, item: int) -> None:
+        super().__init__(message)
+        self.item = item
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return type(self), (str(self), self.item)

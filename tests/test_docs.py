@@ -43,6 +43,24 @@ def tiny_kontext() -> Any:
     return pipe
 
 
+def test_the_readmes_batch_runs(capsys: pytest.CaptureFixture) -> None:
+    (code,) = (block for block in blocks("README.md") if "sra.batch(" in block)
+    pipe = CASES["klein"].build()
+    call = type(pipe).__call__
+
+    class Small(type(pipe)):
+        def __call__(self, **kwargs: Any) -> Any:
+            return call(self, **{"height": 64, "width": 64, "max_sequence_length": 48,
+                                 "text_encoder_out_layers": (1, 2, 3)} | kwargs)  # fmt: skip
+
+    pipe.__class__ = Small
+    names = {"pipe": pipe, "cup": picture(64, 64), "bowl": picture(96, 64), "lamp": picture(64, 96), "sra": sra}
+    exec(code, names)
+    assert [image.size for image in names["done"].images] == [(64, 64)] * 3
+    assert [len(handle.record.layout.references) for handle in names["done"].handles[:2]] == [1, 3]
+    assert "transformer calls: 8 for several items at once" in capsys.readouterr().out
+
+
 def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
     first, choices, door = (

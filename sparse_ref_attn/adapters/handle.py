@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ class Patch:
         self._warned = False
         self.pixels: PixelTap | None = None
         self.removed = False
+        self.paused = False
         self._undo = contextlib.ExitStack()
 
     def install(self) -> None:
@@ -100,6 +102,17 @@ class Patch:
         self._close()
         self._undo.close()
         self.session.forget()
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Inside, the patch sees nothing: calls run as they are, and encoded images are not heard."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+            if self.pixels is not None:
+                self.pixels.handed_over()
 
     # -- steps -------------------------------------------------------------------------------
 
@@ -130,6 +143,8 @@ class Patch:
     ) -> tuple[tuple[Any, ...], Kwargs] | None:
         began = time.perf_counter()
         self._close()
+        if self.paused:
+            return None
         steps = self._leader()
         kwargs = self.adapter.bind(module, args, kwargs)
         cached = self.adapter.cached(kwargs)

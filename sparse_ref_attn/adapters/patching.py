@@ -24,7 +24,7 @@ from .flops import summarise
 from .handle import Patch
 from .hooks import check_free
 
-__all__ = ["PatchHandle", "patch", "patched", "resolve"]
+__all__ = ["PatchHandle", "patch", "patch_of", "patched", "resolve"]
 
 logger = logging.getLogger("sparse_ref_attn")
 
@@ -218,8 +218,7 @@ def patch(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None
     transformer, adapter = resolve(pipe, adapter)
     check_free(transformer, "inference")
     state = Patch(transformer, None if isinstance(pipe, nn.Module) else pipe, config, adapter)
-    earlier = _PATCHES.get(transformer)
-    replaced = None if earlier is None else earlier()
+    replaced = patch_of(transformer)
     state.install()
     if replaced is not None:
         replaced.remove()
@@ -228,7 +227,7 @@ def patch(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None
     return PatchHandle(state, adapter.name)
 
 
-def resolve(pipe: Any, adapter: Adapter | None) -> tuple[nn.Module, Adapter]:
+def resolve(pipe: Any, adapter: Adapter | None = None) -> tuple[nn.Module, Adapter]:
     """The transformer of a pipeline, or out of its wrappers, and the adapter that serves it.
 
     Raises
@@ -239,7 +238,7 @@ def resolve(pipe: Any, adapter: Adapter | None) -> tuple[nn.Module, Adapter]:
     model = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "transformer", None)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
-            f"patch needs a pipeline with a transformer, or a transformer, got {full_name(type(pipe))}"
+            f"there must be a pipeline with a transformer, or a transformer, got {full_name(type(pipe))}"
         )
     seams.check_not_compiled(model)
     transformer = seams.unwrap(model)
@@ -248,6 +247,13 @@ def resolve(pipe: Any, adapter: Adapter | None) -> tuple[nn.Module, Adapter]:
     if full_name(type(transformer)).startswith("diffusers.") or not isinstance(pipe, nn.Module):
         seams.check_diffusers()
     return transformer, adapter
+
+
+def patch_of(transformer: nn.Module) -> Patch | None:
+    """The patch that a transformer has, if any."""
+    known = _PATCHES.get(transformer)
+    living = None if known is None else known()
+    return None if living is None or living.removed else living
 
 
 @contextlib.contextmanager

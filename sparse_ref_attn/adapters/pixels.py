@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -98,6 +99,13 @@ class PixelTap:
                 pixels = pixels[-1:]
             out[i] = pixels[:, :, 0] if pixels.ndim == 5 else pixels
         return out
+
+    def handed_over(self) -> PixelTap:
+        """What was heard so far, as a tap of its own that hears no more; this one forgets it."""
+        other = copy.copy(self)
+        other._seen = deque(self._seen, maxlen=_HEARD)
+        self._seen.clear()
+        return other
 
     def remove(self) -> None:
         """Put the VAE's own `encode` back; where somebody has wrapped ours since, it stays and only passes on."""

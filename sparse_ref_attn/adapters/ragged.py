@@ -285,12 +285,18 @@ class Ragged:
             call._restore = rows, layout.rows
             yield call
 
-    def _rotary(self, item: Item) -> Any:
-        self._short = item.short
+    @contextlib.contextmanager
+    def alone(self, short: Any) -> Iterator[None]:
+        """Inside, the transformer may be called once with the shortened arguments of `short` (see `Item`)."""
+        self._short = short
         try:
-            return self._adapter.rotary(self._transformer, item.kwargs)
+            yield
         finally:
             self._short = None
+
+    def _rotary(self, item: Item) -> Any:
+        with self.alone(item.short):
+            return self._adapter.rotary(self._transformer, item.kwargs)
 
 
 def _listen(site: int, module: nn.Module) -> list[Callable[[], None]]:

@@ -24,6 +24,7 @@ __all__ = [
     "attention_sites",
     "check_diffusers",
     "check_measurable",
+    "check_no_step_cache",
     "check_not_compiled",
     "compiled_blocks",
     "eager_blocks",
@@ -139,6 +140,15 @@ def splits_the_sequence(module: nn.Module) -> bool:
     """Whether diffusers' context parallelism gives each process a part of the sequence."""
     parallel = getattr(module, "_parallel_config", None)
     return parallel is not None and getattr(parallel, "context_parallel_config", None) is not None
+
+
+def check_no_step_cache(module: nn.Module) -> None:
+    """Raise IncompatibleError where a step cache is on: it keeps activations of one call."""
+    if step_cache_active(module):
+        raise IncompatibleError(
+            "calls that run together must not go through a step cache, which keeps activations of one call; got one "
+            f"on {type(module).__name__}. Disable it"
+        )
 
 
 def reset_step_cache(module: nn.Module) -> None:

@@ -1,0 +1,350 @@
+"""A batch in which every item has references, sizes and kept tokens of its own.
+
+Each item is the pipeline's own call, on a shallow copy of the pipeline with a scheduler of its own. Where a call would
+run the transformer it waits; when all have come that far, the transformer runs once for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ReCAST, SparseRef
+from ..errors import BatchError, ConfigError
+from ..timing import Stopwatch
+from ..types import TokenLayout
+from . import seams
+from .base import Adapter, Kwargs
+from .batch_arguments import item_arguments
+from .batch_result import BatchResult
+from .handle import Patch
+from .hooks import check_free
+from .joining import with_sample
+from .patching import PatchHandle, patch_of, resolve
+from .pixels import PixelTap
+from .progress import SharedBar
+from .ragged import Item, Ragged
+from .turns import Strand
+
+__all__ = ["batch"]
+
+
+class _Frozen(Stopwatch):
+    """The time of a joined call, which each of its items reports."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self._first, self._last = watch._first, watch._last
+
+    def stop(self, device: torch.device) -> None:
+        return None
+
+
+class _ItemPatch(Patch):
+    """The run of one item: a patch whose hooks are not on the model but called by the batch."""
+
+    profiled: tuple[TokenLayout, int] | None = None
+    together = False
+
+    def before(self, transformer: nn.Module, kwargs: Kwargs, together: bool) -> list[Item]:
+        """The item's call with the rows that take part, one `Item` for each picture it makes at once."""
+        self.together, self.profiled = together, None
+        given = self._before(transformer, (), kwargs)
+        short = None if self._call is None else self._call.short
+        kwargs = kwargs if given is None else given[1]
+        return [Item(part, short) for part in (self.adapter.items(kwargs) if together else [kwargs])]
+
+    def after(self, transformer: nn.Module, output: Any, watch: Stopwatch | None = None) -> Any:
+        """The output as the item's call expects it."""
+        if self._call is not None and watch is not None:
+            self._call.watch = _Frozen(watch)
+        restored = self._after(transformer, (), {}, output)
+        return output if restored is None else restored
+
+    def _listen(self, call: Any, module: nn.Module, layout: TokenLayout, step: int) -> None:
+        if self.together:
+            self.profiled = (layout, step)
+        else:
+            super()._listen(call, module, layout, step)
+
+    def look(self, block: int, parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]]) -> None:
+        """Measure one attention call of a profiling step, all of the item's pictures."""
+        assert self.profiled is not None
+        layout, step = self.profiled
+        q, k, v = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
+        masks = [part[3] for part in parts if part[3] is not None]
+        view = self.adapter.view(layout, q, k, v, torch.cat(masks) if masks else None)
+        if view is not None:
+            self.session.observe(step, block, view)
+
+
+class _Seat:
+    """Stands in for the transformer in one item's pipeline: its calls wait for the others."""
+
+    def __init__(self, transformer: nn.Module, ask: Callable[[Any], Any]) -> None:
+        self._transformer, self._ask = transformer, ask
+
+    @property  # type: ignore[misc]  # isinstance sees the transformer's class
+    def __class__(self) -> Any:
+        return type(self._transformer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transformer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._ask((args, kwargs, torch.is_grad_enabled()))
+
+    def cache_context(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # a context of the model would be left while another item runs
+
+
+class _BatchItem:
+    """One item: its copy of the pipeline, its thread, its patch."""
+
+    def __init__(self, index: int, pipe: Any, model: nn.Module, adapter: Adapter, config: SparseRef) -> None:
+        self.index = index
+        self.pipe = copy.copy(pipe)
+        self.own = vars(self.pipe)  # set past the pipeline's __setattr__, which would note the seat in its config
+        self.own["scheduler"] = copy.deepcopy(pipe.scheduler)
+        self.own["maybe_free_model_hooks"] = lambda: None  # the batch does it once, at its end
+        self.patch = _ItemPatch(model, self.pipe, config, adapter)
+
+    def start(self, model: nn.Module, bar: SharedBar, arguments: Kwargs) -> None:
+        def call(ask: Callable[[Any], Any]) -> Any:
+            self.own["transformer"] = _Seat(model, ask)
+            return self.pipe(**arguments)
+
+        self.own["progress_bar"] = bar.part
+        self.strand = Strand(call)
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors inside say which item they come from."""
+        try:
+            yield
+        except BatchError:
+            raise
+        except Exception as error:
+            raise BatchError(
+                f"item {self.index} of the batch failed: {type(error).__name__}: {error}", self.index
+            ) from error
+
+
+class _Run:
+    """The items of a batch around one transformer."""
+
+    def __init__(self, pipe: Any, model: nn.Module, adapter: Adapter, config: SparseRef, count: int) -> None:
+        self.model, self.transformer, self.adapter = model, seams.unwrap(model), adapter
+        self.ragged = Ragged(self.transformer, adapter)
+        self.items = [_BatchItem(i, pipe, self.transformer, adapter, config) for i in range(count)]
+        self.joined = self.alone = 0
+
+    def run(self, tap: PixelTap | None) -> None:
+        """All items to their end, in lockstep."""
+        live = [(item, None) for item in self.items]
+        while live:
+            waiting = []
+            for item, answer in live:
+                asks = item.strand.resume(answer)
+                if item.strand.error is not None:
+                    with item.named():
+                        raise item.strand.error
+                if asks:
+                    waiting.append(item)
+                    item.patch.pixels = None if tap is None else tap.handed_over()
+            live = list(zip(waiting, self._serve(waiting), strict=True))
+
+    def end(self) -> None:
+        for item in self.items:
+            item.strand.end()
+
+    def _serve(self, waiting: Sequence[_BatchItem]) -> list[Any]:
+        """What each waiting item's transformer call returns."""
+        calls, answers = {}, {}
+        for item in waiting:
+            args, kwargs, grad = item.strand.request
+            calls[item.index] = (self.adapter.bind(self.transformer, args, kwargs), grad)
+        meeting = [item for item in waiting if self.adapter.cannot_join(calls[item.index][0]) is None]
+        if len(meeting) == 1:
+            meeting = []
+        for item in waiting:
+            if item not in meeting:
+                with item.named():
+                    answers[item.index] = self._run_alone(item, *calls[item.index])
+        if meeting:
+            answers |= self._run_joined(meeting, calls)
+        return [answers[item.index] for item in waiting]
+
+    def _run_alone(self, item: _BatchItem, kwargs: Kwargs, grad: bool) -> Any:
+        self.alone += 1
+        with torch.set_grad_enabled(grad):
+            output = None
+            ((call,),) = [item.patch.before(self.transformer, kwargs, together=False)]
+            try:
+                with self.ragged.alone(call.short):
+                    output = self.model(**call.kwargs)
+            finally:
+                output = item.patch.after(self.transformer, output)
+            return output
+
+    def _run_joined(self, meeting: Sequence[_BatchItem], calls: Mapping[int, tuple[Kwargs, bool]]) -> dict[int, Any]:
+        self.joined += 1
+        parts: list[tuple[_BatchItem, int]] = []
+        flat: list[Item] = []
+        for item in meeting:
+            with item.named():
+                own = item.patch.before(self.transformer, calls[item.index][0], together=True)
+            parts += [(item, len(own))] * len(own)
+            flat += own
+        seen: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor | None]]] = {}
+
+        def tap(at: int, block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+            item, count = parts[at]
+            if item.patch.profiled is None:
+                return
+            own = seen.setdefault(item.index, [])
+            own.append((q, k, v, mask))
+            if len(own) == count:
+                with item.named():
+                    item.patch.look(block, seen.pop(item.index))
+
+        profiles = any(item.patch.profiled is not None for item in meeting)
+        with (
+            torch.set_grad_enabled(calls[meeting[0].index][1]),
+            seams.eager_blocks(self.transformer),
+            self.ragged.joined(flat, tap=tap if profiles else None) as call,
+        ):
+            device = call.kwargs[self.adapter.tokens].device
+            watch = Stopwatch(device)
+            output = self.model(**call.kwargs)
+            watch.stop(device)
+            samples = iter(call.samples(output))
+            answers = {}
+            for item in meeting:
+                rows = torch.cat([next(samples) for other, _ in parts if other is item])
+                with item.named():
+                    answers[item.index] = item.patch.after(self.transformer, with_sample(output, rows), watch)
+        return answers
+
+
+def batch(
+    pipe: Any,
+    prompts: Sequence[str | None],
+    images: Sequence[Sequence[Any]],
+    *,
+    config: SparseRef | None = None,
+    generators: Sequence[torch.Generator] | None = None,
+    each: Sequence[Mapping[str, Any]] | None = None,
+    **arguments: Any,
+) -> BatchResult:
+    """Generate several pictures at once, each from references of its own.
+
+    Every item runs the pipeline's own call, and the items meet at the transformer, which runs once
+    for all of them: packed end to end (FLUX.2, Klein) or padded, with attention within each item
+    (Kontext, Qwen-Image-Edit). Each gets the picture that it would get alone, to rounding.
+
+    Parameters
+    ----------
+    pipe : diffusers pipeline
+        Is as it was when the call returns or raises. A patch on it rests meanwhile.
+    prompts : sequence of str
+        One an item; None where `each` has the item's embeddings.
+    images : sequence of sequences
+        The references of each item, any number of any size; an empty one where the pipeline also
+        runs without.
+    config : SparseRef, optional
+        What is kept of each item's references: ranked, budgeted and reported for each item by
+        itself. Default: that of the patch on `pipe`, or ``ReCAST()``, as `patch`.
+        ``SparseContext(1.0, "grid")`` keeps everything.
+    generators : sequence of torch.Generator, optional
+        One an item, all different. Without them noise comes from torch's own generator, in the
+        order of the items.
+    each : sequence of dict, optional
+        Further arguments of one item's call (negative_prompt, height, mask_image, ...), over the
+        common ones.
+    **arguments
+        Arguments of every item's call, such as ``num_inference_steps=28``.
+
+    Returns
+    -------
+    BatchResult
+        ``images``, ``outputs`` (what each call returned), ``handles`` (each item's report), `summary()`.
+
+    Raises
+    ------
+    BatchError
+        If an item's own call fails: it names the item, and ``__cause__`` is what was raised. The
+        other items end with it.
+    ConfigError
+        If numbers of prompts, images, generators or arguments disagree, two items share a generator,
+        or the pipeline cannot take an item's number of references.
+    IncompatibleError
+        If the model's attention cannot be told apart by item, a step cache is on, or the items
+        differ in something that one transformer call has once (such as ``joint_attention_kwargs``).
+    UnsupportedModelError, VersionError
+        As `patch`.
+
+    Notes
+    -----
+    Items may differ in output size, number of steps and guidance; one that is done leaves. Only one
+    of them runs at a time, in the order given, so text encoder and VAE see one item after another.
+    A profiling step is a dense one in the same joined call, each item measured on its own rows.
+
+    Some calls run by themselves: those that keep or read reference K/V (Klein-KV), and the last item
+    when the others are done. Attention of joined calls is `functional.gather_attention`, whatever
+    attention backend the pipeline was set to, and compiled blocks run eagerly in them.
+
+    One timestep for all is found by comparing them: on CUDA a sync a call, beside those of the
+    attention backend.
+
+    Examples
+    --------
+    >>> import torch, PIL.Image
+    >>> import sparse_ref_attn as sra
+    >>> from sparse_ref_attn.eval.embedded import kontext_pipeline
+    >>> pipe = kontext_pipeline(size="tiny")
+    >>> pipe.set_progress_bar_config(disable=True)
+    >>> small, wide = PIL.Image.new("RGB", (32, 32), "red"), PIL.Image.new("RGB", (64, 32), "blue")
+    >>> done = sra.batch(
+    ...     pipe, ["a cat", "a dog"], [[small], [wide]], config=sra.SparseContext(0.5, "grid"),
+    ...     generators=[torch.Generator().manual_seed(i) for i in range(2)],
+    ...     num_inference_steps=2, height=32, width=32, max_area=32 * 32, _auto_resize=False,
+    ... )
+    >>> [image.size for image in done.images], [handle.record.steps[0].kept for handle in done.handles]
+    ([(32, 32), (32, 32)], [32, 64])
+    """
+    calls = item_arguments(pipe, prompts, images, generators, each, arguments)
+    transformer, adapter = resolve(pipe)
+    own = patch_of(transformer)
+    config = config if config is not None else ReCAST() if own is None else own.config
+    if not isinstance(config, SparseRef):
+        raise ConfigError(f"config must be a SparseRef (ReCAST(...), SparseContext(...)), got {type(config).__name__}")
+    if config.from_block:
+        raise ConfigError(
+            f"a batch drops tokens at the transformer's input: from_block must be 0, got {config.from_block}"
+        )
+    check_free(transformer, "inference")
+    seams.check_no_step_cache(transformer)
+    run = _Run(pipe, pipe.transformer, adapter, config, len(calls))
+    bar = SharedBar(pipe.progress_bar)
+    for item, kwargs in zip(run.items, calls, strict=True):
+        item.start(pipe.transformer, bar, kwargs)
+    with contextlib.ExitStack() as undo:
+        undo.callback(pipe.maybe_free_model_hooks)
+        undo.callback(bar.close)
+        if own is not None:
+            undo.enter_context(own.resting())
+        vae = getattr(pipe, "vae", None)
+        tap = PixelTap(vae) if isinstance(vae, nn.Module) and hasattr(vae, "encode") else None
+        if tap is not None:
+            undo.callback(tap.remove)
+        run.ragged.install()
+        undo.callback(run.ragged.remove)
+        undo.callback(run.end)
+        run.run(tap)
+    handles = [PatchHandle(item.patch, adapter.name) for item in run.items]
+    return BatchResult([item.strand.result for item in run.items], handles, run.joined, run.alone)

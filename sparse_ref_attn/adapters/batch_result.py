@@ -1,0 +1,62 @@
+"""What a batch returns: the pictures, and a report for each item."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import SparseRefError
+from .patching import PatchHandle
+
+__all__ = ["BatchResult"]
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """Pictures and reports of `batch`, in the order of the items.
+
+    Attributes
+    ----------
+    outputs : list
+        What each item's pipeline call returned.
+    handles : list of PatchHandle
+        Each item's report: `summary()`, `record`, `save_overlay()`, `ranking`. The transformer time
+        in it is that of the joined calls, which the items share.
+    joined, alone : int
+        Transformer calls for several items at once, and for one.
+    """
+
+    outputs: list[Any]
+    handles: list[PatchHandle]
+    joined: int
+    alone: int
+
+    @property
+    def images(self) -> list[Any]:
+        """The pictures of all items, as the pipeline makes them."""
+        return [
+            image for output in self.outputs for image in (output[0] if isinstance(output, tuple) else output.images)
+        ]
+
+    def summary(self) -> str:
+        """A line an item: references, their tokens, how many were kept on average, steps, and the FLOP ratio.
+
+        The ratio is dense over sparse, of the item by itself.
+        """
+        lines = [f"{'item':>4}  {'references':>10}  {'tokens':>6}  {'kept':>6}  {'steps':>5}  {'FLOPs':>6}"]
+        for i, handle in enumerate(self.handles):
+            try:
+                record = handle.record
+            except SparseRefError:
+                lines.append(f"{i:>4}  {0:>10}  {0:>6}  {'-':>6}  {'-':>5}  {'-':>6}")
+                continue
+            kept = sum(step.kept for step in record.steps) / len(record.steps)
+            flops = handle.flops()
+            ratio = "-" if flops is None else f"{flops.ratio:.2f}x"
+            layout = record.layout
+            lines.append(
+                f"{i:>4}  {len(layout.references):>10}  {layout.reference_tokens:>6}  {kept:>6.0f}  "
+                f"{len(record.steps):>5}  {ratio:>6}"
+            )
+        lines.append(f"transformer calls: {self.joined} for several items at once, {self.alone} for one")
+        return "\n".join(lines)

@@ -1,0 +1,386 @@
+"""`sra.batch` on every pipeline: items of different references equal the items alone, and nothing is left behind."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sparse_ref_attn as sra
+from sparse_ref_attn.errors import BatchError, ConfigError, IncompatibleError
+from tests.contract.state import GRID, MASS, kinds, state
+from tests.contract.test_offload import by_model, sequential
+from tests.pictures import generator, picture
+from tests.pipeline_arguments import PROMPTS, Request
+from tests.pipelines import CASES, Case, _small_references, each_case
+
+KEEP_ALL = sra.SparseContext(1.0, "grid")
+SIZES = (((96, 64),), ((64, 64), (64, 96), (96, 64)), ((64, 96),))
+FLUX_SIZES = (((48, 32),), ((32, 32),), ((32, 48),))
+
+
+class Items:
+    """The three items of a test: arguments for one call each, and for the batch."""
+
+    def __init__(
+        self, case: Case, pipe: Any, cfg: bool = False, none: bool = True, steps: int = 3, **more: Any
+    ) -> None:
+        many, self.pipe = max(case.references) > 1 and not case.name.endswith("inpaint"), pipe
+        self.images, self.each = [], []
+        for i, sizes in enumerate(FLUX_SIZES if case.side == 32 else SIZES):
+            count = len(sizes) if many else 1
+            if i == 2 and none and case.text_to_image:
+                count = 0
+            arguments = case.arguments(pipe, Request(count, 1, case.side, cfg, sizes, False, 10 * i))
+            image = arguments.pop("image", None)
+            self.images.append([] if image is None else image if isinstance(image, list) else [image])
+            self.each.append(arguments)
+        self.prompts = [None if "prompt_embeds" in own else p for own, p in zip(self.each, PROMPTS, strict=False)]
+        for own in self.each:
+            own.pop("prompt", None)
+        side = {"height": case.side, "width": case.side}
+        self.common = {"num_inference_steps": steps, "output_type": "np", **side, **more}
+
+    def alone(self, config: sra.SparseRef) -> tuple[list[np.ndarray], list[list[tuple[str, int]]]]:
+        """Pictures and step records of the items one by one."""
+        pictures, steps = [], []
+        for i, images in enumerate(self.images):
+            image = {} if not images else {"image": images[0] if len(images) == 1 else images}
+            with sra.patched(self.pipe, config) as handle, _small_references():
+                call = {**self.common, **self.each[i], **image}
+                pictures.append(self.pipe(prompt=self.prompts[i], generator=generator(i), **call).images[0])
+                steps.append(record(handle) if images else [])
+        return pictures, steps
+
+    def together(self, config: sra.SparseRef | None, **more: Any) -> sra.BatchResult:
+        with _small_references():
+            return sra.batch(
+                self.pipe, self.prompts, self.images, config=config, generators=[generator(i) for i in range(3)],
+                **{"each": self.each, **self.common, **more},
+            )  # fmt: skip
+
+
+def record(handle: sra.PatchHandle) -> list[tuple[str, int]]:
+    return [(step.kind, step.kept) for step in handle.record.steps]
+
+
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "sparse_ref_attn item"]
+
+
+def assert_close(got: list[np.ndarray], want: list[np.ndarray]) -> None:
+    for mine, alone in zip(got, want, strict=True):
+        np.testing.assert_allclose(mine, alone, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("config", [KEEP_ALL, GRID, MASS], ids=["dense", "grid", "mass"])
+@each_case()
+def test_each_item_is_what_it_is_alone(case: Case, config: sra.SparseRef) -> None:
+    pipe = case.build()
+    items = Items(case, pipe, cfg=case.cfg)
+    want, steps = items.alone(config)
+    before = state(pipe)
+    done = items.together(config)
+    assert state(pipe) == before
+    assert_close(done.images, want)
+    assert not np.allclose(want[0], want[1], atol=1e-2)
+    assert [record(h) if images else [] for h, images in zip(done.handles, items.images, strict=True)] == steps
+    calls = 3 * (2 if case.cfg else 1)
+    alone = 2 * 3 if case.name == "klein_kv" else 0  # of two items with references, which keep their K/V
+    assert (done.joined, done.alone) == ((0, 9) if alone else (calls, 0))
+    assert not threads()
+
+
+def test_what_is_kept_is_each_items_own() -> None:
+    case = CASES["klein"]
+    items = Items(case, case.build())
+    done = items.together(MASS)
+    assert [len(h.record.layout.references) for h in done.handles[:2]] == [1, 3]
+    assert kinds(done.handles[0]) == ["profile", "sparse", "sparse"]
+    kept = [[step.kept for step in h.record.steps] for h in done.handles[:2]]
+    assert kept[0][1] < kept[0][2] < kept[0][0] == 96
+    assert kept[1][0] == 64 + 96 + 96
+    assert done.handles[0].record.attention
+    assert done.handles[1].ranking.scores[2].shape == (96,)
+    lines = done.summary().splitlines()
+    assert len(lines) == 5
+    assert lines[1].split()[:3] == ["0", "1", "96"]
+    assert lines[3].split()[:3] == ["2", "0", "0"]
+    assert lines[4] == "transformer calls: 3 for several items at once, 0 for one"
+    assert "FLOP" in done.handles[1].summary()
+
+
+def test_two_batches_in_a_row_and_the_pipeline_after_them() -> None:
+    case = CASES["kontext"]
+    pipe, fresh = case.build(), case.build()
+    items = Items(case, pipe, cfg=True)
+    first, second = items.together(MASS), items.together(MASS)
+    for a, b in zip(first.images, second.images, strict=True):
+        assert np.array_equal(a, b)
+    assert np.array_equal(case.call(pipe), case.call(fresh))
+
+
+@pytest.mark.parametrize("name", ["klein", "flux2", "kontext", "qwen_edit_plus"])
+def test_items_may_differ_in_steps_size_and_guidance(name: str) -> None:
+    """An item that is done leaves; other timesteps and guidance scales are no obstacle."""
+    case = CASES[name]
+    pipe = case.build()
+    items = Items(case, pipe)
+    wide = 3 * case.side // 2
+    items.each[1] |= {"num_inference_steps": 5}
+    items.each[2] |= {"height": wide} | ({"max_area": wide * case.side} if name == "kontext" else {})
+    if name != "qwen_edit_plus":
+        items.each[0] |= {"guidance_scale": 7.0 if name != "klein" else 1.0}
+    want, _ = items.alone(GRID)
+    done = items.together(GRID)
+    assert_close(done.images, want)
+    assert [image.shape[0] for image in done.images] == [case.side, case.side, wide]
+    assert len(done.handles[1].record.steps) == 5
+    assert (done.joined, done.alone) == (3, 2)
+
+
+def test_guidance_in_some_items_only() -> None:
+    case = CASES["klein"]
+    items = Items(case, case.build())
+    items.each[1] |= {"guidance_scale": 3.0}
+    want, _ = items.alone(MASS)
+    assert_close(items.together(MASS).images, want)
+
+
+def test_several_pictures_an_item() -> None:
+    case = CASES["klein"]
+    pipe = case.build()
+    items = Items(case, pipe, num_images_per_prompt=2)
+    with _small_references(), sra.patched(pipe, MASS):
+        want = pipe(
+            prompt=PROMPTS[0], image=items.images[0][0], generator=generator(0), **items.common, **items.each[0]
+        )
+    done = items.together(MASS)
+    assert len(done.images) == 6
+    assert_close(done.images[:2], list(want.images))
+
+
+def test_a_batch_of_one_is_the_call_itself() -> None:
+    case = CASES["qwen_edit_plus"]
+    pipe = case.build()
+    items = Items(case, pipe)
+    want, _ = items.alone(MASS)
+    with _small_references():
+        done = sra.batch(
+            pipe, items.prompts[:1], items.images[:1], config=MASS, generators=[generator(0)], each=items.each[:1],
+            **items.common,
+        )  # fmt: skip
+    assert np.array_equal(done.images[0], want[0])
+    assert (done.joined, done.alone) == (0, 3)
+
+
+@pytest.mark.parametrize("config", [GRID, MASS])
+def test_a_patch_on_the_pipeline_lends_its_settings_and_rests(config: sra.SparseRef) -> None:
+    case = CASES["kontext"]
+    pipe = case.build()
+    items = Items(case, pipe)
+    want, _ = items.alone(config)
+    handle = sra.patch(pipe, config)
+    image = case.call(pipe)
+    steps = record(handle)
+    done = items.together(None)
+    assert_close(done.images, want)
+    assert done.handles[0].config is config
+    assert record(handle) == steps
+    assert np.array_equal(case.call(pipe), image)
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", ["kontext", "klein", "klein_kv", "qwen_edit_plus"])
+@pytest.mark.parametrize("offload", [by_model, sequential])
+def test_through_offload(name: str, offload: Callable[[Any], None]) -> None:
+    case = CASES[name]
+    plain = case.build()
+    want, _ = Items(case, plain).alone(MASS)
+    pipe = case.build()
+    items = Items(case, pipe)
+    offload(pipe)
+    for _ in range(2):
+        assert_close(items.together(MASS).images, want)
+        assert hasattr(pipe.transformer, "_hf_hook")
+    image = case.call(pipe)
+    assert np.array_equal(image, case.call(case.build()))
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [StopError("no"), KeyboardInterrupt()])
+@pytest.mark.parametrize("name", ["kontext", "klein", "qwen_edit_plus"])
+def test_an_error_in_one_item_ends_the_batch(name: str, error: BaseException) -> None:
+    case = CASES[name]
+    pipe = case.build()
+    items = Items(case, pipe)
+    begun = []
+
+    want, _ = items.alone(MASS)
+
+    def fail(pipe: Any, step: int, t: Any, kwargs: dict) -> dict:
+        begun.append(step)
+        if step == 1:
+            raise error
+        return kwargs
+
+    items.each[1]["callback_on_step_end"] = fail
+    before = state(pipe)
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else BatchError
+    with pytest.raises(expected) as raised:
+        items.together(MASS)
+    if expected is BatchError:
+        assert raised.value.item == 1
+        assert raised.value.__cause__ is error
+        assert str(raised.value) == "item 1 of the batch failed: StopError: no"
+    assert begun == [0, 1]
+    assert state(pipe) == before
+    assert not threads()
+    del items.each[1]["callback_on_step_end"]
+    assert_close(items.together(MASS).images, want)
+
+
+def test_an_error_before_the_first_step_and_one_in_the_joined_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["klein"]
+    pipe = case.build()
+    items = Items(case, pipe)
+    case.call(pipe)
+    before = state(pipe)
+    items.each[2]["callback_on_step_end_tensor_inputs"] = ["nothing"]
+    with pytest.raises(
+        BatchError, match=r"item 2 of the batch failed: ValueError: .*callback_on_step_end_tensor_inputs"
+    ):
+        items.together(GRID)
+    del items.each[2]["callback_on_step_end_tensor_inputs"]
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("sparse_ref_attn.adapters.ragged.gather_attention", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        items.together(MASS)
+    assert state(pipe) == before
+    assert not threads()
+
+
+def test_an_interrupt_while_an_item_runs_waits_for_it_and_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C reaches the main thread, which then stands in `resume`."""
+    from sparse_ref_attn.adapters import turns
+
+    case = CASES["klein"]
+    pipe = case.build()
+    items = Items(case, pipe)
+    waits, true = [], turns.Strand._wait
+
+    def interrupted(self: Any) -> bool:
+        waits.append(self)
+        if len(waits) == 5:
+            raise KeyboardInterrupt
+        return true(self)
+
+    case.call(pipe)
+    before = state(pipe)
+    monkeypatch.setattr(turns.Strand, "_wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        items.together(GRID)
+    assert state(pipe) == before
+    assert not threads()
+
+
+def test_a_bad_budget_names_its_item() -> None:
+    case = CASES["klein"]
+    config = sra.SparseRef("grid", 100)  # more tokens than the first item's reference has
+    items = Items(case, case.build())
+    with pytest.raises(BatchError, match=r"item 0 of the batch failed: BudgetError") as raised:
+        items.together(config)
+    assert isinstance(raised.value.__cause__, sra.BudgetError)
+
+
+def test_one_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    case = CASES["klein"]
+    pipe = case.build()
+    pipe.set_progress_bar_config(disable=False, mininterval=0, desc="batch")
+    items = Items(case, pipe)
+    items.each[1] |= {"num_inference_steps": 4}
+    items.together(GRID)
+    shown = [tuple(map(int, found)) for found in re.findall(r"(\d+)/(\d+)", capsys.readouterr().err)]
+    assert shown == sorted(shown)  # with a bar an item, counts would begin anew
+    assert shown[-1] == (4, 4)
+
+
+def test_autocast_and_inference_mode_reach_the_items() -> None:
+    case = CASES["kontext"]
+    pipe = case.build()
+    seen = []
+
+    def note(pipe: Any, step: int, t: Any, kwargs: dict) -> dict:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        return kwargs
+
+    items = Items(case, pipe, callback_on_step_end=note)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        items.together(GRID)
+    assert set(seen) == {(True, True, False)}
+
+
+def call(**changes: Any) -> None:
+    pipe = CASES[changes.pop("case", "klein")].build()
+    red, blue = picture(64, 64, 0), picture(96, 64, 1)
+    arguments: dict[str, Any] = {"prompts": ["a", "b"], "images": [[red], [red, blue]], "config": GRID}
+    sra.batch(pipe, **arguments | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompts": "a cat"}, "prompts must be a list of one prompt an item, got 'a cat'"),
+        ({"prompts": []}, "prompts must be a list of one prompt an item, got []"),
+        ({"prompts": ["a", ["b", "c"]]}, "each prompt must be one string, got ['b', 'c']"),
+        ({"images": [[]]}, "images must be a list of one entry for each of the 2 prompts, got 1"),
+        ({"images": None}, "images must be a list of one entry for each of the 2 prompts, got NoneType"),
+        ({"images": [[], picture(64, 64, 0)]}, "images must hold a list of references for each item, got Image"),
+        ({"images": [[], [None]]}, "references must be images, got None for item 1"),
+        ({"generators": [generator(0)]}, "generators must be a list of one entry for each of the 2 prompts, got 1"),
+        ({"generators": [generator(0)] * 2}, "a generator of its own, got the same for items 0 and 1"),
+        ({"generators": [0, 1]}, "generators must be torch.Generator, one an item, got int"),
+        ({"each": [{}]}, "each must be a list of one entry for each of the 2 prompts, got 1"),
+        ({"generator": generator(0)}, "generator must be given as generators, one an item"),
+        ({"each": [{}, {"image": 1}]}, "image must be given as images, one an item"),
+        ({"config": 0.5}, "config must be a SparseRef (ReCAST(...), SparseContext(...)), got float"),
+        ({"config": sra.SparseRef("grid", 0.3, from_block=1)}, "from_block must be 0, got 1"),
+        ({"case": "kontext"}, "FluxKontextPipeline takes at most 1 reference an item, got 2 for item 1"),
+        ({"case": "qwen_edit", "images": [[], []]}, "needs a reference for every item, got none for item 0"),
+        ({"case": "qwen_edit_plus", "images": [[picture(64, 64, 0)], []]}, "for every item, got none for item 1"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_anything_runs(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        call(**changes)
+    assert words in str(refused.value)
+
+
+def test_items_that_one_call_cannot_serve() -> None:
+    case = CASES["flux2"]
+    items = Items(case, case.build())
+    items.each[1] |= {"attention_kwargs": {"scale": 0.5}}
+    with pytest.raises(IncompatibleError, match=r"the same joint_attention_kwargs, got None, {'scale': 0.5}"):
+        items.together(GRID)
+    assert not threads()
+
+
+def test_a_step_cache_is_refused() -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    case = CASES["klein"]
+    pipe = case.build()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(IncompatibleError, match="must not go through a step cache"):
+        Items(case, pipe).together(GRID)
