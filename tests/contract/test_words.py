@@ -57,7 +57,7 @@ def test_nothing_to_patch() -> None:
 
     for pipe in (Unet(), None, "model/path"):
         with pytest.raises(
-            sra.UnsupportedModelError, match="needs a pipeline with a transformer, or a transformer, got"
+            sra.UnsupportedModelError, match="must be a pipeline with a transformer, or a transformer, got"
         ):
             sra.patch(pipe)
 
