@@ -3,9 +3,11 @@
 __all__ = [
     "BatchError",
     "BudgetError",
+    "BuildError",
     "ConfigError",
     "HandleRemovedError",
     "IncompatibleError",
+    "KernelError",
     "LayoutError",
     "NonFiniteError",
     "PixelsUnavailableError",
@@ -64,3 +66,11 @@ class BatchError(SparseRefError, RuntimeError):
 
     def __reduce__(self) -> tuple[type, tuple[str, int]]:
         return type(self), (str(self), self.item)
+
+
+class BuildError(SparseRefError, RuntimeError):
+    """The CUDA C++ kernels could not be built: a tool is missing, or it failed."""
+
+
+class KernelError(SparseRefError, RuntimeError):
+    """A CUDA C++ kernel failed on the device, or refused what the library should not have given it."""

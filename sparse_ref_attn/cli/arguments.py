@@ -137,6 +137,19 @@ def parser() -> argparse.ArgumentParser:
     guess.add_argument("--json", action="store_true")
     guess.set_defaults(run=commands.estimate)
 
+    build = kinds.add_parser(
+        "build-kernels",
+        help="compile the CUDA C++ kernels with nvcc, for the cards of this machine",
+        description="Compiles csrc with nvcc and ninja into the user's cache, where every later process finds it. "
+        "Nothing else ever compiles them on use. ninja_build.md says what each error means.",
+    )
+    build.add_argument(
+        "--archs",
+        metavar="LIST",
+        help='such as "80;90a"; default SRA_CUDA_ARCHS, else the cards found, else 80;90a;100a',
+    )
+    build.set_defaults(run=commands.build)
+
     check = kinds.add_parser("doctor", help="what is installed, and what is possible here")
     check.add_argument("--json", action="store_true")
     check.set_defaults(run=commands.diagnose)

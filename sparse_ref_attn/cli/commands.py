@@ -20,8 +20,10 @@ from ..eval import loading, outputs
 from ..eval.compare import Comparison, compare
 from ..eval.embedded import SIZES, kontext_pipeline
 from ..eval.geometry import meta_transformer
+from ..kernels import toolchain
+from ..kernels.build import build_kernels
 
-__all__ = ["RANDOM_WEIGHTS", "demo", "diagnose", "estimate", "run"]
+__all__ = ["RANDOM_WEIGHTS", "build", "demo", "diagnose", "estimate", "run"]
 
 RANDOM_WEIGHTS = (
     "Its weights are random (seeded): the pictures mean nothing, and neither does what the model looks at.\n"
@@ -136,7 +138,7 @@ def _print(result: Comparison, files: list[tuple[str, str]], directory: Any) -> 
         print(f"  {name:<12} {what}")
 
 
-# -- estimate, doctor ------------------------------------------------------------------------
+# -- estimate, build-kernels, doctor ---------------------------------------------------------
 
 
 def estimate(options: argparse.Namespace) -> None:
@@ -151,6 +153,17 @@ def estimate(options: argparse.Namespace) -> None:
         config=_config(options.preset, options.keep),
     )
     print(json.dumps(found.to_dict(), indent=2) if options.json else found.summary())
+
+
+def build(options: argparse.Namespace) -> None:
+    """The CUDA C++ kernels, compiled into the user's cache."""
+    archs = toolchain.requested_archs() if options.archs is None else toolchain.parse_archs(options.archs)
+    if not archs and torch.cuda.is_available() and torch.version.hip is None:
+        cards = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        archs = tuple(dict.fromkeys(map(toolchain.arch_for, cards)))
+    began = time.perf_counter()
+    path = build_kernels(archs or None, verbose=True)
+    print(f"Built {path} in {time.perf_counter() - began:.0f} s.")
 
 
 def diagnose(options: argparse.Namespace) -> None:

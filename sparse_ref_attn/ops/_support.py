@@ -1,7 +1,7 @@
 """Who can compute a call of an op, and why another cannot.
 
 One predicate per backend returns the reasons against it; an empty list means that it can. The same
-predicate picks a backend and explains a refusal. `pick` and `triton_reasons` serve every op, the rest
+predicate picks a backend and explains a refusal. `pick`, `triton_reasons` and `cuda_reasons` serve every op, the rest
 `gather_attention`.
 """
 
@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ._cuda import CHANNELS, DTYPES, against
 
 __all__ = [
     "ORDER",
     "Call",
     "choose",
+    "cuda_reasons",
     "explain",
     "flash_packages",
+    "has_16_byte_rows",
     "is_aligned",
     "order_for",
     "pick",
@@ -34,8 +37,8 @@ __all__ = [
 ]
 
 # The order in which "auto" tries them. It may pick only what needs no kernel of ours that no card has run: "triton",
-# "flash" and "flex" stand in no row until `pytest -m gpu` has passed on a card, and `benchmarks/bench_ops.py` printed
-# which of them is faster there. Published figures let one expect "flash" first on compute capability 9.0 with
+# "flash", "flex" and "cuda" stand in no row until `pytest -m gpu` has passed on a card, and `benchmarks/bench_ops.py`
+# printed which of them is faster there. Published figures let one expect "flash" first on compute capability 9.0 with
 # flash-attn 3, and "triton" or "flash" for several items, which "sdpa" runs one by one.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("sdpa",),
@@ -160,11 +163,26 @@ def _flex(call: Call) -> list[str]:
     return against
 
 
+def cuda_reasons(call: Call) -> list[str]:
+    """Why the attention kernels of csrc cannot do `call`; empty when they can."""
+    why = against(call.device)
+    if call.dtype not in DTYPES:
+        why.append(f"needs float16 or bfloat16, got {call.dtype}")
+    if call.channels not in CHANNELS:
+        why.append(f"needs a head dim of 64 or 128, got {call.channels}")
+    if not call.aligned:
+        why.append("needs every row to start at a multiple of 16 bytes (strides and storage offset)")
+    if call.gradients:
+        why += [f"leaves the backward to triton, which {reason}" for reason in _triton(call)]
+    return why
+
+
 _PREDICATES: dict[str, Callable[[Call], list[str]]] = {
     "sdpa": _sdpa,
     "triton": _triton,
     "flash": _flash,
     "flex": _flex,
+    "cuda": cuda_reasons,
 }
 
 
@@ -224,6 +242,13 @@ def pick(backend: str, order: Sequence[str], predicates: Mapping[str, Callable[[
             return name
     told = "; ".join(f"{name}: {', '.join(why)}" for name, why in tried.items())
     raise ConfigError(f"the backend must be able to do the call, got {told}")
+
+
+def has_16_byte_rows(x: Tensor) -> bool:
+    """Whether every row along the last dim starts at a multiple of 16 bytes."""
+    return not x.numel() or (
+        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    )
 
 
 def is_aligned(x: Tensor) -> bool:

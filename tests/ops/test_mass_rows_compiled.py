@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparse_ref_attn.ops._tuning import config_for
-from sparse_ref_attn.ops.attention_mass.triton_mass import Ragged, launch_lse, launch_mass
+from sparse_ref_attn.ops.attention_mass.ragged import Ragged
+from sparse_ref_attn.ops.attention_mass.triton_mass import launch_lse, launch_mass
 from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS
 from sparse_ref_attn.ops.pack_rows.triton_rows import launch_pack, launch_unpack
 

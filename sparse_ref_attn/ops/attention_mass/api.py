@@ -55,11 +55,11 @@ def attention_mass(
         Values; each mass is multiplied by the Euclidean norm of its value.
     reduce_heads : bool
         Return the mean over the heads. Default False.
-    backend : {"auto", "reference", "chunked", "triton"}
+    backend : {"auto", "reference", "chunked", "triton", "cuda"}
         "reference" is the formula as it stands and stores the N x S block; "chunked" is plain PyTorch;
         "triton" takes float16 and bfloat16, C in {32, 64, 128}, a scale above 0, and tensors with a
-        contiguous last dim whose pointers and strides are multiples of 16 bytes and elements. A named
-        backend never falls back.
+        contiguous last dim whose pointers and strides are multiples of 16 bytes and elements; "cuda" (the
+        kernels of csrc) the same with C in {64, 128} and 16 bytes for both. A named backend never falls back.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """Who computes the mass: one predicate per backend, and the order in which "auto" tries them.
 
-`reference` is the definition, `chunked` plain PyTorch in bounded memory, `triton` the kernels. No card has run the
-kernels yet, so "auto" does not pick them: they wait in no row of `ORDER` until `pytest -m gpu` has passed on one.
+`reference` is the definition, `chunked` plain PyTorch in bounded memory, `triton` and `cuda` the kernels. No card has
+run them yet, so "auto" does not pick them: they wait in no row of `ORDER` until `pytest -m gpu` has passed on one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._support import pick, ranked, triton_reasons
+from .._support import Call, cuda_reasons, has_16_byte_rows, pick, ranked, triton_reasons
 
 __all__ = ["ORDER", "choose", "explain"]
 
@@ -38,7 +38,21 @@ def _order(q: Tensor) -> tuple[str, ...]:
 
 
 def _predicates(q: Tensor, k: Tensor, scale: float) -> dict[str, Callable[[], list[str]]]:
-    return {"reference": list, "chunked": list, "triton": lambda: _triton(q, k, scale)}
+    return {
+        "reference": list,
+        "chunked": list,
+        "triton": lambda: _triton(q, k, scale),
+        "cuda": lambda: _cuda(q, k, scale),
+    }
+
+
+def _cuda(q: Tensor, k: Tensor, scale: float) -> list[str]:
+    why = cuda_reasons(Call(q.device, q.dtype, q.shape[-1], aligned=all(map(has_16_byte_rows, (q, k)))))
+    if any(x.stride(-1) != 1 for x in (q, k) if x.numel()):
+        why.append("needs a contiguous last dim")
+    if not 0 < scale < float("inf"):
+        why.append(f"needs scale > 0, got {scale}")
+    return why
 
 
 def _triton(q: Tensor, k: Tensor, scale: float) -> list[str]:

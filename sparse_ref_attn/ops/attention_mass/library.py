@@ -6,6 +6,9 @@ the device are known. Nothing is differentiable: a ranking needs no gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -13,10 +16,13 @@ from .._tuning import capability_of, config_for
 from .backends import choose
 from .chunked import attention_mass_chunked
 from .offsets import check_offsets
+from .ragged import Ragged
 from .reference import attention_mass_reference
 from .tuning import LSE, MASS
 
 __all__ = ["mass_op", "mass_varlen_op"]
+
+KERNELS = ("triton", "cuda")
 
 library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
 library.define(
@@ -42,16 +48,14 @@ def _mass(
     backend: str,
 ) -> Tensor:
     chosen = choose(backend, q, k, scale)
-    if chosen == "triton":
-        from .triton_mass import launch_lse, launch_mass
-
-        of_lse, of_mass = (config_for(table, capability_of(q), q.shape[-1]) for table in (LSE, MASS))
+    if chosen in KERNELS:
+        launch_lse, launch_mass = _kernels(chosen, q)
         if key_mask is not None:
             key_mask = key_mask.contiguous()
         if lse is None:
-            lse = launch_lse(q, k, scale, query_stride, of_lse, key_mask)
+            lse = launch_lse(q, k, scale, query_stride, key_mask=key_mask)
         mask = None if key_mask is None else key_mask[:, start:stop]
-        return launch_mass(q, k[:, start:stop], lse, scale, query_stride, of_mass, mask)
+        return launch_mass(q, k[:, start:stop], lse, scale, query_stride, key_mask=mask)
     if query_stride > 1:
         q, lse = q[:, ::query_stride], None if lse is None else lse[..., ::query_stride]
     if chosen == "reference":
@@ -76,7 +80,7 @@ def _mass_varlen(
     check: bool = False,
 ) -> Tensor:
     chosen = choose(backend, q, k, scale)
-    if check or chosen != "triton" or not q.is_cuda:
+    if check or chosen not in KERNELS or not q.is_cuda:
         at_q, at_k, at_ref, starts = (x.tolist() for x in (cu_seqlens_q, cu_seqlens_k, cu_seqlens_ref, ref_starts))
         check_offsets(
             {
@@ -90,15 +94,13 @@ def _mass_varlen(
                 "max_seqlen_ref": (max_seqlen_ref, "cu_seqlens_ref"),
             },
         )
-    if chosen == "triton":
-        from .triton_mass import Ragged, launch_lse, launch_mass
-
+    if chosen in KERNELS:
+        launch_lse, launch_mass = _kernels(chosen, q)
         ragged = Ragged(cu_seqlens_q, cu_seqlens_k, cu_seqlens_ref, ref_starts, max_seqlen_q, max_seqlen_ref)
-        of_lse, of_mass = (config_for(table, capability_of(q), q.shape[-1]) for table in (LSE, MASS))
         q, k, lse = q[None], k[None], None if lse is None else lse[None]
         if lse is None:
-            lse = launch_lse(q, k, scale, query_stride, of_lse, ragged=ragged)
-        return launch_mass(q, k, lse, scale, query_stride, of_mass, ragged=ragged, total_ref=total_ref)[0]
+            lse = launch_lse(q, k, scale, query_stride, ragged=ragged)
+        return launch_mass(q, k, lse, scale, query_stride, ragged=ragged, total_ref=total_ref)[0]
     mass = q.new_zeros(q.shape[1], total_ref, dtype=torch.float32)
     for item, first in enumerate(starts):
         queries, keys = slice(*at_q[item : item + 2]), slice(*at_k[item : item + 2])
@@ -148,3 +150,16 @@ def _(
 
 mass_op = torch.ops.sparse_ref_attn.attention_mass.default
 mass_varlen_op = torch.ops.sparse_ref_attn.attention_mass_varlen.default
+
+
+def _kernels(chosen: str, q: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The launchers of the LSE and of the mass."""
+    if chosen == "cuda":
+        from .cuda import launch_lse, launch_mass
+
+        return launch_lse, launch_mass
+    from . import triton_mass
+
+    tables = ((triton_mass.launch_lse, LSE), (triton_mass.launch_mass, MASS))
+    of_lse, of_mass = (partial(f, config=config_for(table, capability_of(q), q.shape[-1])) for f, table in tables)
+    return of_lse, of_mass

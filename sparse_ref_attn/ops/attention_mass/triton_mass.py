@@ -11,8 +11,6 @@ Proved under the interpreter and compiled ahead of time; not yet run on a card.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -20,8 +18,9 @@ from torch import Tensor
 
 from .._tiles import LOG2E, base2_lse, natural_lse, softmax_step, tile_offsets
 from .._tuning import Config
+from .ragged import Ragged
 
-__all__ = ["Ragged", "launch_lse", "launch_mass"]
+__all__ = ["launch_lse", "launch_mass"]
 
 
 @triton.jit
@@ -130,17 +129,6 @@ def _mass(
         kept = tl.load(MASK + item * mask_item + rows, mask=live, other=0)
         mass = tl.where(kept != 0, mass, 0.0)
     tl.store(MASS + rows, mass, mask=live)
-
-
-class Ragged(NamedTuple):
-    """Where items lie in packed rows: int32 (B + 1,), (B + 1,), (B + 1,), (B,), and the longest item's lengths."""
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    cu_seqlens_ref: Tensor
-    ref_starts: Tensor
-    max_q: int
-    max_ref: int
 
 
 def launch_lse(

@@ -57,11 +57,11 @@ def attention_mass_varlen(
         Natural-log LSE of every query. Default: computed here.
     reduce_heads : bool
         Return the mean over the heads. Default False.
-    backend : {"auto", "reference", "chunked", "triton"}
+    backend : {"auto", "reference", "chunked", "triton", "cuda"}
         As in `attention_mass`.
     check : bool
-        Check the values of offsets and bounds with "triton" on CUDA too, which waits for the device. Every other
-        call checks them anyway. Unchecked, a wrong one reads outside the tensors. Default False.
+        Check the values of offsets and bounds with "triton" and "cuda" on CUDA too, which waits for the device. Every
+        other call checks them anyway. Unchecked, a wrong one reads outside the tensors. Default False.
 
     Returns
     -------
@@ -78,7 +78,7 @@ def attention_mass_varlen(
 
     Notes
     -----
-    Not differentiable. Deterministic. "triton" makes no host sync, unless asked to check. The other backends
+    Not differentiable. Deterministic. "triton" and "cuda" make no host sync, unless asked to check. The other backends
     sync once to read the offsets.
 
     Examples

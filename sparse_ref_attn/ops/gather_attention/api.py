@@ -11,7 +11,7 @@ from .normal_form import normalise
 
 __all__ = ["BACKENDS", "gather_attention"]
 
-BACKENDS = ("auto", "reference", "sdpa", "triton", "flash", "flex")
+BACKENDS = ("auto", "reference", "sdpa", "triton", "flash", "flex", "cuda")
 
 
 @overload
@@ -121,9 +121,11 @@ def gather_attention(
         gradients of the bank.
     return_lse : bool
         Return the log-sum-exp too. Default False.
-    backend : {"auto", "reference", "sdpa", "triton", "flash", "flex"}
+    backend : {"auto", "reference", "sdpa", "triton", "flash", "flex", "cuda"}
         Who computes it. A name that cannot do the call raises, with its reasons; "auto" takes the first
-        that can, in the order of ``ops/_support.py``. "reference" is the definition.
+        that can, in the order of ``ops/_support.py``. "reference" is the definition. "cuda" computes the
+        forward with the kernels of csrc, float16 or bfloat16 with C in {64, 128}, and leaves the backward
+        to "triton", whose reasons then count too.
     check : bool
         Check the values of indices and offsets on CUDA too, which waits for the device. On the CPU they
         are always checked. Unchecked, a bad index reads foreign memory. Default False.
@@ -153,7 +155,7 @@ def gather_attention(
     order). Dropped rows get a gradient of exactly zero. The order of kept rows changes the result to rounding only.
 
     Deterministic: gradients of gathered rows are stored packed and summed in a fixed order. On CUDA this holds for
-    "triton"; PyTorch's own attention kernels ("sdpa", "flash", "flex") may add up dq in any order unless
+    "triton" and "cuda"; PyTorch's own attention kernels ("sdpa", "flash", "flex") may add up dq in any order unless
     ``torch.use_deterministic_algorithms(True)`` is set.
 
     "flash" calls the first that can of flash-attn 3, fa3-fwd (bfloat16, forward only: the next one computes the
@@ -161,11 +163,11 @@ def gather_attention(
     ``torch.nn.attention.activate_flash_attention_impl`` decides what the last one is.
 
     The score matrix is never stored (but by "reference", and by "flex" on a CPU). "sdpa", "flash" and "flex" hold one
-    copy of the kept keys and values. "triton" and "flash" never wait for the device, so a CUDA graph can hold them;
-    "sdpa" does, to read the offsets. Selections per key/value head need "triton", "sdpa" or "reference".
+    copy of the kept keys and values. "triton", "cuda" and "flash" never wait for the device, so a CUDA graph can hold
+    them; "sdpa" does, to read the offsets. Selections per key/value head need "triton", "cuda", "sdpa" or "reference".
 
-    What has not yet run on a card: every path on CUDA. The Triton kernels are proved under the interpreter and compiled
-    ahead of time for compute capabilities 8.0, 9.0 and 10.0.
+    What has not yet run on a card: every path on CUDA. The Triton kernels are proved under the interpreter, those of
+    csrc under their emulator, and both are compiled ahead of time for compute capabilities 8.0, 9.0 and 10.0.
 
     References
     ----------

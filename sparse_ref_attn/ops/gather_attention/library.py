@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._support import Call, choose
+from .._support import Call, choose, has_16_byte_rows
 from .arguments import Arguments, HostLayout, check_values
 from .gradients import Gradients, Wanted
 
@@ -24,7 +24,8 @@ TENSORS = (
     "Tensor q, Tensor? k, Tensor? v, Tensor? k2, Tensor? v2, Tensor? k_ref, Tensor? v_ref, "
     "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? ref_indices, Tensor? ref_offsets"
 )
-MODULES = {"sdpa": ".sdpa", "triton": ".triton_backend", "flash": ".flash", "flex": ".flex"}
+MODULES = {"sdpa": ".sdpa", "triton": ".triton_backend", "flash": ".flash", "flex": ".flex", "cuda": ".cuda"}
+BACKWARD = {"cuda": "triton"}  # whose backward belongs to a forward that has none
 DIFFERENTIABLE = 7  # q, k, v, k2, v2, k_ref, v_ref come first
 
 library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
@@ -43,11 +44,7 @@ def gather_attention_op(a: Arguments, backend: str, check: bool) -> tuple[Tensor
 
 
 def _call(a: Arguments) -> Call:
-    aligned = all(
-        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
-        for x in a.tensors
-        if x is not None and x.numel()
-    )
+    aligned = all(has_16_byte_rows(x) for x in a.tensors if x is not None)
     gradients = any(x is not None and x.requires_grad for x in a.tensors)
     return Call(a.q.device, a.q.dtype, a.q.shape[2], a.items, a.per_head, aligned, gradients)
 
@@ -73,8 +70,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
     *given, backend, wanted = arguments
     a = Arguments(*given)
-    implementation = _implementation(choose(backend, _call(a)))
-    grads: Gradients = implementation.backward(a, grad_out, grad_lse, out, lse, Wanted(*wanted))
+    chosen = choose(backend, _call(a))
+    differentiate = _implementation(BACKWARD.get(chosen, chosen)).backward
+    grads: Gradients = differentiate(a, grad_out, grad_lse, out, lse, Wanted(*wanted))
     return [a.q.new_empty(0) if g is None else g for g in grads]
 
 

@@ -39,7 +39,7 @@ def pack_rows(
         Distinct rows in [0, S). Ascending order keeps the sequence's order.
     dim : int
         The token axis. Default 1, as in (B, S, D).
-    backend : {"auto", "reference", "triton"}
+    backend : {"auto", "reference", "triton", "cuda"}
         "reference" is ``index_select``. A named backend never falls back.
 
     Returns
@@ -58,8 +58,8 @@ def pack_rows(
 
     Notes
     -----
-    Deterministic, forward and backward. No host sync. With "triton" a row outside the tensor reads
-    as zeros, unnoticed.
+    Deterministic, forward and backward. No host sync. With "triton" and "cuda" a row outside
+    the tensor reads as zeros, unnoticed.
 
     Examples
     --------
@@ -100,7 +100,7 @@ def unpack_rows(
         Number of rows S of the result along `dim`.
     dim : int
         The token axis. Default 1.
-    backend : {"auto", "reference", "triton"}
+    backend : {"auto", "reference", "triton", "cuda"}
         "reference" is ``index_copy``. A named backend never falls back.
 
     Returns
@@ -119,8 +119,8 @@ def unpack_rows(
 
     Notes
     -----
-    Deterministic, forward and backward. No host sync. With "triton" a row outside the result is
-    left out, unnoticed.
+    Deterministic, forward and backward. No host sync. With "triton" and "cuda" a row outside
+    the result is left out, unnoticed.
 
     Examples
     --------

@@ -6,21 +6,24 @@ The public functions call the definition directly where it is the backend, and t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._cuda import against
 from .._support import pick, ranked, triton_reasons
 from .reference import pack_reference, unpack_reference
 
 __all__ = ["ORDER", "explain", "pack_op", "unpack_op"]
 
-# The order in which "auto" tries the backends. No card has run the kernel yet, so "auto" does not pick it.
+# The order in which "auto" tries the backends. No card has run the kernels yet, so "auto" does not pick them.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("reference",),
     "cuda": ("reference",),
 }
+MODULES = {"triton": ".triton_rows", "cuda": ".cuda"}
 MOST_OUTER = 65_535  # the grid's third axis
 
 library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
@@ -49,23 +52,26 @@ def _predicates(tensors: Sequence[Tensor], rows: Tensor, dim: int) -> dict[str, 
             why.append(f"needs at most {MOST_OUTER} elements before the token axis, got {outer}")
         return why
 
-    return {"reference": list, "triton": triton}
+    return {"reference": list, "triton": triton, "cuda": lambda: against(rows.device)}
 
 
 def _pack(x: Sequence[Tensor], rows: Tensor, dim: int, backend: str) -> list[Tensor]:
-    if _choose(backend, x, rows, dim) == "reference":
+    chosen = _choose(backend, x, rows, dim)
+    if chosen == "reference":
         return [pack_reference(t, rows, dim) for t in x]
-    from .triton_rows import launch_pack
-
-    return launch_pack(x, rows.contiguous(), dim)
+    return _kernels(chosen).launch_pack(x, rows.contiguous(), dim)
 
 
 def _unpack(y: Sequence[Tensor], rows: Tensor, size: int, dim: int, backend: str) -> list[Tensor]:
-    if _choose(backend, y, rows, dim) == "reference":
+    chosen = _choose(backend, y, rows, dim)
+    if chosen == "reference":
         return [unpack_reference(t, rows, size, dim) for t in y]
-    from .triton_rows import launch_unpack
+    return _kernels(chosen).launch_unpack(y, rows.contiguous(), size, dim)
 
-    return launch_unpack(y, rows.contiguous(), size, dim)
+
+def _kernels(chosen: str) -> Any:
+    """The module with `launch_pack` and `launch_unpack`."""
+    return import_module(MODULES[chosen], __package__)
 
 
 library.impl("pack_rows", _pack, "CompositeExplicitAutograd")

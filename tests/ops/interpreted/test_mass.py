@@ -11,8 +11,9 @@ from torch import Tensor
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.functional import attention_mass, attention_mass_varlen
 from sparse_ref_attn.ops._tuning import Config
+from sparse_ref_attn.ops.attention_mass.ragged import Ragged
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
-from sparse_ref_attn.ops.attention_mass.triton_mass import Ragged, launch_lse, launch_mass
+from sparse_ref_attn.ops.attention_mass.triton_mass import launch_lse, launch_mass
 from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS
 
 from ..guards import Canaries, in_nan
