@@ -39,6 +39,7 @@ _HOMES = {
         "UnsupportedModelError",
         "VersionError",
     ),
+    "reference_cache": ("ReferenceCache",),
     "rivals": ("Downscale", "ToMe"),
     "schedules": ("Constant", "Descending", "Linear", "Pieces", "Polynomial", "TopP"),
     "selection": (
@@ -96,6 +97,7 @@ __all__ = [
     "ReCAST",
     "RefSelection",
     "Reference",
+    "ReferenceCache",
     "Saliency",
     "SavedRanking",
     "SelfAttention",

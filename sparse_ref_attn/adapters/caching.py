@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SparseRef
-from ..errors import BudgetError, ConfigError, IncompatibleError, LayoutError
+from ..errors import ConfigError, IncompatibleError, LayoutError
 from ..profiling import AttentionView
 from ..record import StepRecord
 from ..reference_cache import RankedCache
@@ -21,47 +20,19 @@ from ..session import Plan, Session
 from ..types import TokenLayout
 from . import seams
 from .base import Adapter, Kwargs
-from .cache_seam import CacheSeam
 from .hooks import InstanceHook
+from .kept import KeptCache
+from .reuse import CacheReuse
 from .steps import RunStep
 
-__all__ = ["CacheKeeper"]
-
-Counts = tuple[int, ...]
+__all__ = ["CacheKeeper", "CachedCall"]
 
 
-class _Kept:
-    """One cache object of the model, and its rows in rank order.
+class CachedCall:
+    """What must be known after a call that fills a cache, or stands in for one that does."""
 
-    Attributes
-    ----------
-    tokens : Tensor, shape (K,), int64, optional
-        Reference tokens that the model's own cache holds, ascending; None for all.
-    limit : tuple of int
-        Their counts.
-    sparse : bool
-        Whether `tokens` are an earlier run's choice, so that it must be seen that this run's are among them.
-    ranked : RankedCache, optional
-        Made when a step first leaves tokens out.
-    orders : dict
-        Tokens in the order of the ranked rows, for each factor of `SparseRef.layers`.
-    most, nested : tuple of int, tuple of (tuple of int)
-        Counts that the ranked rows hold, and counts whose choice is a prefix of them.
-    version : object
-        Of the ranking they are ordered by.
-    released : bool
-        Whether the model's own cache gave its rows up, and holds views of the ranked ones.
-    """
-
-    def __init__(self, tokens: Tensor | None, limit: Counts, sparse: bool = False) -> None:
-        self.tokens, self.limit, self.sparse = tokens, limit, sparse
-        self.ranked: RankedCache | None = None
-        self.orders: dict[float, Tensor] = {}
-        self.most: Counts = ()
-        self.nested: tuple[Counts, ...] = ()
-        self.version: object = None
-        self.released = False
-        self.bytes = 0
+    def __init__(self, kept: KeptCache, resumed: Any = None) -> None:
+        self.kept, self.resumed = kept, resumed
 
 
 class CacheKeeper:
@@ -77,8 +48,9 @@ class CacheKeeper:
     def __init__(self, adapter: Adapter, session: Session) -> None:
         assert adapter.cache is not None
         self._adapter, self._session, self._config = adapter, session, session.config
-        self._seam: CacheSeam = adapter.cache
-        self._kept: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
+        self._seam = adapter.cache
+        self._kept: weakref.WeakKeyDictionary[Any, KeptCache] = weakref.WeakKeyDictionary()
+        self.reuse = CacheReuse(adapter, session.config)
 
     @staticmethod
     def check(adapter: Adapter, transformer: nn.Module, config: SparseRef) -> None:
@@ -98,8 +70,10 @@ class CacheKeeper:
 
     # -- the call that fills a cache -----------------------------------------------------------
 
-    def filling(self, contexts: contextlib.ExitStack, module: nn.Module, run: RunStep, dropped: Plan | None) -> _Kept:
-        """Before an extract call, whose rows are `dropped`'s if it is given: what will stand beside its cache.
+    def filling(
+        self, contexts: contextlib.ExitStack, module: nn.Module, kwargs: Kwargs, dropped: Plan | None, run: RunStep
+    ) -> CachedCall:
+        """Before an extract call, whose rows are `dropped`'s if it is given.
 
         Where the ranking is known and no later step needs all rows, each layer's rows go into rank
         order as soon as they are stored, so that the whole cache never exists.
@@ -112,35 +86,50 @@ class CacheKeeper:
                 "disable_parallelism(), or use a pipeline without the cache"
             )
         if dropped is None or dropped.selection is None:
-            kept = _Kept(None, session.everything)
+            kept = KeptCache(session, len(sites), None, session.everything)
         else:
-            kept = _Kept(dropped.selection.indices, session.most([run.step, *later]))
-        eager = not torch.is_grad_enabled() and not seams.compiled_blocks(module)
+            kept = KeptCache(session, len(sites), dropped.selection.indices, session.most([run.step, *later]))
+        whole = self.reuse.wants(module, kwargs, self._layout, self._tokens)
+        eager = not torch.is_grad_enabled() and not seams.compiled_blocks(module) and all(s.module for s in sites)
         early = session.ranked and not isinstance(self._config.select, Reducer) and not run.observed and bool(later)
-        if not early or not eager or self._needs_all(later) or any(site.module is None for site in sites):
-            return kept
-        layout = self._layout
-        self._order(kept, self._session.upcoming(later), len(sites))
-        kept.ranked = RankedCache(self._rows(kept, len(sites)), layout.text + layout.generation[1])
+        if whole or not early or not eager or self._needs_all(later):
+            return CachedCall(kept)
+        kept.prepare(session.upcoming(later), self._layout.text + self._layout.generation[1])
         kept.released = True
         for i, site in enumerate(sites):
-            assert site.module is not None
 
             def fill(module: nn.Module, args: Any, kwargs: Kwargs, out: Any, i: int = i) -> None:
                 layer = self._seam.of_attention(kwargs)
                 if layer is not None:
-                    self._move(kept, i, layer)
+                    kept.take(i, layer)
 
+            assert site.module is not None
             hook = InstanceHook(site.module, fill)
             contexts.callback(site.module.register_forward_hook(hook, with_kwargs=True).remove)
-        return kept
+        return CachedCall(kept)
 
-    def follow(self, output: Any, kept: _Kept, step: StepRecord) -> None:
-        """After an extract call: take charge of the cache that it filled."""
+    def resume(self, module: nn.Module, kwargs: Kwargs) -> tuple[Kwargs, CachedCall]:
+        """An extract call's arguments as those of a cached call on the K/V of an earlier run."""
+        held = self.reuse.given
+        assert held is not None
+        cache = self._seam.make(module, self.reuse.layers(kwargs[self._adapter.tokens].shape[0]))
+        limit = (len(held.tokens),) if len(self._session.everything) == 1 else held.counts()
+        tokens = None if held.complete else held.tokens
+        kept = KeptCache(self._session, len(held.layers), tokens, limit, foreign=not held.complete)
+        self._kept[cache] = kept
+        return self._seam.resumed(kwargs, self._layout, cache), CachedCall(kept, cache)
+
+    def after(self, call: CachedCall, output: Any, step: StepRecord) -> Any:
+        """After an extract call, or one that stands in for it: take charge of its cache."""
+        if call.resumed is not None:
+            return self._seam.returned(output, call.resumed)
         cache = self._seam.of_output(output)
         if cache is not None:
-            self._kept[cache] = kept
-            self._account(kept, cache, step)
+            self._kept[cache] = call.kept
+            self._account(call.kept, cache, step)
+            assert self._session.record is not None
+            self.reuse.filled(cache, call.kept.tokens, self._session.record, self._tokens)
+        return output
 
     # -- the calls that read it ----------------------------------------------------------------
 
@@ -172,19 +161,19 @@ class CacheKeeper:
         if plan.reduced is not None:
             return kwargs
         if plan.kind == "dense" and not kept.released:
-            self._within(kept, self._session.everything)
+            kept.check(self._session.everything)
             self._account(kept, cache, step)
             return kwargs
         self._arrange(kept, cache, kwargs, run)
         self._account(kept, cache, step)
+        assert kept.ranked is not None
         sites = self._adapter.sites(module)
         counts = self._session.everything if plan.selection is None else self._session.counts(run.step)
-        reads = [sum(self._scaled(counts, i)) for i in range(len(sites))]
+        reads = [sum(kept.scaled(counts, i)) for i in range(len(sites))]
         if self._config.layers is not None:
             step.layers = tuple(reads)
         measures = plan.kind == "profile" and step.calls == 0
         routable = all(hasattr(site.processor, "_attention_backend") for site in sites)
-        assert kept.ranked is not None
         if not routable or torch.is_grad_enabled() or (seams.compiled_blocks(module) and not measures):
             views = [kept.ranked.prefix(i, count) for i, count in enumerate(reads)]
             return self._seam.reading(kwargs, self._seam.make(module, views))
@@ -207,120 +196,44 @@ class CacheKeeper:
 
         return attend
 
-    # -- which rows, in which order --------------------------------------------------------------
-
-    def _arrange(self, kept: _Kept, cache: Any, kwargs: Kwargs, run: RunStep) -> None:
-        """See that the rows of this step and of those to come are held, and that this step's are a prefix."""
-        session, layers = self._session, self._seam.layers(cache)
+    def _arrange(self, kept: KeptCache, cache: Any, kwargs: Kwargs, run: RunStep) -> None:
         steps = [run.step] if run.observed else range(run.step, run.total)
         needs = self._session.upcoming(steps)
         if run.observed or self._config.cache_rows == "all":
             needs.append(kept.limit)
-        now, most = needs[0], _most(needs)
-        self._within(kept, most)
         room = self._text(kwargs) + kwargs[self._adapter.tokens].shape[1]
-        if kept.ranked is None:
-            self._order(kept, needs, len(layers))
-            kept.ranked = RankedCache(self._rows(kept, len(layers)), room)
-            kept.released = run.observed or not self._needs_all(steps)
-            for i, layer in enumerate(layers):
-                self._move(kept, i, layer)
-        moved = kept.ranked.reserve(room)
-        shrinks = 4 * sum(most) <= 3 * sum(kept.most)
-        if kept.version != session.version or now not in kept.nested or (shrinks and most not in kept.nested):
-            self._order(kept, [*needs, most, kept.most], len(layers))
-            if now not in kept.nested:
-                self._order(kept, [now, most, kept.most], len(layers))
-            for i in range(len(layers)):
-                kept.ranked.rearrange(i, self._positions(kept, i))
-        if shrinks:
-            kept.most = most
-            kept.ranked.shrink(self._rows(kept, len(layers)))
-            moved = True
-        released = kept.released or not self._needs_all(steps)
-        if released and (moved or not kept.released):
-            for i, layer in enumerate(layers):
-                layer.store(*kept.ranked.prefix(i, kept.ranked.rows[i]))
-        kept.released = released
+        release = run.observed or not self._needs_all(steps)
+        kept.arrange(self._seam.layers(cache), needs, room, release)
 
     def _needs_all(self, steps: Sequence[int]) -> bool:
         """Whether one of `steps` runs on the model's own cache, bit for bit as without a patch."""
-        session = self._session
-        return not session.ranked or any(sum(session.counts(step)) >= sum(self._layout.sizes) for step in steps)
+        session, everything = self._session, sum(self._layout.sizes)
+        return not session.ranked or any(sum(session.counts(step)) >= everything for step in steps)
 
-    def _order(self, kept: _Kept, needs: Sequence[Counts], layers: int) -> None:
-        """Put tokens in an order of which each of `needs`, as far as they are nested, is a prefix."""
-        nested = set(needs) | {_most(needs)}
-        kept.orders = {}
-        for i in range(layers):
-            factor = self._factor(i)
-            if factor in kept.orders:
-                continue
-            scaled = {counts: self._scaled(counts, i) for counts in nested}
-            kept.orders[factor], prefixes = self._session.rank_order(list(scaled.values()))
-            nested = {counts for counts in nested if scaled[counts] in prefixes}
-        kept.most, kept.nested, kept.version = _most(needs), tuple(nested), self._session.version
-
-    def _rows(self, kept: _Kept, layers: int) -> list[int]:
-        return [sum(self._scaled(kept.most, i)) for i in range(layers)]
-
-    def _move(self, kept: _Kept, i: int, layer: Any) -> None:
-        """Put a layer's rows into rank order; where they are not needed as they were, hand back views."""
-        assert kept.ranked is not None
-        k, v = layer.get()
-        kept.ranked.store(i, k, v, self._positions(kept, i))
-        if kept.released:
-            layer.store(*kept.ranked.prefix(i, kept.ranked.rows[i]))
-
-    def _positions(self, kept: _Kept, i: int) -> Tensor:
-        """Rows of the model's own cache that hold the ordered tokens."""
-        order = kept.orders[self._factor(i)]
-        if kept.tokens is None:
-            return order
-        if kept.sparse and not bool(torch.isin(order, kept.tokens).all()):
-            raise BudgetError(
-                f"the reused reference cache holds {len(kept.tokens)} of {sum(self._layout.sizes)} tokens, and this "
-                'budget keeps others: keep fewer tokens, or save the cache of a run with cache_rows="all"'
-            )
-        return torch.searchsorted(kept.tokens, order)
-
-    def _within(self, kept: _Kept, counts: Counts) -> None:
-        if any(count > held for count, held in zip(counts, kept.limit, strict=True)):
-            raise BudgetError(
-                f"a step must keep tokens whose keys and values are held, {kept.limit} of {self._layout.sizes}, "
-                f"got a budget of {counts}"
-            )
-
-    def _factor(self, i: int) -> float:
-        return 1.0 if self._config.layers is None else self._config.layers[i]
-
-    def _scaled(self, counts: Counts, i: int) -> Counts:
-        return tuple(math.ceil(self._factor(i) * count) for count in counts)
-
-    def _account(self, kept: _Kept, cache: Any, step: StepRecord) -> None:
+    def _account(self, kept: KeptCache, cache: Any, step: StepRecord) -> None:
         """Write down the bytes that are held."""
         record = self._session.record
         assert record is not None
-        layers = self._seam.layers(cache)
-        own = [layer.get()[0] for layer in layers]
+        own = [layer.get()[0] for layer in self._seam.layers(cache)]
         row = own[0][:, :1].numel() * own[0].element_size()
         record.dense_cache_bytes = 2 * len(own) * row * record.layout.reference_tokens
-        kept.bytes = 0 if kept.released else sum(2 * k.numel() * k.element_size() for k in own)
+        kept.bytes = 0
+        if not kept.released:
+            kept.bytes = sum(2 * (k if k.stride(0) else k[:1]).numel() * k.element_size() for k in own)
         if kept.ranked is not None:
             kept.bytes += kept.ranked.row_bytes + kept.ranked.room_bytes
         step.cache_bytes = sum(each.bytes for each in self._kept.values())
 
     @property
     def _layout(self) -> TokenLayout:
-        record = self._session.record
-        assert record is not None
-        return record.layout
+        assert self._session.record is not None
+        return self._session.record.layout
+
+    @property
+    def _tokens(self) -> Tensor:
+        assert self._session.references is not None
+        return self._session.references.tokens
 
     def _text(self, kwargs: Kwargs) -> int:
         given = None if self._adapter.text_tokens is None else kwargs.get(self._adapter.text_tokens)
         return 0 if given is None else given.shape[1]
-
-
-def _most(counts: Sequence[Counts]) -> Counts:
-    """The counts that hold each of `counts`."""
-    return tuple(max(each) for each in zip(*counts, strict=True))

@@ -22,7 +22,7 @@ from ..timing import Stopwatch, Stopwatches
 from ..types import TokenLayout
 from . import seams
 from .base import Adapter, Found, Kwargs
-from .caching import CacheKeeper
+from .caching import CachedCall, CacheKeeper
 from .depth import DepthCut, leaving
 from .hooks import InstanceHook
 from .pixels import PixelTap, encoder
@@ -45,7 +45,7 @@ class _Call:
         self.watch: Stopwatch | None = None
         self.device = torch.device("cpu")
         self.record: Any = None
-        self.kept: Any = None
+        self.cache: CachedCall | None = None
         self.contexts = contextlib.ExitStack()
 
 
@@ -160,6 +160,8 @@ class Patch:
             return None
         plan = self.session.plan(run.step)
         extracts = layout is not None and self.adapter.extracts(kwargs)
+        resumes = extracts and self.cache is not None and self.cache.reuse.given is not None
+        extracts, cached = extracts and not resumes, cached or resumes
         if plan.kind == "sparse" and extracts:
             whole = self.config.execute == "cache"
             plan = Plan("dense") if whole else self.session.largest(range(run.step, run.total))
@@ -178,11 +180,14 @@ class Patch:
         call.record, call.device = record, kwargs[self.adapter.tokens].device
         if cached:
             assert self.cache is not None
+            if resumes:
+                kwargs, call.cache = self.cache.resume(module, kwargs)
             kwargs = self.cache.read(call.contexts, module, kwargs, plan, run, record)
         else:
             assert layout is not None
             if extracts and self.cache is not None:
-                call.kept = self.cache.filling(call.contexts, module, run, plan if plan.kind == "sparse" else None)
+                dropped = plan if plan.kind == "sparse" else None
+                call.cache = self.cache.filling(call.contexts, module, kwargs, dropped, run)
             if plan.kind == "profile" and record.calls == 0:
                 self._listen(call, module, layout, run.step)
             if plan.from_block:
@@ -212,8 +217,8 @@ class Patch:
             if not call.cut.reached:
                 raise LayoutError("where references leave by depth, a later block must run in every call, and none did")
             call.rows = call.cut.kept
-        if call.kept is not None and self.cache is not None:
-            self.cache.follow(output, call.kept, call.record)
+        if call.cache is not None and self.cache is not None:
+            output = self.cache.after(call.cache, output, call.record)
         if call.rows is not None:
             output = self.adapter.restore(output, call.rows, call.size)
         call.record.host_seconds += time.perf_counter() - began
@@ -267,7 +272,11 @@ class Patch:
         tokens = pack_rows(x, layout.reference_rows(x.device))
         pixels = [None] * len(layout.references) if self.pixels is None else self.pixels.take(layout, tokens)
         encode = None if self.pipe is None or self.pixels is None else encoder(self.pipe, self.adapter.encode)
-        session.begin(layout, tokens, pixels, run.total, run.clock, encode)
+        reuse = self.cache.reuse if self.cache is not None and self.adapter.extracts(kwargs) else None
+        ranked = None if reuse is None else reuse.ranked(module, kwargs, layout, tokens)
+        session.begin(layout, tokens, pixels, run.total, run.clock, encode, ranked)
+        if reuse is not None and session.record is not None:
+            reuse.note(session.record)
         self._key = run.key
         return run
 

@@ -12,9 +12,10 @@ from typing import Any, Literal, overload
 from torch import nn
 
 from ..config import ReCAST, SparseRef
-from ..errors import ConfigError, HandleRemovedError, SparseRefError, UnsupportedModelError
+from ..errors import ConfigError, HandleRemovedError, IncompatibleError, SparseRefError, UnsupportedModelError
 from ..overlay import save_budget_strip, save_overlay
 from ..record import RunRecord
+from ..reference_cache import ReferenceCache
 from ..report import FlopSummary, attention_table, summary
 from ..selection import Ranking
 from ..selection.ranking import fingerprint
@@ -23,6 +24,7 @@ from .base import Adapter, adapter_for, full_name
 from .flops import summarise
 from .handle import Patch
 from .hooks import check_free
+from .reuse import CacheReuse
 
 __all__ = ["PatchHandle", "patch", "patch_of", "patched", "resolve"]
 
@@ -160,6 +162,64 @@ class PatchHandle:
             model=self._name,
             fingerprint=fingerprint(references.tokens),
         )
+
+    def capture(self, on: bool = True) -> None:
+        """Keep the reference K/V of the runs to come, each in place of the last one's, for `reference_cache`.
+
+        They are kept whole, as the step that computes them stores them: that costs the memory which
+        ranked rows save.
+
+        Raises
+        ------
+        IncompatibleError
+            If the model keeps no reference K/V.
+        """
+        self._reuse().capturing = on
+
+    @property
+    def reference_cache(self) -> ReferenceCache:
+        """Keys and values of the last captured run's references, to save and use again with `reuse`.
+
+        With ``execute="both"`` those of the tokens that the ranking kept, and the ranking.
+
+        Raises
+        ------
+        SparseRefError
+            If no run was captured.
+        """
+        captured = self._reuse().captured
+        if captured is None:
+            raise SparseRefError("capture() must be called before the run whose reference cache is wanted")
+        return captured
+
+    def reuse(self, cache: ReferenceCache | None) -> None:
+        """Use a cache in the runs to come, instead of computing the references' keys and values; None to stop.
+
+        The prompt, the seed and the number of images may differ. A run whose references, weights or
+        call are not those that the cache is of is refused. Where the cache holds a part of the tokens,
+        its ranking goes before the selector's, and the run's notes say so.
+
+        Raises
+        ------
+        ConfigError
+            If it is no `ReferenceCache`.
+        IncompatibleError
+            If the model keeps no reference K/V.
+        """
+        if cache is not None and not isinstance(cache, ReferenceCache):
+            raise ConfigError(f"reuse takes a ReferenceCache (see ReferenceCache.load), got {type(cache).__name__}")
+        self._reuse().given = cache
+
+    def _reuse(self) -> CacheReuse:
+        if self._patch.removed:
+            raise HandleRemovedError("a handle must not be used after remove(); patch again")
+        transformer, seam = self._patch.transformer(), self._patch.adapter.cache
+        if self._patch.cache is None or seam is None or transformer is None or not seam.kept_by(transformer):
+            raise IncompatibleError(
+                "a reference cache needs a model that computes its references' keys and values once and keeps them "
+                f"(FLUX.2 Klein-KV), got {self._name}"
+            )
+        return self._patch.cache.reuse
 
     def remove(self) -> None:
         """Take the patch off: the pipeline is bit for bit what it was. Calling it again does nothing."""

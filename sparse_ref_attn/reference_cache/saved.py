@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..errors import ConfigError, LayoutError
 from ..selection import Ranking
 from ..selection.saved import replacing
+from ..types import RefSelection
 
 __all__ = ["ReferenceCache", "Source"]
 
@@ -76,6 +78,8 @@ class ReferenceCache:
     ranking : Ranking, optional
         The ranking whose best tokens these are; needed where not every token is held. A run that uses
         the cache then goes by it, whatever its selector.
+    chosen_by : str
+        The configuration that made the ranking, in words.
 
     Raises
     ------
@@ -95,6 +99,7 @@ class ReferenceCache:
     tokens: Tensor
     source: Source
     ranking: Ranking | None = None
+    chosen_by: str = ""
 
     def __post_init__(self) -> None:
         total, held = sum(self.source.sizes), len(self.tokens)
@@ -106,6 +111,10 @@ class ReferenceCache:
             )
         if held > total or (held < total and self.ranking is None):
             raise LayoutError(f"a cache of {held} of {total} reference tokens must say whose ranking chose them")
+
+    def counts(self) -> tuple[int, ...]:
+        """Tokens held of each reference (syncs)."""
+        return RefSelection(self.tokens, self.source.sizes).counts()
 
     @property
     def complete(self) -> bool:
@@ -136,7 +145,7 @@ class ReferenceCache:
 
         tensors = {f"{name}_{i}": x for i, pair in enumerate(self.layers) for name, x in zip("kv", pair, strict=True)}
         tensors["tokens"] = self.tokens
-        about = {"source": vars(self.source), "ranked": None}
+        about: dict[str, Any] = {"source": vars(self.source), "ranked": None, "chosen_by": self.chosen_by}
         if self.ranking is not None:
             about["ranked"] = {"model": self.ranking.model, "fingerprint": self.ranking.fingerprint}
             tensors |= {f"scores_{i}": score for i, score in enumerate(self.ranking.scores)}
@@ -173,7 +182,7 @@ class ReferenceCache:
                 ranking = Ranking(scores, grids, **about["ranked"])
             count = sum(name.startswith("k_") for name in tensors)
             layers = [(tensors[f"k_{i}"], tensors[f"v_{i}"]) for i in range(count)]
-            return cls(layers, tensors["tokens"], source, ranking)
+            return cls(layers, tensors["tokens"], source, ranking, about["chosen_by"])
         except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             raise ConfigError(
                 f"{os.fspath(path)!r} must be a file written by ReferenceCache.save ({FORMAT!r}), got "
