@@ -75,7 +75,9 @@ def test_refused_when_the_pipeline_is_patched(config: Any, error: type[Exception
 
 @pytest.mark.parametrize("what", [torch.nn.Linear(2, 2), object(), "black-forest-labs/FLUX.1-Kontext-dev", None])
 def test_what_is_no_supported_model(what: Any) -> None:
-    with pytest.raises(sra.UnsupportedModelError, match=r"must have an adapter, got torch.nn|must be a pipeline with a"):
+    with pytest.raises(
+        sra.UnsupportedModelError, match=r"must have an adapter, got torch.nn|must be a pipeline with a"
+    ):
         sra.patch(what)
 
 
