@@ -88,6 +88,8 @@ class RaggedRows:
             q, k, v = pack_rows((q, k, v), self.live, 0)
         if self.rotate is not None:
             q, k = (self.rotate(x[None])[0] for x in (q, k))
+        if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention casts
+            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         if self.tap is not None:
             self._show(site, q.detach(), k.detach(), v.detach())
         cu_seqlens_k = self.cu_seqlens

@@ -42,6 +42,9 @@ class RandomDrop:
         Of the keep ratio between the two ends: "uniform" has mean (low + high) / 2; "log_uniform"
         is uniform in log r, so that small budgets are trained as often as large ones in ratio;
         "arcsine" (Beta(1/2, 1/2)) favours both ends.
+    per_sample : bool
+        False, the cheap choice: one draw for the batch, which stays rectangular. True: each item its
+        own count and tokens; see `patch_for_training` for what it costs.
     full_probability : float, in [0, 1]
         Share of the draws that keep every token, besides the distribution's.
     floor_per_reference : float or int
@@ -76,6 +79,7 @@ class RandomDrop:
 
     keep: float | tuple[float, float] = (0.1, 1.0)
     distribution: str = "uniform"
+    per_sample: bool = False
     full_probability: float = 0.0
     floor_per_reference: float | int = 0
     seed: int = 0
@@ -86,6 +90,8 @@ class RandomDrop:
             raise ConfigError(
                 f"distribution must be one of {', '.join(map(repr, DISTRIBUTIONS))}, got {self.distribution!r}"
             )
+        if not isinstance(self.per_sample, bool):
+            raise ConfigError(f"per_sample must be a bool, got {self.per_sample!r}")
         if not _is_number(self.full_probability) or not 0 <= self.full_probability <= 1:
             raise ConfigError(f"full_probability must lie in [0, 1], got {self.full_probability!r}")
         check_floor("floor_per_reference", self.floor_per_reference)

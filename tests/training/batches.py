@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from sparse_ref_attn.types import RefSelection
 from tests.pictures import generator
 from tests.pipelines import CASES
 
@@ -107,6 +108,22 @@ def positions(model: nn.Module, batch: Batch, rows: Tensor) -> Iterator[None]:
         yield
     finally:
         model.pos_embed = published
+
+
+def rows_of(batch: Batch, selection: RefSelection) -> Tensor:
+    """Generation and kept rows of the image stream."""
+    return torch.cat([torch.arange(batch.noisy), batch.noisy + selection.indices])
+
+
+def gradients_alone(model: nn.Module, batch: Batch, kept: Sequence[RefSelection]) -> dict[str, Tensor]:
+    """As `gradients`, of the items (or the whole batch, for one selection) run alone with the rows they kept."""
+    model.zero_grad()
+    for i, selection in enumerate(kept):
+        rows = rows_of(batch, selection)
+        item = batch.only(rows, slice(None) if len(kept) == 1 else slice(i, i + 1))
+        with positions(model, batch, rows):
+            (item.loss(model) / len(kept)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
 def gradients(model: nn.Module, *batches: Batch) -> dict[str, Tensor]:

@@ -10,16 +10,15 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
-from tests.contract.state import GRID, _attributes
-from tests.training.batches import MODELS, Batch, build, gradients, lora, positions
+from tests.contract.state import GRID, state
+from tests.pipelines import CASES
+from tests.training.batches import MODELS, Batch, build, gradients, gradients_alone, lora, positions, rows_of
 
 HALF = sra.RandomDrop((0.3, 0.7))
 models = pytest.mark.parametrize("name", MODELS)
 
 
-def rows_of(batch: Batch, selection: sra.RefSelection) -> torch.Tensor:
-    """Generation and kept rows of the image stream."""
-    return torch.cat([torch.arange(batch.noisy), batch.noisy + selection.indices])
+EACH = sra.RandomDrop((0.1, 0.9), per_sample=True)
 
 
 def assert_close(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
@@ -38,13 +37,47 @@ def test_kept_tokens_train_as_if_alone(name: str, references: tuple) -> None:
     (selection,) = handle.kept
     assert 0 < selection.kept < sum(batch.sizes)
     handle.remove()
-    rows = rows_of(batch, selection)
-    with positions(model, batch, rows):
-        alone = gradients(model, batch.only(rows))
     assert len(got) > 4
-    assert_close(got, alone)
+    assert_close(got, gradients_alone(model, batch, [selection]))
     dense = gradients(model, batch)
     assert any(not torch.allclose(got[key], dense[key], rtol=1e-2) for key in got)
+
+
+@models
+@pytest.mark.parametrize("references", [((6, 4),), ((6, 4), (3, 5))])
+def test_each_item_trains_as_if_alone(name: str, references: tuple) -> None:
+    """Counts of their own: prediction and LoRA gradients of each item run alone with its kept tokens."""
+    model, batch = lora(build(name)), Batch(name, items=3, references=references)
+    handle = sra.patch_for_training(model, EACH)
+    together = batch.predict(model).detach()
+    kept = handle.kept
+    assert len({selection.kept for selection in kept}) > 1
+    handle.load_state_dict({"draws": 0})
+    got = gradients(model, batch)
+    assert all(torch.equal(a.indices, b.indices) for a, b in zip(kept, handle.kept, strict=True))
+    handle.remove()
+    with torch.no_grad():
+        for i, selection in enumerate(kept):
+            rows = rows_of(batch, selection)
+            with positions(model, batch, rows):
+                alone = batch.only(rows, slice(i, i + 1)).predict(model)
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+    assert_close(got, gradients_alone(model, batch, kept))
+
+
+@models
+def test_dropped_tokens_of_each_item_get_no_gradient(name: str) -> None:
+    model, batch = lora(build(name)), Batch(name, items=3)
+    handle = sra.patch_for_training(model, EACH)
+    x = batch.kwargs["hidden_states"].requires_grad_()
+    out = model(**batch.kwargs)[0]
+    out.square().sum().backward()
+    for i, selection in enumerate(handle.kept):
+        rows = rows_of(batch, selection)
+        dropped = torch.ones(x.shape[1], dtype=torch.bool).index_fill(0, rows, False)
+        assert not x.grad[i, dropped].any()
+        assert not out[i, dropped].any()
+        assert x.grad[i, rows].abs().amax(-1).min() > 0
 
 
 @models
@@ -96,24 +129,27 @@ def test_eval_and_calls_without_references_are_untouched(name: str) -> None:
 
 
 @models
-def test_keep_all_is_bit_identical(name: str) -> None:
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_keep_all_is_bit_identical(name: str, per_sample: bool) -> None:
     model, batch = lora(build(name)), Batch(name)
     dense = gradients(model, batch)
-    sra.patch_for_training(model, sra.RandomDrop(1.0))
+    sra.patch_for_training(model, sra.RandomDrop(1.0, per_sample=per_sample))
     got = gradients(model, batch)
     assert all(torch.equal(got[key], dense[key]) for key in dense)
 
 
 @models
-def test_remove_leaves_nothing_behind(name: str) -> None:
-    model, batch = lora(build(name)), Batch(name)
-    before = {path: _attributes(module) for path, module in model.named_modules()}
-    handle = sra.patch_for_training(model, HALF)
+@pytest.mark.parametrize("drop", [HALF, EACH])
+def test_remove_leaves_nothing_behind(name: str, drop: sra.RandomDrop) -> None:
+    pipe = CASES[name].build()
+    model, batch = lora(pipe.transformer.train()), Batch(name)
+    before = state(pipe)
+    handle = sra.patch_for_training(model, drop)
     batch.predict(model)
-    assert {path: _attributes(module) for path, module in model.named_modules()} != before
+    assert state(pipe) != before
     handle.remove()
     handle.remove()
-    assert {path: _attributes(module) for path, module in model.named_modules()} == before
+    assert state(pipe) == before
 
 
 def test_every_call_is_a_new_draw_and_the_state_goes_on() -> None:
@@ -129,13 +165,13 @@ def test_every_call_is_a_new_draw_and_the_state_goes_on() -> None:
 
     handle = sra.patch_for_training(model, HALF)
     first = kept(handle, 3)
-    state = pickle.loads(pickle.dumps(handle.state_dict()))
+    saved = pickle.loads(pickle.dumps(handle.state_dict()))
     rest = kept(handle, 3)
     assert len({tuple(each) for each in first + rest}) == 6
     again = sra.patch_for_training(model, HALF)  # replaces the first patch
     assert handle.removed
     assert kept(again, 6) == first + rest
-    again.load_state_dict(state)
+    again.load_state_dict(saved)
     assert kept(again, 3) == rest
     other = sra.patch_for_training(model, sra.RandomDrop((0.3, 0.7), seed=1))
     assert kept(other, 3) != first
@@ -178,8 +214,8 @@ def test_bad_input() -> None:
     with pytest.raises(sra.UnsupportedModelError, match=r"must have an adapter, got torch.*Linear"):
         sra.patch_for_training(torch.nn.Linear(2, 2))
     handle = sra.patch_for_training(model)
-    for state in ({}, {"draws": -1}, {"draws": 1.5}, {"draws": 0, "more": 1}):
+    for bad in ({}, {"draws": -1}, {"draws": 1.5}, {"draws": 0, "more": 1}):
         with pytest.raises(sra.ConfigError, match="'draws': n"):
-            handle.load_state_dict(state)
+            handle.load_state_dict(bad)
     with pytest.raises(sra.BudgetError, match="floor must not exceed reference 1's 15 tokens, got 20"):
         Batch("klein").predict((sra.patch_for_training(model, sra.RandomDrop(floor_per_reference=20)), model)[1])

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.training.patching import _generator
+from sparse_ref_attn.training.handle import _generator
 from tests.pictures import generator
 
 DRAWS = 4000
@@ -113,6 +113,7 @@ def test_streams_of_ranks_and_steps_differ() -> None:
         ({"keep": (0.1, 0.2, 0.3)}, r"keep must be a ratio or \(low, high\)"),
         ({"keep": (True, 1.0)}, r"keep must be a ratio or \(low, high\)"),
         ({"distribution": "normal"}, "distribution must be one of 'uniform', 'log_uniform', 'arcsine', got 'normal'"),
+        ({"per_sample": 1}, "per_sample must be a bool, got 1"),
         ({"full_probability": 1.5}, r"full_probability must lie in \[0, 1\], got 1.5"),
         ({"full_probability": None}, r"full_probability must lie in \[0, 1\], got None"),
         ({"floor_per_reference": -1}, "floor_per_reference must be a ratio .* got -1"),
