@@ -177,7 +177,8 @@ __global__ void __launch_bounds__(WARPS<C> * 32) gather_attention(const __grid_c
     __syncthreads();
     const int free = here == 0 ? STAGES<C> - 1 : here - 1;  // every warp has left the tile before
     live[STAGES<C> - 1] = keys.copy(k_tiles + free * TILE_BYTES<C>, v_tiles + free * TILE_BYTES<C>);
-    attend_tile<T, C>(acc, softmax, q_tile, k_tiles + here * TILE_BYTES<C>, v_tiles + here * TILE_BYTES<C>, live[0], a.scale2);
+    attend_tile<T, C>(acc, softmax, q_tile, k_tiles + here * TILE_BYTES<C>, v_tiles + here * TILE_BYTES<C>, live[0],
+                      a.scale2);
 #pragma unroll
     for (int stage = 0; stage < STAGES<C> - 1; stage++) live[stage] = live[stage + 1];
     here = here + 1 == STAGES<C> ? 0 : here + 1;

@@ -134,9 +134,10 @@ struct Softmax {
   }
 };
 
-// The natural-log LSE of a row with maximum m and sum `total`; -inf for a row without keys.
+// The natural-log LSE of a row with maximum raw score m and sum `total`, from the very pivot that the weights were taken
+// against; -inf for a row without keys.
 __device__ __forceinline__ float natural_lse(float m, float total, float scale2) {
-  return total == 0.0f ? -INFINITY : fmaf(m, scale2, fast_log2(total)) * LN2;
+  return total == 0.0f ? -INFINITY : fmaf(m * scale2, LN2, fast_log2(total) * LN2);
 }
 
 }  // namespace sra

@@ -81,6 +81,26 @@ def make(
     return Problem(operands, layout)
 
 
+def grid(channels: int) -> dict[str, Problem]:
+    """What every kernel is tried on: sizes on either side of a tile of 32, each way to lay out a call, and nothing."""
+    return {
+        "one token": make(((1,),), ((1,),), (1,), 1, channels=channels),
+        "ragged items, one bank": make(((63, 1, 34),), ((40, 2, 65),), (33, 0, 70), 80, channels=channels),
+        "text and image rows apart": make(((2, 33), (40, 5)), ((3, 35), (36, 6)), (34, 4), 50, channels=channels),
+        "two dense tensors, grouped heads": make(
+            ((33, 3),), ((3, 35),), (34, 4), 50, second=(40, 2), heads=4, key_heads=2, channels=channels
+        ),
+        "empty items": make(((3, 0, 33),), ((0, 4, 0),), (0, 2, 33), 40, channels=channels),
+        "nothing to attend to": make(((3, 33),), ((0, 0),), (0, 0), 5, channels=channels),
+        "bank alone": make(((33, 3),), None, (34, 2), 70, channels=channels),
+        "dense alone": make(((33, 3),), ((34, 2),), None, channels=channels),
+        "rows named twice": make(((33, 3),), ((4, 2),), (35, 34), 9, repeats=True, channels=channels),
+        "a selection per key head": make(
+            ((33, 3),), ((4, 2),), ((33, 0), (1, 34)), 40, heads=4, key_heads=2, channels=channels
+        ),
+    }
+
+
 def tiling(parts: tuple[tuple[int, ...], ...]) -> Tensor:
     """(P, B+1) offsets from lengths; each part continues where the last ended."""
     out, at = [], 0

@@ -17,25 +17,15 @@ from sparse_ref_attn.ops.gather_attention.gradients import Wanted
 from sparse_ref_attn.ops.gather_attention.normal_form import normalise
 
 from ..guards import Canaries, in_nan
-from ..problems import NAMES, Problem, gradients, make, truth
+from ..problems import NAMES, Problem, gradients, grid, make, truth
 from ..tolerance import assert_as_accurate
 
 SMALL = Config(32, 32, 4, 2)  # so that small problems have many tiles
 ONE_LOOP = Config(16, 32, 4, 2, split=False)
 
 PROBLEMS = {
-    "one token": make(((1,),), ((1,),), (1,), 1, channels=32),
-    "ragged items, one bank": make(((63, 1, 34),), ((40, 2, 65),), (33, 0, 70), 80, channels=32),
-    "text and image rows apart": make(((2, 33), (40, 5)), ((3, 35), (36, 6)), (34, 4), 50, channels=32),
-    "two dense tensors, grouped heads": make(
-        ((33, 3),), ((3, 35),), (34, 4), 50, second=(40, 2), heads=4, key_heads=2, channels=32
-    ),
+    **grid(32),
     "empty items": make(((3, 0, 33),), ((0, 4, 0),), (0, 2, 33), 40, channels=64),
-    "nothing to attend to": make(((3, 33),), ((0, 0),), (0, 0), 5, channels=32),
-    "bank alone": make(((33, 3),), None, (34, 2), 70, channels=32),
-    "dense alone": make(((33, 3),), ((34, 2),), None, channels=32),
-    "rows named twice": make(((33, 3),), ((4, 2),), (35, 34), 9, repeats=True, channels=32),
-    "a selection per key head": make(((33, 3),), ((4, 2),), ((33, 0), (1, 34)), 40, heads=4, key_heads=2, channels=32),
     "head dim 128": make(((40,),), ((33,),), (34,), 50, heads=1, channels=128),
 }
 

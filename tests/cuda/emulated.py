@@ -1,0 +1,133 @@
+"""The shipped kernels on this CPU: csrc compiled with the emulator, behind the library's own Python.
+
+`Emulated` is the library of kernels as the package loads it, but for where it runs. Before each launch it announces to
+the emulator exactly the memory of the tensors that the launch was given, written or read only, so that a kernel which
+touches anything else is stopped.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+from sparse_ref_attn.kernels import abi
+from sparse_ref_attn.kernels.library import Library
+from torch import Tensor
+
+from sparse_ref_attn.ops import _cuda
+from sparse_ref_attn.ops.attention_mass import cuda as mass
+from sparse_ref_attn.ops.gather_attention import cuda as attention
+from sparse_ref_attn.ops.pack_rows import cuda as rows
+
+__all__ = ["CSRC", "EARLY", "LATE", "MIXED", "Emulated", "compile_kernels", "emulated", "shipped"]
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+EARLY, LATE, MIXED = 0, 1, 2  # when an asynchronous copy lands
+WRITTEN = {
+    "sra_gather_attention": ("out", "lse"),
+    "sra_attention_lse": ("lse",),
+    "sra_attention_mass": ("mass", "mean"),
+}
+
+
+def compile_kernels(sources: list[Path], *flags: str) -> Path:
+    """Kernels and the emulator in one library, in a directory that goes when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="sra-emulated-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    target = folder / "kernels.so"
+    command = [CSRC / "emulator" / "compile", target, *sources]
+    done = subprocess.run(
+        command, env={**os.environ, "CXXFLAGS": " ".join(flags)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    return target
+
+
+@cache
+def shipped() -> Emulated:
+    """Every kernel of csrc, compiled once a process."""
+    return Emulated(compile_kernels(sorted(CSRC.glob("*.cu"))))
+
+
+class Emulated(Library):
+    """A library that `compile_kernels` made; it may hold some of the functions only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.device, self.archs, self.built_by = path, "cpu", (), "g++"
+        self.seed, self.copies = 1, MIXED
+        self.announced: list[tuple[int, int]] = []
+        self._loaded = ctypes.CDLL(str(path))
+        for name, (arguments, result) in abi.FUNCTIONS.items():
+            if hasattr(self._loaded, name):
+                getattr(self._loaded, name).argtypes = arguments
+                getattr(self._loaded, name).restype = result
+        self._loaded.emulator_memory.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+        self._loaded.emulator_count.restype = ctypes.c_int64
+        self._loaded.emulator_report.restype = ctypes.c_char_p
+
+    def announce(self, x: Tensor | None) -> None:
+        """The next launch may touch what `x` covers, from its first element to its last."""
+        if x is not None and x.numel():
+            reach = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+            self.announced.append((x.data_ptr(), reach * x.element_size()))
+
+    def call(self, name: str, arguments: ctypes.Structure, stream: int) -> None:
+        written = self._written(name, arguments)
+        self._loaded.emulator_schedule(ctypes.c_uint64(self.seed), self.copies)
+        self._loaded.emulator_forget_memory()
+        for start, size in self.announced:
+            self._loaded.emulator_memory(start, size, start in written)
+        self.announced.clear()
+        super().call(name, arguments, stream)
+
+    def count(self, event: str) -> int:
+        """How often something happened in the last launch."""
+        return self._loaded.emulator_count(event.encode())
+
+    @staticmethod
+    def _written(name: str, arguments: ctypes.Structure) -> set[int | None]:
+        if isinstance(arguments, abi.RowsArgs):
+            copies = arguments.copies[: arguments.count]
+            return {c.packed if name == "sra_pack_rows" else c.full for c in copies}
+        fields = [getattr(arguments, field) for field in WRITTEN[name]]
+        return {x.data if isinstance(x, abi.Tensor) else x for x in fields}
+
+
+@contextmanager
+def emulated(library: Emulated, seed: int = 1, copies: int = MIXED) -> Iterator[Emulated]:
+    """Within this context the backend "cuda" runs on `library`, under this schedule, with CPU tensors."""
+    library.seed, library.copies = seed, copies
+    library.announced.clear()
+
+    def announcing(function):
+        def convert(x, *rest, **named):
+            if not isinstance(x, (Tensor, type(None))):
+                return function(x, *rest, **named)
+            library.announce(x)
+            return function(x, *rest, **named)
+
+        return convert
+
+    def nested(x: Tensor, y: Tensor, dim: int):
+        library.announce(x)
+        library.announce(y)
+        return real_nested(x, y, dim)
+
+    real_nested = rows.nested
+    with mock.patch.multiple(_cuda, library=lambda: library), mock.patch.object(rows, "nested", nested):
+        with mock.patch.multiple(
+            attention, **{n: announcing(getattr(_cuda, n)) for n in ("tensor", "index", "pointer")}
+        ):
+            with mock.patch.multiple(mass, **{n: announcing(getattr(_cuda, n)) for n in ("tensor", "pointer")}):
+                with mock.patch.object(rows, "index", announcing(_cuda.index)):
+                    yield library
