@@ -13,16 +13,17 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest import mock
+
+from torch import Tensor
 
 from sparse_ref_attn.kernels import abi
 from sparse_ref_attn.kernels.library import Library
-from torch import Tensor
-
 from sparse_ref_attn.ops import _cuda
 from sparse_ref_attn.ops.attention_mass import cuda as mass
 from sparse_ref_attn.ops.gather_attention import cuda as attention
@@ -109,25 +110,27 @@ def emulated(library: Emulated, seed: int = 1, copies: int = MIXED) -> Iterator[
     library.seed, library.copies = seed, copies
     library.announced.clear()
 
-    def announcing(function):
-        def convert(x, *rest, **named):
-            if not isinstance(x, (Tensor, type(None))):
-                return function(x, *rest, **named)
+    real_nested = rows.nested
+
+    def announcing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def convert(x: Tensor | None, *strides: int, **named: int) -> Any:
             library.announce(x)
-            return function(x, *rest, **named)
+            return function(x, *strides, **named)
 
         return convert
 
-    def nested(x: Tensor, y: Tensor, dim: int):
+    def nested(x: Tensor, y: Tensor, dim: int) -> Any:
         library.announce(x)
         library.announce(y)
         return real_nested(x, y, dim)
 
-    real_nested = rows.nested
-    with mock.patch.multiple(_cuda, library=lambda: library), mock.patch.object(rows, "nested", nested):
-        with mock.patch.multiple(
-            attention, **{n: announcing(getattr(_cuda, n)) for n in ("tensor", "index", "pointer")}
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (_cuda, "library", lambda: library),
+            (rows, "nested", nested),
+            (rows, "index", announcing(_cuda.index)),
+            *((attention, name, announcing(getattr(_cuda, name))) for name in ("tensor", "index", "pointer")),
+            *((mass, name, announcing(getattr(_cuda, name))) for name in ("tensor", "pointer")),
         ):
-            with mock.patch.multiple(mass, **{n: announcing(getattr(_cuda, n)) for n in ("tensor", "pointer")}):
-                with mock.patch.object(rows, "index", announcing(_cuda.index)):
-                    yield library
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield library

@@ -1,4 +1,4 @@
-"""The attention kernel of csrc, emulated, against float64: the grid and the fuzz of the Triton kernels, and its promises."""
+"""The attention kernel of csrc, emulated, against float64: the Triton kernels' grid and fuzz, and its promises."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sparse_ref_attn.ops.gather_attention.cuda import forward
 from torch import Tensor
 
 from sparse_ref_attn.functional import gather_attention
 from sparse_ref_attn.ops.gather_attention.arguments import Arguments
+from sparse_ref_attn.ops.gather_attention.cuda import forward
 from sparse_ref_attn.ops.gather_attention.normal_form import normalise
 
 from ..ops.guards import Canaries, in_nan
