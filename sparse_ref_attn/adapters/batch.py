@@ -323,9 +323,10 @@ def batch(
     config = config if config is not None else ReCAST() if own is None else own.config
     if not isinstance(config, SparseRef):
         raise ConfigError(f"config must be a SparseRef (ReCAST(...), SparseContext(...)), got {type(config).__name__}")
-    if config.from_block:
+    if config.from_block or config.profile == "in_flight":
         raise ConfigError(
-            f"a batch drops tokens at the transformer's input: from_block must be 0, got {config.from_block}"
+            'a batch drops tokens at the transformer\'s input: from_block must be 0 and profile "step", got '
+            f"{config.from_block} and {config.profile!r}"
         )
     check_free(transformer, "inference")
     seams.check_no_step_cache(transformer)
