@@ -505,6 +505,7 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const s
   machine.warps.resize(threads / WARP);
   machine.owners.clear();
   machine.counts.clear();
+  count("shared bytes", machine.shared_bytes);
   if (machine.stacks_for < static_cast<size_t>(threads)) {
     machine.stacks.reset(new char[STACK * threads]);
     machine.stacks_for = threads;

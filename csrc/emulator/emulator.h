@@ -66,6 +66,6 @@ void emulator_forget_memory();
 // The diagnosis of the last launch that failed, "" if none did since emulator_schedule.
 const char* emulator_report();
 
-// How often something happened in the last launch: "mma", "ldmatrix", "cp.async", "barrier", "bank conflict", ...
+// How often something happened in the last launch: "mma", "ldmatrix", "cp.async", "barrier", "bank conflict", "shared bytes", ...
 int64_t emulator_count(const char* name);
 }

@@ -1,0 +1,94 @@
+"""The wheel: with the library where there is an nvcc, pure Python where there is none; both can build on first use."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from sparse_ref_attn.kernels.places import content_key, installed_sources, source_directory
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build_wheel(home: Path, **variables: str) -> tuple[Path, str]:
+    """The wheel of a copy of the tree, and what was printed."""
+    tree = home / "tree"
+    tree.mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, tree / name)
+    for name in ("sparse_ref_attn", "csrc"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "emulator"))
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(home),
+        str(tree),
+    ]
+    environment = {**os.environ, **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = home.glob("*.whl")
+    return wheel, done.stdout + done.stderr
+
+
+def members(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def carried() -> set[str]:
+    csrc = source_directory()
+    return {f"sparse_ref_attn/csrc/{path.relative_to(csrc)}" for path in installed_sources(csrc)}
+
+
+def test_a_wheel_with_the_library(nvcc: str, tmp_path: Path) -> None:
+    wheel, said = build_wheel(tmp_path, SRA_CUDA_ARCHS="80")
+    assert re.fullmatch(r"sparse_ref_attn-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
+    assert {"sparse_ref_attn/lib/libsra_kernels.so", *carried()} <= members(wheel)
+    assert "rows.cu" in said
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", str(wheel)]
+    subprocess.run(install, check=True)
+    code = """
+import sys
+from sparse_ref_attn.kernels.library import library
+from sparse_ref_attn.kernels.places import bundled_library, content_key, source_directory
+loaded = library()
+assert loaded.path == bundled_library(), loaded.path
+assert "torch" not in sys.modules
+print(loaded.archs, content_key(source_directory()), sys.prefix)
+"""
+    environment = {"PATH": os.environ["PATH"], "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    run = subprocess.run(
+        [python, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split(maxsplit=2) == ["('80',)", content_key(source_directory()), f"{tmp_path / 'venv'}\n"]
+
+
+def test_a_wheel_without_nvcc_is_pure_python_and_says_so_once(tmp_path: Path) -> None:
+    wheel, said = build_wheel(tmp_path, SRA_BUILD_KERNELS="0")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "sparse_ref_attn/lib/libsra_kernels.so" not in members(wheel)
+    assert carried() <= members(wheel)  # for `sra build-kernels`
+    assert said.count("the CUDA C++ kernels are left out (ninja_build.md)") == 1
+
+
+def test_a_setting_that_is_none_of_the_three() -> None:
+    environment = {**os.environ, "SRA_BUILD_KERNELS": "yes"}
+    command = [sys.executable, "setup.py", "--version"]
+    bad = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert bad.returncode != 0
+    assert "SRA_BUILD_KERNELS must be 0, 1 or auto, got 'yes'" in bad.stderr
