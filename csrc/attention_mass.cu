@@ -12,6 +12,9 @@
 //
 // Run under the emulator and compiled for sm_80, sm_90a and sm_100a; not yet run on a card.
 
+#include <initializer_list>
+#include <type_traits>
+
 #include "host.h"
 #include "tiles.cuh"
 
@@ -149,9 +152,9 @@ __device__ __forceinline__ float norm(const uint16_t* v, bool live) {
   float sum = 0.0f;
   for (int c = lane_id() % 4 * 8; live && c < C; c += 32) {
     const uint4 x = load_global(reinterpret_cast<const uint4*>(v + c));
-    for (uint32_t two : {x.x, x.y, x.z, x.w}) {
-      sum = fmaf(low_of<T>(two), low_of<T>(two), sum);
-      sum = fmaf(high_of<T>(two), high_of<T>(two), sum);
+    for (const uint32_t pair : {x.x, x.y, x.z, x.w}) {
+      sum = fmaf(low_of<T>(pair), low_of<T>(pair), sum);
+      sum = fmaf(high_of<T>(pair), high_of<T>(pair), sum);
     }
   }
   return sqrtf(row_sum(sum));

@@ -13,6 +13,7 @@
 #include <random>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -110,7 +111,8 @@ struct Machine {
   int live = 0, at_barrier = 0;
   Site barrier = {"", 0};
   int current = 0;
-  const std::function<void()>* body = nullptr;
+  Body body = nullptr;
+  const void* arguments = nullptr;
   Context scheduler;
   std::mt19937_64 random{1};
   uint64_t seed = 1;
@@ -167,7 +169,7 @@ void release_barrier() {
 }
 
 void run_thread() {
-  (*machine.body)();
+  machine.body(machine.arguments);
   me().at = At::RETURNED;
   machine.warps[machine.current / WARP].ready--;
   machine.live--;
@@ -482,7 +484,7 @@ cudaError_t allow_shared(const void* kernel, int bytes) {
   return cudaSuccess;
 }
 
-cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const std::function<void()>& body) {
+cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, Body body, const void* arguments) {
   const dim3 &grid = config.gridDim, &block = config.blockDim;
   const int64_t threads = static_cast<int64_t>(block.x) * block.y * block.z;
   const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y * grid.z;
@@ -498,7 +500,8 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const s
   machine.random.seed(machine.seed);
   gridDim = grid;
   blockDim = block;
-  machine.body = &body;
+  machine.body = body;
+  machine.arguments = arguments;
   machine.shared_bytes = static_cast<uint32_t>(config.dynamicSmemBytes);
   machine.words.resize((machine.shared_bytes + 3) / 4);
   machine.threads.resize(threads);

@@ -4,9 +4,6 @@
 
 #include <stdint.h>
 
-#include <functional>
-#include <vector>
-
 #include "cuda_runtime.h"
 
 namespace emulator {

@@ -29,7 +29,7 @@ from sparse_ref_attn.ops.attention_mass import cuda as mass
 from sparse_ref_attn.ops.gather_attention import cuda as attention
 from sparse_ref_attn.ops.pack_rows import cuda as rows
 
-__all__ = ["CSRC", "EARLY", "LATE", "MIXED", "Emulated", "compile_kernels", "emulated", "shipped"]
+__all__ = ["CSRC", "EARLY", "LATE", "MIXED", "Emulated", "compile_kernels", "compile_object", "emulated", "shipped"]
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 EARLY, LATE, MIXED = 0, 1, 2  # when an asynchronous copy lands
@@ -42,16 +42,28 @@ WRITTEN = {
 
 def compile_kernels(sources: list[Path], *flags: str) -> Path:
     """Kernels and the emulator in one library, in a directory that goes when the process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="sra-emulated-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    target = folder / "kernels.so"
+    return _compile(_folder() / "kernels.so", [compile_object(CSRC / "emulator" / "emulator.cpp"), *sources], *flags)
+
+
+@cache
+def compile_object(source: Path) -> Path:
+    """What many libraries share, compiled once."""
+    return _compile(_folder() / f"{source.stem}.o", [source])
+
+
+def _compile(target: Path, sources: list[Path], *flags: str) -> Path:
     command = [CSRC / "emulator" / "compile", target, *sources]
-    done = subprocess.run(
-        command, env={**os.environ, "CXXFLAGS": " ".join(flags)}, capture_output=True, text=True, check=False
-    )
+    environment = {**os.environ, "CXXFLAGS": " ".join(flags)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning" not in done.stderr, done.stderr
     return target
+
+
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="sra-emulated-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @cache

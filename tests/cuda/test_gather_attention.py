@@ -36,17 +36,22 @@ def arguments(problem: Problem) -> Arguments:
     return normalise(*operands, *layout, problem.options.get("scale"), False)
 
 
+def compare(problem: Problem, got: Tensor, got_lse: Tensor) -> None:
+    """As accurate as PyTorch in the same precision."""
+    out, lse = truth(problem.to(torch.float64))
+    plain, plain_lse = problem.run("reference")
+    assert_as_accurate(got, out, plain, "out")
+    assert_as_accurate(got_lse, lse, plain_lse, "lse")
+
+
 def check(problem: Problem, dtype: torch.dtype, seed: int = 1, copies: int = MIXED) -> Tensor:
-    """Out and LSE between canaries, operands in NaN, as accurate as PyTorch in the same precision."""
+    """Between canaries, operands in NaN; returns the LSE."""
     low = problem.to(dtype)
-    out, lse = truth(low.to(torch.float64))
-    plain, plain_lse = low.run("reference")
     poisoned = Problem({n: in_nan(x) for n, x in low.operands.items()}, low.layout, low.options)
     with emulated(shipped(), seed, copies) as library, Canaries():
         got, got_lse = forward(arguments(poisoned))
     assert library.count("bank conflict") == 0
-    assert_as_accurate(got, out, plain, "out")
-    assert_as_accurate(got_lse, lse, plain_lse, "lse")
+    compare(low, got, got_lse)
     return got_lse
 
 

@@ -7,9 +7,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#include <algorithm>
-#include <functional>
-
 #define __global__ static
 #define __device__
 #define __host__
@@ -53,7 +50,9 @@ struct cudaLaunchConfig_t {
 
 namespace emulator {
 
-cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const std::function<void()>& thread);
+// Runs `thread(arguments)` as every thread of the grid.
+using Body = void (*)(const void* arguments);
+cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, Body thread, const void* arguments);
 cudaError_t allow_shared(const void* kernel, int bytes);
 void block_barrier(const char* file, int line);
 void warp_barrier(const char* file, int line);
@@ -72,8 +71,8 @@ inline void __syncwarp(const char* file = __builtin_FILE(), int line = __builtin
   emulator::warp_barrier(file, line);
 }
 
-using std::max;
-using std::min;
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
@@ -85,5 +84,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-  return emulator::launch(reinterpret_cast<const void*>(kernel), *config, [&] { kernel(arguments...); });
+  const auto thread = [&] { kernel(arguments...); };
+  const auto run = [](const void* closure) { (*static_cast<decltype(&thread)>(closure))(); };
+  return emulator::launch(reinterpret_cast<const void*>(kernel), *config, run, &thread);
 }
