@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import sparse_ref_attn as sra
 from benchmarks import tables
@@ -20,6 +21,7 @@ from sparse_ref_attn.selection.cells import area_pool
 from sparse_ref_attn.types import Reference, TokenLayout
 from tests.pictures import picture
 from tests.pipelines import CASES
+from tests.training.batches import Batch, build, lora
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "ninja_build.md", "csrc/README.md", "benchmarks/README.md")
@@ -78,6 +80,20 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     names["pipe"](prompt="a cup", image=names["photo"])
     assert handle.record.steps[-1].kept == 48
     handle.remove()
+
+
+def test_the_readmes_fine_tuning_runs() -> None:
+    patched, function = (
+        next(block for block in blocks("README.md") if word in block) for word in ("patch_for_training", "drop_ref")
+    )
+    model, batch = lora(build("kontext")), Batch("kontext")
+    names = {"sra": sra, "transformer": model, "accelerator": Accelerator(cpu=True), "training_step": batch.loss}
+    exec(patched, names)
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert 0 < names["handle"].kept[0].kept <= sum(batch.sizes)
+    names |= {"generator": torch.Generator(), "reference": torch.randn(2, 64, 3), "reference_ids": torch.zeros(64, 3)}
+    exec(function, names)
+    assert names["reference"].shape[1] == len(names["reference_ids"]) < 64
 
 
 def test_the_readmes_reference_cache_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
