@@ -43,6 +43,7 @@ METHODS: dict[str, sra.SparseRef | None] = {
     "edges 10%": sra.SparseContext(0.10, "edges"),
     "edges 5%": sra.SparseContext(0.05, "edges"),
     "ReCAST": sra.ReCAST(task="subject"),
+    "ReCAST in flight": sra.ReCAST(task="subject", profile="in_flight"),
     "downscale 25%": sra.SparseRef(select=sra.Downscale(), budget=0.25),
     "downscale 10%": sra.SparseRef(select=sra.Downscale(), budget=0.10),
     "ToMe 25%": sra.SparseRef(select=sra.ToMe(), budget=0.25),

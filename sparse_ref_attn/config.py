@@ -11,7 +11,7 @@ from typing import Any
 from . import schedules
 from .errors import ConfigError
 from .schedules import Budget
-from .selection import AttentionMass, Edges, Grid, Mix, Reducer, Saliency, Selector, selector
+from .selection import AttentionMass, Edges, Grid, Mix, Probe, Reducer, Saliency, Selector, selector
 from .selection.names import from_dict as selector_from_dict
 from .selection.names import to_dict as selector_to_dict
 
@@ -75,6 +75,16 @@ class SparseRef:
     from_block : int
         Block from which on the dropped tokens are gone: all tokens run through the blocks before it, at every step.
         0, the default, is the transformer's input. Below the number of blocks.
+    profile : {"step", "in_flight"}
+        Where attention is measured, if it is. "step": in whole dense steps, those that the selector
+        names. "in_flight": in the first blocks of step 0, after which the dropped tokens leave that
+        very step; for models of few steps, where a dense step is a large part of the run.
+    profile_blocks : int, optional
+        With "in_flight", the number of first blocks that all tokens run through and that are
+        measured, at least 1 and below the number of blocks. Default: as many as the block indices
+        of the selector reach; where it gives none, a quarter of all, rounded up (15 of Kontext's
+        57, 8 of klein-9b's 32, 15 of Qwen-Image-Edit's 60). Blocks that a selector names ("single",
+        "double", "all") are those among the first; where none is, all the first ones.
     floor : float or int
         Least kept of each reference: a ratio of it, or tokens. Matters where references compete
         (a budget with ``per="all"``). Default 0.
@@ -118,6 +128,8 @@ class SparseRef:
     budget: Budget | float | int = 0.25
     execute: str = "tokens"
     from_block: int = 0
+    profile: str = "step"
+    profile_blocks: int | None = None
     floor: float | int = 0
     weights: tuple[float, ...] | None = None
     multiple: int = 1
@@ -155,6 +167,7 @@ class SparseRef:
                 f"a rival changes tokens at the transformer's input: from_block must be 0, got {self.from_block}"
             )
         self._check_cache()
+        self._check_in_flight()
 
     def _check_cache(self) -> None:
         cached = self.execute in ("cache", "both")
@@ -193,6 +206,39 @@ class SparseRef:
                 f"{type(self.select).__name__}; use AttentionMass"
             )
 
+    def _check_in_flight(self) -> None:
+        first = self.profile_blocks
+        if self.profile not in ("step", "in_flight"):
+            raise ConfigError(f'profile must be "step" or "in_flight", got {self.profile!r}')
+        if first is not None and (isinstance(first, bool) or not isinstance(first, int) or first < 1):
+            raise ConfigError(f"profile_blocks must be an int of at least 1, got {first!r}")
+        if self.profile == "step":
+            if first is not None:
+                raise ConfigError(f'profile_blocks counts blocks with profile="in_flight" only, got {first}')
+            return
+        probes = self.probes()
+        if isinstance(self.select, Reducer) or not probes:
+            raise ConfigError(
+                'profile="in_flight" needs a selector (or a guard) that measures attention, got '
+                f"{type(self.select).__name__}, which needs no profiling at all"
+            )
+        for probe in probes:
+            if tuple(probe.steps) != (0,):
+                raise ConfigError(f'profile="in_flight" measures in step 0 alone, got steps {tuple(probe.steps)}')
+        if self.execute != "tokens" or self.rerank_every is not None:
+            raise ConfigError(
+                'profile="in_flight" goes with execute="tokens" and without rerank_every, got '
+                f"{self.execute!r} and {self.rerank_every}"
+            )
+
+    def probes(self) -> tuple[Probe, ...]:
+        """Attention that must be measured: what the selector asks for, and what guard and budget need besides."""
+        found = list(self.select.probes()) if isinstance(self.select, Selector) else []
+        needs_mass = self.guard is not None or (isinstance(self.budget, Budget) and self.budget.needs_mass)
+        if needs_mass and not any(p.queries == "generation" for p in found):
+            found.extend(AttentionMass().probes())
+        return tuple(found)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON types only; raises ConfigError for a selector that holds a function or an array."""
         if isinstance(self.select, Reducer):
@@ -204,6 +250,8 @@ class SparseRef:
             "budget": self.budget.to_dict(),
             "execute": self.execute,
             "from_block": self.from_block,
+            "profile": self.profile,
+            "profile_blocks": self.profile_blocks,
             "floor": self.floor,
             "weights": None if self.weights is None else list(self.weights),
             "multiple": self.multiple,
@@ -249,7 +297,8 @@ class SparseRef:
         """One line for logs and tables."""
         name = type(self.select).__name__
         depth = f" from block {self.from_block}" if self.from_block else ""
-        return f"{name}, {self.budget}, {self.execute}{depth}"
+        profile = ", profiled in flight" if self.profile == "in_flight" else ""
+        return f"{name}, {self.budget}, {self.execute}{depth}{profile}"
 
 
 def ReCAST(  # noqa: N802 -- the paper's name, used like the noun it is

@@ -22,9 +22,16 @@ WIDTH, MARGIN, GAP = 1400, 40, 24  # pixels
 PAPER, INK, FAINT = (255, 255, 255), (34, 38, 46), (118, 124, 134)
 OUTLINE, NEUTRAL = (255, 255, 255), ((206, 208, 212), (180, 183, 189))
 DIM, COLOUR_LEFT = 0.3, 0.25  # brightness and saturation that dropped tokens keep
-KIND_COLOURS = {"profile": (230, 138, 30), "dense": (150, 156, 166), "sparse": (46, 108, 180), "cached": (58, 165, 150)}
+KIND_COLOURS = {
+    "profile": (230, 138, 30),
+    "in_flight": (190, 92, 160),
+    "dense": (150, 156, 166),
+    "sparse": (46, 108, 180),
+    "cached": (58, 165, 150),
+}
 KIND_WORDS = {
     "profile": "profile (all tokens, attention measured)",
+    "in_flight": "in flight (all tokens in the first blocks, attention measured)",
     "dense": "dense (all tokens)",
     "sparse": "sparse",
     "cached": "cached",

@@ -13,7 +13,7 @@ from .functional import attention_mass
 from .record import BlockAttention, RunRecord
 from .selection import Probe
 
-__all__ = ["AttentionView", "Profile", "block_indices", "top_quarter"]
+__all__ = ["AttentionView", "Profile", "block_indices", "first_blocks", "top_quarter"]
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,27 @@ class Profile:
         Repeated ones count once.
     kinds : sequence of str
         Kind of each attention block in order ("double", "single", ...).
+    first : int, optional
+        Measure among the first blocks alone: of those that a probe names, or all of them where it
+        names none of them. Default anywhere.
+
+    Raises
+    ------
+    ConfigError
+        If a probe's blocks do not exist, or its indices reach beyond the first ones.
     """
 
-    def __init__(self, probes: Sequence[Probe], kinds: Sequence[str]) -> None:
+    def __init__(self, probes: Sequence[Probe], kinds: Sequence[str], first: int | None = None) -> None:
         self.probes = tuple(dict.fromkeys(probes))
         self.steps = frozenset(step for probe in self.probes for step in probe.steps)
         self._blocks = {probe: block_indices(probe.blocks, kinds) for probe in self.probes}
+        if first is not None:
+            self._blocks = {probe: _early(probe, found, first) for probe, found in self._blocks.items()}
         self.clear()
+
+    def blocks(self, probe: Probe) -> frozenset[int]:
+        """The blocks in which `probe` is measured."""
+        return self._blocks[probe]
 
     def clear(self) -> None:
         """Forget what was measured."""
@@ -113,12 +127,19 @@ class Profile:
         """What was measured, (R,) float32 each: mean over items, heads, blocks and steps."""
         return {probe: total / self._terms[probe] for probe, total in self._sums.items()}
 
+    def measures(self, step: int, block: int) -> bool:
+        """Whether any probe looks at a block in a step."""
+        return any(self._looks(probe, step, block) for probe in self.probes)
+
+    def _looks(self, probe: Probe, step: int, block: int) -> bool:
+        return step in (*probe.steps, self._again) and block in self._blocks[probe]
+
     def observe(self, step: int, block: int, view: AttentionView, record: RunRecord) -> None:
         """Measure one attention call; its work and its diagnostics go to `record`."""
         measured: dict[tuple[str, int], list[Tensor]] = {}
         for probe in self.probes:
             queries = view.generation if probe.queries == "generation" else view.reference
-            if queries is None or step not in (*probe.steps, self._again) or block not in self._blocks[probe]:
+            if queries is None or not self._looks(probe, step, block):
                 continue
             key = (probe.queries, probe.query_stride)
             if key not in measured:
@@ -134,6 +155,35 @@ class Profile:
             mass = torch.cat([part.mean(dim=(0, 1)) for part in parts])
             self._sums[probe] = self._sums[probe] + mass if probe in self._sums else mass
             self._terms[probe] = self._terms.get(probe, 0) + 1
+
+
+def first_blocks(probes: Sequence[Probe], kinds: Sequence[str], given: int | None = None) -> int:
+    """How many first blocks an in-flight profile runs with all tokens: see `SparseRef.profile_blocks`.
+
+    Examples
+    --------
+    >>> first_blocks([Probe()], ["double"] * 8 + ["single"] * 24), first_blocks([Probe(blocks=(2, 5))], ["single"] * 24)
+    (8, 6)
+    """
+    reach = [1 + max(block_indices(p.blocks, kinds)) for p in probes if not isinstance(p.blocks, str)]
+    first = max(reach, default=-(-len(kinds) // 4)) if given is None else given
+    if not 0 < first < len(kinds):
+        raise ConfigError(
+            f"an in-flight profile must end before the last of the model's {len(kinds)} blocks, got {first} first "
+            "blocks (profile_blocks, or as many as the selector's indices reach)"
+        )
+    return first
+
+
+def _early(probe: Probe, found: frozenset[int], first: int) -> frozenset[int]:
+    early = frozenset(i for i in found if i < first)
+    if isinstance(probe.blocks, str):
+        return early or frozenset(range(first))
+    if early != found:
+        raise ConfigError(
+            f"the measured blocks must lie among the first {first} (profile_blocks), got {tuple(probe.blocks)}"
+        )
+    return early
 
 
 def _measure(probe: Probe, queries: Tensor, view: AttentionView) -> list[Tensor]:

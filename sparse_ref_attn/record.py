@@ -21,8 +21,9 @@ class StepRecord:
     ----------
     index : int
         Step number, 0 first.
-    kind : {"dense", "profile", "sparse", "cached"}
-        "profile" is a dense step whose attention was measured; "cached" runs without reference
+    kind : {"dense", "profile", "in_flight", "sparse", "cached"}
+        "profile" is a dense step whose attention was measured; "in_flight" was measured before
+        `from_block` and dropped tokens from there on; "cached" runs without reference
         rows, on reference K/V kept from an earlier step.
     kept : int
         Reference tokens that took part, R on a dense step.

@@ -18,7 +18,7 @@ from .record import RunRecord, StepRecord, mean_over_blocks
 
 __all__ = ["FlopSummary", "attention_table", "summary"]
 
-KINDS = ("profile", "dense", "sparse", "cached")
+KINDS = ("profile", "in_flight", "dense", "sparse", "cached")
 WIDTH = 100  # columns of the text form
 
 
@@ -109,7 +109,7 @@ def summary(
         "flops", "by_step", "batch", "notes" and "config". Kept counts are over all steps, where
         dense and profile steps count as all tokens, and a step whose dropped tokens leave by depth as the mean over
         its blocks. ``mass_kept`` is the share, in [0, 1], of the
-        profiled mass that the kept tokens hold, mean over the sparse and cached steps.
+        profiled mass that the kept tokens hold, mean over the steps that drop any.
         ``speedup["sparse_step"]`` compares with dense steps only: a profile step also measures.
 
     Raises
@@ -237,7 +237,7 @@ def _kept(record: RunRecord, step: StepRecord) -> tuple[float, ...] | None:
 
 
 def _mass_kept(record: RunRecord) -> list[float | None]:
-    """Per reference the mean over sparse and cached steps of the kept tokens' share of the mass."""
+    """Per reference the mean over in-flight, sparse and cached steps of the kept tokens' share of the mass."""
     sizes = record.layout.sizes
     if record.mass is None:
         return [None] * len(sizes)
@@ -246,7 +246,7 @@ def _mass_kept(record: RunRecord) -> list[float | None]:
     mass = [m.detach().double().cpu() for m in record.mass]
     shares: list[list[float | None]] = [[] for _ in sizes]
     for step in record.steps:
-        if step.kind not in ("sparse", "cached"):
+        if step.kind not in ("in_flight", "sparse", "cached"):
             continue
         if step.selection is None:
             for row in shares:
@@ -299,11 +299,11 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     steps, tokens, seconds = data["steps"], data["reference_tokens"], data["seconds"]
     kinds = [kind for kind in KINDS if steps[kind]]
     ran = f"{steps['ran']}" if steps["ran"] == steps["planned"] else f"{steps['ran']} of {steps['planned']} planned"
-    each = ", ".join(f"{kind} {_time(seconds[f'per_{kind}_step'])}" for kind in kinds)
+    each = ", ".join(f"{_word(kind)} {_time(seconds[f'per_{kind}_step'])}" for kind in kinds)
     speed, work = data["speedup"], data["flops"]
     mean = f"{_count(tokens['mean_per_step'])} of {_count(tokens['all'])} ({_percent(tokens['share'])})"
     rows = [
-        ("steps", f"{ran}: " + ", ".join(f"{steps[kind]} {kind}" for kind in kinds)),
+        ("steps", f"{ran}: " + ", ".join(f"{steps[kind]} {_word(kind)}" for kind in kinds)),
         ("reference tokens per step", f"{mean}, mean over all steps"),
         ("transformer time per step", each),
         ("transformer time, whole run", _time(seconds["total"])),
@@ -324,6 +324,10 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     host = data["host_ms_per_step"]
     rows.append(("library host time per step", "-" if host is None else f"{host:.3g} ms"))
     return rows
+
+
+def _word(kind: str) -> str:
+    return kind.replace("_", " ")
 
 
 def attention_table(record: RunRecord) -> dict[str, Any]:

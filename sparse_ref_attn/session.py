@@ -16,10 +16,10 @@ from torch import Tensor
 from . import schedules
 from .config import SparseRef
 from .errors import BudgetError, ConfigError, NonFiniteError
-from .profiling import AttentionView, Profile, top_quarter
+from .profiling import AttentionView, Profile, first_blocks, top_quarter
 from .record import RunRecord, Stability, StepRecord
 from .schedules import Budget, Clock
-from .selection import AttentionMass, Reduced, Reducer, References, Selector, ranking
+from .selection import Reduced, Reducer, References, Selector, ranking
 from .selection.base import scores_of
 from .selection.stability import overlap, spearman
 from .types import RefSelection, TokenLayout
@@ -33,9 +33,11 @@ class Plan:
 
     Parameters
     ----------
-    kind : {"dense", "profile", "sparse"}
+    kind : {"dense", "profile", "in_flight", "sparse"}
+        "in_flight" is dense and measured before `from_block`, sparse from there on.
     selection : RefSelection, optional
-        The kept tokens of a sparse step, and of a profiling step that reads stored keys.
+        The kept tokens of a sparse step, of a profiling step that reads stored keys, and of an
+        in-flight one when it has ranked.
     reduced : sequence of Reduced, optional
         The changed tokens of a sparse step, when a rival runs instead of a selector.
     from_block : int
@@ -74,15 +76,14 @@ class Session:
     def __init__(self, config: SparseRef, kinds: Sequence[str]) -> None:
         self.config = config
         self._blocks = len(kinds)
+        probes = config.probes()
+        self.in_flight = 0
+        if config.profile == "in_flight":
+            self.in_flight = first_blocks(probes, kinds, config.profile_blocks)
         if config.from_block and config.from_block >= len(kinds):
             raise ConfigError(f"from_block must lie below the model's {len(kinds)} blocks, got {config.from_block}")
-        select = config.select
-        probes = list(select.probes()) if isinstance(select, Selector) else []
-        needs_mass = config.guard is not None or (isinstance(config.budget, Budget) and config.budget.needs_mass)
-        if needs_mass and not any(p.queries == "generation" for p in probes):
-            probes.extend(AttentionMass().probes())
         plain = [replace(p, value_norm=False) for p in probes if p.value_norm]
-        self.profile = Profile([*probes, *plain], kinds)
+        self.profile = Profile([*probes, *plain], kinds, self.in_flight or None)
         self.record: RunRecord | None = None
         self.forget()
 
@@ -199,13 +200,17 @@ class Session:
             raise BudgetError("a run must have begun before a step is planned")
         if self._scores is None:
             if step in self.profile.steps:
-                return Plan("profile")
+                return Plan("in_flight", from_block=self.in_flight) if self.in_flight else Plan("profile")
             if any(later >= step for later in self.profile.steps):
                 return Plan("dense")
             if not self.profile.mass():
                 self._note_blind()
                 return Plan("dense")
             self._rank()
+        return self._sparse(step)
+
+    def _sparse(self, step: int) -> Plan:
+        assert self._clock is not None
         counts = self._counts(self._clock(step))
         if self._reranks(step):
             return Plan("profile", self._chosen(counts).selection if self.config.execute == "cache" else None)
@@ -242,6 +247,24 @@ class Session:
             assert self._order is not None
             return self._order[: max(sum(c) for c in counts)], tuple(counts)
         return ranking.nested_order(self._scores, counts)
+
+    def arrive(self, step: int) -> Plan:
+        """What the blocks of an in-flight step do after the measured ones: ranks in its first call."""
+        assert self.record is not None
+        plan = self.plan(step)
+        if self._scores is None:
+            if self.profile.mass():
+                self._rank()
+                rest = self._sparse(step)
+                plan = Plan("profile") if rest.selection is None else replace(plan, selection=rest.selection)
+            else:
+                self._note_blind()
+                plan = Plan("dense")
+            self._step = (step, plan)
+            own = self.record.steps[-1]
+            own.kind, own.kept, own.from_block = plan.kind, plan.kept(self.record.layout), plan.from_block
+            own.selection = plan.selection
+        return plan
 
     def _note_blind(self) -> None:
         assert self.record is not None

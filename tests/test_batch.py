@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,8 +112,39 @@ def test_what_is_kept_is_each_items_own() -> None:
     assert len(lines) == 5
     assert lines[1].split()[:3] == ["0", "1", "96"]
     assert lines[3].split()[:3] == ["2", "0", "0"]
-    assert lines[4] == "transformer calls: 3 for several items at once, 0 for one"
+    assert lines[4] == "transformer calls: 3 for several items at once (0% of their rows padding), 0 for one"
     assert "FLOP" in done.handles[1].summary()
+
+
+def test_padding_is_told() -> None:
+    case = CASES["kontext"]
+    items = Items(case, case.build())
+    done = items.together(sra.SparseRef("grid", 0.5))
+    calls = [64 + kept + 32 for kept in (48, 32, 0)]  # 32 x 32 out, what is kept, the text
+    assert done.padding == pytest.approx(1 - sum(calls) / (3 * max(calls)))
+
+
+@pytest.mark.parametrize("name", ["klein", "kontext"])
+def test_compiled_blocks(name: str) -> None:
+    case = CASES[name]
+    pipe = case.build()
+    items = Items(case, pipe)
+    want, _ = items.alone(MASS)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    case.call(pipe)
+    for _ in range(2):
+        assert_close(items.together(MASS).images, want)
+
+
+@pytest.mark.parametrize("execute", ["cache", "both"])
+def test_klein_kv_with_its_cache(execute: str) -> None:
+    case = CASES["klein_kv"]
+    items = Items(case, case.build())
+    config = sra.SparseRef("mass", 0.3, execute=execute)
+    want, steps = items.alone(config)
+    done = items.together(config)
+    assert_close(done.images, want)
+    assert [record(handle) for handle in done.handles[:2]] == steps[:2]
 
 
 def test_two_batches_in_a_row_and_the_pipeline_after_them() -> None:
@@ -355,7 +387,8 @@ def call(**changes: Any) -> None:
         ({"generator": generator(0)}, "generator must be given as generators, one an item"),
         ({"each": [{}, {"image": 1}]}, "image must be given as images, one an item"),
         ({"config": 0.5}, "config must be a SparseRef (ReCAST(...), SparseContext(...)), got float"),
-        ({"config": sra.SparseRef("grid", 0.3, from_block=1)}, "from_block must be 0, got 1"),
+        ({"config": sra.SparseRef("grid", 0.3, from_block=1)}, "got 1 and 'step'"),
+        ({"config": sra.ReCAST(profile="in_flight")}, "must be 0 and profile \"step\", got 0 and 'in_flight'"),
         ({"case": "kontext"}, "FluxKontextPipeline takes at most 1 reference an item, got 2 for item 1"),
         ({"case": "qwen_edit", "images": [[], []]}, "needs a reference for every item, got none for item 0"),
         ({"case": "qwen_edit_plus", "images": [[picture(64, 64, 0)], []]}, "for every item, got none for item 1"),
@@ -372,6 +405,16 @@ def test_items_that_one_call_cannot_serve() -> None:
     items = Items(case, case.build())
     items.each[1] |= {"attention_kwargs": {"scale": 0.5}}
     with pytest.raises(IncompatibleError, match=r"the same joint_attention_kwargs, got None, {'scale': 0.5}"):
+        items.together(GRID)
+    assert not threads()
+
+
+def test_context_parallelism_is_refused() -> None:
+    case = CASES["klein"]
+    pipe = case.build()
+    items = Items(case, pipe)
+    pipe.transformer._parallel_config = SimpleNamespace(context_parallel_config=object())
+    with pytest.raises(IncompatibleError, match="must lie in one process, got context parallelism"):
         items.together(GRID)
     assert not threads()
 

@@ -272,6 +272,26 @@ def test_tokens_of_a_layout():
             StepTokens(**({"text": 1, "generation": 1, "references": 1} | bad))
 
 
+def test_rows_that_leave_by_depth_count_until_they_leave():
+    """Two double blocks of 3 and a single one of 6 after an embedder of 4; 5 of 8 rows leave at block 2."""
+    layout = TokenLayout(rows=18, text=2, generation=(0, 10), references=(Reference(10, 8),))
+    tokens = StepTokens.of(layout, kept=3, from_block=2)
+    assert tokens == StepTokens(2, 10, 3, dropped=5, from_block=2)
+    assert StepTokens.of(layout, kept=8, from_block=2) == StepTokens(2, 10, 8)
+    shape = replace(SMALL, image=10, joint=6, leading=(4, 7, 10))
+    at_input, dense = step_flops(shape, StepTokens(2, 10, 3)), step_flops(shape, StepTokens(2, 10, 8))
+    got = step_flops(shape, tokens)
+    assert got.matmul == at_input.matmul + 2 * 5 * 10
+    assert got.attention == 4 * 2 * 4 * (20**2 + 20**2 + 15**2)
+    assert at_input.total < got.total < dense.total
+    assert step_memory(shape, tokens) == step_memory(shape, StepTokens(2, 10, 8))
+    for bad in ({"dropped": 1}, {"from_block": 1}, {"dropped": 1, "from_block": 1, "cached": 1}):
+        with pytest.raises(ConfigError, match="leave by depth"):
+            StepTokens(1, 1, 1, **bad)
+    with pytest.raises(ConfigError, match=r"before the last of the 3 blocks .* got block 3"):
+        step_flops(shape, replace(tokens, from_block=3))
+
+
 def test_output_rows_can_be_the_generation_only():
     tokens = StepTokens(1, 4, 3)
     less = step_flops(replace(SMALL, output_rows="generation"), tokens)

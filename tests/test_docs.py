@@ -15,6 +15,7 @@ from accelerate import Accelerator
 import sparse_ref_attn as sra
 from benchmarks import tables
 from sparse_ref_attn.adapters.base import Adapter, references_from_ids, take_rows
+from sparse_ref_attn.adapters.geometries import named_model
 from sparse_ref_attn.adapters.seams import attention_sites
 from sparse_ref_attn.selection import References, Selector
 from sparse_ref_attn.selection.cells import area_pool
@@ -106,6 +107,28 @@ def test_the_readmes_reference_cache_runs(tmp_path: Path, monkeypatch: pytest.Mo
         if 'execute="cache"' in block:
             exec(block, names)
             pipe(**call)
+
+
+def test_the_readmes_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (source,) = (block for block in blocks("README.md") if "in_flight" in block)
+    names: dict[str, Any] = {"pipe": tiny_kontext(), "photo": picture(48, 32), "sra": sra}
+    first, rest = source.split("ranking = ")
+    exec(first, names)
+    assert [step.kind for step in names["handle"].record.steps] == ["in_flight", "sparse", "sparse"]
+    exec("ranking = " + rest, names)
+    names["pipe"](prompt="a cup", image=names["photo"])
+
+
+def test_the_readmes_few_steps_are_what_estimate_says() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- few steps -->")[1]
+    rows = [[float(cell) for cell in re.findall(r"\| (\d\.\d\d) ", line + " ")] for line in text.splitlines()[3:7]]
+    known = sra.SparseRef("grid", sra.ReCAST().budget)
+    for row, config in zip(rows, (sra.ReCAST(), sra.ReCAST(profile="in_flight"), known, known), strict=True):
+        for references, ratio in zip((1, 4), row, strict=True):
+            sizes = [(1024, 1024)] * references
+            e = sra.estimate(named_model("klein-9b"), references=sizes, steps=4, config=config)
+            assert round(e.flop_ratio, 2) == ratio
 
 
 def test_the_contributing_pages_selector_works() -> None:

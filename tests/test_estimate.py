@@ -10,12 +10,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_ref_attn as sra
+from sparse_ref_attn.adapters.base import adapter_for
+from sparse_ref_attn.adapters.depth import DepthCut, leaving
 from sparse_ref_attn.adapters.estimate import estimate
 from sparse_ref_attn.adapters.geometries import MODELS, named_model
 from sparse_ref_attn.config import UniformGuard
 from sparse_ref_attn.errors import BudgetError, ConfigError, UnsupportedModelError
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
 from sparse_ref_attn.selection import Reducer
+from sparse_ref_attn.types import Reference, TokenLayout
 from tests.pipelines import CASES
 
 ONE = [(1024, 1024)]
@@ -64,6 +67,43 @@ def test_a_whole_run_is_within_one_percent_of_the_flop_counter(name):
     assert e.sparse.total == pytest.approx(sum(steps) + scoring, rel=0.01)
 
 
+def call_by_depth(name, model, kept, first):
+    """One call whose references leave at block `first`."""
+    adapter = adapter_for(model)
+    layout = TokenLayout(2 * 4096, 300, (0, 4096), (Reference(4096, 4096, (64, 64)),))
+    cut = DepthCut(layout, lambda: torch.arange(4096 + kept, device="meta"))
+
+    def shorten(kind, block, args, kwargs):
+        assert cut.arrive()
+        return adapter.drop_in_block(kind, adapter.bind(block, args, kwargs), cut)
+
+    with leaving(adapter.blocks(model)[first:], shorten):
+        call(name, model, 300, 4096, 4096)
+
+
+@pytest.mark.parametrize(("name", "first"), [("kontext", 30), ("klein-9b", 3), ("qwen-image-edit-2511", 20)])
+def test_leaving_by_depth_is_within_one_percent_of_the_flop_counter(name, first):
+    model = named_model(name)
+    given = {"references": ONE, "steps": 3, "text_tokens": 300}
+    dense, by_depth = counted(call, name, model, 300, 4096, 4096), counted(call_by_depth, name, model, 1024, first)
+    at_input = counted(call, name, model, 300, 4096, 1024)
+    assert at_input < by_depth < dense
+    e = estimate(model, **given, config=sra.SparseRef("grid", 0.25, from_block=first))
+    assert (e.kinds, e.from_block) == (("sparse",) * 3, (first,) * 3)
+    assert e.sparse.total == pytest.approx(3 * by_depth, rel=0.01)
+    assert e.dense.total == pytest.approx(3 * dense, rel=0.01)
+    blocks = e.blocks
+    assert e.mean_tokens == pytest.approx((first * 4096 + (blocks - first) * 1024) / blocks)
+    flying = estimate(model, **given, config=sra.SparseRef("mass", 0.25, profile="in_flight", profile_blocks=first))
+    assert flying.kinds == ("in_flight", "sparse", "sparse")
+    heads, channels = model.config.num_attention_heads, model.config.attention_head_dim
+    scored = {"kontext": 11, "klein-9b": 3, "qwen-image-edit-2511": 20}[name]  # Kontext's first 11 single blocks
+    q, k = empty(1, 4096, heads, channels), empty(1, 300 + 8192, heads, channels)
+    scoring = scored * counted(attention_mass_reference, q, k, (4396, 8492), 1.0)
+    assert flying.scoring.total == pytest.approx(scoring, rel=0.01)
+    assert flying.sparse.total == pytest.approx(by_depth + 2 * at_input + scoring, rel=0.01)
+
+
 @pytest.mark.parametrize(("kept", "ratio"), [(2048, 1.41), (1024, 1.74), (600, 1.92), (512, 1.96), (256, 2.08)])
 def test_published_ratios_of_a_kontext_step(kept, ratio):
     e = estimate(named_model("kontext"), references=ONE, config=sra.SparseRef(select="grid", budget=kept), steps=1)
@@ -87,6 +127,12 @@ CONFIGS = {
     "floors and multiple": sra.SparseRef(
         select="random", budget=sra.Constant(0.2, per="all"), floor=0.1, multiple=16, weights=(1.0,)
     ),
+    "from a block": sra.SparseRef(select="mass", budget=sra.Linear(0.1, 0.9), from_block=1),
+    "in flight": sra.SparseRef(select="mass", budget=sra.Linear(0.1, 0.9), profile="in_flight"),
+    "in flight, from a block": sra.SparseRef(
+        select=sra.AttentionMass(blocks=(0,), query_stride=3), profile="in_flight", from_block=1
+    ),
+    "in flight, keep all": sra.SparseRef(select="mass", budget=1.0, profile="in_flight"),
     "keep all": sra.SparseRef(select="grid", budget=1.0),
 }
 
@@ -117,6 +163,9 @@ def test_an_estimate_is_what_the_run_then_does(name, config, cfg):
     )
     assert e.kinds == tuple(step.kind for step in record.steps)
     assert e.tokens == tuple(step.kept for step in record.steps)
+    assert e.from_block == tuple(step.from_block for step in record.steps)
+    assert e.blocks == record.blocks
+    assert e.mean_tokens == pytest.approx(sum(record.mean_kept(step) for step in record.steps) / 4)
     assert e.scoring.total == pytest.approx(record.scoring_flops)
     assert e.sparse.total / 1e12 == pytest.approx(flops.sparse_tflop)
     assert e.dense.total / 1e12 == pytest.approx(flops.dense_tflop)
@@ -185,6 +234,8 @@ def test_the_guard_alone_costs_a_profiling_step():
         ({"config": sra.SparseRef(select="grid", budget=5000)}, BudgetError, "4096 tokens"),
         ({"config": 0.5}, ConfigError, "SparseRef"),
         ({"config": sra.SparseRef(select=sra.AttentionMass(steps=(9,)))}, ConfigError, "within the run's 4 steps"),
+        ({"config": sra.SparseRef("grid", from_block=2)}, ConfigError, "below the model's 2 blocks, got 2"),
+        ({"config": sra.ReCAST(profile="in_flight", profile_blocks=2)}, ConfigError, "before the last of the model's"),
         ({"references": []}, ConfigError, "at least one reference"),
         ({"references": [(1024, 8)]}, ConfigError, "size of reference 0"),
         ({"references": [1024]}, ConfigError, "size of reference 0"),

@@ -63,7 +63,9 @@ def test_summary_numbers_are_those_worked_out_by_hand(run):
     assert (first["grid"], second["grid"]) == ([2, 2], None)
     assert first["mass_kept"] == pytest.approx((0.5 + 0.4) / 2)
     assert second["mass_kept"] == pytest.approx((0.25 + 0.0) / 2)
-    assert got["steps"] == {"planned": 4, "ran": 4, "profile": 1, "dense": 1, "sparse": 2, "cached": 0}
+    assert got["steps"] == {
+        "planned": 4, "ran": 4, "profile": 1, "in_flight": 0, "dense": 1, "sparse": 2, "cached": 0,
+    }  # fmt: skip
     assert got["reference_tokens"] == {"all": 8, "mean_per_step": 5.0, "share": 0.625}
     assert got["seconds"]["total"] == 6.0
     assert got["seconds"]["per_sparse_step"] == 0.5
@@ -74,6 +76,24 @@ def test_summary_numbers_are_those_worked_out_by_hand(run):
     assert got["flops"]["bound_speedup"] == pytest.approx(9 / 5.7)
     assert got["flops"]["measured_over_bound"] == pytest.approx(0.95)
     assert got["by_step"]["kept"] == [8, 8, 3, 1]
+
+
+def test_tokens_that_leave_by_depth_count_in_the_blocks_before():
+    layout = layout_of((2, 2), (1, 4))
+    steps = [step_of(0, layout, [0, 4, 5]), step_of(1, layout, [0, 4])]
+    steps[0].kind, steps[0].from_block = "in_flight", 2
+    record = RunRecord(layout, 1, 2, steps=steps, blocks=8)
+    record.mass = [torch.tensor([0.5, 0.5, 0.0, 0.0]), torch.tensor([0.1, 0.1, 0.4, 0.4])]
+    got = summary(record, "dict")
+    first, second = got["references"]
+    # Step 0: 4 in two blocks of eight, then 1 and 2; step 1: 1 and 1.
+    assert (first["kept_min"], first["kept_mean"], first["kept_max"]) == (1, 1.375, 1.75)
+    assert (second["kept_min"], second["kept_mean"], second["kept_max"]) == (1, 1.75, 2.5)
+    assert got["reference_tokens"]["mean_per_step"] == ((2 * 8 + 6 * 3) / 8 + 2) / 2
+    assert (got["by_step"]["kept"], got["by_step"]["from_block"]) == ([3, 2], [2, 0])
+    assert got["steps"]["in_flight"] == 1
+    assert (first["mass_kept"], second["mass_kept"]) == (0.5, pytest.approx(0.15))
+    assert "1 in flight, 1 sparse" in summary(record)
 
 
 def test_what_was_not_measured_is_never_a_number():

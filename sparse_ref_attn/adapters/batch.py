@@ -141,7 +141,7 @@ class _Run:
         self.model, self.transformer, self.adapter = model, seams.unwrap(model), adapter
         self.ragged = Ragged(self.transformer, adapter)
         self.items = [_BatchItem(i, pipe, self.transformer, adapter, config) for i in range(count)]
-        self.joined = self.alone = 0
+        self.joined = self.alone = self.rows = self.live = 0
 
     def run(self, tap: PixelTap | None) -> None:
         """All items to their end, in lockstep."""
@@ -219,6 +219,7 @@ class _Run:
             self.ragged.joined(flat, tap=tap if profiles else None) as call,
         ):
             device = call.kwargs[self.adapter.tokens].device
+            self.rows, self.live = self.rows + call.rows, self.live + call.live
             watch = Stopwatch(device)
             output = self.model(**call.kwargs)
             watch.stop(device)
@@ -283,8 +284,8 @@ def batch(
         If numbers of prompts, images, generators or arguments disagree, two items share a generator,
         or the pipeline cannot take an item's number of references.
     IncompatibleError
-        If the model's attention cannot be told apart by item, a step cache is on, or the items
-        differ in something that one transformer call has once (such as ``joint_attention_kwargs``).
+        If the model's attention cannot be told apart by item, a step cache or context parallelism
+        is on, or the items differ in something that one transformer call has once (such as ``joint_attention_kwargs``).
     UnsupportedModelError, VersionError
         As `patch`.
 
@@ -297,6 +298,8 @@ def batch(
     Some calls run by themselves: those that keep or read reference K/V (Klein-KV), and the last item
     when the others are done. Attention of joined calls is `functional.gather_attention`, whatever
     attention backend the pipeline was set to, and compiled blocks run eagerly in them.
+
+    Activations of all items are held at once, and their latents until the end.
 
     One timestep for all is found by comparing them: on CUDA a sync a call, beside those of the
     attention backend.
@@ -323,9 +326,10 @@ def batch(
     config = config if config is not None else ReCAST() if own is None else own.config
     if not isinstance(config, SparseRef):
         raise ConfigError(f"config must be a SparseRef (ReCAST(...), SparseContext(...)), got {type(config).__name__}")
-    if config.from_block:
+    if config.from_block or config.profile == "in_flight":
         raise ConfigError(
-            f"a batch drops tokens at the transformer's input: from_block must be 0, got {config.from_block}"
+            'a batch drops tokens at the transformer\'s input: from_block must be 0 and profile "step", got '
+            f"{config.from_block} and {config.profile!r}"
         )
     check_free(transformer, "inference")
     seams.check_no_step_cache(transformer)
@@ -347,4 +351,5 @@ def batch(
         undo.callback(run.end)
         run.run(tap)
     handles = [PatchHandle(item.patch, adapter.name) for item in run.items]
-    return BatchResult([item.strand.result for item in run.items], handles, run.joined, run.alone)
+    padding = 0.0 if run.rows == 0 else 1 - run.live / run.rows
+    return BatchResult([item.strand.result for item in run.items], handles, run.joined, run.alone, padding)

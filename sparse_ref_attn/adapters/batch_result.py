@@ -24,12 +24,15 @@ class BatchResult:
         in it is that of the joined calls, which the items share.
     joined, alone : int
         Transformer calls for several items at once, and for one.
+    padding : float
+        Share of the rows of joined calls that belong to no item, in [0, 1); 0 where items are packed.
     """
 
     outputs: list[Any]
     handles: list[PatchHandle]
     joined: int
     alone: int
+    padding: float = 0.0
 
     @property
     def images(self) -> list[Any]:
@@ -58,5 +61,8 @@ class BatchResult:
                 f"{i:>4}  {len(layout.references):>10}  {layout.reference_tokens:>6}  {kept:>6.0f}  "
                 f"{len(record.steps):>5}  {ratio:>6}"
             )
-        lines.append(f"transformer calls: {self.joined} for several items at once, {self.alone} for one")
+        lines.append(
+            f"transformer calls: {self.joined} for several items at once ({self.padding:.0%} of their rows padding), "
+            f"{self.alone} for one"
+        )
         return "\n".join(lines)

@@ -13,11 +13,10 @@ from torch import nn
 from ..config import ReCAST, SparseRef
 from ..cost import Flops, Memory, ModelShape, StepTokens, reference_kv_bytes, run_flops, scoring_flops, step_memory
 from ..errors import ConfigError
-from ..profiling import block_indices
 from ..record import mean_over_blocks
 from ..schedules import Budget, Clock
 from ..selection import Random
-from ..session import Session
+from ..session import Plan, Session
 from ..types import Reference, TokenLayout
 from .base import Adapter, adapter_for
 
@@ -60,8 +59,8 @@ class Estimate:
         Text tokens, and tokens of the image being made.
     references : tuple of int
         Tokens of each reference.
-    kinds : tuple of {"dense", "profile", "sparse"}
-        What each step does; "profile" is dense and measures attention.
+    kinds : tuple of {"dense", "profile", "in_flight", "sparse"}
+        What each step does; "profile" is dense and measures attention, "in_flight" is so in its first blocks.
     tokens : tuple of int
         Reference tokens that take part in each step, all references together.
     from_block : tuple of int
@@ -117,14 +116,14 @@ class Estimate:
     def summary(self) -> str:
         """The estimate as text, a few lines."""
         total, memory = sum(self.references), self.memory
-        dropping = [n for n, kind in zip(self.tokens, self.kinds, strict=True) if kind == "sparse"]
+        dropping = [n for n, kind in zip(self.tokens, self.kinds, strict=True) if kind in ("sparse", "in_flight")]
         kept = f", {min(dropping)} to {max(dropping)} on sparse steps" if dropping else ""
         lines = [
             f"{self.model}: {self.config}",
             f"tokens      {self.text} text, {self.generation} generation, "
             f"{' + '.join(map(str, self.references))} reference",
             f"steps       {len(self.kinds)}: {self.kinds.count('sparse')} sparse, {self.kinds.count('profile')} "
-            f"profiling, {self.kinds.count('dense')} dense",
+            f"profiling, {self.kinds.count('in_flight')} profiling in flight, {self.kinds.count('dense')} dense",
             f"kept        {self.mean_tokens:.0f} of {total} reference tokens on average{kept}",
             f"work        {self.dense.total / 1e12:.1f} TFLOP dense, {self.sparse.total / 1e12:.1f} sparse "
             f"({self.scoring.total / 1e12:.1f} of it scoring): FLOP ratio {self.flop_ratio:.2f}",
@@ -220,7 +219,7 @@ def estimate(
     session, kinds, kept, from_block = _plan(transformer, adapter, config, layout, steps, batch)
     tokens = [StepTokens.of(layout, n, first) for n, first in zip(kept, from_block, strict=True)]
     full = StepTokens.of(layout)
-    scoring = _scoring(shape, session, layout, [site.kind for site in adapter.sites(transformer)], batch)
+    scoring = _scoring(shape, session, layout, batch)
     kept_sparse = [n for n, kind in zip(kept, kinds, strict=True) if kind == "sparse"]
     sparse_steps = [t for t, kind in zip(tokens, kinds, strict=True) if kind == "sparse"]
     most = max(sparse_steps, key=lambda t: t.references + t.dropped, default=full)
@@ -285,39 +284,38 @@ def _plan(
 
     The counts are those of a real session with random scores, because they do not depend on the scores.
     """
-    if config.from_block:
+    if config.from_block or config.profile == "in_flight":
         adapter.check_depth(transformer)
     session = Session(config, [site.kind for site in adapter.sites(transformer)])
     tokens, clock = torch.zeros(batch, layout.reference_tokens, 1), partial(Clock.uniform, steps=steps)
     if session.profile.probes:
         adapter.check_measurable(transformer)
         session.begin(layout, tokens, [], steps, clock)
-    counting = Session(replace(config, select=Random(), guard=None, from_block=0), [])
+    at_input = replace(config, select=Random(), guard=None, from_block=0, profile="step", profile_blocks=None)
+    counting = Session(at_input, [])
     counting.begin(layout, tokens, [], steps, clock)
     kinds, kept, from_block = [], [], []
     for step in range(steps):
-        if step in session.profile.steps:
-            kinds.append("profile")
-        elif any(later > step for later in session.profile.steps):
-            kinds.append("dense")
-        else:
-            plan = counting.plan(step)
-            kinds.append(plan.kind)
-            kept.append(plan.kept(layout))
-            from_block.append(config.from_block if plan.kind == "sparse" else 0)
-            continue
-        kept.append(layout.reference_tokens)
-        from_block.append(0)
+        plan, first = Plan("dense"), 0
+        if step in session.profile.steps and not session.in_flight:
+            plan = Plan("profile")
+        elif not any(later > step for later in session.profile.steps):
+            plan, first = counting.plan(step), config.from_block
+            if step in session.profile.steps:
+                plan, first = replace(plan, kind="in_flight" if plan.kind == "sparse" else "profile"), session.in_flight
+        kinds.append(plan.kind)
+        kept.append(plan.kept(layout))
+        from_block.append(first if plan.kind in ("sparse", "in_flight") else 0)
     return session, kinds, kept, from_block
 
 
-def _scoring(shape: ModelShape, session: Session, layout: TokenLayout, kinds: list[str], batch: int) -> Flops:
+def _scoring(shape: ModelShape, session: Session, layout: TokenLayout, batch: int) -> Flops:
     """Work of measuring attention: probes that share queries and stride are measured once a block."""
     measured = {
         (step, block, probe.queries, probe.query_stride)
         for probe in session.profile.probes
         for step in probe.steps
-        for block in block_indices(probe.blocks, kinds)
+        for block in session.profile.blocks(probe)
     }
     keys = layout.text + layout.rows
     total = Flops(0, 0)

@@ -47,6 +47,7 @@ class _Call:
         self.record: Any = None
         self.cache: CachedCall | None = None
         self.contexts = contextlib.ExitStack()
+        self.listening = contextlib.ExitStack()
 
 
 class Patch:
@@ -56,7 +57,7 @@ class Patch:
         self.transformer = weakref.ref(transformer)
         self.pipe = None if pipe is None else weakref.ref(pipe)
         self.adapter, self.config = adapter, config
-        if config.from_block:
+        if config.from_block or config.profile == "in_flight":
             adapter.check_depth(transformer)
         self.session = Session(config, [site.kind for site in adapter.sites(transformer)])
         if self.session.profile.probes:
@@ -188,10 +189,10 @@ class Patch:
             if extracts and self.cache is not None:
                 dropped = plan if plan.kind == "sparse" else None
                 call.cache = self.cache.filling(call.contexts, module, kwargs, dropped, run)
-            if plan.kind == "profile" and record.calls == 0:
+            if plan.kind in ("profile", "in_flight") and record.calls == 0:
                 self._listen(call, module, layout, run.step)
             if plan.from_block:
-                self._shorten_by_depth(call, module, layout, plan)
+                self._shorten_by_depth(call, module, layout, plan, run.step)
             else:
                 kwargs = self._shorten(call, kwargs, layout, plan)
         if record.calls == 0:
@@ -267,7 +268,7 @@ class Patch:
                 "a step cache needs a kept count that seldom changes, got a budget that changes at every step: "
                 f"{self.config.budget}. Use budget.piecewise(n) or schedules.Constant, or disable the cache"
             )
-        if self.config.from_block:
+        if self.config.from_block or self.session.in_flight:
             self._check_depth(module, kwargs)
         tokens = pack_rows(x, layout.reference_rows(x.device))
         pixels = [None] * len(layout.references) if self.pixels is None else self.pixels.take(layout, tokens)
@@ -323,14 +324,17 @@ class Patch:
         if why is not None:
             raise IncompatibleError(
                 f"where references leave by depth, a block must get every row of its own call, got {why}. "
-                "Drop them at the input: from_block=0"
+                'Drop them at the input: from_block=0, profile="step"'
             )
 
-    def _shorten_by_depth(self, call: _Call, module: nn.Module, layout: TokenLayout, plan: Plan) -> None:
-        selection, adapter = plan.selection, self.adapter
-        assert selection is not None
-        cut = call.cut = DepthCut(layout, lambda: kept_rows(layout, selection))
-        call.size = layout.rows
+    def _shorten_by_depth(self, call: _Call, module: nn.Module, layout: TokenLayout, plan: Plan, step: int) -> None:
+        def choose() -> Tensor | None:
+            rest = self.session.arrive(step) if plan.kind == "in_flight" else plan
+            call.listening.close()
+            return None if rest.selection is None else kept_rows(layout, rest.selection)
+
+        cut, adapter = DepthCut(layout, choose), self.adapter
+        call.cut, call.size = cut, layout.rows
 
         def shorten(kind: str, block: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Kwargs:
             kwargs = adapter.bind(block, args, kwargs)
@@ -340,12 +344,15 @@ class Patch:
 
     def _listen(self, call: _Call, module: nn.Module, layout: TokenLayout, step: int) -> None:
         def tap(block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+            if not self.session.profile.measures(step, block):
+                return
             view = self.adapter.view(layout, q.detach(), k.detach(), v.detach(), mask)
             if view is not None:
                 self.session.observe(step, block, view)
 
-        call.contexts.enter_context(seams.eager_blocks(module))
-        call.contexts.enter_context(self.adapter.listen(module, tap))
+        call.contexts.enter_context(call.listening)
+        call.listening.enter_context(seams.eager_blocks(module))
+        call.listening.enter_context(self.adapter.listen(module, tap))
 
     def _clear_step_cache(self, module: nn.Module, kept: int) -> None:
         if self._last_kept not in (None, kept) and seams.step_cache_active(module):

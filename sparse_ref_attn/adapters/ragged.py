@@ -28,7 +28,7 @@ from ..types import TokenLayout
 from .base import Adapter, Kwargs
 from .hooks import InstanceHook
 from .joining import sample_of, with_sample
-from .seams import PrivateBackend
+from .seams import PrivateBackend, splits_the_sequence
 
 __all__ = ["Item", "Ragged", "RaggedCall", "RaggedRows"]
 
@@ -123,11 +123,15 @@ class RaggedCall:
         What the transformer is to be called with.
     text, images : tuple of int
         Rows of each item in the text and the image stream.
+    rows, live : int
+        Rows that the transformer runs on, and how many of them are the items' own.
     """
 
     def __init__(self, kwargs: Kwargs, text: Sequence[int], images: Sequence[int], packed: bool) -> None:
         self.kwargs = kwargs
         self.text, self.images, self._packed = tuple(text), tuple(images), packed
+        self.live = sum(text) + sum(images)
+        self.rows = self.live if packed else len(images) * (max(text) + max(images))
         self._restore: tuple[Sequence[Tensor], int] | None = None
 
     def samples(self, output: Any) -> list[Tensor]:
@@ -237,6 +241,10 @@ class Ragged:
         IncompatibleError
             If the items cannot run together; the message says why.
         """
+        if splits_the_sequence(self._transformer):
+            raise IncompatibleError(
+                "calls that run together must lie in one process, got context parallelism, which splits their rows"
+            )
         adapter, calls = self._adapter, [item.kwargs for item in items]
         for kwargs in calls:
             why = adapter.cannot_join(kwargs)

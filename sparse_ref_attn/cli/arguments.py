@@ -13,8 +13,9 @@ from ..config import TASKS
 from ..errors import ConfigError
 from ..eval import loading
 from ..eval.embedded import SIZES
+from ..eval.methods import METHODS
 from ..selection.names import NAMES
-from . import commands
+from . import commands, comparing
 
 __all__ = ["parser"]
 
@@ -34,6 +35,13 @@ def _keep(text: str) -> float | int:
         ) from None
     if keep == 1 and isinstance(keep, int):
         raise argparse.ArgumentTypeError("1 means one token or all of them: write 100% for all, got '1'")
+    return keep
+
+
+def _share(text: str) -> float:
+    keep = _keep(text)
+    if isinstance(keep, int) or not 0 < keep <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share in (0, 1] such as 0.25 or 25%, got {text!r}")
     return keep
 
 
@@ -100,27 +108,33 @@ def parser() -> argparse.ArgumentParser:
         description="Loads a diffusers pipeline, edits the images dense and sparse with the same seed, and reports "
         "times, tokens and bound.",
     )
-    run.add_argument("--model", required=True, metavar="PATH", help="directory of save_pretrained, or a hub id")
-    run.add_argument("--image", required=True, action="append", metavar="PATH", help="reference; repeat for several")
-    run.add_argument("--prompt", required=True)
-    run.add_argument("--out", required=True, metavar="DIR", help="where pictures and report.json go")
+    _add_model(run)
     _add_config(run, "recast", "recast: 1/16 to 1/4, rising; sparse-context: 10%%")
     run.add_argument("--task", choices=TASKS, help="kind of edit, which picks rule and guard (default: the preset's)")
     run.add_argument("--select", choices=NAMES, help="rule that ranks the tokens (default: the preset's)")
-    run.add_argument("--height", type=_above(16), help="of the output, in pixels")
-    run.add_argument("--width", type=_above(16))
-    run.add_argument("--steps", type=_above(1), help="denoising steps (default: the pipeline's)")
-    run.add_argument("--dtype", choices=loading.DTYPES, help="default: bfloat16 on CUDA, float32 elsewhere")
-    run.add_argument("--device", help="default: cuda where there is one, else cpu")
-    run.add_argument("--offload", choices=loading.OFFLOADS, default="none", help="keep the model in the CPU's memory")
     run.add_argument(
         "--compare-dense", action=argparse.BooleanOptionalAction, default=True, help="also run with every token"
     )
-    run.add_argument(
-        "--set", action="append", type=_setting, metavar="NAME=VALUE", help="argument of the pipeline's own call"
-    )
     _add_common(run)
     run.set_defaults(run=commands.run)
+
+    versus = kinds.add_parser(
+        "compare",
+        help="many ways to spend the same tokens, side by side in one page",
+        description="Runs one pipeline dense and with each method at the same share of the tokens, same seed, in "
+        "turns, and writes an HTML page with pictures, kept tokens, metrics against the dense picture, times and "
+        "bounds; also CSV, JSON and markdown.",
+    )
+    _add_model(versus, required=False)
+    versus.add_argument("--keep", type=_share, default=0.25, metavar="R", help="share of the tokens (default: 25%%)")
+    versus.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=", ".join(METHODS)
+    )
+    versus.add_argument("--size", choices=SIZES, default="demo", help="of the embedded pipeline")
+    versus.add_argument("--clip", metavar="PATH", help="folder of a CLIP model: adds CLIP-I")
+    versus.add_argument("--dino", metavar="PATH", help="folder of a DINO or DINOv2 model: adds its similarity")
+    _add_common(versus)
+    versus.set_defaults(run=comparing.compare)
 
     guess = kinds.add_parser(
         "estimate",
@@ -154,6 +168,30 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true")
     check.set_defaults(run=commands.diagnose)
     return top
+
+
+def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """A pipeline and the arguments of its call; not required where the embedded one stands in."""
+    default = "" if required else " (default: the small embedded pipeline)"
+    parser.add_argument(
+        "--model", required=required, metavar="PATH", help=f"directory of save_pretrained, or a hub id{default}"
+    )
+    parser.add_argument(
+        "--image", required=required, action="append", metavar="PATH", help="reference; repeat for several"
+    )
+    parser.add_argument("--prompt", required=required)
+    parser.add_argument("--out", required=True, metavar="DIR", help="where pictures and numbers go")
+    parser.add_argument("--height", type=_above(16), help="of the output, in pixels")
+    parser.add_argument("--width", type=_above(16))
+    parser.add_argument("--steps", type=_above(1), help="denoising steps (default: the pipeline's)")
+    parser.add_argument("--dtype", choices=loading.DTYPES, help="default: bfloat16 on CUDA, float32 elsewhere")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--offload", choices=loading.OFFLOADS, default="none", help="keep the model in the CPU's memory"
+    )
+    parser.add_argument(
+        "--set", action="append", type=_setting, metavar="NAME=VALUE", help="argument of the pipeline's own call"
+    )
 
 
 def _add_config(parser: argparse.ArgumentParser, preset: str, keep: str) -> None:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,12 +19,24 @@ from ..config import ReCAST, SparseContext, SparseRef
 from ..errors import ConfigError, SparseRefError
 from ..eval import loading, outputs
 from ..eval.compare import Comparison, compare
-from ..eval.embedded import SIZES, kontext_pipeline
+from ..eval.embedded import SIZES, Size, kontext_pipeline
 from ..eval.geometry import meta_transformer
 from ..kernels import toolchain
 from ..kernels.build import build_kernels
 
-__all__ = ["RANDOM_WEIGHTS", "build", "demo", "diagnose", "estimate", "run"]
+__all__ = [
+    "RANDOM_WEIGHTS",
+    "build",
+    "caller",
+    "demo",
+    "diagnose",
+    "embedded_arguments",
+    "estimate",
+    "loaded",
+    "photo_of",
+    "quiet",
+    "run",
+]
 
 RANDOM_WEIGHTS = (
     "Its weights are random (seeded): the pictures mean nothing, and neither does what the model looks at.\n"
@@ -40,11 +53,9 @@ def demo(options: argparse.Namespace) -> None:
     if keep is None and options.preset == "sparse-context":
         keep = 0.25
     config = _config(options.preset, keep, task="subject" if options.preset == "recast" else "edit")
-    photo = loading.open_image(
-        options.image or str(importlib.resources.files("sparse_ref_attn") / "assets" / "photo.jpg")
-    )
+    photo = photo_of(options.image)
     directory = outputs.prepare_directory(options.out)
-    _quiet(pipelines_too=True)
+    quiet(pipelines_too=True)
     size = SIZES[options.size]
     began = time.perf_counter()
     pipe = kontext_pipeline(options.size)
@@ -52,19 +63,29 @@ def demo(options: argparse.Namespace) -> None:
     print(f"Built a small FLUX.1 Kontext pipeline of diffusers' own classes in {seconds:.1f} s.\n{RANDOM_WEIGHTS}")
     if options.preset == "recast":
         print('ReCAST runs with task="subject": random attention is near uniform, and the guard of "auto" keeps all.')
+    arguments = embedded_arguments(size, photo, options.prompt, options.steps)
+    about = {"weights": "seeded random numbers: the pictures mean nothing"}
+    _compare(pipe, config, arguments, options, directory, "cpu", about)
+
+
+def photo_of(path: str | None) -> Any:
+    """The image at `path`, or the bundled photo."""
+    return loading.open_image(path or str(importlib.resources.files("sparse_ref_attn") / "assets" / "photo.jpg"))
+
+
+def embedded_arguments(size: Size, photo: Any, prompt: str, steps: int) -> dict[str, Any]:
+    """Of the embedded pipeline's call, the photo at about the area that it is meant for."""
     photo = _fitted(photo, size.side, size.pixels_per_token)
-    arguments = {
-        "prompt": options.prompt,
+    return {
+        "prompt": prompt,
         "image": photo,
         "height": photo.height,
         "width": photo.width,
         "max_area": photo.height * photo.width,
         "_auto_resize": False,
         "max_sequence_length": size.text,
-        "num_inference_steps": options.steps,
+        "num_inference_steps": steps,
     }
-    about = {"weights": "seeded random numbers: the pictures mean nothing"}
-    _compare(pipe, config, arguments, options, directory, "cpu", about)
 
 
 def _fitted(photo: Any, side: int, multiple: int) -> Any:
@@ -80,20 +101,41 @@ def _fitted(photo: Any, side: int, multiple: int) -> Any:
 def run(options: argparse.Namespace) -> None:
     """Dense and sparse side by side, on a real model."""
     config = _config(options.preset, options.keep, task=options.task, select=options.select)
+    directory = outputs.prepare_directory(options.out)
+    pipe, device, arguments = loaded(options)
+    about = {"model": options.model, "images": options.image}
+    _compare(pipe, config, arguments, options, directory, device, about)
+
+
+def loaded(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any]]:
+    """The pipeline of ``--model``, its device, and the arguments of its call."""
     if (options.height is None) != (options.width is None):
         raise ConfigError("--height and --width must be given together, got one of them")
     size = None if options.height is None else (options.height, options.width)
     images = [loading.open_image(path) for path in options.image]
-    directory = outputs.prepare_directory(options.out)
-    _quiet(pipelines_too=False)
+    quiet(pipelines_too=False)
     pipe, device = loading.load_pipeline(
         options.model, device=options.device, dtype=options.dtype, offload=options.offload
     )
     more = dict(options.set or ())
     arguments = loading.call_arguments(pipe, images, options.prompt, size=size, steps=options.steps, more=more)
     print(f"Loaded {type(pipe).__name__} from {options.model} on {device}.")
-    about = {"model": options.model, "images": options.image}
-    _compare(pipe, config, arguments, options, directory, device, about)
+    return pipe, device, arguments
+
+
+def caller(pipe: Any, arguments: dict[str, Any], seed: int) -> Callable[[int], Any]:
+    """``call(steps) -> picture``, from the same noise every time; what diffusers refuses is the library's error."""
+
+    def call(steps: int) -> Any:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        try:
+            return pipe(**arguments, num_inference_steps=steps, generator=generator).images[0]
+        except ValueError as error:  # how diffusers refuses a picture or an argument
+            if isinstance(error, SparseRefError):
+                raise
+            raise ConfigError(f"{type(pipe).__name__} refused the call: {error}") from error
+
+    return call
 
 
 def _compare(
@@ -107,15 +149,7 @@ def _compare(
 ) -> None:
     steps = arguments.pop("num_inference_steps")
 
-    def call(steps: int) -> Any:
-        generator = torch.Generator("cpu").manual_seed(options.seed)
-        try:
-            return pipe(**arguments, num_inference_steps=steps, generator=generator).images[0]
-        except ValueError as error:  # how diffusers refuses a picture or an argument
-            if isinstance(error, SparseRefError):
-                raise
-            raise ConfigError(f"{type(pipe).__name__} refused the call: {error}") from error
-
+    call = caller(pipe, arguments, options.seed)
     where = doctor.device(device)
     print(f"{options.preset}: {config.describe()}; {steps} steps, seed {options.seed}; {where}.\n", flush=True)
     result = compare(pipe, config, call, steps=steps, repeats=options.repeats, dense=options.compare_dense)
@@ -143,7 +177,7 @@ def _print(result: Comparison, files: list[tuple[str, str]], directory: Any) -> 
 
 def estimate(options: argparse.Namespace) -> None:
     """Tokens, work and memory of a run, without running it."""
-    _quiet(pipelines_too=True)
+    quiet(pipelines_too=True)
     found = estimates.estimate(
         meta_transformer(options.model),
         references=[options.size] * options.references,
@@ -192,7 +226,7 @@ def _config(preset: str, keep: float | int | None, task: str | None = None, sele
     return ReCAST(max(1, last // 4), last, reference_tokens=most, **settings)
 
 
-def _quiet(pipelines_too: bool) -> None:
+def quiet(pipelines_too: bool) -> None:
     """Silence notes about optional parts that other libraries lack; diffusers may warn about a real model's call."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -16,11 +16,11 @@ from ..adapters.flops import dense_flops, recorded_flops
 from ..adapters.seams import AttentionSite, check_measurable, unwrap
 from ..config import SparseRef
 from ..cost import Flops, bound_seconds
-from ..errors import ConfigError, IncompatibleError
+from ..errors import ConfigError, IncompatibleError, SparseRefError
 from ..report import FlopSummary, summary
 from .clock import CallTimes, time_call
 
-__all__ = ["Comparison", "compare", "psnr"]
+__all__ = ["Comparison", "compare", "compare_all", "psnr"]
 
 
 @dataclass(frozen=True)
@@ -177,36 +177,84 @@ def compare(
     >>> result.handle.record.steps[1].kept, result.flop_ratio > 1, result.bound_seconds < result.dense.whole
     (16, True, True)
     """
+    return compare_all(pipe, {"sparse": config}, call, steps=steps, repeats=repeats, dense=dense)["sparse"]
+
+
+def compare_all(
+    pipe: Any,
+    configs: Mapping[str, SparseRef],
+    call: Callable[[int], Any],
+    *,
+    steps: int,
+    repeats: int = 1,
+    dense: bool = True,
+    refused: dict[str, str] | None = None,
+) -> dict[str, Comparison]:
+    """As `compare`, for several configurations that run in turns and share the dense runs.
+
+    Parameters
+    ----------
+    pipe, call, steps, repeats, dense
+        As in `compare`.
+    configs : mapping of str to SparseRef
+        By the name that the progress bar shows.
+    refused : dict, optional
+        Takes the name of each configuration that cannot run and why; without it the first such error is raised.
+
+    Returns
+    -------
+    dict of str to Comparison
+        In the order of `configs`, without those refused.
+
+    Raises
+    ------
+    ConfigError, SparseRefError
+        As `compare`.
+    """
     if min(steps, repeats) < 1:
         raise ConfigError(f"steps and repeats must be at least 1, got {steps} and {repeats}")
     transformer = unwrap(pipe.transformer)
     adapter = adapter_for(transformer)
     sites = _sites(adapter, transformer)
-    dense_image, dense_times, sparse_times = None, [], []
     with _labelled(pipe, "warm-up"):
         if dense:
             call(1)
-        with patched(pipe, config):
-            call(min(steps, 2))
+        for name, config in list(configs.items()):
+            try:
+                with patched(pipe, config):
+                    call(min(steps, 2))
+            except SparseRefError as error:
+                if refused is None:
+                    raise
+                refused[name] = str(error)
+    configs = {name: config for name, config in configs.items() if name not in (refused or {})}
+    dense_image, dense_times = None, []
+    times: dict[str, list[CallTimes]] = {name: [] for name in configs}
+    last: dict[str, tuple[PatchHandle, Any]] = {}
     for repeat in range(repeats):
         turn = f" {repeat + 1} of {repeats}" if repeats > 1 else ""
         if dense:
             with _labelled(pipe, "dense" + turn):
-                dense_image, times = time_call(lambda: call(steps), transformer, sites)
-            dense_times.append(times)
-        with _labelled(pipe, "sparse" + turn), patched(pipe, config) as handle:
-            sparse_image, times = time_call(lambda: call(steps), transformer, ())
-        sparse_times.append(times)
+                dense_image, taken = time_call(lambda: call(steps), transformer, sites)
+            dense_times.append(taken)
+        for name, config in configs.items():
+            with _labelled(pipe, name + turn), patched(pipe, config) as handle:
+                image, taken = time_call(lambda: call(steps), transformer, ())
+            times[name].append(taken)
+            last[name] = handle, image
     shape = adapter.shape(transformer) if adapter.streams else None
-    return Comparison(
-        handle,
-        sparse_image,
-        dense_image,
-        tuple(sparse_times),
-        tuple(dense_times),
-        None if shape is None else recorded_flops(shape, handle.record),
-        None if shape is None else dense_flops(shape, handle.record),
-    )
+    return {
+        name: Comparison(
+            handle,
+            image,
+            dense_image,
+            tuple(times[name]),
+            tuple(dense_times),
+            None if shape is None else recorded_flops(shape, handle.record),
+            None if shape is None else dense_flops(shape, handle.record),
+        )
+        for name, (handle, image) in last.items()
+    }
 
 
 def psnr(a: Any, b: Any) -> float | None:

@@ -48,7 +48,7 @@ def write(directory: Path, result: Comparison, about: dict[str, Any]) -> list[tu
     result.sparse_image.save(directory / "sparse.png")
     files.append(("sparse.png", "the picture with the kept ones, same seed"))
     kinds = {step.kind for step in result.handle.record.steps}
-    if kinds & {"sparse", "cached"}:
+    if kinds & {"in_flight", "sparse", "cached"}:
         result.handle.save_overlay(directory / "kept.png")
         files.append(("kept.png", "the reference: kept tokens bright, dropped ones dark; scores; tokens by step"))
     report = {**about, "comparison": result.to_dict(), "run": result.summary("dict")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,9 @@ models = pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
 
 GRID = sra.SparseRef("grid", 0.3, from_block=1)
 MASS = sra.SparseRef("mass", schedules.Linear(0.2, 0.8), from_block=1)
-ALL = sra.SparseRef("mass", 1.0, from_block=1)
-configs = pytest.mark.parametrize("config", [GRID, MASS], ids=["grid", "mass"])
+IN_FLIGHT = sra.SparseRef("mass", schedules.Linear(0.2, 0.8), profile="in_flight", profile_blocks=1)
+ALL = [sra.SparseRef("mass", 1.0, from_block=1), sra.SparseRef("mass", 1.0, profile="in_flight", profile_blocks=1)]
+configs = pytest.mark.parametrize("config", [GRID, MASS, IN_FLIGHT], ids=["grid", "mass", "in flight"])
 
 
 @each_case(lambda case: case.name != "klein_kv")
@@ -35,16 +37,18 @@ def test_every_token_kept_and_after_remove(case: Case) -> None:
     request: dict[str, Any] = {"steps": 2, "cfg": case.cfg, "references": max(case.references)}
     case.call(pipe, steps=1)
     dense, before = case.call(pipe, **request), state(pipe)
-    handle = sra.patch(pipe, ALL)
-    patched = state(pipe)
-    assert np.array_equal(dense, case.call(pipe, **request))
-    assert state(pipe) == patched
+    for config in ALL:
+        handle = sra.patch(pipe, config)
+        patched = state(pipe)
+        assert np.array_equal(dense, case.call(pipe, **request))
+        assert state(pipe) == patched
+        assert kinds(handle) == ["profile", "dense"]
+    for config in (GRID, IN_FLIGHT):
+        handle = sra.patch(pipe, config)
+        patched = state(pipe)
+        assert not np.array_equal(dense, case.call(pipe, **request))
+        assert state(pipe) == patched
     handle.remove()
-    sparse = sra.patch(pipe, GRID)
-    patched = state(pipe)
-    assert not np.array_equal(dense, case.call(pipe, **request))
-    assert state(pipe) == patched
-    sparse.remove()
     assert state(pipe) == before
     assert np.array_equal(dense, case.call(pipe, **request))
 
@@ -123,13 +127,14 @@ def test_offload(case: Case, config: sra.SparseRef, offload: Callable[[Any], Non
 
 
 @models
-def test_lora(case: Case) -> None:
+@pytest.mark.parametrize("config", [MASS, IN_FLIGHT], ids=["mass", "in flight"])
+def test_lora(case: Case, config: sra.SparseRef) -> None:
     plain = case.build()
     add(plain)
-    sra.patch(plain, MASS)
+    sra.patch(plain, config)
     wanted = case.call(plain)
     pipe = case.build()
-    handle = sra.patch(pipe, MASS)
+    handle = sra.patch(pipe, config)
     bare = case.call(pipe)
     add(pipe)
     assert np.array_equal(wanted, case.call(pipe))
@@ -151,12 +156,12 @@ def test_gradient_checkpointing(case: Case, config: sra.SparseRef) -> None:
             assert torch.equal(grad, got[name]), name
 
 
-@pytest.mark.parametrize("name", list(DEEP))
-@pytest.mark.parametrize("first", ["patch", "compile"])
-def test_compiled_blocks(name: str, first: str) -> None:
+@pytest.mark.parametrize(("name", "first"), [("klein", "compile"), ("kontext", "patch"), ("qwen_edit_plus", "compile")])
+@pytest.mark.parametrize("where", [{"from_block": 5}, {"profile": "in_flight", "profile_blocks": 5}], ids=str)
+def test_compiled_blocks(name: str, first: str, where: dict[str, Any]) -> None:
     """No breaks, no new graphs for a new count, whether they were compiled (and run) before the patch or after it."""
     case, backend = CASES[name], Counting()
-    config = sra.SparseRef("mass", schedules.Linear(0.1, 0.9), from_block=5)
+    config = sra.SparseRef("mass", schedules.Linear(0.1, 0.9), **where)
     plain, pipe = case.build(**DEEP[name]), case.build(**DEEP[name])
     expected = sra.patch(plain, config)
     handle = sra.patch(pipe, config) if first == "patch" else None
@@ -175,13 +180,13 @@ def test_compiled_blocks(name: str, first: str) -> None:
         got = case.call(pipe, steps=6, first=number, callback=note)
         np.testing.assert_allclose(got, case.call(plain, steps=6, first=number), atol=1e-5)
         assert steps(handle) == steps(expected)
-        assert backend.calls - calls == 5 * sum(DEEP[name].values())  # the profiling step runs eagerly
+        blocks, eager = sum(DEEP[name].values()), 5 if config.profile == "in_flight" else sum(DEEP[name].values())
+        assert backend.calls - calls == 6 * blocks - eager  # measured blocks run eagerly
     assert set(seen[2:]) == {seen[2]}
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("compile_", [method, function])
-@configs
+@pytest.mark.parametrize(("compile_", "config"), [(method, GRID), (function, IN_FLIGHT)], ids=["grid", "in flight"])
 def test_compiled_as_a_whole_after_the_patch(compile_: Callable[..., None], config: sra.SparseRef) -> None:
     case, backend = CASES["klein"], Counting()
     dense = case.call(case.build(layers=1, single=1))
@@ -197,16 +202,17 @@ def test_compiled_as_a_whole_after_the_patch(compile_: Callable[..., None], conf
     np.testing.assert_allclose(case.call(pipe), dense, atol=1e-5)
 
 
-def test_a_step_cache_is_refused() -> None:
+@pytest.mark.parametrize("config", [GRID, replace(IN_FLIGHT, budget=0.3)], ids=["grid", "in flight"])
+def test_a_step_cache_is_refused(config: sra.SparseRef) -> None:
     case = CASES["qwen_edit_plus"]
     pipe = case.build(layers=3)
-    handle = sra.patch(pipe, GRID)
+    handle = sra.patch(pipe, config)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(sra.IncompatibleError, match="got a step cache"):
         case.call(pipe)
     pipe.transformer.disable_cache()
     case.call(pipe)
-    assert kinds(handle) == ["sparse"] * 3
+    assert kinds(handle) == ["sparse" if config is GRID else "in_flight", "sparse", "sparse"]
 
 
 @pytest.mark.parametrize("case", [CASES["klein"], CASES["qwen_edit"]], ids=lambda case: case.name)

@@ -1,0 +1,96 @@
+"""A comparison's page: self-contained, and the same numbers in every form."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import sparse_ref_attn as sra
+from sparse_ref_attn.cli import commands, main
+from sparse_ref_attn.errors import ConfigError
+from sparse_ref_attn.eval import methods as named
+from sparse_ref_attn.eval.compare import compare_all
+from sparse_ref_attn.eval.embedded import SIZES, kontext_pipeline
+from sparse_ref_attn.eval.metrics import Psnr, Ssim
+from sparse_ref_attn.eval.page import rows_of
+
+METHODS = ["downscaled", "ReCAST rising", "edges", "ToMe"]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("page")
+    assert main(["compare", "--out", str(out), "--size", "tiny", "--steps", "3", "--methods", *METHODS]) == 0
+    return out
+
+
+def test_page_needs_nothing_but_itself(page: Path) -> None:
+    text = (page / "compare.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert len(sources) >= 1 + len(METHODS)
+    assert all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
+    assert "<script" not in text
+    assert text.count("<svg") == 2 * (text.count("↑</th>") + text.count("↓</th>"))
+    assert "random (seeded)" in text
+    for name in ("dense", *METHODS):
+        assert f"<b>{name}</b>" in text
+
+
+def test_every_form_holds_the_same_rows(page: Path) -> None:
+    rows = json.loads((page / "compare.json").read_text())["rows"]
+    with (page / "compare.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == [row["method"] for row in table] == ["dense", *METHODS]
+    for row, line in zip(rows, table, strict=True):
+        assert list(row) == list(line)
+        assert all(float(line[k]) == v for k, v in row.items() if isinstance(v, float))
+    markdown = (page / "compare.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in markdown[2:]] == ["dense", *METHODS]
+
+
+def test_rows_are_the_runs() -> None:
+    """At every token a method is dense, bit for bit; what it keeps is in its row."""
+    pipe = kontext_pipeline("tiny")
+    pipe.set_progress_bar_config(disable=True)
+    size = SIZES["tiny"]
+    arguments = commands.embedded_arguments(size, commands.photo_of(None), "a cup", 3)
+    steps = arguments.pop("num_inference_steps")
+    refused: dict[str, str] = {}
+    configs = {
+        "all": sra.SparseRef("grid", 1.0),
+        "quarter": sra.SparseRef("grid", 0.25),
+        "two weights": sra.SparseRef("grid", 0.25, weights=(1.0, 2.0)),
+    }
+    results = compare_all(pipe, configs, commands.caller(pipe, arguments, 0), steps=steps, refused=refused)
+    assert list(results) == ["all", "quarter"]
+    assert "weights must be one a reference" in refused["two weights"]
+    dense, every, quarter = rows_of(results, [Psnr(), Ssim()])
+    assert dense["tokens_a_step"] == every["tokens_a_step"] == 4 * quarter["tokens_a_step"]
+    assert every["PSNR (dB)"] == float("inf")
+    assert 0 < quarter["PSNR (dB)"] < 100
+    assert every["flop_ratio"] == 1 < quarter["flop_ratio"]
+    with pytest.raises(ConfigError, match="weights must be one a reference"):
+        compare_all(pipe, configs, commands.caller(pipe, arguments, 0), steps=steps)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.7, 0.25, 0.01])
+def test_every_method_keeps_the_same_share(keep: float) -> None:
+    from sparse_ref_attn.schedules import Clock
+
+    found = named.methods(keep)
+    assert list(found) == list(named.METHODS)
+    for name, config in found.items():
+        counts = [config.budget.counts(Clock.uniform(i, 101), (10_000,), None)[0] for i in range(101)]
+        assert sum(counts) / len(counts) == pytest.approx(10_000 * keep, rel=0.01), name
+
+
+def test_what_cannot_be_compared_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"keep must lie in \(0, 1\], got 2"):
+        named.methods(2)
+    with pytest.raises(ConfigError, match="got magic"):
+        named.methods(0.5, ["magic"])
+    assert main(["compare", "--out", "x", "--model", "somewhere"]) == 2
