@@ -203,7 +203,11 @@ def train(options: argparse.Namespace) -> Path:
     model, optimizer = accelerator.prepare(transformer, torch.optim.AdamW(weights, lr=options.lr))
     start, found = newest(options.out)
     if found is not None:
-        accelerator.load_state(str(found))
+        try:
+            accelerator.load_state(str(found))
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise sra.ConfigError(f"{found} must be of this model and LoRA (or change --out): {reason}") from error
 
     guidance = options.guidance if getattr(transformer.config, "guidance_embeds", False) else None
     rank, ranks = accelerator.process_index, accelerator.num_processes

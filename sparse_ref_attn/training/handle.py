@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter, Kwargs
 from ..adapters.hooks import InstanceHook
 from ..adapters.ragged import Ragged
-from ..adapters.seams import compiled_blocks
+from ..adapters.seams import compiled_blocks, splits_the_sequence
 from ..errors import ConfigError, IncompatibleError
 from ..packing import kept_rows
 from ..session import Plan
@@ -157,6 +157,11 @@ class TrainingHandle:
                 raise IncompatibleError(
                     "items with counts of their own need blocks that are not compiled, got compiled ones: leave them "
                     "uncompiled, or draw once for the batch (per_sample=False)"
+                )
+            if splits_the_sequence(module):
+                raise IncompatibleError(
+                    "items with counts of their own need the whole sequence in one process, got context parallelism: "
+                    "draw once for the batch (per_sample=False)"
                 )
             joined = call.contexts.enter_context(self._ragged.shortened(kwargs, layout, rows))
             short, call.restore = joined.kwargs, joined.restore

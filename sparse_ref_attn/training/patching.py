@@ -11,7 +11,7 @@ from torch import nn
 from ..adapters.base import Adapter
 from ..adapters.hooks import check_free
 from ..adapters.patching import resolve
-from ..errors import ConfigError
+from ..errors import ConfigError, IncompatibleError
 from .handle import PURPOSE, TrainingHandle
 from .random_drop import RandomDrop
 
@@ -58,8 +58,9 @@ def patch_for_training(
         If diffusers is outside the supported range.
     IncompatibleError
         If the transformer was compiled as a whole, is patched for inference, or with ``per_sample=True``
-        has attention that cannot tell items apart. At a call: if the transformer is checkpointed as a
-        whole, or ``per_sample=True`` meets compiled blocks.
+        has attention that cannot tell items apart; or if it is in ``DataParallel``. At a call: if the
+        transformer is checkpointed as a whole, or ``per_sample=True`` meets compiled blocks or
+        context parallelism.
     ConfigError
         If `drop` is no RandomDrop.
 
@@ -69,7 +70,8 @@ def patch_for_training(
     again replaces the patch. Tokens are chosen at the root and blocks get shorter tensors, so
     gradient checkpointing, PEFT adapters, autocast, compiled blocks and DDP work as without it.
     Dropped tokens get a gradient of exactly zero. Each call makes a new draw, from the seed, the rank
-    and the number of calls so far. One host sync a call where position ids lie on a GPU.
+    and the number of calls so far. One host sync a call where position ids lie on a GPU. Values are not
+    looked at: NaN in a kept token reaches the loss, in a dropped one it reaches nothing.
 
     With ``per_sample=True`` items of a batch differ in length. FLUX.2 modulates by timestep alone, so there they
     are packed end to end and no row is wasted. Kontext and Qwen-Image-Edit pad the items to the longest, and
@@ -98,6 +100,11 @@ def patch_for_training(
         raise ConfigError(f"drop must be a RandomDrop, got {type(drop).__name__}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
         raise ConfigError(f"rank must be an int of at least 0, got {rank!r}")
+    if isinstance(transformer, nn.DataParallel):
+        raise IncompatibleError(
+            "a transformer in DataParallel must not be patched, as its replicas run without hooks: use "
+            "DistributedDataParallel (accelerate launch)"
+        )
     model, adapter = resolve(transformer, adapter)
     check_free(model, PURPOSE)
     handle = TrainingHandle(drop, adapter, rank)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -108,3 +109,30 @@ def test_words_for_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) 
         assert main(arguments) == 2
         assert words in capsys.readouterr().err
         assert not (tmp_path / "out" / LORA).exists()
+
+
+def test_a_full_disk_and_a_foreign_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest whole checkpoint stays, and another LoRA's is refused."""
+    main = runpy.run_path(str(EXAMPLE))["main"]
+    model, data, out = tmp_path / "model", write_pairs(tmp_path / "pairs", 1), tmp_path / "out"
+    CASES["kontext"].build().save_pretrained(model)
+    saves, save = [], Accelerator.save_state
+
+    def full(self: Accelerator, folder: str) -> None:
+        saves.append(folder)
+        save(self, folder)
+        if len(saves) == 2:
+            raise OSError(28, "No space left on device")
+
+    fixed = ["--side", "32", "--quiet", "--checkpoint-every", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", full)
+        assert main(command(model, data, out, *fixed, "--steps", "3")) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2.partial"]
+    assert main(command(model, data, out, *fixed, "--steps", "3", "--rank", "4")) == 2
+    assert "checkpoint-1 must be of this model and LoRA" in capsys.readouterr().err
+    assert main(command(model, data, out, *fixed, "--steps", "3")) == 0
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]

@@ -205,6 +205,49 @@ def test_eval_mode_with_gradients_is_said_once(caplog: pytest.LogCaptureFixture)
     assert "call transformer.train()" in caplog.messages[1]
 
 
+@pytest.mark.parametrize("drop", [HALF, EACH])
+@pytest.mark.parametrize("name", ["klein", "flux2"])
+def test_position_ids_of_every_item(name: str, drop: sra.RandomDrop) -> None:
+    """FLUX.2's pipelines and trainers give ids with a batch; the model reads the first item's."""
+    model, batch, batched = lora(build(name)), Batch(name), Batch(name)
+    for ids in ("img_ids", "txt_ids"):
+        batched.kwargs[ids] = batched.kwargs[ids].expand(2, -1, -1)
+    handle = sra.patch_for_training(model, drop)
+    first = batch.predict(model)
+    handle.load_state_dict({"draws": 0})
+    assert torch.equal(batched.predict(model), first)
+    assert all(selection.sizes == batch.sizes for selection in handle.kept)
+
+
+def test_arguments_by_position_and_an_output_object() -> None:
+    model, batch = lora(build("kontext")), Batch("kontext")
+    handle = sra.patch_for_training(model, HALF)
+    first = model(**batch.kwargs)[0]
+    handle.load_state_dict({"draws": 0})
+    kwargs = batch.kwargs | {"return_dict": True}
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+    out = model(*(kwargs.pop(name) for name in names), **kwargs)
+    assert torch.equal(out.sample, first)
+
+
+def test_a_call_that_fails_leaves_nothing_behind() -> None:
+    model, batch = lora(build("qwen_edit_plus")), Batch("qwen_edit_plus")
+    dense = batch.predict(model)
+    for drop in (HALF, EACH):
+        handle = sra.patch_for_training(model, drop)
+        broken = batch.kwargs | {"encoder_hidden_states": torch.zeros(2, 7, 5)}
+        with pytest.raises(RuntimeError):
+            model(**broken)
+        model.eval()
+        assert torch.equal(batch.predict(model), dense)
+        model.train()
+        handle.load_state_dict({"draws": 0})
+        again = batch.predict(model)
+        handle.load_state_dict({"draws": 0})
+        assert torch.equal(batch.predict(model), again)
+        handle.remove()
+
+
 def test_bad_input() -> None:
     model = build("klein")
     with pytest.raises(sra.ConfigError, match="drop must be a RandomDrop, got float"):
@@ -213,6 +256,9 @@ def test_bad_input() -> None:
         sra.patch_for_training(model, rank=-1)
     with pytest.raises(sra.UnsupportedModelError, match=r"must have an adapter, got torch.*Linear"):
         sra.patch_for_training(torch.nn.Linear(2, 2))
+    with pytest.raises(sra.IncompatibleError, match=r"in DataParallel must not be patched.*DistributedDataParallel"):
+        sra.patch_for_training(torch.nn.DataParallel(model))
+    assert not model._forward_pre_hooks
     handle = sra.patch_for_training(model)
     for bad in ({}, {"draws": -1}, {"draws": 1.5}, {"draws": 0, "more": 1}):
         with pytest.raises(sra.ConfigError, match="'draws': n"):

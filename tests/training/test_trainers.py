@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,14 @@ def test_compiled_blocks_and_counts_of_their_own_are_refused() -> None:
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     sra.patch_for_training(model, OWN)
     with pytest.raises(sra.IncompatibleError, match=r"blocks that are not compiled.*per_sample=False"):
+        Batch("klein").predict(model)
+
+
+def test_context_parallelism_and_counts_of_their_own_are_refused() -> None:
+    model = lora(build("klein"))
+    sra.patch_for_training(model, OWN)
+    model._parallel_config = SimpleNamespace(context_parallel_config=object())
+    with pytest.raises(sra.IncompatibleError, match=r"got context parallelism.*per_sample=False"):
         Batch("klein").predict(model)
 
 
