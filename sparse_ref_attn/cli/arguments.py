@@ -15,7 +15,7 @@ from ..eval import loading
 from ..eval.embedded import SIZES
 from ..eval.methods import METHODS
 from ..selection.names import NAMES
-from . import commands, comparing
+from . import commands, comparing, training
 
 __all__ = ["parser"]
 
@@ -135,6 +135,14 @@ def parser() -> argparse.ArgumentParser:
     versus.add_argument("--dino", metavar="PATH", help="folder of a DINO or DINOv2 model: adds its similarity")
     _add_common(versus)
     versus.set_defaults(run=comparing.compare)
+
+    learn = kinds.add_parser(
+        "train",
+        help="train the small model, or a LoRA of a real one, with or without dropping reference tokens",
+        description="Flow matching on (reference, prompt, target), resumable bit for bit; several processes under "
+        "accelerate launch. A LoRA of FLUX.1 Kontext on a folder of pairs, or the small model on its procedural task.",
+    )
+    training.add_arguments(learn, _above)
 
     guess = kinds.add_parser(
         "estimate",

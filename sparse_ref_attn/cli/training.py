@@ -1,0 +1,161 @@
+"""``sra train``: its arguments, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..eval import loading
+
+__all__ = ["add_arguments", "train"]
+
+
+def add_arguments(parser: argparse.ArgumentParser, above: Any) -> None:
+    """The arguments of ``sra train``; ``above(n)`` parses whole numbers of at least n."""
+    parser.add_argument("--out", required=True, metavar="DIR", help="checkpoints, log.csv, the trained weights")
+    parser.add_argument("--steps", required=True, type=above(1), help="in all; a run that was stopped goes on")
+    data = parser.add_argument_group("data, one of")
+    data.add_argument("--sprites", metavar="DIR", help="transparent pictures: the small model on the procedural task")
+    data.add_argument("--data", metavar="DIR", help="pictures and metadata.jsonl, for --model")
+    data.add_argument("--vae", action="store_true", help="with --sprites: the small model's autoencoder instead")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="PATH", help="a FLUX.1 Kontext pipeline, which gets a LoRA")
+    model.add_argument("--lora-rank", type=above(1), default=16, metavar="R", help="default: %(default)s")
+    model.add_argument(
+        "--init",
+        metavar="DIR",
+        help="begin from another run's moving average, with --sprites",
+    )
+    drop = parser.add_argument_group("random dropping of reference tokens")
+    drop.add_argument("--keep", type=_range, metavar="LO-HI", help="shares kept, such as 0.05-1; default: no dropping")
+    drop.add_argument("--keep-distribution", choices=("uniform", "log_uniform", "arcsine"), default="uniform")
+    drop.add_argument(
+        "--full", type=float, default=0.1, metavar="P", help="share of steps that keep all (default: 0.1)"
+    )
+    how = parser.add_argument_group("settings")
+    how.add_argument("--batch", type=above(1), default=24, help="pairs a step and process (default: %(default)s)")
+    how.add_argument("--grid", type=int, choices=(8, 16), default=16, help="tokens along a side, with --sprites")
+    how.add_argument("--side", type=above(16), default=512, help="pixels, with --data (default: %(default)s)")
+    how.add_argument("--text-tokens", type=above(1), default=512, help="with --data (default: %(default)s)")
+    how.add_argument("--lr", type=float, help="of AdamW (default: 0.002; LoRA 0.0001; autoencoder 0.0025)")
+    how.add_argument("--muon-lr", type=float, help="of Muon, for the blocks' matrices (default: 0.004; LoRA none)")
+    how.add_argument("--warmup", type=above(0), default=100, help="steps (default: %(default)s)")
+    how.add_argument("--decay", type=above(0), default=0, help="last steps, over which the rates fall to 0")
+    how.add_argument("--ema", type=float, default=0.998, help="default: %(default)s")
+    how.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="default: %(default)s")
+    how.add_argument("--checkpoint-every", type=above(1), default=200, metavar="N", help="default: %(default)s")
+    how.add_argument("--seed", type=above(0), default=0)
+    parser.set_defaults(run=train)
+
+
+def train(options: argparse.Namespace) -> None:
+    """The small model on the procedural task, or a LoRA of a real one on a folder."""
+    from ..training import RandomDrop, patch_for_training
+    from ..training.loop import TrainConfig
+    from ..training.loop import train as loop
+
+    if (options.sprites is None) == (options.data is None):
+        raise ConfigError("train needs --sprites (the small model) or --data with --model (a real one)")
+    if (options.data is None) != (options.model is None):
+        raise ConfigError("--data and --model must be given together, got one of them")
+    if options.vae and options.sprites is None:
+        raise ConfigError("--vae must come with --sprites, got --data")
+    if options.init is not None and options.sprites is None:
+        raise ConfigError("--init must come with --sprites, got --data")
+    if options.vae:
+        _vae(options)
+        return
+    small = options.sprites is not None
+    pipe, batches = _small(options) if small else _real(options)
+    rates = (2e-3, 4e-3) if small else (1e-4, None)
+    config = TrainConfig(
+        steps=options.steps,
+        lr=rates[0] if options.lr is None else options.lr,
+        muon_lr=rates[1] if options.muon_lr is None else options.muon_lr,
+        warmup=options.warmup, decay=options.decay, ema=options.ema, precision=options.precision,
+        reference_loss=0.1 if options.keep is None else 0.0, checkpoint_every=options.checkpoint_every,
+        seed=options.seed,
+    )  # fmt: skip
+    drop = None
+    if options.keep is not None:
+        drop = patch_for_training(
+            pipe.transformer,
+            RandomDrop(
+                options.keep, distribution=options.keep_distribution, full_probability=options.full, seed=options.seed
+            ),
+        )
+    out = Path(options.out)
+    about = {"command": shlex.join(f"{k}={v}" for k, v in vars(options).items() if k != "run" and v is not None)}
+    ema = loop(pipe, batches, config, out, drop=drop, about=about)
+    if drop is not None:
+        drop.remove()
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        _write(pipe, out, ema, drop, small)
+
+
+def _small(options: argparse.Namespace) -> tuple[Any, Any]:
+    from ..toy.pipeline import toy_pipeline
+    from ..training.batches import ToyBatches
+    from ..training.checkpoint import begin_from
+
+    batches = ToyBatches(options.sprites, options.batch, grid=options.grid, seed=options.seed)
+    pipe = toy_pipeline(seed=options.seed)
+    pipe.transformer.requires_grad_(True)
+    if options.init is not None:
+        begin_from(Path(options.init), dict(pipe.transformer.named_parameters()))
+    return pipe, batches
+
+
+def _vae(options: argparse.Namespace) -> None:
+    from ..toy.pipeline import build_vae
+    from ..training.vae import toy_crops, train_vae
+
+    vae = build_vae(options.seed)
+    crops = toy_crops(options.sprites, options.batch, seed=options.seed)
+    train_vae(vae, crops, steps=options.steps, lr=2.5e-3 if options.lr is None else options.lr, seed=options.seed)
+    folder = Path(options.out) / "vae"
+    vae.save_pretrained(folder)
+    print(f"Autoencoder written to {folder}")
+
+
+def _real(options: argparse.Namespace) -> tuple[Any, Any]:
+    from ..training.folder import FolderBatches
+    from ..training.lora import add_lora
+
+    batches = FolderBatches(
+        options.data, options.batch, side=options.side, text_tokens=options.text_tokens, seed=options.seed
+    )
+    pipe, _ = loading.load_pipeline(options.model)
+    if type(pipe).__name__ != "FluxKontextPipeline":
+        raise ConfigError(f"train needs a FluxKontextPipeline, got {type(pipe).__name__} from {options.model}")
+    add_lora(pipe.transformer, options.lora_rank)
+    return pipe, batches
+
+
+def _write(pipe: Any, out: Path, ema: dict[str, Any], drop: Any, small: bool) -> None:
+    """The moving average where a pipeline finds it, and the settings of the random dropping with it."""
+    from ..training.lora import save_lora
+
+    settings = None if drop is None else drop.drop
+    if not small:
+        print(f"LoRA written to {save_lora(pipe, out, ema, settings)}")
+        return
+    pipe.transformer.load_state_dict(ema)
+    pipe.transformer.save_pretrained(out / "transformer")
+    said = {"random_drop": None if settings is None else settings.to_dict()}
+    (out / "transformer" / "sparse_ref_attn.json").write_text(json.dumps(said, indent=2))
+    print(f"Transformer written to {out / 'transformer'}")
+
+
+def _range(text: str) -> tuple[float, float]:
+    low, _, high = text.partition("-")
+    try:
+        return float(low), float(high or low)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a share or two of them (0.05-1), got {text!r}") from None

@@ -1,0 +1,155 @@
+"""What the loop trains on: batches of encoded pairs, each a pure function of the step and the process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..toy.scenes import TOKEN, scene
+from ..toy.sprites import load_sprites
+from ..toy.words import LENGTH, TASKS
+
+__all__ = ["Batch", "ToyBatches", "encode", "seeded"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of encoded pairs.
+
+    Parameters
+    ----------
+    target : Tensor
+        (B, N, D) packed latents of the answers.
+    references : Tensor
+        (B, R, D) packed latents of the references.
+    ids : Tensor
+        (N + R, 3) position ids of both.
+    text, pooled, text_ids : Tensor
+        What ``FluxKontextPipeline.encode_prompt`` returns for the prompts.
+    weight : Tensor, optional
+        (B, N, 1) weights of the loss, 1 by default.
+    subjects : Tensor, optional
+        (B, R, D) latents that the model's outputs at the reference rows are to match.
+    """
+
+    target: Tensor
+    references: Tensor
+    ids: Tensor
+    text: Tensor
+    pooled: Tensor
+    text_ids: Tensor
+    weight: Tensor | None = None
+    subjects: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """B (N + R)."""
+        return len(self.target) * len(self.ids)
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A CPU generator that depends on the numbers alone."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+@dataclass(frozen=True)
+class ToyBatches:
+    """Batches of the procedural task; a fifth of the steps have two references.
+
+    Parameters
+    ----------
+    sprites : str
+        Folder of the subjects.
+    size : int
+        Pairs per batch and process.
+    grid : {8, 16}
+        Tokens along a side of the pictures.
+    seed : int
+        Of the pairs.
+    subject_weight : float
+        Of the loss where the subjects are; 1 elsewhere.
+
+    Raises
+    ------
+    ConfigError
+        As ``load_sprites``.
+    """
+
+    sprites: str
+    size: int
+    grid: int = 16
+    seed: int = 0
+    subject_weight: float = 3.0
+
+    def __post_init__(self) -> None:
+        load_sprites(self.sprites, "train")  # so that a folder without any is refused here
+
+    def __call__(self, pipe: Any, step: int, process: int, processes: int) -> Batch:
+        """The batch of one step and process."""
+        sprites = load_sprites(self.sprites, "train")
+        rng = np.random.default_rng((self.seed, step))
+        single = [task for task in TASKS if task != "pair"]
+        tasks = ["pair"] * self.size if rng.random() < 0.2 else rng.choice(single, self.size, p=(0.5, 0.2, 0.2, 0.1))
+        first = (step * processes + process) * self.size
+        scenes = [scene(sprites, (self.seed, first + i), grid=self.grid, task=str(t)) for i, t in enumerate(tasks)]
+        batch = encode(
+            pipe, _pixels([s.target for s in scenes]), _pixels([np.concatenate(s.references, 1) for s in scenes]),
+            [s.prompt for s in scenes], LENGTH,
+        )  # fmt: skip
+        device = batch.target.device
+        weight = 1 + (self.subject_weight - 1) * _cover([s.mask for s in scenes]).to(device)
+        cover = _cover([np.concatenate(s.masks, 1) for s in scenes]).to(device)
+        return replace(batch, weight=weight, subjects=batch.references * cover)
+
+
+def encode(pipe: Any, targets: Tensor, references: Tensor, prompts: list[str], text_tokens: int) -> Batch:
+    """Latents and prompts of pairs.
+
+    Several references of a pair stand side by side in one picture, the way stock FLUX.1 Kontext is given them.
+
+    Parameters
+    ----------
+    pipe : diffusers.FluxKontextPipeline
+    targets, references : Tensor
+        (B, 3, height, width) pictures, -1 to 1.
+    prompts : list of str
+        B of them.
+    text_tokens : int
+        Length that the prompts are padded or cut to.
+    """
+    with torch.no_grad():
+        latents = [pipe._encode_vae_image(x.to(pipe.vae.device, pipe.vae.dtype), None) for x in (targets, references)]
+        text, pooled, text_ids = pipe.encode_prompt(prompt=prompts, prompt_2=None, max_sequence_length=text_tokens)
+    ids = [position_ids(z.shape[2] // 2, z.shape[3] // 2, i) for i, z in enumerate(latents)]
+    target, reference = (pack(z.float()) for z in latents)
+    return Batch(target, reference, torch.cat(ids).to(target.device), text, pooled, text_ids)
+
+
+def pack(z: Tensor) -> Tensor:
+    """(B, D, h, w) latents to (B, h/2 * w/2, 4 D) tokens, as the pipeline packs them."""
+    b, d, h, w = z.shape
+    return z.view(b, d, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), 4 * d)
+
+
+def position_ids(rows: int, columns: int, first: int) -> Tensor:
+    """(rows * columns, 3) ids: `first`, row, column."""
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 0] = first
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(columns)
+    return ids.view(-1, 3)
+
+
+def _pixels(pictures: Sequence[Any]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() * 2 - 1
+
+
+def _cover(masks: Sequence[Any]) -> Tensor:
+    """(B, N, 1) share of each token that the masks cover."""
+    x = torch.from_numpy(np.stack(masks))[:, None]
+    return torch.nn.functional.avg_pool2d(x, TOKEN).flatten(2).mT

@@ -1,0 +1,156 @@
+"""Checkpoints: whole or absent, and only of the model they were made for."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, LayoutError
+
+__all__ = ["begin_from", "latest", "load", "save"]
+
+_KEPT = 2  # checkpoints of a run
+
+
+def save(
+    out: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor],
+    optimizer: Any,
+    about: dict[str, Any],
+) -> Path:
+    """Write ``out/step-N``: into a hidden folder first, which is renamed when everything is on the disk.
+
+    Parameters
+    ----------
+    out : Path
+        The run's folder.
+    step : int
+        Steps done.
+    weights, ema : mapping of str to Tensor
+        The trained parameters and their moving average.
+    optimizer : object
+        What ``torch.save`` takes and ``torch.load(weights_only=True)`` gives back.
+    about : dict
+        JSON types: the settings, the generators' states.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be written, on a full disk for example. Earlier checkpoints are untouched.
+    """
+    from safetensors.torch import save_file
+
+    final, partial = out / f"step-{step:06d}", out / f".step-{step:06d}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file({k: v.detach().contiguous() for k, v in weights.items()}, partial / "weights.safetensors")
+        save_file({k: v.detach().contiguous() for k, v in ema.items()}, partial / "ema.safetensors")
+        torch.save(optimizer, partial / "optimizer.pt")
+        (partial / "about.json").write_text(json.dumps({"step": step, **about}, indent=2))
+        for file in partial.iterdir():
+            _sync(file)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync(out)
+    except (OSError, RuntimeError) as error:  # torch.save and safetensors report a full disk as RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ConfigError(f"the checkpoint of step {step} must fit into {out}, got: {error}") from error
+    for old in _all(out)[:-_KEPT]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest(out: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    found = _all(out)
+    return found[-1] if found else None
+
+
+def load(folder: Path, weights: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    """Copy a checkpoint into the tensors given; returns the optimizer's state and what was said about the run.
+
+    Raises
+    ------
+    LayoutError
+        If it is of a model with other parameters. The tensors are then untouched.
+    ConfigError
+        If a file of it is missing or damaged.
+    """
+    stored = [_read(folder, name) for name in ("weights", "ema")]
+    try:
+        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        about = json.loads((folder / "about.json").read_text())
+    except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
+        raise ConfigError(f"{folder} must be a whole checkpoint, got: {error}") from error
+    for theirs in stored:
+        _match(folder, theirs, weights)
+    for ours, theirs in zip((weights, ema), stored, strict=True):
+        _copy(theirs, ours)
+    return optimizer, about
+
+
+def begin_from(run: Path, weights: Mapping[str, Tensor]) -> None:
+    """Copy the moving average of a run's newest checkpoint into the tensors given.
+
+    Raises
+    ------
+    ConfigError
+        If the run has no checkpoint.
+    LayoutError
+        If it is of a model with other parameters.
+    """
+    found = latest(run)
+    if found is None:
+        raise ConfigError(f"a run to begin from must have a checkpoint, got {run}")
+    stored = _read(found, "ema")
+    _match(found, stored, weights)
+    _copy(stored, weights)
+
+
+def _read(folder: Path, name: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / f"{name}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{folder} must be a whole checkpoint, got: {error}") from error
+
+
+def _copy(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            tensor.copy_(theirs[name])
+
+
+def _match(folder: Path, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
+    for name in sorted(set(theirs) | set(ours)):
+        shapes = [str(tuple(side[name].shape)) if name in side else "nothing" for side in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            raise LayoutError(
+                f"a checkpoint must have the model's own parameters: {name} of the model is {shapes[0]}, "
+                f"that of {folder} is {shapes[1]}"
+            )
+
+
+def _all(out: Path) -> list[Path]:
+    return sorted(path for path in out.glob("step-*") if (path / "about.json").exists())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

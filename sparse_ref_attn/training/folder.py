@@ -1,0 +1,100 @@
+"""Pairs from a folder: pictures, and a ``metadata.jsonl`` that says which belong together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .batches import Batch, encode
+
+__all__ = ["FolderBatches"]
+
+_FIELDS = ("reference", "target", "prompt")
+
+
+class FolderBatches:
+    """Batches of (reference, prompt, target) from a folder.
+
+    Each line of ``metadata.jsonl`` is a JSON object with ``reference`` and ``target``, files of the folder, and
+    ``prompt``. Every pass over the folder takes the pairs in a new order.
+
+    Parameters
+    ----------
+    folder : str
+    size : int
+        Pairs per batch and process.
+    side : int
+        Pictures are resized to this height and width in pixels.
+    text_tokens : int
+        Length of the prompts in tokens.
+    seed : int
+        Of the order.
+
+    Raises
+    ------
+    ConfigError
+        If the folder has no pairs, a line lacks a field, or a picture is missing or unreadable: all are opened here,
+        so that a run does not end in its middle.
+    """
+
+    def __init__(self, folder: str, size: int, *, side: int = 512, text_tokens: int = 512, seed: int = 0) -> None:
+        self.root, self.size, self.side, self.text_tokens, self.seed = Path(folder), size, side, text_tokens, seed
+        if side < 16 or side % 16:
+            raise ConfigError(f"side must be a multiple of 16 pixels, got {side}")
+        self.pairs = _pairs(self.root)
+        for pair in self.pairs:
+            for name in _FIELDS[:2]:
+                _open(self.root / pair[name]).close()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __call__(self, pipe: Any, step: int, process: int, processes: int) -> Batch:
+        """The batch of one step and process."""
+        first = (step * processes + process) * self.size
+        pairs = [self.pairs[self._row(first + i)] for i in range(self.size)]
+        targets, references = (
+            torch.stack([self._pixels(pair[name]) for pair in pairs]) for name in ("target", "reference")
+        )
+        return encode(pipe, targets, references, [pair["prompt"] for pair in pairs], self.text_tokens)
+
+    def _row(self, number: int) -> int:
+        turn, place = divmod(number, len(self.pairs))
+        return int(np.random.default_rng((self.seed, turn)).permutation(len(self.pairs))[place])
+
+    def _pixels(self, name: str) -> Tensor:
+        picture = _open(self.root / name).resize((self.side, self.side))
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _pairs(root: Path) -> list[dict[str, str]]:
+    index = root / "metadata.jsonl"
+    if not index.is_file():
+        raise ConfigError(f"a folder of pairs must hold metadata.jsonl, got {root}")
+    pairs = []
+    for number, line in enumerate(index.read_text().splitlines(), 1):
+        try:
+            pair = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{index}, line {number} must be a JSON object, got: {error}") from error
+        if not isinstance(pair, dict) or not all(isinstance(pair.get(field), str) for field in _FIELDS):
+            raise ConfigError(f"{index}, line {number} must have the texts {', '.join(_FIELDS)}, got {line[:80]}")
+        pairs.append(pair)
+    if not pairs:
+        raise ConfigError(f"{index} must name at least one pair, got an empty file")
+    return pairs
+
+
+def _open(path: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(path).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ConfigError(f"{path} must be a readable picture, got: {error}") from error

@@ -1,0 +1,33 @@
+"""The curve of a run."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+__all__ = ["Log"]
+
+
+class Log:
+    """``log.csv``: one row a step. Rows after the checkpoint that a run continues from are dropped."""
+
+    def __init__(self, out: Path, start: int) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / "log.csv"
+        self.rows: list[dict[str, str]] = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+
+    def add(self, step: int, numbers: dict[str, float]) -> None:
+        """Keep one row."""
+        self.rows.append({"step": str(step)} | {name: f"{number:.6g}" for name, number in numbers.items()})
+
+    def write(self) -> None:
+        """Write all rows, through a second file that takes the first one's place."""
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(self.rows[-1]))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        partial.replace(self.path)

@@ -1,0 +1,77 @@
+"""LoRA: added before training, and written where any loader finds it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import ConfigError, VersionError
+from .random_drop import RandomDrop
+
+__all__ = ["TARGETS", "add_lora", "save_lora"]
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+def add_lora(transformer: Any, rank: int) -> None:
+    """Freeze the transformer and add trainable float32 LoRA matrices to its attention.
+
+    Parameters
+    ----------
+    transformer : diffusers.ModelMixin
+        Changed in place.
+    rank : int
+        Of the matrices, at least 1; their scale is 1.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise VersionError("LoRA needs peft: pip install 'sparse-ref-attn[train]'") from error
+    if rank < 1:
+        raise ConfigError(f"the rank of a LoRA must be at least 1, got {rank}")
+    transformer.requires_grad_(False)
+    transformer.add_adapter(
+        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS))
+    )
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def save_lora(pipe: Any, folder: Path, weights: Mapping[str, Tensor], drop: RandomDrop | None) -> Path:
+    """Write trained LoRA matrices for ``pipe.load_lora_weights``.
+
+    The file's metadata have a JSON text under ``sparse_ref_attn``: the `RandomDrop` it was trained with, or null.
+
+    Parameters
+    ----------
+    pipe : diffusers pipeline
+        Whose transformer has the LoRA.
+    folder : Path
+        Gets ``pytorch_lora_weights.safetensors``.
+    weights : mapping of str to Tensor
+        Parameter name to value, such as the moving average.
+    drop : RandomDrop or None
+    """
+    from peft.utils import get_peft_model_state_dict
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    state = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+    pipe.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer, state_dict=state),
+        transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
+    )
+    path = folder / "pytorch_lora_weights.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata["sparse_ref_attn"] = json.dumps({"random_drop": None if drop is None else drop.to_dict()})
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata)
+    partial.replace(path)
+    return path

@@ -1,0 +1,85 @@
+"""``sra train``: the small model and a LoRA of a whole pipeline, end to end on few pixels, and one line per mistake."""
+
+import csv
+import json
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from sparse_ref_attn.cli import main
+from sparse_ref_attn.eval.embedded import kontext_pipeline
+from sparse_ref_attn.toy.pipeline import toy_pipeline
+from sparse_ref_attn.toy.sprites import SUBJECTS, held_out, load_sprites
+
+FEW = ["--steps", "2", "--batch", "2", "--checkpoint-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def sprites(tmp_path_factory):
+    """Shipped subjects under names that the split gives to training."""
+    folder = tmp_path_factory.mktemp("sprites")
+    for name in load_sprites(SUBJECTS, "held-out").names[:8]:
+        trained = next(f"{name}-{i}" for i in range(100) if not held_out(f"{name}-{i}"))
+        (folder / f"{trained}.webp").symlink_to(f"{SUBJECTS}/{name}.webp")
+    return str(folder)
+
+
+def test_the_small_model(sprites, tmp_path):
+    dense, dropped = tmp_path / "dense", tmp_path / "dropped"
+    assert main(["train", "--sprites", sprites, "--grid", "8", "--out", str(dense), *FEW]) == 0
+    assert [row["step"] for row in csv.DictReader((dense / "log.csv").open())] == ["1", "2"]
+    about = json.loads((dense / "step-000002/about.json").read_text())
+    assert about["train"]["steps"] == 2
+    assert "grid=8" in about["command"]
+    toy_pipeline(str(dense / "transformer"))
+    more = ["--init", str(dense), "--keep", "0.1-0.9", "--out", str(dropped), *FEW]
+    assert main(["train", "--sprites", sprites, "--grid", "8", *more]) == 0
+    said = json.loads((dropped / "transformer/sparse_ref_attn.json").read_text())
+    assert said["random_drop"]["keep"] == [0.1, 0.9]
+    assert json.loads((dropped / "step-000002/about.json").read_text())["draws"] == {"draws": 2}
+
+
+def test_the_autoencoder(sprites, tmp_path):
+    from diffusers import AutoencoderTiny
+
+    assert main(["train", "--vae", "--sprites", sprites, "--out", str(tmp_path), *FEW]) == 0
+    assert AutoencoderTiny.from_pretrained(tmp_path / "vae").config.scaling_factor > 0
+
+
+def test_a_lora_of_a_pipeline(tmp_path):
+    model, data, out = (tmp_path / name for name in ("model", "data", "out"))
+    kontext_pipeline("tiny").save_pretrained(model)
+    data.mkdir()
+    Image.new("RGB", (40, 40), "red").save(data / "a.png")
+    (data / "metadata.jsonl").write_text('{"reference": "a.png", "target": "a.png", "prompt": "the same"}')
+    size = ["--side", "32", "--text-tokens", "32", "--lora-rank", "2", "--keep", "0.2-0.9"]
+    assert main(["train", "--model", str(model), "--data", str(data), "--out", str(out), *size, *FEW]) == 0
+    with safe_open(out / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["sparse_ref_attn"])["random_drop"]["keep"] == [0.2, 0.9]
+    pipe = kontext_pipeline("tiny")
+    pipe.load_lora_weights(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "train needs --sprites (the small model) or --data with --model"),
+        (["--data", "x"], "--data and --model must be given together"),
+        (["--data", "x", "--model", "y", "--vae"], "--vae must come with --sprites"),
+        (["--sprites", "nowhere"], "the folder of sprites must exist, got nowhere"),
+        (["--sprites", None, "--init", "nowhere"], "a run to begin from must have a checkpoint, got nowhere"),
+        (["--sprites", None, "--keep", "0-1"], "keep must hold ratios with 0 < low <= high <= 1"),
+        (["--sprites", SUBJECTS, "--keep", "some"], "must be a share or two of them (0.05-1), got 'some'"),
+        (["--sprites", SUBJECTS, "--steps", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--sprites", SUBJECTS], "got none for train"),
+    ],
+)
+def test_mistakes(arguments, said, sprites, tmp_path, capsys):
+    arguments = [sprites if argument is None else argument for argument in arguments]
+    steps = [] if "--steps" in arguments else ["--steps", "1"]
+    assert main(["train", "--out", str(tmp_path / "out"), *steps, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("sra: error: ")
+    assert said in error.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,301 @@
+"""The loop: resumable bit for bit, several processes, and words instead of half-written files."""
+
+import csv
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from sparse_ref_attn.errors import ConfigError, LayoutError, NonFiniteError
+from sparse_ref_attn.toy.pipeline import build_transformer
+from sparse_ref_attn.training import RandomDrop, checkpoint, loop, patch_for_training
+from sparse_ref_attn.training.batches import Batch, seeded
+from sparse_ref_attn.training.folder import FolderBatches
+from sparse_ref_attn.training.loop import TrainConfig, train
+from sparse_ref_attn.training.lora import add_lora, save_lora
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {"warmup": 2, "decay": 2, "checkpoint_every": 2, "precision": "no"}
+FILES = ("weights.safetensors", "ema.safetensors")
+
+
+class Pipe:
+    """What the loop needs of a pipeline whose batches are encoded already."""
+
+    def __init__(self, seed=0):
+        torch.manual_seed(seed)
+        self.transformer = build_transformer()
+
+    def to(self, device):
+        return self
+
+
+def batches(pipe, step, process, processes):
+    """Random latents: 16 generation tokens and 16 of a reference, in a 4 x 4 grid each."""
+    config, random = pipe.transformer.config, seeded(7, step, process)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=random)
+
+    ids = torch.zeros(32, 3)
+    ids[16:, 0] = 1
+    ids[:, 1] = torch.arange(32) % 16 // 4
+    ids[:, 2] = torch.arange(32) % 4
+    d = config.in_channels
+    return Batch(
+        draw(2, 16, d), draw(2, 16, d), ids, draw(2, 3, config.joint_attention_dim),
+        draw(2, config.pooled_projection_dim), torch.zeros(3, 3),
+    )  # fmt: skip
+
+
+def same(a, b):
+    return all(
+        torch.equal(left, right)
+        for file in FILES
+        for left, right in zip(load_file(a / file).values(), load_file(b / file).values(), strict=True)
+    )
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+    config = TrainConfig(steps=6, **SETTINGS)
+    drop = RandomDrop((0.2, 0.9))
+    whole = Pipe()
+    train(whole, batches, config, tmp_path / "whole", drop=patch_for_training(whole.transformer, drop))
+    broken = Pipe()
+
+    def stops(pipe, step, process, processes):
+        if step == 5:
+            raise KeyboardInterrupt
+        return batches(pipe, step, process, processes)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, stops, config, tmp_path / "parts", drop=patch_for_training(broken.transformer, drop))
+    assert checkpoint.latest(tmp_path / "parts").name == "step-000004"
+    other = Pipe(seed=1)  # all of it must come from the checkpoint
+    train(other, batches, config, tmp_path / "parts", drop=patch_for_training(other.transformer, drop))
+    assert same(tmp_path / "whole/step-000006", tmp_path / "parts/step-000006")
+    rows = [list(csv.DictReader((tmp_path / run / "log.csv").open())) for run in ("whole", "parts")]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    assert [row["step"] for row in rows[1]] == list("123456")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 1, "lr": float("nan")}, "lr must be above 0 and finite, got nan"),
+        ({"steps": 1, "muon_lr": 0.0}, "muon_lr must be above 0"),
+        ({"steps": 1, "ema": 1.0}, r"ema must lie in \[0, 1\), got 1.0"),
+        ({"steps": 1, "precision": "fp8"}, "precision must be 'bf16' or 'no', got 'fp8'"),
+    ],
+)
+def test_settings_outside_their_range(setting, said):
+    with pytest.raises(ConfigError, match=said):
+        TrainConfig(**setting)
+
+
+def test_the_loss_falls(tmp_path):
+    def one(pipe, step, process, processes):
+        return batches(pipe, 0, 0, 1)
+
+    pipe = Pipe()
+    train(pipe, one, TrainConfig(steps=40, warmup=5, precision="no"), tmp_path)
+    losses = [float(row["loss"]) for row in csv.DictReader((tmp_path / "log.csv").open())]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_nan_stops_with_words_and_leaves_the_checkpoint(tmp_path):
+    def bad(pipe, step, process, processes):
+        batch = batches(pipe, step, process, processes)
+        if step == 4:
+            batch.target[0, 0, 0] = float("nan")
+        return batch
+
+    with pytest.raises(NonFiniteError, match=r"must be finite, got nan at step 5; .*step-000004"):
+        train(Pipe(), bad, TrainConfig(steps=6, **SETTINGS), tmp_path)
+    assert checkpoint.latest(tmp_path).name == "step-000004"
+    assert all(torch.isfinite(t).all() for f in FILES for t in load_file(tmp_path / "step-000004" / f).values())
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path):
+    train(Pipe(), batches, TrainConfig(steps=2, **SETTINGS), tmp_path)
+    pipe = Pipe(seed=1)
+    pipe.transformer.proj_out = torch.nn.Linear(pipe.transformer.proj_out.in_features, 5)
+    before = {name: p.detach().clone() for name, p in pipe.transformer.named_parameters()}
+    with pytest.raises(LayoutError, match=r"proj_out\.(bias|weight) of the model is"):
+        train(pipe, batches, TrainConfig(steps=4, **SETTINGS), tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in pipe.transformer.named_parameters())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    train(Pipe(), batches, TrainConfig(steps=2, **SETTINGS), tmp_path)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ConfigError, match=r"checkpoint of step 4 must fit into .*No space left"):
+        train(Pipe(), batches, TrainConfig(steps=4, **SETTINGS), tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["log.csv", "step-000002"]
+    monkeypatch.undo()
+    train(Pipe(), batches, TrainConfig(steps=4, **SETTINGS), tmp_path)
+    assert checkpoint.latest(tmp_path).name == "step-000004"
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    train(Pipe(), batches, TrainConfig(steps=2, **SETTINGS), tmp_path)
+    for name in ("optimizer.pt", "weights.safetensors"):
+        file = tmp_path / "step-000002" / name
+        file.write_bytes(file.read_bytes()[:100])
+        with pytest.raises(ConfigError, match=r"step-000002 must be a whole checkpoint"):
+            train(Pipe(), batches, TrainConfig(steps=4, **SETTINGS), tmp_path)
+
+
+RUN = """
+import sys, time, torch
+from pathlib import Path
+from tests.training.test_loop import Pipe, SETTINGS, batches
+from sparse_ref_attn.training.loop import TrainConfig, train
+torch.set_num_threads(1)
+def slow(*arguments):
+    time.sleep(float(sys.argv[2]))
+    return batches(*arguments)
+train(Pipe(), slow, TrainConfig(steps=8, **SETTINGS), Path(sys.argv[1]))
+"""
+
+
+def launch(out, pause="0"):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", RUN, str(out), pause], env=env)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    """SIGKILL at any moment: what is there is whole, and the end is that of a run that nobody killed."""
+    process = launch(tmp_path / "killed", "0.2")
+    while checkpoint.latest(tmp_path / "killed") is None:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert launch(tmp_path / "killed").wait() == 0
+    assert launch(tmp_path / "whole").wait() == 0
+    assert same(tmp_path / "whole/step-000008", tmp_path / "killed/step-000008")
+
+
+PER_PAIR = ("target", "references", "text", "pooled")
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch):
+    """Gradients are averaged: two gloo processes make the steps of one whose batch is both of theirs."""
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29577", str(script)]
+    subprocess.run([*command, str(tmp_path / "two"), "0"], env=env, check=True)
+
+    def both(pipe, step, process, processes):
+        one, two = (batches(pipe, step, i, 2) for i in range(2))
+        return replace(one, **{name: torch.cat([getattr(one, name), getattr(two, name)]) for name in PER_PAIR})
+
+    steps, alone = itertools.count(), loop._loss
+
+    def noise_of_each(model, batch, config, random, guided):
+        """The two processes draw noise of their own."""
+        step = next(steps)
+        halves = (replace(batch, **{name: getattr(batch, name).chunk(2)[i] for name in PER_PAIR}) for i in range(2))
+        return sum(alone(model, half, config, seeded(0, step, i), guided)[0] for i, half in enumerate(halves)) / 2, {}
+
+    monkeypatch.setattr(loop, "_loss", noise_of_each)
+    pipe = Pipe()
+    train(pipe, both, TrainConfig(steps=8, **SETTINGS), tmp_path / "one")
+    one = {name: p.detach() for name, p in pipe.transformer.named_parameters()}
+    two = load_file(tmp_path / "two/step-000008/weights.safetensors")
+    moved = max((one[name] - p).abs().max().item() for name, p in Pipe().transformer.named_parameters())
+    assert moved > 1e-3
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-2 * moved
+
+
+def test_lora_has_the_drop_in_its_metadata(tmp_path):
+    pipe = _kontext()
+    add_lora(pipe.transformer, 2)
+    drop = patch_for_training(pipe.transformer, RandomDrop((0.2, 0.9)))
+    ema = train(pipe, batches, TrainConfig(steps=2, muon_lr=None, **SETTINGS), tmp_path, drop=drop)
+    drop.remove()
+    path = save_lora(pipe, tmp_path, ema, drop.drop)
+    with safe_open(path, framework="pt") as file:
+        said = json.loads(file.metadata()["sparse_ref_attn"])
+    assert RandomDrop.from_dict(said["random_drop"]) == RandomDrop((0.2, 0.9))
+    again = _kontext()
+    again.load_lora_weights(tmp_path)
+    trained = {n: p for n, p in again.transformer.named_parameters() if "lora" in n}
+    assert len(trained) == len(ema)
+    for name, p in trained.items():
+        assert torch.equal(p, ema[name.replace(".default_0.", ".default.")])
+    assert sum(p.abs().sum() for n, p in trained.items() if "lora_B" in n) > 0
+
+
+def _kontext():
+    from sparse_ref_attn.eval.embedded import kontext_pipeline
+
+    return kontext_pipeline("tiny")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    from PIL import Image
+
+    root = tmp_path / "pairs"
+    root.mkdir()
+    lines = []
+    for i, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (40, 30), colour).save(root / f"r{i}.png")
+        Image.new("RGB", (30, 40), colour).save(root / f"t{i}.png")
+        lines.append(json.dumps({"reference": f"r{i}.png", "target": f"t{i}.png", "prompt": f"make it {colour}"}))
+    (root / "metadata.jsonl").write_text("\n".join(lines))
+    return root
+
+
+def test_a_folder_gives_every_pair_once_a_turn(folder):
+    pipe = _kontext()
+    data = FolderBatches(str(folder), 1, side=32, text_tokens=8)
+    turns = [[data._row(3 * turn + i) for i in range(3)] for turn in range(20)]
+    assert all(sorted(turn) == [0, 1, 2] for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > 1
+    batch = data(pipe, 0, 0, 1)
+    assert batch.target.shape == batch.references.shape == (1, 64, 64)
+    assert batch.ids.shape == (128, 3)
+    assert batch.text.shape[1] == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, r"must hold metadata\.jsonl"),
+        ("", "at least one pair"),
+        ("{", "line 1 must be a JSON object"),
+        ('{"reference": "r0.png", "target": "t0.png"}', "must have the texts reference, target, prompt"),
+        ('{"reference": "r9.png", "target": "t0.png", "prompt": ""}', r"r9\.png must be a readable picture"),
+        ('{"reference": "bad.png", "target": "t0.png", "prompt": ""}', r"bad\.png must be a readable picture"),
+    ],
+)
+def test_bad_folders(folder, text, said):
+    index = folder / "metadata.jsonl"
+    (folder / "bad.png").write_bytes(b"no picture")
+    if text is None:
+        index.unlink()
+    else:
+        index.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        FolderBatches(str(folder), 1)
+    shutil.rmtree(folder)
