@@ -106,7 +106,8 @@ def summary(
     str or dict
         The dict has the keys "references" (per reference: number from 1, grid, tokens, kept_min, kept_mean,
         kept_max, mass_kept), "steps", "reference_tokens", "seconds", "host_ms_per_step", "speedup",
-        "flops", "by_step", "batch", "notes" and "config". Kept counts are over all steps, where
+        "flops", "cache" (bytes of the reference K/V held between steps; None without), "stability" (one entry
+        each time the run ranked again), "by_step", "batch", "notes" and "config". Kept counts are over all steps, where
         dense and profile steps count as all tokens, and a step whose dropped tokens leave by depth as the mean over
         its blocks. ``mass_kept`` is the share, in [0, 1], of the
         profiled mass that the kept tokens hold, mean over the steps that drop any.
@@ -183,18 +184,32 @@ def _measure(record: RunRecord, flops: FlopSummary | None, dense_seconds: float 
             "dense_seconds": dense_seconds,
         },
         "flops": work,
+        "cache": _cache(record),
+        "stability": [
+            {"step": entry.step, "spearman": list(entry.spearman), "overlap": entry.overlap}
+            for entry in record.stability
+        ],
         "by_step": {
             "step": [step.index for step in steps],
             "kind": [step.kind for step in steps],
             "kept": [step.kept for step in steps],
             "from_block": [step.from_block for step in steps],
             "calls": [step.calls for step in steps],
+            "cache_bytes": [step.cache_bytes for step in steps],
             "seconds": seconds,
         },
         "batch": record.batch,
         "notes": list(record.notes),
         "config": dict(record.config),
     }
+
+
+def _cache(record: RunRecord) -> dict[str, int] | None:
+    """Bytes of the reference K/V held between steps, and of the model's own cache of every token; None without one."""
+    if not record.dense_cache_bytes:
+        return None
+    held = [step.cache_bytes for step in record.steps]
+    return {"dense_bytes": record.dense_cache_bytes, "peak_bytes": max(held), "last_bytes": held[-1]}
 
 
 def _references(record: RunRecord) -> list[dict[str, Any]]:
@@ -321,6 +336,21 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
         if work["measured_over_bound"] is not None:
             bound.append(f"measured speed is {work['measured_over_bound']:.2f} of the bound's")
         rows.append(("bound", ", ".join(bound)))
+    held, again = data["cache"], data["stability"]
+    if held is not None:
+        sizes = [_bytes(held[key]) for key in ("peak_bytes", "last_bytes", "dense_bytes")]
+        rows.append(
+            ("reference K/V held", f"{sizes[0]} at most, {sizes[1]} in the last step, {sizes[2]} with every token")
+        )
+    if again:
+        ranks = [r for entry in again for r in entry["spearman"]]
+        rows.append(
+            (
+                "ranked again",
+                f"in step {', '.join(str(entry['step']) for entry in again)}: rank correlation {min(ranks):.2f} to "
+                f"{max(ranks):.2f}, {_percent(min(entry['overlap'] for entry in again))} or more of the kept stayed",
+            )
+        )
     host = data["host_ms_per_step"]
     rows.append(("library host time per step", "-" if host is None else f"{host:.3g} ms"))
     return rows
@@ -454,6 +484,10 @@ def _time(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return f"{seconds:,.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 
 def _times(ratio: float | None, rest: str) -> str:

@@ -185,13 +185,14 @@ class Session:
         if self._step is None or self._step[0] != step:
             if self._again is not None and step != self._again:
                 self._rank_again()
-            if self._reranks(step) and self._scores is not None:
+            if self.reranks(step) and self._scores is not None:
                 self._again = step
                 self.profile.repeat(step)
             self._step = (step, self._plan(step))
         return self._step[1]
 
-    def _reranks(self, step: int) -> bool:
+    def reranks(self, step: int) -> bool:
+        """Whether the attention is measured again in step `step`."""
         every, last = self.config.rerank_every, max(self.profile.steps, default=0)
         return every is not None and step > last and (step - last) % every == 0
 
@@ -212,7 +213,7 @@ class Session:
     def _sparse(self, step: int) -> Plan:
         assert self._clock is not None
         counts = self._counts(self._clock(step))
-        if self._reranks(step):
+        if self.reranks(step):
             return Plan("profile", self._chosen(counts).selection if self.config.execute == "cache" else None)
         return self._chosen(counts)
 
@@ -228,7 +229,7 @@ class Session:
 
     def upcoming(self, steps: Iterable[int]) -> list[tuple[int, ...]]:
         """As `counts`, of each step; a step that measures, and every step before the ranking, needs all tokens."""
-        return [self.counts(step) if self.ranked and not self._reranks(step) else self.everything for step in steps]
+        return [self.counts(step) if self.ranked and not self.reranks(step) else self.everything for step in steps]
 
     def most(self, steps: Iterable[int]) -> tuple[int, ...]:
         """The counts that hold those of every step."""

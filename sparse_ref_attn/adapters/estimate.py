@@ -11,7 +11,17 @@ import torch
 from torch import nn
 
 from ..config import ReCAST, SparseRef
-from ..cost import Flops, Memory, ModelShape, StepTokens, reference_kv_bytes, run_flops, scoring_flops, step_memory
+from ..cost import (
+    Flops,
+    Memory,
+    ModelShape,
+    StepTokens,
+    reference_kv_bytes,
+    room_bytes,
+    run_flops,
+    scoring_flops,
+    step_memory,
+)
 from ..errors import ConfigError
 from ..record import mean_over_blocks
 from ..schedules import Budget, Clock
@@ -19,6 +29,7 @@ from ..selection import Random
 from ..session import Plan, Session
 from ..types import Reference, TokenLayout
 from .base import Adapter, adapter_for
+from .estimate_cache import run_work, with_cache
 
 __all__ = ["Estimate", "RunMemory", "estimate"]
 
@@ -38,6 +49,8 @@ class RunMemory:
     dense_reference_kv, sparse_reference_kv : int
         Keys and values of the reference tokens over all layers, all of them and the most that a sparse step keeps.
         Nothing is stored when tokens are dropped at the input: this is what a reference cache would take.
+    room : int
+        Rows of text and generation beside the stored ones, with ``execute="cache"`` or "both".
     """
 
     dense: Memory
@@ -45,6 +58,7 @@ class RunMemory:
     sparse_step: Memory
     dense_reference_kv: int
     sparse_reference_kv: int
+    room: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,8 +73,9 @@ class Estimate:
         Text tokens, and tokens of the image being made.
     references : tuple of int
         Tokens of each reference.
-    kinds : tuple of {"dense", "profile", "in_flight", "sparse"}
-        What each step does; "profile" is dense and measures attention, "in_flight" is so in its first blocks.
+    kinds : tuple of {"dense", "profile", "in_flight", "sparse", "cached"}
+        What each step does; "profile" is dense and measures attention, "in_flight" is so in its first blocks, "cached"
+        reads stored keys and values.
     tokens : tuple of int
         Reference tokens that take part in each step, all references together.
     from_block : tuple of int
@@ -116,14 +131,16 @@ class Estimate:
     def summary(self) -> str:
         """The estimate as text, a few lines."""
         total, memory = sum(self.references), self.memory
-        dropping = [n for n, kind in zip(self.tokens, self.kinds, strict=True) if kind in ("sparse", "in_flight")]
+        drops = ("sparse", "in_flight", "cached")
+        dropping = [n for n, kind in zip(self.tokens, self.kinds, strict=True) if kind in drops]
         kept = f", {min(dropping)} to {max(dropping)} on sparse steps" if dropping else ""
         lines = [
             f"{self.model}: {self.config}",
             f"tokens      {self.text} text, {self.generation} generation, "
             f"{' + '.join(map(str, self.references))} reference",
-            f"steps       {len(self.kinds)}: {self.kinds.count('sparse')} sparse, {self.kinds.count('profile')} "
-            f"profiling, {self.kinds.count('in_flight')} profiling in flight, {self.kinds.count('dense')} dense",
+            f"steps       {len(self.kinds)}: {self.kinds.count('sparse') + self.kinds.count('cached')} sparse, "
+            f"{self.kinds.count('profile')} profiling, {self.kinds.count('in_flight')} profiling in flight, "
+            f"{self.kinds.count('dense')} dense",
             f"kept        {self.mean_tokens:.0f} of {total} reference tokens on average{kept}",
             f"work        {self.dense.total / 1e12:.1f} TFLOP dense, {self.sparse.total / 1e12:.1f} sparse "
             f"({self.scoring.total / 1e12:.1f} of it scoring): FLOP ratio {self.flop_ratio:.2f}",
@@ -132,7 +149,8 @@ class Estimate:
             f"{_gb(memory.sparse_step.activations)} on sparse steps; peak {_gb(memory.dense.total)} dense, "
             f"{_gb(memory.sparse.total)} sparse",
             f"cached K/V  {_gb(memory.dense_reference_kv)} for all reference tokens, "
-            f"{_gb(memory.sparse_reference_kv)} for the kept ones, if they were stored",
+            f"{_gb(memory.sparse_reference_kv)} for the kept ones, "
+            + (f"and {_gb(memory.room)} of room beside them" if memory.room else "if they were stored"),
         ]
         return "\n".join([*lines, *(f"note        {note}" for note in self.notes)])
 
@@ -189,7 +207,8 @@ def estimate(
     Notes
     -----
     FLOPs agree with `torch.utils.flop_counter.FlopCounterMode` on the meta device. Text encoder and VAE are not in it.
-    Klein-KV's pipeline stores reference keys and values and is not modelled: the estimate is that of plain Klein.
+    With ``execute="cache"`` or "both" a run of Klein-KV is meant, which keeps its references' keys and values; the
+    dense work is then still that of the pipeline without a cache (plain Klein).
 
     Examples
     --------
@@ -219,10 +238,20 @@ def estimate(
     session, kinds, kept, from_block = _plan(transformer, adapter, config, layout, steps, batch)
     tokens = [StepTokens.of(layout, n, first) for n, first in zip(kept, from_block, strict=True)]
     full = StepTokens.of(layout)
-    scoring = _scoring(shape, session, layout, batch)
+    scoring = _scoring(shape, session, layout, batch, steps)
+    cached = config.execute in ("cache", "both")
     kept_sparse = [n for n, kind in zip(kept, kinds, strict=True) if kind == "sparse"]
-    sparse_steps = [t for t, kind in zip(tokens, kinds, strict=True) if kind == "sparse"]
-    most = max(sparse_steps, key=lambda t: t.references + t.dropped, default=full)
+    if cached:
+        kinds, kept, tokens = with_cache(config, layout, kinds, kept)
+    sparse_steps = [t for t, kind in zip(tokens, kinds, strict=True) if kind in ("sparse", "cached")]
+    most = max(sparse_steps, key=lambda t: t.joint + t.dropped, default=full)
+    room = room_bytes(shape, text_tokens + full.generation, batch) if cached and kept_sparse else 0
+    kept_kv = reference_kv_bytes(shape, max(kept_sparse, default=full.references), batch)
+
+    def peak(step: StepTokens) -> Memory:
+        memory = step_memory(shape, step, batch)
+        return replace(memory, reference_kv=kept_kv + room) if cached else memory
+
     return Estimate(
         model=f"{adapter.name} ({shape.name})",
         config=config.describe(),
@@ -234,14 +263,15 @@ def estimate(
         from_block=tuple(from_block),
         blocks=len(shape.leading),
         dense=run_flops(shape, [full] * steps, batch, calls_per_step),
-        sparse=run_flops(shape, tokens, batch, calls_per_step, scoring),
+        sparse=run_work(config, shape, tokens, batch, calls_per_step, scoring),
         scoring=scoring,
         memory=RunMemory(
             dense=step_memory(shape, full, batch),
-            sparse=step_memory(shape, max(tokens, key=lambda t: t.references + t.dropped), batch),
-            sparse_step=step_memory(shape, most, batch),
+            sparse=peak(max(tokens, key=lambda t: t.joint + t.dropped)),
+            sparse_step=peak(most),
             dense_reference_kv=reference_kv_bytes(shape, full.references, batch),
-            sparse_reference_kv=reference_kv_bytes(shape, max(kept_sparse, default=full.references), batch),
+            sparse_reference_kv=kept_kv,
+            room=room,
         ),
         notes=tuple(_notes(config)),
     )
@@ -291,13 +321,16 @@ def _plan(
     if session.profile.probes:
         adapter.check_measurable(transformer)
         session.begin(layout, tokens, [], steps, clock)
-    at_input = replace(config, select=Random(), guard=None, from_block=0, profile="step", profile_blocks=None)
+    at_input = replace(
+        config, select=Random(), guard=None, from_block=0, profile="step", profile_blocks=None, rerank_every=None
+    )
     counting = Session(at_input, [])
     counting.begin(layout, tokens, [], steps, clock)
     kinds, kept, from_block = [], [], []
     for step in range(steps):
         plan, first = Plan("dense"), 0
-        if step in session.profile.steps and not session.in_flight:
+        again = session.reranks(step) and config.execute == "tokens"
+        if again or (step in session.profile.steps and not session.in_flight):
             plan = Plan("profile")
         elif not any(later > step for later in session.profile.steps):
             plan, first = counting.plan(step), config.from_block
@@ -309,12 +342,12 @@ def _plan(
     return session, kinds, kept, from_block
 
 
-def _scoring(shape: ModelShape, session: Session, layout: TokenLayout, batch: int) -> Flops:
+def _scoring(shape: ModelShape, session: Session, layout: TokenLayout, batch: int, steps: int) -> Flops:
     """Work of measuring attention: probes that share queries and stride are measured once a block."""
     measured = {
         (step, block, probe.queries, probe.query_stride)
         for probe in session.profile.probes
-        for step in probe.steps
+        for step in (*probe.steps, *(step for step in range(steps) if session.reranks(step)))
         for block in session.profile.blocks(probe)
     }
     keys = layout.text + layout.rows

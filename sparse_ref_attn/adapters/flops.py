@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..cost import Flops, ModelShape, StepTokens, step_flops
+from ..cost import Flops, ModelShape, StepTokens, layered_flops, step_flops
 from ..record import RunRecord, StepRecord
 from ..report import FlopSummary
 
@@ -15,15 +15,25 @@ def recorded_flops(shape: ModelShape, record: RunRecord) -> Flops:
     """Work of the run as it ran: every call of every step, and the measuring of attention."""
     total = Flops(0, int(record.scoring_flops))
     for step in record.steps:
-        total = total + step_flops(shape, _tokens(record, step), record.batch) * step.calls
+        tokens = _tokens(record, step)
+        if step.layers is not None:
+            work = layered_flops(shape, tokens, step.layers, record.batch)
+        else:
+            work = step_flops(shape, tokens, record.batch)
+        total = total + work * step.calls
     return total
 
 
 def dense_flops(shape: ModelShape, record: RunRecord) -> Flops:
-    """Work of the same run with every reference token in every step."""
+    """Work of the same run with every reference token in every step.
+
+    A run on reference K/V of an earlier one is compared with one that computes them in its first step.
+    """
     total = Flops(0, 0)
     for step in record.steps:
         everything = replace(step, kept=record.layout.reference_tokens, from_block=0)
+        if step is record.steps[0]:
+            everything.kind = "dense"
         total = total + step_flops(shape, _tokens(record, everything), record.batch) * step.calls
     return total
 

@@ -6,8 +6,8 @@ models and needs no run.
 
 from __future__ import annotations
 
-from .flops import Flops, bound_seconds, run_flops, scoring_flops, step_flops
-from .memory import Memory, reference_kv_bytes, step_memory
+from .flops import Flops, bound_seconds, layered_flops, run_flops, scoring_flops, step_flops
+from .memory import Memory, reference_kv_bytes, room_bytes, step_memory
 from .shape import ModelShape
 from .tokens import StepTokens
 
@@ -17,7 +17,9 @@ __all__ = [
     "ModelShape",
     "StepTokens",
     "bound_seconds",
+    "layered_flops",
     "reference_kv_bytes",
+    "room_bytes",
     "run_flops",
     "scoring_flops",
     "step_flops",

@@ -6,14 +6,14 @@ A FLOP is one multiplication or one addition; element-wise work is not counted, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from ..errors import ConfigError
 from .shape import ModelShape
 from .tokens import StepTokens
 
-__all__ = ["Flops", "bound_seconds", "run_flops", "scoring_flops", "step_flops"]
+__all__ = ["Flops", "bound_seconds", "layered_flops", "run_flops", "scoring_flops", "step_flops"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,21 @@ def step_flops(shape: ModelShape, tokens: StepTokens, batch: int = 1) -> Flops:
         macs += shape.leading[tokens.from_block] * tokens.dropped
     pairs = tokens.pairs(shape.attention_layers)
     return Flops(matmul=2 * batch * macs, attention=4 * batch * shape.heads * shape.head_dim * pairs)
+
+
+def layered_flops(shape: ModelShape, tokens: StepTokens, cached: Sequence[int], batch: int = 1) -> Flops:
+    """As `step_flops`, of a call whose attention layers read different numbers of stored reference tokens.
+
+    Parameters
+    ----------
+    shape, tokens, batch
+        As in `step_flops`; ``tokens.cached`` does not count.
+    cached : sequence of int
+        Stored tokens that each attention layer reads.
+    """
+    one = replace(shape, attention_layers=1)
+    attention = sum(step_flops(one, replace(tokens, cached=n), batch).attention for n in cached)
+    return Flops(step_flops(shape, tokens, batch).matmul, attention)
 
 
 def scoring_flops(shape: ModelShape, queries: int, keys: int, blocks: int, batch: int = 1) -> Flops:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .shape import ModelShape
 from .tokens import StepTokens
 
-__all__ = ["Memory", "reference_kv_bytes", "step_memory"]
+__all__ = ["Memory", "reference_kv_bytes", "room_bytes", "step_memory"]
 
 # Joint activations alive at the peak, in tensors of the hidden width, beside the widest Linear layer's input and
 # output: residual streams, normed copies, q, k, v, their fp32 copies in RoPE, attention's output. Measured on the meta
@@ -31,6 +31,11 @@ class Memory:
 def reference_kv_bytes(shape: ModelShape, references: int, batch: int = 1) -> int:
     """Bytes of stored keys and values of `references` tokens: 2 x layers x tokens x H x C x element size x batch."""
     return 2 * shape.attention_layers * references * shape.heads * shape.head_dim * shape.dtype_bytes * batch
+
+
+def room_bytes(shape: ModelShape, rows: int, batch: int = 1) -> int:
+    """Bytes of the rooms for a call's own `rows` (text + generation) beside ranked reference K/V: one a two layers."""
+    return reference_kv_bytes(replace(shape, attention_layers=-(-shape.attention_layers // 2)), rows, batch)
 
 
 def step_memory(shape: ModelShape, tokens: StepTokens, batch: int = 1) -> Memory:

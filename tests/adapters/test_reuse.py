@@ -180,9 +180,9 @@ def test_words_for_what_cannot_be(tmp_path: Path) -> None:
         CASE.call(pipe)
         with pytest.raises(SparseRefError, match=r"capture\(\) must be called before the run"):
             _ = handle.reference_cache
-        with pytest.raises(ConfigError, match="takes a ReferenceCache .* got str"):
+        with pytest.raises(ConfigError, match=r"takes a ReferenceCache .* got str"):
             handle.reuse("cup.safetensors")
-    with pytest.raises(IncompatibleError, match="got FLUX.2"):
+    with pytest.raises(IncompatibleError, match=r"got FLUX\.2"):
         sra.patch(CASES["klein"].build(), sra.SparseRef("grid", 0.3)).capture()
     for name, content in (("none", None), ("text", b"hello"), ("short", b"\x08" + b"\x00" * 7)):
         if content is not None:
