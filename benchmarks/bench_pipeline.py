@@ -125,9 +125,14 @@ def scoring_seconds(record: RunRecord, heads: int, head_dim: int, like: torch.Te
 
 
 def rows_of(
-    case: PipelineCase, runs: dict[str, Runs], shape: Any, like: torch.Tensor, common: dict[str, Any]
+    case: PipelineCase,
+    runs: dict[str, Runs],
+    shape: Any,
+    like: torch.Tensor,
+    common: dict[str, Any],
+    dense_work: Flops | None = None,
 ) -> list[dict[str, Any]]:
-    """One row a method, with the bound."""
+    """One row a method, with the bound. `dense_work` where the dense run is another pipeline's than the method's."""
     dense = runs["dense"]
     attention, transformer = median(dense.attention), median(dense.transformer)
     fixed = median(t - x for t, x in zip(dense.total, dense.transformer, strict=True))
@@ -141,7 +146,7 @@ def rows_of(
             row |= {"bound_seconds": row["seconds_median"], "measured_over_bound": 1.0, "host_ms_per_step": 0.0}
             row["scoring_seconds"] = 0.0
         else:
-            full, kept = dense_flops(shape, own.record), recorded_flops(shape, own.record)
+            full, kept = dense_work or dense_flops(shape, own.record), recorded_flops(shape, own.record)
             scoring = scoring_seconds(own.record, shape.heads, shape.head_dim, like)
             own_work = Flops(kept.matmul, kept.attention - int(own.record.scoring_flops))
             bound = bound_seconds(full, own_work, attention, transformer - attention, fixed + scoring)

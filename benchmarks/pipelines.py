@@ -73,7 +73,9 @@ def caller(pipe: Any, case: PipelineCase) -> Callable[..., Any]:
         if case.model == "kontext":
             own = {"image": images[0], "max_area": side * side, "_auto_resize": False}
         else:
-            own = {"image": images, "guidance_scale": 1.0}
+            own = {"image": images}
+            if isinstance(pipe, diffusers.Flux2KleinPipeline):
+                own["guidance_scale"] = 1.0
         return pipe(
             **embeddings, **own, height=side, width=side, num_inference_steps=steps, output_type="np",
             generator=torch.Generator().manual_seed(2),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["CASES", "QUICK", "TEXT_TOKENS", "PipelineCase"]
+__all__ = ["CACHE_CASES", "CACHE_QUICK", "CASES", "QUICK", "TEXT_TOKENS", "PipelineCase"]
 
 TEXT_TOKENS = 512
 
@@ -45,6 +45,15 @@ CASES = (
     PipelineCase("klein-9b", references=2, layers=0, single=1, steps=3),
     PipelineCase("klein-9b", references=4, layers=0, single=1, steps=3),
 )
+
+CACHE_CASES = (
+    PipelineCase("klein-9b", references=1, layers=0, single=2, steps=4, rounds=2),
+    PipelineCase("klein-9b", references=2, layers=0, single=2, steps=4, rounds=1),
+    PipelineCase("klein-9b", references=4, layers=0, single=1, steps=4, rounds=1),
+)
+"""Klein's four steps: the first, which computes the references, weighs as much as in a real run."""
+
+CACHE_QUICK = tuple(replace(case, steps=2, rounds=1, side=256) for case in CACHE_CASES)
 
 QUICK = tuple(replace(case, steps=2, rounds=1, side=256) for case in CASES)
 """The same at 256 tokens an image: shows that the benchmark runs, and no more."""
