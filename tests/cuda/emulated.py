@@ -110,7 +110,7 @@ class Emulated(Library):
     @staticmethod
     def _written(name: str, arguments: ctypes.Structure) -> set[int | None]:
         if isinstance(arguments, abi.RowsArgs):
-            copies = arguments.copies[: arguments.count]
+            copies = arguments.copies[: max(arguments.count, 0)] if arguments.copies else ()
             return {c.packed if name == "sra_pack_rows" else c.full for c in copies}
         fields = [getattr(arguments, field) for field in WRITTEN[name]]
         return {x.data if isinstance(x, abi.Tensor) else x for x in fields}

@@ -1,0 +1,89 @@
+"""The emulator by itself: the kernel of its README, and what it says of bugs planted in that."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from .emulated import CSRC, compile_kernels
+
+README = (CSRC / "emulator" / "README.md").read_text()
+(ROW_SUMS,) = re.findall(r"```cuda\n(// row_sums.cu.*?)```", README, re.DOTALL)
+SYNC = "  __syncthreads();\n"
+
+
+class RowSums:
+    """The README's kernel, perhaps with one line changed."""
+
+    def __init__(self, folder: Path, old: str = "", new: str = "") -> None:
+        assert old in ROW_SUMS
+        source = folder / "row_sums.cu"
+        source.write_text(ROW_SUMS.replace(old, new) if old else ROW_SUMS)
+        self.loaded = ctypes.CDLL(str(compile_kernels([source], f"-I{CSRC}")))
+        self.loaded.emulator_memory.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+        self.loaded.run_row_sums.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
+        self.loaded.emulator_report.restype = ctypes.c_char_p
+
+    def __call__(self, seed: int = 1, announced: int = 3) -> tuple[torch.Tensor, torch.Tensor, str]:
+        x, out = torch.randn(3, 128), torch.full((3,), float("nan"))
+        self.loaded.emulator_schedule(ctypes.c_uint64(seed), 2)
+        self.loaded.emulator_forget_memory()
+        self.loaded.emulator_memory(x.data_ptr(), announced * 512, 0)
+        self.loaded.emulator_memory(out.data_ptr(), 12, 1)
+        code = self.loaded.run_row_sums(x.data_ptr(), out.data_ptr(), 3)
+        report = self.loaded.emulator_report().decode()
+        assert bool(code) == bool(report)
+        return x, out, report
+
+
+def test_the_readmes_kernel_runs(tmp_path: Path) -> None:
+    row_sums = RowSums(tmp_path)
+    for seed in range(5):
+        x, out, report = row_sums(seed)
+        assert not report
+        torch.testing.assert_close(out, x.sum(1))
+    assert "out of bounds" in row_sums(announced=2)[2]
+
+
+def test_the_readmes_diagnosis_is_what_it_says(tmp_path: Path) -> None:
+    says = re.findall(r"`((?:thread 0 reads|race:).*?)`", README)
+    row_sums = RowSums(tmp_path, SYNC, "\n")
+    reports = [row_sums(seed)[2] for seed in range(8)]
+    assert all(any(report.startswith(text) for text in says) for report in reports), reports
+    assert all(any(report.startswith(text) for report in reports) for text in says), says
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "diagnosis"),
+    [
+        ("mask /= 2) sum", "mask /= 2) if (thread % 2 || mask > 4) sum", r"divergent warp collective"),
+        (SYNC, "  if (thread % 32 < 7) __syncthreads();\n  sra::shfl_xor(sum, 1);\n", r"divergent warp collective"),
+        ("sra::load_global(row + 64 + thread)", "*(row + 64 + thread)", ""),
+        ("thread / 32 * 4, sum", "thread / 32 * 2, sum", r"misaligned shared memory access: byte 2"),
+        ("thread / 32 * 4, sum", "thread / 32 * 8, sum", r"shared memory access out of bounds: bytes 8 to 12 of 8"),
+        ("if (thread == 0)", "if (thread < 2)", r"race: global memory at .* is written, and another thread wrote it"),
+        ("out + blockIdx.x,", "const_cast<float*>(x) + (out ? blockIdx.x : 0),", r"announced to be read only"),
+        ("config.dynamicSmemBytes = 8", "config.dynamicSmemBytes = 50000", r"at most the 49152 bytes"),
+        ("config.blockDim = dim3(64)", "config.blockDim = dim3(48)", r"whole warps, got 48"),
+        ("if (thread % 32 == 0) sra", "sra", r"race: shared memory at byte \d is written, and thread \d+ wrote it"),
+    ],
+)
+def test_a_diagnosis(tmp_path: Path, old: str, new: str, diagnosis: str) -> None:
+    row_sums = RowSums(tmp_path, old, new)
+    for seed in range(3):
+        report = row_sums(seed)[2]
+        assert re.search(diagnosis, report) if diagnosis else not report, report
+
+
+def test_a_warp_may_exchange_through_shared_memory_after_syncwarp(tmp_path: Path) -> None:
+    """Lane 0 of a warp reads what lane 1 wrote: a race until the warp met."""
+    base = "  if (thread % 32 == 0) sra::store_shared(sra::shared_memory() + thread / 32 * 4, sum);\n"
+    write, read = "  if (thread == 1) sra::store_shared(4, 1.0f);\n", "  if (thread == 0) sra::load_shared(4);\n"
+    (tmp_path / "without").mkdir()
+    (tmp_path / "with").mkdir()
+    assert "race" in RowSums(tmp_path / "without", base, write + "  sra::shfl_xor(sum, 1);\n" + read + SYNC + base)()[2]
+    assert not RowSums(tmp_path / "with", base, write + "  __syncwarp();\n" + read + SYNC + base)()[2]
