@@ -25,7 +25,14 @@ from tests.pipelines import CASES
 from tests.training.batches import Batch, build, lora
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "ninja_build.md", "csrc/README.md", "csrc/emulator/README.md", "benchmarks/README.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "ninja_build.md",
+    "csrc/README.md",
+    "csrc/emulator/README.md",
+    "benchmarks/README.md",
+)
 
 
 def blocks(page: str) -> list[str]:
