@@ -15,6 +15,7 @@ from sparse_ref_attn.adapters.depth import DepthCut, leaving
 from sparse_ref_attn.adapters.estimate import estimate
 from sparse_ref_attn.adapters.geometries import MODELS, named_model
 from sparse_ref_attn.config import UniformGuard
+from sparse_ref_attn.cost import StepTokens, step_flops
 from sparse_ref_attn.errors import BudgetError, ConfigError, UnsupportedModelError
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
 from sparse_ref_attn.selection import Reducer
@@ -88,6 +89,9 @@ def test_leaving_by_depth_is_within_one_percent_of_the_flop_counter(name, first)
     dense, by_depth = counted(call, name, model, 300, 4096, 4096), counted(call_by_depth, name, model, 1024, first)
     at_input = counted(call, name, model, 300, 4096, 1024)
     assert at_input < by_depth < dense
+    layout = TokenLayout(2 * 4096, 300, (0, 4096), (Reference(4096, 4096),))
+    exact = step_flops(adapter_for(model).shape(model), StepTokens.of(layout, 1024, first))
+    assert exact.total == by_depth
     e = estimate(model, **given, config=sra.SparseRef("grid", 0.25, from_block=first))
     assert (e.kinds, e.from_block) == (("sparse",) * 3, (first,) * 3)
     assert e.sparse.total == pytest.approx(3 * by_depth, rel=0.01)

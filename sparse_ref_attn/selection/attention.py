@@ -31,7 +31,8 @@ class AttentionMass(Selector):
         L: the single-stream blocks (ReCAST's choice), the joint-stream blocks, every block, or indices >= 0
         over all blocks in order of execution. A list or range becomes a tuple.
     steps : sequence of int
-        Steps, >= 0, that run dense, are measured and averaged. Each costs a full step.
+        Steps, >= 0, that run dense, are measured and averaged. Each costs a full step, unless
+        ``SparseRef(profile="in_flight")`` measures in its first blocks alone.
     query_stride : int
         Use every n-th generation token as a query, >= 1.
     value_norm : bool
