@@ -157,3 +157,12 @@ def test_the_table_of_auto_is_what_this_card_was_proved_for():
     # auto stays with plain PyTorch until these tests have passed on a card and the rows of ORDER were changed by hand
     q, k = draw(33, 65)
     assert torch.equal(attention_mass(q, k, (0, 65)), attention_mass(q, k, (0, 65), backend="chunked"))
+
+
+def test_checking_mode_names_a_bad_row():
+    x, rows = torch.randn(1, 6, 3, device=DEVICE), torch.tensor([2, 6], device=DEVICE)
+    for backend in ("reference", "triton"):
+        with pytest.raises(LayoutError, match=r"rows must lie in \[0, 6\), got values from 2 to 6"):
+            pack_rows(x, rows, backend=backend, check=True)
+        with pytest.raises(LayoutError, match=r"rows must lie in \[0, 6\)"):
+            unpack_rows(x[:, :2], rows, 6, backend=backend, check=True)

@@ -25,12 +25,18 @@ MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_
 
 
 def arguments(
-    channels: int, *, parts: int = 1, dense: bool = True, gathered: bool = True, row: int | None = None
+    channels: int,
+    *,
+    parts: int = 1,
+    dense: bool = True,
+    gathered: bool = True,
+    row: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Arguments:
     """Meta tensors at FLUX sizes, 24 heads; `row` is the stride between rows where it is not heads x channels."""
 
     def tensor(rows: int) -> Tensor:
-        x = torch.empty(rows, row or 24 * channels, dtype=torch.bfloat16, device="meta")
+        x = torch.empty(rows, row or 24 * channels, dtype=dtype, device="meta")
         return x[:, : 24 * channels].unflatten(1, (24, channels))
 
     def integers(*shape: int) -> Tensor:
@@ -44,9 +50,11 @@ def arguments(
     )  # fmt: skip
 
 
-def kernels(card: str, channels: int, parts: int) -> dict[str, Callable[[], object]]:
+def kernels(
+    card: str, channels: int, parts: int, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Callable[[], object]]:
     """Launches of the four attention kernels in their configuration for a card."""
-    a = arguments(channels, parts=parts)
+    a = arguments(channels, parts=parts, dtype=dtype)
     assert a.k is not None
     assert a.cu_seqlens_k is not None
     rows = torch.empty(24, a.q.shape[0], device="meta")
@@ -83,16 +91,17 @@ def test_head_dim_128_does_not_spill_and_copies_asynchronously(card: str, kernel
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("kernel", ["forward", "grad_q", "grad_kv dense", "grad_kv gathered"])
 @pytest.mark.parametrize("channels", [32, 64, 128])
 @pytest.mark.parametrize("card", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_configuration(card: str, channels: int, kernel: str, parts: int) -> None:
-    check(card, compiled(card, kernels(card, channels, parts)[kernel]))
+def test_every_configuration(card: str, channels: int, kernel: str, parts: int, dtype: torch.dtype) -> None:
+    check(card, compiled(card, kernels(card, channels, parts, dtype)[kernel]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("card", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("card", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_second_dense_tensor_and_a_selection_per_head(card: str) -> None:
     a = arguments(128, parts=2)
     per_head = torch.empty(24, 5, dtype=torch.int32, device="meta")
@@ -101,7 +110,8 @@ def test_second_dense_tensor_and_a_selection_per_head(card: str) -> None:
     forward, of_q, of_kv = (config_for(t, CAPABILITY[card], 128) for t in (FORWARD, GRAD_Q, GRAD_KV))
     check(card, compiled(card, lambda: launch_forward(a, forward)))
     check(card, compiled(card, lambda: launch_grad_q(a, a.q, rows, rows, of_q)))
-    check(card, compiled(card, lambda: launch_grad_kv_gathered(a, a.q, rows, rows, of_kv)))
+    for one in (a, a._replace(distinct=True)):
+        check(card, compiled(card, lambda one=one: launch_grad_kv_gathered(one, one.q, rows, rows, of_kv)))
 
 
 def test_the_gather_is_pipelined_as_deep_as_the_dense_loop() -> None:
@@ -127,7 +137,7 @@ def test_a_row_stride_that_is_no_multiple_of_16_bytes_would_cost_the_copies() ->
     assert seen.count(r"LDG\..*U16") > 0
 
 
-@pytest.mark.parametrize("card", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("card", ["sm_80", "sm_90", pytest.param("sm_100", marks=pytest.mark.slow)])
 def test_row_sums_do_not_spill_and_load_whole_words(card: str) -> None:
     out = torch.empty(4608, 24, 128, dtype=torch.bfloat16, device="meta")
     packed, rows = torch.empty(2048, 3072, device="meta"), torch.empty(2048, dtype=torch.int64, device="meta")

@@ -41,13 +41,14 @@ def launches(card: str, C: int, dtype: torch.dtype, masked: bool, ragged: bool) 
     return seen
 
 
-def gate(one: Launch, card: str) -> None:
+def gate(one: Launch, card: str, masked: bool = False) -> None:
     assert one.stack == 0, one
     assert one.shared <= SHARED[card], one
     assert one.count(MATRIX[card]) > 0, one.instructions
     if card != "gfx942":
         assert one.count(r"LDGSTS.*\.128") > 0, one.instructions
-        assert one.count(r"LDG\..*U16") == 0, one.instructions
+        # two bytes of the key mask at a time; keys or queries in such steps would take 64 of them at head dim 128
+        assert one.count(r"LDG\..*U16") <= (16 if masked else 0), one.instructions
 
 
 @pytest.mark.parametrize("card", EVERY_TIME)
@@ -62,7 +63,7 @@ def test_mass_and_lse(card: str):
 @pytest.mark.parametrize("card", AT_LENGTH)
 def test_every_mass_and_lse(card: str, C: int, dtype: torch.dtype, masked: bool, ragged: bool):
     for one in launches(card, C, dtype, masked, ragged):
-        gate(one, card)
+        gate(one, card, masked)
 
 
 @pytest.mark.parametrize("card", [*EVERY_TIME, *AT_LENGTH[2:]])

@@ -97,9 +97,35 @@ def test_both_compile_into_one_graph():
 
 def test_bad_input_is_said_in_words():
     x, rows = draw(6, 3)
-    with pytest.raises(LayoutError, match=r"vector of row numbers, got shape \(1, 3\)"):
+    with pytest.raises(LayoutError, match=r"vector of row numbers, int32 or int64, got shape \(1, 3\)"):
         pack_rows(x, rows[None])
     with pytest.raises(LayoutError, match="vector of row numbers"):
         unpack_rows(x, rows[None], 6)
     with pytest.raises(LayoutError, match="must number the 6 rows of y along dim 1, got 3"):
         unpack_rows(x, rows, 12)
+    with pytest.raises(LayoutError, match=r"int32 or int64, got shape \(3,\), torch.float32"):
+        pack_rows(x, rows.float())
+    with pytest.raises(LayoutError, match="rows must lie on the tensors' device, meta, got cpu"):
+        pack_rows(x.to("meta"), rows)
+    for dim in (3, 7, -4):
+        with pytest.raises(LayoutError, match=f"dim must be one of the tensors' 3 axes, got {dim}"):
+            pack_rows(x, rows, dim)
+
+
+@pytest.mark.parametrize("wrong", [-1, 6, 2**31 - 1])
+def test_a_row_outside_is_named(wrong):
+    x = torch.randn(2, 6, 3)
+    rows = torch.tensor([2, wrong])
+    with pytest.raises(
+        LayoutError, match=rf"rows must lie in \[0, 6\), got values from {min(2, wrong)} to {max(2, wrong)}"
+    ):
+        pack_rows(x, rows)
+    with pytest.raises(LayoutError, match=r"rows must lie in \[0, 6\)"):
+        unpack_rows(x[:, :2], rows, 6)
+
+
+def test_checking_names_rows_that_stand_twice():
+    x, rows = torch.randn(1, 6, 3), torch.tensor([4, 1, 4])
+    assert torch.equal(pack_rows(x, rows), x[:, rows])
+    with pytest.raises(LayoutError, match="rows must be distinct, got 3 of which 2 differ"):
+        pack_rows(x, rows, check=True)

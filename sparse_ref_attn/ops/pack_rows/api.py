@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import overload
 
+import torch
 from torch import Tensor
 
 from ...errors import LayoutError
@@ -18,15 +19,17 @@ __all__ = ["pack_rows", "unpack_rows"]
 
 
 @overload
-def pack_rows(x: Tensor, rows: Tensor, dim: int = 1, *, backend: str = ...) -> Tensor: ...
+def pack_rows(x: Tensor, rows: Tensor, dim: int = 1, *, backend: str = ..., check: bool = ...) -> Tensor: ...
 
 
 @overload
-def pack_rows(x: Sequence[Tensor], rows: Tensor, dim: int = 1, *, backend: str = ...) -> tuple[Tensor, ...]: ...
+def pack_rows(
+    x: Sequence[Tensor], rows: Tensor, dim: int = 1, *, backend: str = ..., check: bool = ...
+) -> tuple[Tensor, ...]: ...
 
 
 def pack_rows(
-    x: Tensor | Sequence[Tensor], rows: Tensor, dim: int = 1, *, backend: str = "auto"
+    x: Tensor | Sequence[Tensor], rows: Tensor, dim: int = 1, *, backend: str = "auto", check: bool = False
 ) -> Tensor | tuple[Tensor, ...]:
     """Keep `rows` of `x` along `dim`.
 
@@ -41,6 +44,9 @@ def pack_rows(
         The token axis. Default 1, as in (B, S, D).
     backend : {"auto", "reference", "triton", "cuda"}
         "reference" is ``index_select``. A named backend never falls back.
+    check : bool
+        Check that rows lie within the tensor and are distinct, which on CUDA waits for the device. On the CPU the
+        first is always checked (but under `torch.compile`, where torch itself checks it). Default False.
 
     Returns
     -------
@@ -50,16 +56,15 @@ def pack_rows(
     Raises
     ------
     LayoutError
-        If `rows` is not a vector, or the tensors disagree in S or the device.
+        If `rows` is not a vector of integers, has a row outside the tensor (or, checked, one twice), or the tensors
+        disagree in S or the device.
     ConfigError
         If the backend cannot do the call; the message says why.
-    IndexError | RuntimeError
-        If a row is outside the tensor (torch's own, "reference" on a CPU).
 
     Notes
     -----
-    Deterministic, forward and backward. No host sync. With "triton" and "cuda" a row outside
-    the tensor reads as zeros, unnoticed.
+    Deterministic, forward and backward. No host sync, unless asked to check. With "triton" and "cuda" an unchecked
+    row outside the tensor reads as zeros.
 
     Examples
     --------
@@ -68,6 +73,7 @@ def pack_rows(
     [0.0, 3.0]
     """
     tensors, dim = _check((x,) if isinstance(x, Tensor) else x, rows, dim)
+    _check_values(rows, tensors[0].shape[dim], check)
     if _is_reference(backend, tensors[0]):
         packed = [pack_reference(t, rows, dim) for t in tensors]
     else:
@@ -76,17 +82,19 @@ def pack_rows(
 
 
 @overload
-def unpack_rows(y: Tensor, rows: Tensor, size: int, dim: int = 1, *, backend: str = ...) -> Tensor: ...
+def unpack_rows(
+    y: Tensor, rows: Tensor, size: int, dim: int = 1, *, backend: str = ..., check: bool = ...
+) -> Tensor: ...
 
 
 @overload
 def unpack_rows(
-    y: Sequence[Tensor], rows: Tensor, size: int, dim: int = 1, *, backend: str = ...
+    y: Sequence[Tensor], rows: Tensor, size: int, dim: int = 1, *, backend: str = ..., check: bool = ...
 ) -> tuple[Tensor, ...]: ...
 
 
 def unpack_rows(
-    y: Tensor | Sequence[Tensor], rows: Tensor, size: int, dim: int = 1, *, backend: str = "auto"
+    y: Tensor | Sequence[Tensor], rows: Tensor, size: int, dim: int = 1, *, backend: str = "auto", check: bool = False
 ) -> Tensor | tuple[Tensor, ...]:
     """Put packed rows back into `size` rows; the dropped ones are zero.
 
@@ -102,6 +110,9 @@ def unpack_rows(
         The token axis. Default 1.
     backend : {"auto", "reference", "triton", "cuda"}
         "reference" is ``index_copy``. A named backend never falls back.
+    check : bool
+        Check that rows lie within the tensor and are distinct, which on CUDA waits for the device. On the CPU the
+        first is always checked (but under `torch.compile`, where torch itself checks it). Default False.
 
     Returns
     -------
@@ -111,16 +122,15 @@ def unpack_rows(
     Raises
     ------
     LayoutError
-        If `rows` does not number the rows of `y`.
+        If `rows` does not number the rows of `y`, has a row outside the result (or, checked, one twice), or the
+        tensors disagree in T or the device.
     ConfigError
         If the backend cannot do the call; the message says why.
-    IndexError | RuntimeError
-        If a row is outside the result (torch's own, "reference" on a CPU).
 
     Notes
     -----
-    Deterministic, forward and backward. No host sync. With "triton" and "cuda" a row outside
-    the result is left out, unnoticed.
+    Deterministic, forward and backward. No host sync, unless asked to check. With "triton" and "cuda" an unchecked
+    row outside the result is left out.
 
     Examples
     --------
@@ -133,6 +143,7 @@ def unpack_rows(
         raise LayoutError(
             f"rows must number the {tensors[0].shape[dim]} rows of y along dim {dim}, got {rows.shape[0]}"
         )
+    _check_values(rows, size, check)
     if _is_reference(backend, tensors[0]):
         full = [unpack_reference(t, rows, size, dim) for t in tensors]
     else:
@@ -149,16 +160,38 @@ def _is_reference(backend: str, x: Tensor) -> bool:
 
 def _check(tensors: Sequence[Tensor], rows: Tensor, dim: int) -> tuple[list[Tensor], int]:
     """The tensors and `dim` counted from the first axis, which all tensors must share."""
-    if rows.ndim != 1:
-        raise LayoutError(f"rows must be a vector of row numbers, got shape {tuple(rows.shape)}")
+    if rows.ndim != 1 or rows.dtype not in (torch.int32, torch.int64):
+        raise LayoutError(
+            f"rows must be a vector of row numbers, int32 or int64, got shape {tuple(rows.shape)}, {rows.dtype}"
+        )
     if not tensors:
         raise LayoutError("there must be at least one tensor, got none")
     first = tensors[0]
+    if rows.device != first.device:
+        raise LayoutError(f"rows must lie on the tensors' device, {first.device}, got {rows.device}")
+    if not -first.ndim <= dim < first.ndim:
+        raise LayoutError(f"dim must be one of the tensors' {first.ndim} axes, got {dim}")
     axis = dim % first.ndim
     for t in tensors[1:]:
-        if dim % t.ndim != axis or t.shape[axis] != first.shape[axis] or t.device != first.device:
+        if (
+            not -t.ndim <= dim < t.ndim
+            or dim % t.ndim != axis
+            or t.shape[axis] != first.shape[axis]
+            or t.device != first.device
+        ):
             raise LayoutError(
                 "tensors must share the token axis, its length and the device, "
                 f"got {tuple(first.shape)} on {first.device} and {tuple(t.shape)} on {t.device} along {dim}"
             )
     return list(tensors), axis
+
+
+def _check_values(rows: Tensor, size: int, check: bool) -> None:
+    """Read the row numbers; a traced or fake tensor has none."""
+    if not (check or rows.is_cpu) or torch.compiler.is_compiling() or type(rows) is not Tensor or not rows.numel():
+        return
+    low, high = (int(x) for x in rows.aminmax())
+    if low < 0 or high >= size:
+        raise LayoutError(f"rows must lie in [0, {size}), got values from {low} to {high}")
+    if check and rows.unique().shape != rows.shape:
+        raise LayoutError(f"rows must be distinct, got {rows.shape[0]} of which {rows.unique().shape[0]} differ")
