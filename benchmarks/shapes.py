@@ -46,10 +46,8 @@ CASES = (
     PipelineCase("klein-9b", references=4, layers=0, single=1, steps=3),
 )
 
-CACHE_CASES = (
-    PipelineCase("klein-9b", references=1, layers=0, single=2, steps=4, rounds=2),
-    PipelineCase("klein-9b", references=2, layers=0, single=2, steps=4, rounds=1),
-    PipelineCase("klein-9b", references=4, layers=0, single=1, steps=4, rounds=1),
+CACHE_CASES = tuple(
+    PipelineCase("klein-9b", references=n, layers=0, single=1, steps=4, rounds=1, side=512) for n in (1, 2, 4)
 )
 """Klein's four steps: the first, which computes the references, weighs as much as in a real run."""
 
