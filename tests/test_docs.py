@@ -114,6 +114,19 @@ def test_the_readmes_reference_cache_runs(tmp_path: Path, monkeypatch: pytest.Mo
         if 'execute="cache"' in block:
             exec(block, names)
             pipe(**call)
+    assert names["handle"].record.steps[0].kind == "cached"
+
+
+def test_the_readmes_ratios_of_the_reference_cache_are_those_of_estimate() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| (\d) references? \| ([\d.]+)x \| ([\d.]+)x \| ([\d.]+)x \|$", page, re.MULTILINE)
+    assert [line[0] for line in lines] == ["1", "2", "4"]
+    model = named_model("klein-9b")
+    for count, *ratios in lines:
+        for execute, ratio in zip(("tokens", "cache", "both"), ratios, strict=True):
+            config = sra.SparseRef("edges", 0.25, execute)
+            e = sra.estimate(model, references=[(1024, 1024)] * int(count), steps=4, config=config)
+            assert f"{e.flop_ratio:.2f}" == ratio
 
 
 def test_the_readmes_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
