@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def train(options: argparse.Namespace) -> None:
     if drop is not None:
         drop.remove()
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        _write(pipe, out, ema, drop, small)
+        _write(pipe, out, ema, drop, small, {"train": asdict(config), **about})
 
 
 def _small(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -138,8 +139,8 @@ def _real(options: argparse.Namespace) -> tuple[Any, Any]:
     return pipe, batches
 
 
-def _write(pipe: Any, out: Path, ema: dict[str, Any], drop: Any, small: bool) -> None:
-    """The moving average where a pipeline finds it, and the settings of the random dropping with it."""
+def _write(pipe: Any, out: Path, ema: dict[str, Any], drop: Any, small: bool, about: dict[str, Any]) -> None:
+    """The moving average where a pipeline finds it, with the settings that it was trained by."""
     from ..training.lora import save_lora
 
     settings = None if drop is None else drop.drop
@@ -148,7 +149,7 @@ def _write(pipe: Any, out: Path, ema: dict[str, Any], drop: Any, small: bool) ->
         return
     pipe.transformer.load_state_dict(ema)
     pipe.transformer.save_pretrained(out / "transformer")
-    said = {"random_drop": None if settings is None else settings.to_dict()}
+    said = {"random_drop": None if settings is None else settings.to_dict(), **about}
     (out / "transformer" / "sparse_ref_attn.json").write_text(json.dumps(said, indent=2))
     print(f"Transformer written to {out / 'transformer'}")
 

@@ -145,7 +145,8 @@ def _match(folder: Path, theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor
 
 
 def _all(out: Path) -> list[Path]:
-    return sorted(path for path in out.glob("step-*") if (path / "about.json").exists())
+    found = (path for path in out.glob("step-*") if (path / "about.json").exists())
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _sync(path: Path) -> None:

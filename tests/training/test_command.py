@@ -37,6 +37,7 @@ def test_the_small_model(sprites, tmp_path):
     assert main(["train", "--sprites", sprites, "--grid", "8", *more]) == 0
     said = json.loads((dropped / "transformer/sparse_ref_attn.json").read_text())
     assert said["random_drop"]["keep"] == [0.1, 0.9]
+    assert said["train"]["steps"] == 2
     assert json.loads((dropped / "step-000002/about.json").read_text())["draws"] == {"draws": 2}
 
 
