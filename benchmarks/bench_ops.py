@@ -55,7 +55,7 @@ class Method(NamedTuple):
 def attention_methods(call: Attention) -> dict[str, Method]:
     """Dense attention, ours, and our rivals."""
     dense = call.dense()
-    backends = ("auto", "sdpa", "triton", *(("flash", "flex") if call.device.type == "cuda" else ()))
+    backends = ("auto", "sdpa", "triton", "cuda", *(("flash", "flex") if call.device.type == "cuda" else ()))
     out = {"dense": Method(by_hand(dense), dense, dense.flops)}
     out |= _rivals(DENSE, dense)
     out[HAND[call.op]] = Method(by_hand(call), call, call.flops)
@@ -67,7 +67,7 @@ def attention_methods(call: Attention) -> dict[str, Method]:
 def mass_methods(call: Mass) -> dict[str, Method]:
     """Ours, with all queries and with every fourth, and our rivals."""
     out = {HAND[call.op]: Method(mass_by_hand(call), call, call.flops)}
-    for backend in ("auto", "triton"):
+    for backend in ("auto", "triton", "cuda"):
         out[f"ours ({backend})"] = Method(lambda backend=backend: call.ours(backend), call, call.flops)
     out["ours (auto), every 4th query"] = Method(lambda: call.ours("auto", 4), None, call.flops / 4)
     return out | _rivals(MASS, call)

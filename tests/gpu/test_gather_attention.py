@@ -17,6 +17,7 @@ from sparse_ref_attn.ops.gather_attention.gradients import Wanted
 from ..ops.guards import in_nan
 from ..ops.problems import NAMES, Problem, gradients, make, truth
 from ..ops.tolerance import assert_as_accurate
+from .kernels import OWN, require
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -50,11 +51,12 @@ def results(problem: Problem, backend: str, through_lse: bool = True) -> dict[st
     [
         (name, backend)
         for name in PROBLEMS
-        for backend in ("triton", "sdpa", "flash", "flex")
-        if backend in ("triton", "sdpa") or "per key head" not in name
+        for backend in (*OWN, "sdpa", "flash", "flex")
+        if backend in (*OWN, "sdpa") or "per key head" not in name
     ],
 )
 def test_output_lse_and_every_gradient(name: str, backend: str, dtype: torch.dtype) -> None:
+    require(backend, PROBLEMS[name].operands["q"].shape[2])
     rounded = PROBLEMS[name].to(dtype)
     exact = rounded.to(torch.float64).leaves()
     out, lse = truth(exact)
@@ -110,44 +112,52 @@ def test_auto_takes_no_kernel_that_was_not_proved_here() -> None:
         assert torch.equal(one, expected)
 
 
+@pytest.mark.parametrize("backend", OWN)
 @pytest.mark.parametrize("name", ["rows named twice", "a selection per key head", "text and image rows apart"])
-def test_the_same_bits_every_time(name: str) -> None:
+def test_the_same_bits_every_time(name: str, backend: str) -> None:
+    require(backend)
     problem = PROBLEMS[name].to(torch.bfloat16, DEVICE).leaves()
-    first = results(problem, "triton")
+    first = results(problem, backend)
     for _ in range(10):
-        for tensor, value in results(problem, "triton").items():
+        for tensor, value in results(problem, backend).items():
             assert torch.equal(value, first[tensor]), tensor
 
 
+@pytest.mark.parametrize("backend", OWN)
 @pytest.mark.parametrize("gap", [8, 24])
-def test_odd_strides_in_poisoned_memory(gap: int) -> None:
+def test_odd_strides_in_poisoned_memory(gap: int, backend: str) -> None:
+    require(backend)
     rounded = PROBLEMS["ragged items, one bank"].to(torch.bfloat16)
     low = rounded.run("reference")
     want = truth(rounded.to(torch.float64))
     poisoned = {n: in_nan(x.to(DEVICE), gap) for n, x in rounded.operands.items()}
     layout = {n: x.to(DEVICE) for n, x in rounded.layout.items()}
-    out, lse = Problem(poisoned, layout).run("triton")
+    out, lse = Problem(poisoned, layout).run(backend)
     assert_as_accurate(out.cpu(), want[0], low[0], "out")
     assert_as_accurate(lse.cpu(), want[1], low[1], "lse")
 
 
-def test_a_bank_that_needs_int64_offsets() -> None:
+@pytest.mark.parametrize("backend", OWN)
+def test_a_bank_that_needs_int64_offsets(backend: str) -> None:
+    require(backend)
     if torch.cuda.mem_get_info()[0] < FAR_BYTES:
         pytest.skip(f"needs {FAR_BYTES >> 30} GiB of free device memory")
-    problem = make(((40,),), ((33,),), (3,), 3, heads=1, channels=32).to(torch.float16, DEVICE)
+    problem = make(((40,),), ((33,),), (3,), 3, heads=1, channels=64).to(torch.float16, DEVICE)
     flat = torch.empty(FAR_BYTES // 2, dtype=torch.float16, device=DEVICE)
-    far = flat.as_strided((3, 1, 32), (2**30, 32, 1))
+    far = flat.as_strided((3, 1, 64), (2**30, 64, 1))
     far.copy_(problem.operands["k_ref"])
     moved = Problem({**problem.operands, "k_ref": far}, problem.layout)
-    assert torch.equal(moved.run("triton")[0], problem.run("triton")[0])
+    assert torch.equal(moved.run(backend)[0], problem.run(backend)[0])
 
 
-def test_forward_and_backward_in_a_cuda_graph() -> None:
+@pytest.mark.parametrize("backend", OWN)
+def test_forward_and_backward_in_a_cuda_graph(backend: str) -> None:
+    require(backend)
     problem = PROBLEMS["rows named twice"].to(torch.bfloat16, DEVICE).leaves()
     weight = torch.randn_like(problem.operands["q"])
 
     def step() -> tuple[Tensor, ...]:
-        out = gather_attention(**problem.operands, **problem.layout, backend="triton")
+        out = gather_attention(**problem.operands, **problem.layout, backend=backend)
         return (out, *torch.autograd.grad((out * weight).sum(), list(problem.operands.values())))
 
     stream = torch.cuda.Stream()
@@ -164,8 +174,10 @@ def test_forward_and_backward_in_a_cuda_graph() -> None:
         assert torch.equal(one, expected)
 
 
-def test_checking_mode_names_a_bad_index() -> None:
+@pytest.mark.parametrize("backend", OWN)
+def test_checking_mode_names_a_bad_index(backend: str) -> None:
+    require(backend)
     problem = PROBLEMS["one token"].to(torch.bfloat16, DEVICE)
     layout = {**problem.layout, "ref_indices": torch.tensor([7], device=DEVICE)}
     with pytest.raises(LayoutError, match=r"lie in \[0, 1\), got values from 7 to 7"):
-        Problem(problem.operands, layout).run("triton", check=True)
+        Problem(problem.operands, layout).run(backend, check=True)

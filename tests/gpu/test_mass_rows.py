@@ -12,6 +12,7 @@ from sparse_ref_attn.ops.attention_mass.reference import attention_mass_referenc
 
 from ..ops.guards import in_nan
 from ..ops.tolerance import assert_as_accurate
+from .kernels import OWN, require
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -30,24 +31,28 @@ def check(mass: Tensor, q: Tensor, k: Tensor, span: tuple[int, int], mask: Tenso
     assert_as_accurate(mass, truth, attention_mass_reference(q, k, span, scale, mask))
 
 
+@pytest.mark.parametrize("backend", OWN)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("C", [32, 64, 128])
 @pytest.mark.parametrize(
     ("queries", "keys", "start"), [(1, 63, 62), (63, 100, 0), (129, 65, 64), (512, 1300, 700), (1000, 129, 5)]
 )
-def test_mass(queries: int, keys: int, start: int, C: int, dtype: torch.dtype):
+def test_mass(queries: int, keys: int, start: int, C: int, dtype: torch.dtype, backend: str):
+    require(backend, C)
     q, k = draw(queries, keys, C=C, dtype=dtype)
-    check(attention_mass(q, k, (start, keys), backend="triton"), q, k, (start, keys))
+    check(attention_mass(q, k, (start, keys), backend=backend), q, k, (start, keys))
     mask = torch.rand(2, keys, generator=torch.Generator().manual_seed(0)) > 0.3
     mask[:, -1] = True
     mask = mask.to(DEVICE)
-    check(attention_mass(q, k, (start, keys), key_mask=mask, backend="triton"), q, k, (start, keys), mask)
-    strided = attention_mass(q, k, (start, keys), query_stride=3, backend="triton")
+    check(attention_mass(q, k, (start, keys), key_mask=mask, backend=backend), q, k, (start, keys), mask)
+    strided = attention_mass(q, k, (start, keys), query_stride=3, backend=backend)
     check(strided, q[:, ::3], k, (start, keys))
 
 
+@pytest.mark.parametrize("backend", OWN)
 @pytest.mark.parametrize("stride", [1, 4])
-def test_ragged(stride: int):
+def test_ragged(stride: int, backend: str):
+    require(backend)
     items = [(300, 400, 77), (0, 5, 3), (64, 128, 128), (1, 63, 0), (129, 100, 1)]  # queries, keys, references
     counts = torch.tensor(items)
     offsets = torch.cat([torch.zeros(1, 3, dtype=torch.long), counts.cumsum(0)]).t().to(torch.int32).contiguous()
@@ -55,7 +60,7 @@ def test_ragged(stride: int):
     rows, keys, refs = offsets[:, -1].tolist()
     q, k = draw(rows, keys, batch=1)
     mass = attention_mass_varlen(
-        q[0], k[0], *offsets.to(DEVICE), starts.to(DEVICE), refs, query_stride=stride, backend="triton"
+        q[0], k[0], *offsets.to(DEVICE), starts.to(DEVICE), refs, query_stride=stride, backend=backend
     )
     for item, (n, s, r) in enumerate(items):
         at = offsets[:, item].tolist()
@@ -66,19 +71,23 @@ def test_ragged(stride: int):
             assert not mine.any()
 
 
-def test_checking_mode_names_bad_offsets():
+@pytest.mark.parametrize("backend", OWN)
+def test_checking_mode_names_bad_offsets(backend: str):
+    require(backend)
     q, k = draw(40, 70, batch=1)
     cu_q, cu_k, cu_ref = (torch.tensor([0, n], dtype=torch.int32, device=DEVICE) for n in (40, 70, 30))
     starts = torch.tensor([41], dtype=torch.int32, device=DEVICE)
     with pytest.raises(LayoutError, match=r"must lie among its keys, rows 0 to 70 of k, got rows 41 to 71"):
-        attention_mass_varlen(q[0], k[0], cu_q, cu_k, cu_ref, starts, 30, backend="triton", check=True)
+        attention_mass_varlen(q[0], k[0], cu_q, cu_k, cu_ref, starts, 30, backend=backend, check=True)
 
 
-def test_mass_has_the_same_bits_every_time():
+@pytest.mark.parametrize("backend", OWN)
+def test_mass_has_the_same_bits_every_time(backend: str):
+    require(backend)
     q, k = draw(1000, 2000, heads=24, C=128, batch=1)
-    first = attention_mass(q, k, (700, 2000), backend="triton")
+    first = attention_mass(q, k, (700, 2000), backend=backend)
     for _ in range(10):
-        assert torch.equal(attention_mass(q, k, (700, 2000), backend="triton"), first)
+        assert torch.equal(attention_mass(q, k, (700, 2000), backend=backend), first)
 
 
 def need_memory(needed: int) -> None:
@@ -86,27 +95,31 @@ def need_memory(needed: int) -> None:
         pytest.skip(f"needs {needed >> 30} GiB of free device memory")
 
 
-def test_mass_of_rows_that_need_int64_offsets():
+@pytest.mark.parametrize("backend", OWN)
+def test_mass_of_rows_that_need_int64_offsets(backend: str):
+    require(backend)
     need_memory(FAR_BYTES)
     flat = torch.empty(FAR_BYTES // 2, dtype=torch.float16, device=DEVICE)
     far = flat.as_strided((1, 3, 1, 32), (2**31, 2**30, 32, 1))
     q, k = draw(3, 3, heads=1, C=32, dtype=torch.float16, batch=1)
     far.copy_(k)
-    check(attention_mass(q, far, (0, 3), backend="triton"), q, k, (0, 3))
+    check(attention_mass(q, far, (0, 3), backend=backend), q, k, (0, 3))
     far.copy_(q)
-    check(attention_mass(far, k, (0, 3), backend="triton"), q, k, (0, 3))
+    check(attention_mass(far, k, (0, 3), backend=backend), q, k, (0, 3))
 
 
-def test_mass_and_rows_in_a_cuda_graph():
+@pytest.mark.parametrize("backend", OWN)
+def test_mass_and_rows_in_a_cuda_graph(backend: str):
+    require(backend)
     if not torch.cuda.is_available():
         pytest.skip("graphs belong to the card")
     q, k = draw(100, 200, C=128)
     rows = torch.arange(0, 200, 3, device=DEVICE)
 
     def step() -> tuple[Tensor, Tensor]:
-        kept = pack_rows(k, rows, backend="triton")
-        mass = attention_mass(q, k, (50, 200), backend="triton")
-        return mass, unpack_rows(kept, rows, 200, backend="triton")
+        kept = pack_rows(k, rows, backend=backend)
+        mass = attention_mass(q, k, (50, 200), backend=backend)
+        return mass, unpack_rows(kept, rows, 200, backend=backend)
 
     step()  # compiles
     torch.cuda.synchronize()
@@ -123,34 +136,40 @@ def test_mass_and_rows_in_a_cuda_graph():
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool, torch.complex64]
 
 
+@pytest.mark.parametrize("backend", OWN)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "kept", "inner"), [(1, 1, 1), (63, 0, 5), (129, 100, 63), (500, 129, 3072)])
-def test_rows(size: int, kept: int, inner: int, dtype: torch.dtype):
+def test_rows(size: int, kept: int, inner: int, dtype: torch.dtype, backend: str):
+    require(backend)
     generator = torch.Generator().manual_seed(size)
     rows = torch.randperm(size, generator=generator)[:kept].to(DEVICE)
     x = [torch.randn(shape, generator=generator) for shape in ((2, size, inner), (1, size, 3, 2), (4, size))]
     x = [(3 * t).to(DEVICE, dtype) for t in x]
-    packed = pack_rows(x, rows, backend="triton")
-    back = unpack_rows(packed, rows, size, backend="triton")
+    packed = pack_rows(x, rows, backend=backend)
+    back = unpack_rows(packed, rows, size, backend=backend)
     for full, some, again in zip(x, packed, back, strict=True):
         assert torch.equal(some, full.index_select(1, rows))
         assert torch.equal(again, torch.zeros_like(full).index_copy(1, rows, some))
 
 
-def test_gradients_of_rows():
+@pytest.mark.parametrize("backend", OWN)
+def test_gradients_of_rows(backend: str):
+    require(backend)
     x = torch.randn(2, 129, 40, device=DEVICE, requires_grad=True)
     rows = torch.randperm(129, generator=torch.Generator().manual_seed(0))[:50].to(DEVICE)
     weight = torch.randn(2, 50, 40, device=DEVICE)
-    (grad,) = torch.autograd.grad((pack_rows(x, rows, backend="triton") * weight).sum(), x)
+    (grad,) = torch.autograd.grad((pack_rows(x, rows, backend=backend) * weight).sum(), x)
     assert torch.equal(grad, torch.zeros_like(x).index_copy(1, rows, weight))
 
 
-def test_rows_that_need_int64_offsets():
+@pytest.mark.parametrize("backend", OWN)
+def test_rows_that_need_int64_offsets(backend: str):
+    require(backend)
     need_memory(FAR_BYTES)
     far = torch.empty(FAR_BYTES // 2, dtype=torch.float16, device=DEVICE).as_strided((1, 3, 32), (0, 2**30, 1))
     far.copy_(torch.randn(1, 3, 32))
     rows = torch.tensor([2, 0], device=DEVICE)
-    assert torch.equal(pack_rows(far, rows, backend="triton"), far[:, [2, 0]])
+    assert torch.equal(pack_rows(far, rows, backend=backend), far[:, [2, 0]])
 
 
 def test_the_table_of_auto_is_what_this_card_was_proved_for():

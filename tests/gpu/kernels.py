@@ -1,0 +1,23 @@
+"""The backends whose kernels are this library's own, and what a test of them needs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_ref_attn.ops import _cuda
+
+__all__ = ["OWN", "require"]
+
+OWN = ("triton", "cuda")
+
+
+def require(backend: str, channels: int = 64) -> None:
+    """Skip, aloud, where the kernels of csrc are not built for this card or do not have the head dim."""
+    if backend != "cuda":
+        return
+    if channels not in _cuda.CHANNELS:
+        pytest.skip(f"cuda has no kernel for a head dim of {channels}")
+    why = _cuda.against(torch.device("cuda", torch.cuda.current_device()))
+    if why:
+        pytest.skip(f"cuda {'; '.join(why)}")
