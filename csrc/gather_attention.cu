@@ -216,7 +216,7 @@ int check(const sra_gather_attention_args& x) {
     return refuse(SRA_BAD_SIZE, "selections must be 0, 1 or key_heads (%d), got %d", x.key_heads, x.selections);
   if (x.dense_parts + x.selections == 0)
     return refuse(SRA_BAD_SIZE, "there must be keys: dense_parts or selections, got 0 of both");
-  if (int error = check_size("queries", x.queries, 0, INT32_MAX)) return error;
+  if (int error = check_size("queries", x.queries, 0, INT32_MAX - BLOCK_M)) return error;
   if (x.queries == 0) return SRA_OK;
   if (int error = check_rows("q", x.q, false)) return error;
   if (int error = check_rows("out", x.out, false)) return error;

@@ -232,26 +232,24 @@ void land(const Copy& copy) {
 
 // ---------------------------------------------------------------------------------------------- scheduling
 
+// Nobody can go on. Threads at a barrier wait for no one who returned, so some warp waits for its own lanes.
 std::string describe_stuck() {
-  std::string text;
-  for (size_t w = 0; w < machine.warps.size(); w++)
-    if (machine.warps[w].arrived) {
-      const Warp& warp = machine.warps[w];
-      unsigned lanes = 0;
-      std::string others;
-      for (int lane = 0; lane < WARP; lane++) {
-        const Thread& t = machine.threads[w * WARP + lane];
-        if (t.at == At::COLLECTIVE) lanes |= 1u << lane;
-        else if (t.at == At::RETURNED) others = "returned";
-        else others = "wait at __syncthreads (" + where(t.site) + ")";
-      }
-      char mask[16];
-      snprintf(mask, sizeof mask, "0x%08x", lanes);
-      return std::string("divergent warp collective: ") + warp.name + " (" + where(warp.site) + ") is waited for by lanes " +
-             mask + " of warp " + std::to_string(w) + ", others " + others;
-    }
-  return "deadlock: " + std::to_string(machine.at_barrier) + " of " + std::to_string(machine.live) +
-         " threads wait at __syncthreads (" + where(machine.barrier) + ")";
+  size_t w = 0;
+  while (!machine.warps[w].arrived) w++;
+  const Warp& warp = machine.warps[w];
+  unsigned lanes = 0;
+  std::string others;
+  for (int lane = 0; lane < WARP; lane++) {
+    const Thread& thread = machine.threads[w * WARP + lane];
+    if (thread.at == At::COLLECTIVE)
+      lanes |= 1u << lane;
+    else
+      others = thread.at == At::RETURNED ? "returned" : "wait at __syncthreads (" + where(thread.site) + ")";
+  }
+  char mask[16];
+  snprintf(mask, sizeof mask, "0x%08x", lanes);
+  return std::string("deadlock in a divergent warp collective: ") + warp.name + " (" + where(warp.site) +
+         ") is waited for by lanes " + mask + " of warp " + std::to_string(w) + ", others " + others;
 }
 
 void run_block() {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,15 @@ def test_the_readmes_kernel_runs(tmp_path: Path) -> None:
         assert not report
         torch.testing.assert_close(out, x.sum(1))
     assert "out of bounds" in row_sums(announced=2)[2]
+
+
+@pytest.mark.parametrize("page", [CSRC / "emulator" / "README.md", CSRC.parent / "CONTRIBUTING.md"])
+def test_the_command_of_the_page_makes_a_library(tmp_path: Path, page: Path) -> None:
+    (command,) = re.findall(r"^csrc/emulator/compile \S+ csrc/\*\.cu", page.read_text(), re.MULTILINE)
+    command = re.sub(r" \S+\.so ", f" {tmp_path / 'kernels.so'} ", command)
+    environment = {**os.environ, "CXXFLAGS": "-O0"}
+    subprocess.run(["bash", "-c", command], cwd=CSRC.parent, env=environment, check=True)
+    assert ctypes.CDLL(str(tmp_path / "kernels.so")).sra_version() == 1
 
 
 def test_the_readmes_diagnosis_is_what_it_says(tmp_path: Path) -> None:
