@@ -14,7 +14,7 @@ from sparse_ref_attn.adapters.geometries import named_model
 
 from .shapes import TEXT_TOKENS, PipelineCase
 
-__all__ = ["build", "caller"]
+__all__ = ["build", "caller", "embeddings", "photos"]
 
 # Eight times smaller in space as the published VAEs are, and so narrow that it hardly takes time.
 _VAE = {
@@ -59,17 +59,21 @@ def build(case: PipelineCase, device: torch.device, dtype: torch.dtype, real_dep
     return pipe
 
 
+def embeddings(pipe: Any, seed: int = 1) -> dict[str, torch.Tensor]:
+    """A random prompt, as the pipeline's own arguments."""
+    config, random = pipe.transformer.config, torch.Generator().manual_seed(seed)
+    drawn = {"prompt_embeds": torch.randn(1, TEXT_TOKENS, config.joint_attention_dim, generator=random)}
+    if isinstance(pipe, diffusers.FluxKontextPipeline):
+        drawn["pooled_prompt_embeds"] = torch.randn(1, config.pooled_projection_dim, generator=random)
+    return {name: value.to(pipe.transformer.device, pipe.transformer.dtype) for name, value in drawn.items()}
+
+
 def caller(pipe: Any, case: PipelineCase) -> Callable[..., Any]:
     """``call(steps=case.steps, side=case.side) -> numpy images``: one whole ``pipe()`` call, the same every time."""
-    config, device, dtype = pipe.transformer.config, pipe.transformer.device, pipe.transformer.dtype
-    random = torch.Generator().manual_seed(1)
-    embeddings = {"prompt_embeds": torch.randn(1, TEXT_TOKENS, config.joint_attention_dim, generator=random)}
-    if case.model == "kontext":
-        embeddings["pooled_prompt_embeds"] = torch.randn(1, config.pooled_projection_dim, generator=random)
-    embeddings = {name: value.to(device, dtype) for name, value in embeddings.items()}
+    prompt = embeddings(pipe)
 
     def call(steps: int = case.steps, side: int = case.side) -> Any:
-        images = _photos(case.references, side)
+        images = photos(case.references, side)
         if case.model == "kontext":
             own = {"image": images[0], "max_area": side * side, "_auto_resize": False}
         else:
@@ -77,14 +81,14 @@ def caller(pipe: Any, case: PipelineCase) -> Callable[..., Any]:
             if isinstance(pipe, diffusers.Flux2KleinPipeline):
                 own["guidance_scale"] = 1.0
         return pipe(
-            **embeddings, **own, height=side, width=side, num_inference_steps=steps, output_type="np",
+            **prompt, **own, height=side, width=side, num_inference_steps=steps, output_type="np",
             generator=torch.Generator().manual_seed(2),
         ).images  # fmt: skip
 
     return call
 
 
-def _photos(count: int, side: int) -> list[PIL.Image.Image]:
+def photos(count: int, side: int) -> list[PIL.Image.Image]:
     """The bundled photo in `count` orientations."""
     with resources.files("sparse_ref_attn").joinpath("assets/photo.jpg").open("rb") as file:
         photo = PIL.Image.open(file).convert("RGB").resize((side, side))

@@ -211,9 +211,22 @@ def test_a_batch_of_one_is_the_call_itself() -> None:
     assert (done.joined, done.alone) == (0, 3)
 
 
-@pytest.mark.parametrize("config", [GRID, MASS])
-def test_a_patch_on_the_pipeline_lends_its_settings_and_rests(config: sra.SparseRef) -> None:
+def test_pixels_are_each_items_own() -> None:
+    """The second item's reference comes as latents of the first one's grid: it has no pixels."""
     case = CASES["kontext"]
+    pipe = case.build()
+    items = Items(case, pipe)
+    latents = case.arguments(pipe, Request(1, 1, 32, False, ((48, 32),), True, 0))["image"]
+    items.images = [items.images[0], [latents], items.images[1]]
+    done = items.together(GRID)
+    assert [handle.record.pixels[0] is None for handle in done.handles] == [False, True, False]
+    assert [tuple(h.record.pixels[0].shape[2:]) for h in done.handles[::2]] == [(32, 48), (32, 32)]
+
+
+@pytest.mark.parametrize("config", [GRID, MASS])
+@pytest.mark.parametrize("name", ["kontext", "klein"])
+def test_a_patch_on_the_pipeline_lends_its_settings_and_rests(name: str, config: sra.SparseRef) -> None:
+    case = CASES[name]
     pipe = case.build()
     items = Items(case, pipe)
     want, _ = items.alone(config)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_cache, bench_pipeline, pipelines, results
+from benchmarks import bench_batch, bench_cache, bench_pipeline, pipelines, results
 from benchmarks.shapes import CACHE_QUICK, CASES
 from sparse_ref_attn import SparseRef, estimate
 from sparse_ref_attn.adapters.geometries import named_model
@@ -89,3 +89,13 @@ def test_the_reference_caches_benchmark_prints_each_execution_beside_its_bound(m
         assert float(rows[f"{execute} 10%"]["full_flop_ratio"]) == pytest.approx(whole.flop_ratio, rel=1e-3)
     assert float(rows["both 10%"]["cache_mb"]) < float(rows["both 50%"]["cache_mb"])
     assert "of bound" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_quick_batch_prints_its_methods_beside_the_bound(capsys, tmp_path):
+    bench_batch.main(["--quick", "--model", "kontext", "--out", str(tmp_path / "r")])
+    text = capsys.readouterr().out
+    lines = text[text.index("method") :].splitlines()
+    assert [line.split("  ")[0].strip() for line in lines[1:4]] == ["one by one", "batch", "padded"]
+    assert "of bound" in lines[0]
+    assert not (tmp_path / "r").exists()

@@ -1,0 +1,252 @@
+"""Items with references of their own: one by one, as one batch (`sra.batch`), and padded, beside the bound.
+
+    python -m benchmarks.bench_batch             # every case, rows appended to benchmarks/results/batch_<device>.csv
+    python -m benchmarks.bench_batch --quick     # a minute: shows that it runs, writes no rows
+
+All methods run in turn, for several rounds, in one process. "one by one" patches the pipeline and calls it for each
+item. "padded" is what one would write instead: the transformer on the longest item's rows for every item, without the
+mask that it would need, so it is faster than any padding that gives right pictures. The bound of the batch is
+
+    attention seconds one by one + remaining transformer seconds x matrix-product work as it runs over one by one
+    + seconds outside the transformer
+
+Packed items (FLUX.2) do the work of the items and no more; padded rows (Kontext) pass through the matrix products. On a
+CPU one item keeps all cores busy, so a batch is not expected to be faster than its items one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+import sparse_ref_attn as sra
+
+from . import results
+from .bench_pipeline import faster_dtype
+from .dense_times import DenseTimes, timed
+from .memory import keep_freed_memory, peak_memory, reserve
+from .pipelines import build, embeddings, photos
+from .shapes import PipelineCase
+
+COLUMNS = (
+    "date", "commit", "device", "torch", "diffusers", "threads", "dtype", "model", "width", "depth", "steps",
+    "references", "rows", "method", "seconds_median", "seconds_min", "seconds_max", "rounds", "bound_seconds",
+    "measured_over_bound", "speedup_over_one_by_one", "speedup_over_padded", "gate",
+)  # fmt: skip
+CONFIG = sra.SparseContext(0.25, "edges")
+
+
+@dataclass(frozen=True)
+class BatchCase:
+    """A model, and the sides in pixels of each item's references."""
+
+    model: PipelineCase
+    references: tuple[tuple[int, ...], ...]
+
+
+CASES = (
+    BatchCase(PipelineCase("klein-9b", references=0, layers=0, single=1, steps=2), ((1024,), (1024, 1024, 1024), ())),
+    BatchCase(PipelineCase("kontext", references=0, layers=1, single=1, steps=2), ((1024,), (512,), ())),
+)
+
+
+@dataclass
+class Runs:
+    """Seconds of each method, one entry a round; of "one by one" also those inside."""
+
+    total: dict[str, list[float]] = field(default_factory=dict)
+    transformer: list[float] = field(default_factory=list)
+    attention: list[float] = field(default_factory=list)
+
+
+class Items:
+    """The items of a case as calls."""
+
+    def __init__(self, pipe: Any, case: BatchCase) -> None:
+        self.pipe, self.case = pipe, case
+        self.prompts = [embeddings(pipe, seed) for seed in range(len(case.references))]
+
+    def _calls(self, side: int, steps: int) -> list[dict[str, Any]]:
+        own = {"guidance_scale": 1.0} if self.case.model.model != "kontext" else {}
+        if not own:
+            own = {"max_area": side * side, "_auto_resize": False}
+        own |= {"height": side, "width": side, "num_inference_steps": steps, "output_type": "np"}
+        return [prompt | own for prompt in self.prompts]
+
+    def _images(self, side: int) -> list[list[Any]]:
+        scale = side / self.case.model.side
+        return [
+            [photo.resize((int(s * scale),) * 2) for photo, s in zip(photos(len(sides), side), sides, strict=True)]
+            for sides in self.case.references
+        ]
+
+    def one_by_one(self, side: int, steps: int) -> list[np.ndarray]:
+        """Each item's own call of the patched pipeline."""
+        out = []
+        with sra.patched(self.pipe, CONFIG):
+            for i, (call, images) in enumerate(zip(self._calls(side, steps), self._images(side), strict=True)):
+                given = {"image": images[0] if len(images) == 1 else images} if images else {}
+                out.append(self.pipe(**call, **given, generator=torch.Generator().manual_seed(i)).images[0])
+        return out
+
+    def batch(self, side: int, steps: int) -> list[np.ndarray]:
+        """All items at once."""
+        count = len(self.prompts)
+        generators = [torch.Generator().manual_seed(i) for i in range(count)]
+        return sra.batch(
+            self.pipe, [None] * count, self._images(side), config=CONFIG, generators=generators,
+            each=self._calls(side, steps),
+        ).images  # fmt: skip
+
+    def shapes(self, run: Callable[[], Any]) -> list[dict[str, Any]]:
+        """Arguments of every transformer call within `run`."""
+        seen: list[dict[str, Any]] = []
+
+        def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(kwargs)
+
+        remove = self.pipe.transformer.register_forward_pre_hook(note, with_kwargs=True).remove
+        run()
+        remove()
+        return seen
+
+
+def passes_gate(items: Items) -> bool:
+    """At 256 x 256 each picture of the batch is the item's own: ten times nearer than the items are to one another."""
+    alone, together = items.one_by_one(256, 2), items.batch(256, 2)
+    own = max(np.abs(a - b).mean() for a, b in zip(alone, together, strict=True))
+    other = min(np.abs(a - b).mean() for i, a in enumerate(alone) for b in alone[:i])
+    print(f"  gate: {own:.2g} from the items alone, which differ by {other:.2g}")
+    return bool(np.isfinite(together).all()) and own < other / 10
+
+
+def padded_call(calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The call with most rows, once for each item of a step."""
+    longest = max(calls, key=lambda kwargs: kwargs["hidden_states"].shape[1])
+    batch = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+    repeated = {name: longest[name] for name in batch if longest.get(name) is not None}
+    return longest | {name: torch.cat([value] * len(calls)) for name, value in repeated.items()}
+
+
+def bench(case: BatchCase, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run one case and return its rows."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    pipe = build(case.model, device, dtype, options.real_depth)
+    items, side, steps = Items(pipe, case), case.model.side, case.model.steps
+    if not passes_gate(items):
+        raise RuntimeError(f"the correctness gate of {case} is red: no time is reported")
+    held = peak_memory()
+    calls = items.shapes(lambda: items.one_by_one(side, 1))
+    padded = padded_call(calls)
+    pipe.transformer(**padded)
+    if device.type == "cpu":
+        reserve(3 * (peak_memory() - held) // 2)
+    runs = Runs({"one by one": [], "batch": [], "padded": []})
+    for number in range(case.model.rounds):
+        with DenseTimes(pipe.transformer) as times:
+            runs.total["one by one"].append(timed(lambda: items.one_by_one(side, steps), device)[0])
+        transformer, attention = times.seconds()
+        runs.transformer.append(transformer)
+        runs.attention.append(attention)
+        runs.total["batch"].append(timed(lambda: items.batch(side, steps), device)[0])
+        outside = runs.total["one by one"][-1] - transformer
+        seconds = timed(lambda: [pipe.transformer(**padded) for _ in range(steps)], device)[0]
+        runs.total["padded"].append(seconds + outside)
+        shown = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in runs.total.items())
+        print(f"  round {number + 1}: {shown}", flush=True)
+    return rows_of(case, pipe, calls, runs, options)
+
+
+def rows_of(
+    case: BatchCase, pipe: Any, calls: Sequence[dict[str, Any]], runs: Runs, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One row a method; the batch beside its bound."""
+    rows = [kwargs["hidden_states"].shape[1] for kwargs in calls]
+    text = calls[0]["encoder_hidden_states"].shape[1]
+    padding = len(rows) * (max(rows) + text) / (sum(rows) + len(rows) * text)
+    attention, transformer = median(runs.attention), median(runs.transformer)
+    outside = median(t - x for t, x in zip(runs.total["one by one"], runs.transformer, strict=True))
+    work = 1.0 if case.model.model.startswith("klein") else padding
+    bound = attention + work * (transformer - attention) + outside
+    config = pipe.transformer.config
+    common = results.environment(torch.device(options.device)) | {
+        "threads": torch.get_num_threads(),
+        "dtype": options.dtype,
+        "model": case.model.model,
+        "width": config.num_attention_heads * config.attention_head_dim,
+        "depth": f"{config.num_layers}+{config.num_single_layers}",
+        "steps": case.model.steps,
+        "references": "+".join(str(len(sides)) for sides in case.references),
+        "rows": "+".join(map(str, rows)),
+        "gate": "pass",
+    }
+    seconds = {name: median(values) for name, values in runs.total.items()}
+    out = []
+    for name, values in runs.total.items():
+        row = common | {"method": name, "rounds": len(values), "seconds_median": seconds[name]}
+        row |= {"seconds_min": min(values), "seconds_max": max(values)}
+        row |= {"speedup_over_one_by_one": seconds["one by one"] / seconds[name]}
+        row |= {"speedup_over_padded": seconds["padded"] / seconds[name]}
+        if name == "batch":
+            row |= {"bound_seconds": bound, "measured_over_bound": bound / seconds[name]}
+        out.append(row)
+    return out
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The methods of one case as text."""
+    head = rows[0]
+    lines = [f"references {head['references']}, rows {head['rows']}"]
+    lines.append(f"{'method':<12}{'seconds':>9}  {'min-max':<16}{'x one by one':>13}{'x padded':>10}{'of bound':>10}")
+    for row in rows:
+        spread = f"{row['seconds_min']:.2f}-{row['seconds_max']:.2f}"
+        of_bound = f"{row['measured_over_bound']:.2f}" if "measured_over_bound" in row else ""
+        lines.append(
+            f"{row['method']:<12}{row['seconds_median']:>9.2f}  {spread:<16}{row['speedup_over_one_by_one']:>13.2f}"
+            f"{row['speedup_over_padded']:>10.2f}{of_bound:>10}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_batch", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--model", choices=[case.model.model for case in CASES], help="only this model")
+    parser.add_argument("--rounds", type=int, help="runs of every method instead of the case's")
+    parser.add_argument("--steps", type=int, help="denoising steps instead of the case's")
+    parser.add_argument("--real-depth", action="store_true", help="every block of the published model")
+    parser.add_argument("--quick", action="store_true", help="256 tokens an image: shows that it runs; writes no rows")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda (not yet proved on a card)")
+    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: the faster")
+    parser.add_argument("--out", type=Path, help="CSV file that rows are appended to; default benchmarks/results/")
+    options = parser.parse_args(arguments)
+    torch.set_grad_enabled(False)
+    if options.device == "cpu" and not keep_freed_memory():
+        print("the allocator returns memory between operations: large operations pay for page faults")
+    if options.dtype == "auto":
+        options.dtype = faster_dtype(torch.device(options.device))
+    out = options.out or Path(__file__).parent / "results" / f"batch_{torch.device(options.device).type}.csv"
+    for case in CASES:
+        if options.model not in (None, case.model.model):
+            continue
+        model = replace(case.model, steps=options.steps or case.model.steps, rounds=options.rounds or case.model.rounds)
+        if options.quick:
+            model, scale = replace(model, side=256, rounds=1), 4
+            case = BatchCase(model, tuple(tuple(s // scale for s in sides) for sides in case.references))
+        case = replace(case, model=model)
+        print(f"{model.model}, {options.dtype} on {options.device}", flush=True)
+        rows = bench(case, options)
+        print(table(rows), flush=True)
+        if not options.quick:
+            results.append(rows, out, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()
