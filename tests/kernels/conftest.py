@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparse_ref_attn.kernels.build import build_library
+from sparse_ref_attn.kernels.library import Library
 from sparse_ref_attn.kernels.toolchain import find_nvcc
 
 from . import stand_in
@@ -26,3 +27,25 @@ def small(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library of the stand-in, compiled for sm_80."""
     home = tmp_path_factory.mktemp("small")
     return build_library(home / "small.so", home / "ninja", ["80"], stand_in.write(home / "csrc"))
+
+
+class Built:
+    """The kernels of csrc, compiled when they are first asked for: sm_80 and sm_90a together, others alone."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def path(self, arch: str) -> Path:
+        """The library with code for `arch`."""
+        archs = ("80", "90a") if arch in ("80", "90a") else (arch,)
+        home = self.home / "-".join(archs)
+        path = home / "kernels.so"
+        if not path.exists():
+            build_library(path, home / "ninja", archs)
+            assert Library(path).archs == archs
+        return path
+
+
+@pytest.fixture(scope="session")
+def built(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return Built(tmp_path_factory.mktemp("kernels"))

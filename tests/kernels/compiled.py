@@ -1,0 +1,57 @@
+"""What nvcc made of the kernels: registers, stack and instructions of each, read by the tools in the triton wheel."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+
+__all__ = ["Kernel", "kernels"]
+
+
+@dataclass
+class Kernel:
+    """One instantiation: registers a thread; stack, spilled and static shared bytes; full opcodes."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    instructions: Counter[str] = field(repr=False)
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose opcode matches the regular expression from its start."""
+        return sum(n for opcode, n in self.instructions.items() if re.match(pattern, opcode))
+
+
+def kernels(library: Path, arch: str) -> dict[str, Kernel]:
+    """Every kernel of the library for one architecture, by names such as ``"gather_attention<bfloat16, 128>"``."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+    def said(*options: str) -> str:
+        command = [str(tool), "-arch", f"sm_{arch}", *options, str(library)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = re.findall(
+        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said("--dump-resource-usage")
+    )
+    _, *parts = re.split(r"Function : (\w+)\n", said("--dump-sass"))
+    assembly = dict(zip(parts[::2], parts[1::2], strict=True))
+    # "/*0250*/  @!P0 LDGSTS.E.BYPASS.128 [R3], ..."
+    opcode = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_.]*)")
+    out = {}
+    for name, *numbers in usage:
+        registers, stack, shared, local = map(int, numbers)
+        out[_plain(name)] = Kernel(registers, stack, local, shared, Counter(opcode.findall(assembly[name])))
+    return out
+
+
+def _plain(mangled: str) -> str:
+    """``gather_attention<bfloat16, 128>`` from its mangled name."""
+    full = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    name = full.replace("(anonymous namespace)::", "").replace("sra::", "").removeprefix("void ")
+    return name[: name.rindex("(")]
