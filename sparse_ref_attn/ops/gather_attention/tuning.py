@@ -24,6 +24,7 @@ GRAD_Q: Table = {
     (90, 64): Config(128, 64, 8, 2),
     (90, 128): Config(128, 64, 8, 2),
     (100, 32): Config(128, 64, 8, 2),
+    (942, 128): Config(64, 32, 4, 1),
 }
 # A program owns block_n keys and walks over the queries.
 GRAD_KV: Table = {
