@@ -4,8 +4,8 @@
     python -m benchmarks.bench_batch --quick     # a minute: shows that it runs, writes no rows
 
 All methods run in turn, for several rounds, in one process. "one by one" patches the pipeline and calls it for each
-item. "padded" is what one would write instead: the transformer on the longest item's rows for every item, without the
-mask that it would need, so it is faster than any padding that gives right pictures. The bound of the batch is
+item. "padded" is what one would write instead: the transformer on the longest item's kept rows for every item, without
+the mask that it would need, so it is faster than any padding that gives right pictures. The bound of the batch is
 
     attention seconds one by one + remaining transformer seconds x matrix-product work as it runs over one by one
     + seconds outside the transformer
@@ -17,7 +17,8 @@ CPU one item keeps all cores busy, so a batch is not expected to be faster than 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -52,8 +53,10 @@ class BatchCase:
 
 
 CASES = (
-    BatchCase(PipelineCase("klein-9b", references=0, layers=0, single=1, steps=2), ((1024,), (1024, 1024, 1024), ())),
-    BatchCase(PipelineCase("kontext", references=0, layers=1, single=1, steps=2), ((1024,), (512,), ())),
+    BatchCase(
+        PipelineCase("klein-9b", references=0, layers=0, single=1, steps=2, side=512), ((512,), (512, 512, 512), ())
+    ),
+    BatchCase(PipelineCase("kontext", references=0, layers=1, single=1, steps=2, side=512), ((512,), (256,), ())),
 )
 
 
@@ -87,10 +90,17 @@ class Items:
             for sides in self.case.references
         ]
 
-    def one_by_one(self, side: int, steps: int) -> list[np.ndarray]:
-        """Each item's own call of the patched pipeline."""
+    def one_by_one(self, side: int, steps: int, seen: list[dict[str, Any]] | None = None) -> list[np.ndarray]:
+        """Each item's own call of the patched pipeline; `seen` takes the arguments of every transformer call."""
         out = []
-        with sra.patched(self.pipe, CONFIG):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sra.patched(self.pipe, CONFIG))
+            if seen is not None:  # after the patch, so that the rows are those it keeps
+
+                def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                    seen.append(kwargs)
+
+                stack.callback(self.pipe.transformer.register_forward_pre_hook(note, with_kwargs=True).remove)
             for i, (call, images) in enumerate(zip(self._calls(side, steps), self._images(side), strict=True)):
                 given = {"image": images[0] if len(images) == 1 else images} if images else {}
                 out.append(self.pipe(**call, **given, generator=torch.Generator().manual_seed(i)).images[0])
@@ -104,18 +114,6 @@ class Items:
             self.pipe, [None] * count, self._images(side), config=CONFIG, generators=generators,
             each=self._calls(side, steps),
         ).images  # fmt: skip
-
-    def shapes(self, run: Callable[[], Any]) -> list[dict[str, Any]]:
-        """Arguments of every transformer call within `run`."""
-        seen: list[dict[str, Any]] = []
-
-        def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(kwargs)
-
-        remove = self.pipe.transformer.register_forward_pre_hook(note, with_kwargs=True).remove
-        run()
-        remove()
-        return seen
 
 
 def passes_gate(items: Items) -> bool:
@@ -143,7 +141,8 @@ def bench(case: BatchCase, options: argparse.Namespace) -> list[dict[str, Any]]:
     if not passes_gate(items):
         raise RuntimeError(f"the correctness gate of {case} is red: no time is reported")
     held = peak_memory()
-    calls = items.shapes(lambda: items.one_by_one(side, 1))
+    calls: list[dict[str, Any]] = []
+    items.one_by_one(side, 1, calls)
     padded = padded_call(calls)
     pipe.transformer(**padded)
     if device.type == "cpu":
