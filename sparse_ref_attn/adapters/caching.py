@@ -164,16 +164,24 @@ class CacheKeeper:
             kept.check(self._session.everything)
             self._account(kept, cache, step)
             return kwargs
+        sites = self._adapter.sites(module)
+        routable = all(hasattr(site.processor, "_attention_backend") for site in sites)
+        measures = plan.kind == "profile" and step.calls == 0
+        untouched = kept.ranked is None and kept.tokens is None
+        if plan.kind == "profile" and plan.selection is None and routable and untouched:
+            kept.check(self._session.everything)
+            self._account(kept, cache, step)
+            if measures:
+                contexts.enter_context(seams.eager_blocks(module))
+                contexts.enter_context(seams.routed_attention(sites, self._heard(self._text(kwargs), run.step)))
+            return kwargs
         self._arrange(kept, cache, kwargs, run)
         self._account(kept, cache, step)
         assert kept.ranked is not None
-        sites = self._adapter.sites(module)
         counts = self._session.everything if plan.selection is None else self._session.counts(run.step)
         reads = [sum(kept.scaled(counts, i)) for i in range(len(sites))]
         if self._config.layers is not None:
             step.layers = tuple(reads)
-        measures = plan.kind == "profile" and step.calls == 0
-        routable = all(hasattr(site.processor, "_attention_backend") for site in sites)
         if not routable or torch.is_grad_enabled() or (seams.compiled_blocks(module) and not measures):
             views = [kept.ranked.prefix(i, count) for i, count in enumerate(reads)]
             return self._seam.reading(kwargs, self._seam.make(module, views))
@@ -182,6 +190,18 @@ class CacheKeeper:
         route = self._route(kept.ranked, reads, self._text(kwargs), run.step if measures else None)
         contexts.enter_context(seams.routed_attention(sites, route))
         return self._seam.alone(kwargs)
+
+    def _heard(self, text: int, measured: int) -> seams.Route:
+        """The model's own cached attention, text | references | generation, listened to."""
+        span = (text, text + self._layout.reference_tokens)
+
+        def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: seams.Attention) -> Tensor:
+            every = torch.arange(span[1] - span[0], device=k.device)
+            view = AttentionView(k, v, q[:, text:], None, (span,), order=every, sizes=self._layout.sizes)
+            self._session.observe(measured, i, view)
+            return own()
+
+        return attend
 
     def _route(self, ranked: RankedCache, reads: Sequence[int], text: int, measured: int | None) -> seams.Route:
         sizes = self._layout.sizes

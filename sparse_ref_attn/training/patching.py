@@ -82,7 +82,7 @@ def patch_for_training(
 
     Examples
     --------
-    >>> import sparse_ref_attn as sra
+    >>> import torch, sparse_ref_attn as sra
     >>> from sparse_ref_attn.eval.embedded import kontext_pipeline
     >>> transformer = kontext_pipeline(size="tiny").transformer.train()
     >>> handle = sra.patch_for_training(transformer, sra.RandomDrop(keep=(0.25, 0.5)))

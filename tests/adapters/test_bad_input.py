@@ -39,7 +39,7 @@ def references_of(scores: Callable[[int], Any]) -> sra.FromFunction:
         (lambda: sra.SparseRef(weights=(1, 0)), r"weights must be finite numbers above 0, .* got \(1.0, 0.0\)"),
         (lambda: sra.SparseRef(multiple=0), r"multiple must be an int of at least 1, got 0"),
         (lambda: sra.SparseRef(clock="time"), r'clock must be "steps" or "sigma", got \'time\''),
-        (lambda: sra.SparseRef(execute="rows"), r'execute must be "tokens", got \'rows\''),
+        (lambda: sra.SparseRef(execute="rows"), "execute must be one of tokens, cache, both, got 'rows'"),
         (lambda: sra.SparseRef(seed=0.5), r"seed must be an int, got 0.5"),  # type: ignore[arg-type]
         (lambda: sra.ReCAST(task="recolour"), r"task must be one of auto, edit, subject, style, got 'recolour'"),
         (lambda: sra.ReCAST(2048, 1024), r"0 < n_min <= n_max <= reference_tokens must hold, got 2048, 1024, 4096"),
