@@ -138,7 +138,7 @@ def test_two_pipelines_in_two_threads() -> None:
     def thrice(config: sra.SparseRef) -> list[np.ndarray]:
         return [call(config) for _ in range(3)]
 
-    # Every call runs in a pool: the number of threads, and with it the last bit, is each thread's own in PyTorch.
+    # The last bit depends on how many threads a matrix product gets, which load decides: hence not bit for bit.
     with ThreadPoolExecutor(1) as alone, ThreadPoolExecutor(2) as together:
         wanted = {}
         for config in pipes:
@@ -147,11 +147,12 @@ def test_two_pipelines_in_two_threads() -> None:
         for config, pipe in pipes.items():
             handles[config] = sra.patch(pipe, config)
         for config, images in zip(pipes, together.map(thrice, pipes), strict=True):
-            assert all(np.array_equal(wanted[config], image) for image in images)
+            assert all(np.abs(wanted[config] - image).max() < 1e-6 for image in images)
+        assert np.abs(wanted[GRID] - wanted[MASS]).max() > 1e-4
         assert kinds(handles[GRID])[0] == "sparse"
         assert kinds(handles[MASS])[0] == "profile"
         handles[GRID].remove()
-        assert np.array_equal(wanted[MASS], alone.submit(call, MASS).result())
+        assert np.abs(wanted[MASS] - alone.submit(call, MASS).result()).max() < 1e-6
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
