@@ -343,6 +343,19 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     assert (done.returncode, done.stderr.decode()) == (1, "")
 
 
+def test_the_command_line_needs_nothing_of_the_eval_extra() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('scipy', 'skimage', 'matplotlib'): sys.modules[name] = None\n"
+        "from sparse_ref_attn.cli import main\n"
+        "assert main(['doctor']) == 0\n"
+        "sys.exit(main(['compare', '--out', 'nowhere']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install 'sparse-ref-attn[eval]'" in done.stderr
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--version"])

@@ -15,7 +15,7 @@ from ..eval import loading
 from ..eval.embedded import SIZES
 from ..eval.methods import METHODS
 from ..selection.names import NAMES
-from . import commands, comparing, training
+from . import commands, training
 
 __all__ = ["parser"]
 
@@ -134,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     versus.add_argument("--clip", metavar="PATH", help="folder of a CLIP model: adds CLIP-I")
     versus.add_argument("--dino", metavar="PATH", help="folder of a DINO or DINOv2 model: adds its similarity")
     _add_common(versus)
-    versus.set_defaults(run=comparing.compare)
+    versus.set_defaults(run=commands.compare_methods)
 
     learn = kinds.add_parser(
         "train",

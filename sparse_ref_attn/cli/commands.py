@@ -28,6 +28,7 @@ __all__ = [
     "RANDOM_WEIGHTS",
     "build",
     "caller",
+    "compare_methods",
     "demo",
     "diagnose",
     "embedded_arguments",
@@ -66,6 +67,17 @@ def demo(options: argparse.Namespace) -> None:
     arguments = embedded_arguments(size, photo, options.prompt, options.steps)
     about = {"weights": "seeded random numbers: the pictures mean nothing"}
     _compare(pipe, config, arguments, options, directory, "cpu", about)
+
+
+def compare_methods(options: argparse.Namespace) -> None:
+    """Many methods on one call; what it needs is only imported here."""
+    try:
+        from . import comparing
+    except ImportError as error:
+        raise ConfigError(
+            f"sra compare needs the package {error.name}, which is not installed: pip install 'sparse-ref-attn[eval]'"
+        ) from error
+    comparing.compare(options)
 
 
 def photo_of(path: str | None) -> Any:
