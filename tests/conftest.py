@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,6 +29,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     for name in ("diffusers", "transformers"):
         if name in sys.modules:
             sys.modules[name].utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def active_attention_backend() -> Iterator[None]:
+    """The one that diffusers has for the whole process, which a model's ``set_attention_backend`` changes."""
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    if dispatch is None:
+        yield
+        return
+    registry = dispatch._AttentionBackendRegistry
+    before = registry._active_backend
+    yield
+    registry._active_backend = before
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
