@@ -13,7 +13,7 @@ from .words import WIDTH, seeded, text_encoders
 
 __all__ = ["LATENTS", "WEIGHTS", "build_transformer", "build_vae", "toy_pipeline"]
 
-LATENTS = 12  # channels
+LATENTS = 16  # channels
 WEIGHTS = Path(__file__).parent.parent / "assets" / "toy"
 
 
