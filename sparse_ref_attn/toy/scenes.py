@@ -62,6 +62,7 @@ def scene(
     task: str | None = None,
     subjects: tuple[int, ...] | None = None,
     split: str = "train",
+    background: Picture | None = None,
 ) -> Scene:
     """Draw one pair; the same arguments give the same pair.
 
@@ -79,16 +80,20 @@ def scene(
         Rows of `sprites`; drawn by default.
     split : {"train", "held-out"}
         Photographs of the scenery. Subjects of "train" are also mirrored and their colours changed, for variety.
+    background : ndarray, optional
+        (side, side, 3), 0 to 1: what every reference shows behind its subject; scenery is drawn by default.
 
     Raises
     ------
     ConfigError
-        For another grid or task.
+        For another grid or task, or a background of another size.
     """
     if grid not in (8, 16):
         raise ConfigError(f"grid must be 8 or 16 tokens, got {grid!r}")
     if task is not None and task not in TASKS:
         raise ConfigError(f"task must be one of {', '.join(map(repr, TASKS))}, got {task!r}")
+    if background is not None and background.shape != (TOKEN * grid, TOKEN * grid, 3):
+        raise ConfigError(f"background must be {(TOKEN * grid, TOKEN * grid, 3)}, got {background.shape}")
     rng = np.random.default_rng(seed)
     if task is None:
         task = TASKS[rng.choice(len(TASKS), p=(0.4, 0.2, 0.15, 0.15, 0.1))]
@@ -101,7 +106,7 @@ def scene(
     sources = _corners(rng, grid, size, count)
     references = []
     for figure, at in zip(figures, sources, strict=True):
-        references.append(_paste(scenery(rng, side, split), figure, at))
+        references.append(_paste(scenery(rng, side, split) if background is None else background, figure, at))
     words = [task]
     places = list(sources)
     if task in ("place", "pair"):
