@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import schedules
+from .checks import is_number, is_one_of, numbers
 from .errors import ConfigError
 from .schedules import Budget
 from .selection import AttentionMass, Edges, Grid, Mix, Probe, Reducer, Saliency, Selector, selector
@@ -49,8 +50,8 @@ class UniformGuard:
     def __post_init__(self) -> None:
         for name, low in (("top_quarter", 0.25), ("mass", 0.0), ("dense_above", 0.0)):
             value = getattr(self, name)
-            if not low <= value <= 1 or value == 0:
-                raise ConfigError(f"guard {name} must lie in [{low}, 1] and not be 0, got {value}")
+            if not is_number(value) or not low <= value <= 1 or value == 0:
+                raise ConfigError(f"guard {name} must lie in [{low}, 1] and not be 0, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -146,20 +147,25 @@ class SparseRef:
             set_(self, "select", selector(self.select))
         set_(self, "budget", schedules.budget(self.budget))
         if self.weights is not None:
-            set_(self, "weights", tuple(float(w) for w in self.weights))
-            if not self.weights or any(not (w > 0 and math.isfinite(w)) for w in self.weights):
-                raise ConfigError(f"weights must be finite numbers above 0, one a reference, got {self.weights}")
-        if self.execute not in EXECUTIONS:
+            weights = numbers(self.weights)
+            if not weights or any(not (w > 0 and math.isfinite(w)) for w in weights):
+                raise ConfigError(f"weights must be finite numbers above 0, one a reference, got {self.weights!r}")
+            set_(self, "weights", weights)
+        if not is_one_of(self.execute, EXECUTIONS):
             raise ConfigError(f"execute must be one of {', '.join(EXECUTIONS)}, got {self.execute!r}")
         if isinstance(self.from_block, bool) or not isinstance(self.from_block, int) or self.from_block < 0:
             raise ConfigError(f"from_block must be an int of at least 0, got {self.from_block!r}")
         schedules.check_floor("floor", self.floor)
         if isinstance(self.multiple, bool) or not isinstance(self.multiple, int) or self.multiple < 1:
             raise ConfigError(f"multiple must be an int of at least 1, got {self.multiple!r}")
-        if self.clock not in ("steps", "sigma"):
+        if not is_one_of(self.clock, ("steps", "sigma")):
             raise ConfigError(f'clock must be "steps" or "sigma", got {self.clock!r}')
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be an int, got {self.seed!r}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ConfigError(f"seed must fit torch's generators, in [-2**63, 2**64), got {self.seed}")
+        if self.guard is not None and not isinstance(self.guard, UniformGuard):
+            raise ConfigError(f"guard must be a UniformGuard or None, got {self.guard!r}")
         if isinstance(self.select, Reducer) and self.guard is not None:
             raise ConfigError("a rival that changes tokens has no ranking to guard: guard must be None")
         if isinstance(self.select, Reducer) and self.from_block:
@@ -177,15 +183,16 @@ class SparseRef:
             )
         if cached and isinstance(self.select, Reducer):
             raise ConfigError(f'a rival that changes tokens runs with execute="tokens" only, got {self.execute!r}')
-        if self.cache_rows not in ("budget", "all"):
+        if not is_one_of(self.cache_rows, ("budget", "all")):
             raise ConfigError(f'cache_rows must be "budget" or "all", got {self.cache_rows!r}')
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(float(factor) for factor in self.layers))
-            if not cached or not self.layers or not all(0 < factor <= 1 for factor in self.layers):
+            layers = numbers(self.layers)
+            if not cached or not layers or not all(0 < factor <= 1 for factor in layers):
                 raise ConfigError(
                     'layers must be factors in (0, 1], one an attention layer, with execute="cache" or "both", '
-                    f"got {self.layers} with {self.execute!r}"
+                    f"got {self.layers!r} with {self.execute!r}"
                 )
+            object.__setattr__(self, "layers", layers)
         if self.rerank_every is None:
             return
         if isinstance(self.rerank_every, bool) or not isinstance(self.rerank_every, int) or self.rerank_every < 1:
@@ -208,7 +215,7 @@ class SparseRef:
 
     def _check_in_flight(self) -> None:
         first = self.profile_blocks
-        if self.profile not in ("step", "in_flight"):
+        if not is_one_of(self.profile, ("step", "in_flight")):
             raise ConfigError(f'profile must be "step" or "in_flight", got {self.profile!r}')
         if first is not None and (isinstance(first, bool) or not isinstance(first, int) or first < 1):
             raise ConfigError(f"profile_blocks must be an int of at least 1, got {first!r}")
@@ -266,8 +273,8 @@ class SparseRef:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SparseRef:
         """The inverse of `to_dict`."""
-        data = dict(data)
         try:
+            data = dict(data)
             data["select"] = selector_from_dict(data["select"])
             data["budget"] = schedules.from_dict(data["budget"])
             if data.get("guard") is not None:
@@ -277,7 +284,9 @@ class SparseRef:
             if data.get("layers") is not None:
                 data["layers"] = tuple(data["layers"])
             return cls(**data)
-        except (KeyError, TypeError) as error:
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"a configuration must hold the fields of SparseRef, got {data}") from error
 
     def to_json(self) -> str:
@@ -350,8 +359,9 @@ def ReCAST(  # noqa: N802 -- the paper's name, used like the noun it is
     Polynomial(low=0.0625, high=0.25, gamma=2.0, per='reference')
     """
     _check_task(task)
-    if not 0 < n_min <= n_max <= reference_tokens:
-        raise ConfigError(f"0 < n_min <= n_max <= reference_tokens must hold, got {n_min}, {n_max}, {reference_tokens}")
+    given = (n_min, n_max, reference_tokens)
+    if not all(map(is_number, given)) or not 0 < n_min <= n_max <= reference_tokens < math.inf:
+        raise ConfigError(f"0 < n_min <= n_max <= reference_tokens must hold, got {', '.join(map(repr, given))}")
     if select is None:
         select = AttentionMass()
         if task == "style":
@@ -402,5 +412,5 @@ def SparseContext(  # noqa: N802
 
 
 def _check_task(task: str) -> None:
-    if task not in TASKS:
+    if not is_one_of(task, TASKS):
         raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {task!r}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .checks import is_one_of
 from .errors import ConfigError, LayoutError, PixelsUnavailableError
 from .selection import Reduced, Reducer, References
 
@@ -99,7 +100,7 @@ class Downscale(Reducer):
     source: str = "pixels"
 
     def __post_init__(self) -> None:
-        if self.source not in ("pixels", "latents"):
+        if not is_one_of(self.source, ("pixels", "latents")):
             raise ConfigError(f'source must be "pixels" or "latents", got {self.source!r}')
 
     def reduce(self, references: References, counts: tuple[int, ...]) -> list[Reduced]:

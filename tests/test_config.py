@@ -1,5 +1,6 @@
 """The configuration and the papers' presets: values, refusals, JSON."""
 
+import numpy as np
 import pytest
 
 import sparse_ref_attn as sra
@@ -54,6 +55,18 @@ def test_tasks_choose_the_rule_and_the_guard():
         (lambda: sra.SparseRef(multiple=0), "multiple"),
         (lambda: sra.SparseRef(weights=(1.0, -2.0)), "weights"),
         (lambda: sra.SparseRef(weights=()), "weights"),
+        (lambda: sra.SparseRef(weights=("a",)), "weights must be finite numbers"),
+        (lambda: sra.SparseRef(weights=3), "weights must be finite numbers"),
+        (lambda: sra.SparseRef(execute="both", layers=2), "layers must be factors"),
+        (lambda: sra.SparseRef(execute="both", layers=("a",)), "layers must be factors"),
+        (lambda: sra.SparseRef(execute=np.array(["tokens", "both"])), "execute must be one of"),
+        (lambda: sra.SparseRef(guard="yes"), "guard must be a UniformGuard or None, got 'yes'"),
+        (lambda: UniformGuard(mass="half"), "guard mass must lie in"),
+        (lambda: sra.SparseRef(seed=2**64), "seed must fit torch's generators"),
+        (lambda: sra.ReCAST("few"), "n_min <= n_max"),
+        (lambda: sra.Constant(0.5, per=np.ones(2)), "per must be"),
+        (lambda: sra.SparseRef.from_json("3"), "fields of SparseRef, got 3"),
+        (lambda: sra.SparseRef.from_dict({"select": {"kind": "grid"}, "budget": "half"}), "budget's kind"),
         (lambda: sra.SparseRef(clock="hours"), "clock"),
         (lambda: sra.SparseRef(seed=0.5), "seed"),
         (lambda: sra.SparseRef(Reducer(), guard=UniformGuard()), "guard"),

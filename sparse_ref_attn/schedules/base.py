@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..checks import is_one_of
 from ..errors import BudgetError, ConfigError
 from .clock import Clock
 from .rounding import whole
@@ -74,7 +75,7 @@ class Budget:
             Budget._kinds[cls.__name__] = cls
 
     def __post_init__(self) -> None:
-        if self.per not in ("reference", "all"):
+        if not is_one_of(self.per, ("reference", "all")):
             raise ConfigError(f'per must be "reference" or "all", got {self.per!r}')
 
     def amounts(self) -> dict[str, Keep]:
@@ -221,9 +222,9 @@ class Budget:
         >>> Budget.from_dict(Constant(0.25).to_dict())
         Constant(keep=0.25, per='reference')
         """
-        values = dict(data)
+        values = dict(data) if isinstance(data, Mapping) else {"kind": data}
         kind = values.pop("kind", None)
-        if kind not in Budget._kinds:
+        if not is_one_of(kind, Budget._kinds):
             raise ConfigError(f"a budget's kind must be one of {sorted(Budget._kinds)}, got {kind!r}")
         for name, value in values.items():
             if isinstance(value, dict):

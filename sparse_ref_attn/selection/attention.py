@@ -65,6 +65,8 @@ class AttentionMass(Selector):
         object.__setattr__(self, "steps", _indices("steps", self.steps))
         if isinstance(self.query_stride, bool) or not isinstance(self.query_stride, int) or self.query_stride < 1:
             raise ConfigError(f"query_stride must be an int of at least 1, got {self.query_stride!r}")
+        if not isinstance(self.value_norm, bool):
+            raise ConfigError(f"value_norm must be True or False, got {self.value_norm!r}")
 
     def probes(self) -> tuple[Probe, ...]:
         return (Probe("generation", _blocks(self.blocks), tuple(self.steps), self.query_stride, self.value_norm),)
@@ -129,7 +131,10 @@ def _blocks(blocks: str | Sequence[int]) -> str | tuple[int, ...]:
 def _indices(name: str, values: object) -> tuple[int, ...]:
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
         raise ConfigError(f"{name} must be a sequence of ints, got {values!r}")
-    indices = tuple(values)
+    try:
+        indices = tuple(values)
+    except TypeError as error:  # a tensor without a dimension
+        raise ConfigError(f"{name} must be a sequence of ints, got {values!r}") from error
     if not indices or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
         raise ConfigError(f"{name} must be one or more ints of at least 0, got {indices}")
     if len(set(indices)) != len(indices):

@@ -149,10 +149,14 @@ class FromFunction(Selector):
     Raises
     ------
     ConfigError
-        At scoring, if it returns something else than a sequence of tensors, arrays or numbers.
+        If it is no function; at scoring, if it returns something else than a sequence of tensors, arrays or numbers.
     """
 
     function: Callable[[References], Sequence[Any]]
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ConfigError(f"a selector's function must be callable, got {self.function!r:.200}")
 
     def score(self, references: References) -> list[Tensor]:
         made = self.function(references)

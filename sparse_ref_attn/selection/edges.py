@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..checks import is_number, is_one_of
 from ..errors import ConfigError
 from .base import References, Selector
 from .cells import area_pool
@@ -70,7 +71,7 @@ class Edges(Selector):
 
     def __post_init__(self) -> None:
         _check(self.sigma, self.low, self.high)
-        if self.on_latents not in ON_LATENTS:
+        if not is_one_of(self.on_latents, ON_LATENTS):
             raise ConfigError(f"on_latents must be one of {ON_LATENTS}, got {self.on_latents!r}")
 
     def score(self, references: References) -> list[Tensor]:
@@ -138,7 +139,7 @@ def canny(image: Tensor, sigma: float = 2.0, low: float = 0.2, high: float = 0.4
 
 def _check(sigma: float, low: float, high: float) -> None:
     for name, value in (("sigma", sigma), ("low", low), ("high", high)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not is_number(value):
             raise ConfigError(f"{name} must be a number, got {value!r}")
     if not 0 < sigma < math.inf:
         raise ConfigError(f"sigma must be above 0 pixels and finite, got {sigma}")
@@ -148,7 +149,7 @@ def _check(sigma: float, low: float, high: float) -> None:
 
 def _gradient(image: Tensor, sigma: float) -> Tensor:
     """Sobel gradient (down, right) of the smoothed image's steepest channel: (channels, H, W) -> (2, H, W)."""
-    radius = int(4 * sigma + 0.5)
+    radius = int(min(4 * sigma + 0.5, max(image.shape[-2:])))
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
     taps = torch.exp(-0.5 * (offsets / sigma) ** 2).tolist()
     smooth = _blur(_blur(image, taps).transpose(-1, -2), taps).transpose(-1, -2)

@@ -119,7 +119,7 @@ class Boxes(Selector):
                 None if some is None else tuple(tuple(float(edge) for edge in box) for box in some)
                 for some in self.boxes
             )
-        except TypeError as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last from a tensor
             raise ConfigError(
                 f"boxes must be, for each reference, a list of (x0, y0, x1, y1), got {self.boxes!r}"
             ) from error

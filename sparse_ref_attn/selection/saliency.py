@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..checks import is_one_of
 from ..errors import ConfigError
 from .base import References, Selector
 from .cells import area_pool
@@ -49,7 +50,7 @@ class Saliency(Selector):
     on_latents: str = "error"
 
     def __post_init__(self) -> None:
-        if self.on_latents not in ("error", "use"):
+        if not is_one_of(self.on_latents, ("error", "use")):
             raise ConfigError(f"on_latents must be 'error' or 'use', got {self.on_latents!r}")
 
     def score(self, references: References) -> list[Tensor]:

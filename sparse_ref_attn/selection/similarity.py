@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
+from ..checks import is_one_of
 from ..errors import ConfigError
 from .base import References, Selector
 
@@ -51,7 +52,7 @@ class Cosine(Selector):
     sign: str = "distinct"
 
     def __post_init__(self) -> None:
-        if self.sign not in ("distinct", "similar"):
+        if not is_one_of(self.sign, ("distinct", "similar")):
             raise ConfigError(f"sign must be 'distinct' or 'similar', got {self.sign!r}")
 
     def score(self, references: References) -> list[Tensor]:

@@ -56,7 +56,7 @@ def test_nan_is_not_hidden():
 @pytest.mark.parametrize(
     "bad",
     [
-        *({"blocks": bad} for bad in ("some", (), (-1,), (True,), 3)),
+        *({"blocks": bad} for bad in ("some", (), (-1,), (True,), 3, torch.tensor(1))),
         *({"steps": bad} for bad in (0, (), (0.5,), "0", (1, 1))),
     ],
 )
@@ -69,3 +69,9 @@ def test_settings_out_of_range(cls, bad):
 def test_query_stride(stride):
     with pytest.raises(ConfigError, match="query_stride"):
         AttentionMass(query_stride=stride)
+
+
+@pytest.mark.parametrize("value", ["yes", 1, [True]])
+def test_value_norm_is_a_switch(value):
+    with pytest.raises(ConfigError, match="value_norm must be True or False"):
+        AttentionMass(value_norm=value)

@@ -139,3 +139,9 @@ def test_bad_choices():
         Edges(on_latents="maybe")
     with pytest.raises(ConfigError, match="floating"):
         canny(torch.zeros(4, 4, dtype=torch.uint8))
+
+
+def test_a_blur_wider_than_the_image():
+    """Its taps outside the image weigh nothing: a sigma of a million pixels took memory for all of them."""
+    image = torch.rand(9, 7, generator=torch.Generator().manual_seed(0))
+    assert canny(image, 1e12).shape == (9, 7)

@@ -138,7 +138,17 @@ def test_a_box_keeps_exactly_its_cells():
 
 @pytest.mark.parametrize(
     "boxes",
-    [[[]], [[(0, 0, 1)]], [[(0.5, 0, 0.5, 1)]], [[(0, 0, 1.2, 1)]], [(0, 0, 1, 1)], 3, [[(0, 0, 1, float("nan"))]]],
+    [
+        [[]],
+        [[(0, 0, 1)]],
+        [[(0.5, 0, 0.5, 1)]],
+        [[(0, 0, 1.2, 1)]],
+        [(0, 0, 1, 1)],
+        3,
+        "abcd",
+        [["abcd"]],
+        [[(0, 0, 1, float("nan"))]],
+    ],
 )
 def test_bad_boxes(boxes):
     with pytest.raises(ConfigError, match="box"):
