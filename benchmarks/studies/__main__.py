@@ -1,0 +1,95 @@
+"""Runs the studies. What is already in the folder is not run again, so that a killed command goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.results import environment
+from sparse_ref_attn.toy.pipeline import toy_pipeline
+
+from . import caches, cases, direction, mass, methods, reuse, sparse_context, stability, sweep, tasks
+from .generator import Generator
+from .rows import Rows
+
+PICTURES = {
+    "methods": methods, "tasks": tasks, "sweep": sweep, "direction": direction, "reuse": reuse, "caches": caches,
+    "sparse_context": sparse_context,
+}  # fmt: skip
+ATTENTION = {"mass": mass, "stability": stability}
+NAMES = (*ATTENTION, *PICTURES)
+RUNS = ("study", "model", "weights", "parameters", "steps", "subjects", "seeds", "seconds", "threads", "date", "commit",
+        "device", "torch", "diffusers")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies", description=__doc__)
+    parser.add_argument("--transformer", help="folder of dense-trained weights; default those that ship")
+    parser.add_argument("--control", help="folder of weights that were trained on without dropping")
+    parser.add_argument("--drop", help="folder of weights that were trained on with random dropping")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "studies")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--subjects", type=int, default=16, help="held-out subjects, up to 107")
+    parser.add_argument("--seeds", type=int, default=2, help="of each subject")
+    parser.add_argument("--steps", type=int, default=8, help="denoising steps")
+    args = parser.parse_args(argv)
+    if min(args.subjects, args.seeds) < 1 or args.steps < 3:
+        parser.error(
+            "subjects and seeds must be at least 1 and steps at least 3, "
+            f"got {args.subjects}, {args.seeds} and {args.steps}"
+        )
+    folders = {"dense": args.transformer, "control": args.control, "drop": args.drop}
+    with torch.no_grad():
+        generators = {
+            model: Generator(toy_pipeline(folder), args.steps)
+            for model, folder in folders.items()
+            if folder is not None or model == "dense"
+        }
+        for name in args.only:
+            _note(name, generators, args, None)
+            began = time.perf_counter()
+            _study(name, generators, args)
+            _note(name, generators, args, time.perf_counter() - began)
+
+
+def _study(name: str, generators: dict[str, Generator], args: argparse.Namespace) -> None:
+    def tell(done: int, of: int) -> None:
+        print(
+            f"\r{name}: {done} of {of} subjects and seeds", end="\n" if done == of else "", file=sys.stderr, flush=True
+        )
+
+    path = args.out / f"{name}.csv"
+    if name in ATTENTION:
+        study = ATTENTION[name]
+        study.measure(generators, Rows(path, study.KEYS, study.VALUES), args.subjects, args.seeds, tell)
+        return
+    rows = Rows(path, cases.KEYS, cases.VALUES)
+    cases.measure(PICTURES[name].cases(args.steps), generators, rows, args.subjects, args.seeds, tell)
+
+
+def _note(name: str, generators: dict[str, Generator], args: argparse.Namespace, seconds: float | None) -> None:
+    """A line a study and model in ``runs.csv``: where rows are measured, and at the end how many seconds it took."""
+    path = args.out / "runs.csv"
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, RUNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for model, generator in generators.items():
+            about: dict[str, Any] = {
+                "study": name, "model": model, "weights": generator.weights, "steps": args.steps,
+                "parameters": sum(p.numel() for p in generator.pipe.transformer.parameters()),
+                "subjects": args.subjects, "seeds": args.seeds, "seconds": None if seconds is None else round(seconds),
+                "threads": torch.get_num_threads(), **environment(torch.device("cpu")),
+            }  # fmt: skip
+            writer.writerow(about)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Beside a step cache: ReCAST's ToCa row, with diffusers' caches, whose executed work is counted.
+
+The pipeline of FLUX.1 Kontext never enters a cache context, so that it is entered around the whole call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+import sparse_ref_attn as sra
+
+from .budgets import dense_first, rising
+from .cases import Answer, Case, dense
+from .generator import Generator, Run, tokens_a_step
+from .questions import Question
+
+__all__ = ["CACHES", "KEEP", "OURS", "cases"]
+
+KEEP = 0.15
+CACHES: dict[str, Callable[[], Any]] = {
+    "FirstBlockCache 0.1": lambda: FirstBlockCacheConfig(threshold=0.1),
+    "FirstBlockCache 0.3": lambda: FirstBlockCacheConfig(threshold=0.3),
+    "TaylorSeer every 2": lambda: TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2, max_order=1),
+    "TaylorSeer every 3": lambda: TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, max_order=1),
+}
+OURS: dict[str, Callable[[int], sra.SparseRef]] = {
+    "ReCAST fixed": lambda steps: sra.SparseRef("mass", dense_first(KEEP, steps)),
+    "ReCAST in 2 pieces": lambda steps: sra.SparseRef("mass", rising(KEEP, steps).piecewise(2)),
+}
+"""A cache needs a count that seldom changes, so that ReCAST's curve is cut into two constant pieces."""
+
+
+def cases(steps: int) -> list[Case]:
+    """Dense, each cache, ours, and ours under each cache; a method under a cache is named "ours + cache"."""
+    found = [Case("dense", 1.0, dense)]
+    found += [Case(name, KEEP, _counted(None, make(steps))) for name, make in OURS.items()]
+    for cache, config in CACHES.items():
+        found.append(Case(cache, 1.0, _counted(config, None)))
+        found += [Case(f"{name} + {cache}", KEEP, _counted(config, make(steps))) for name, make in OURS.items()]
+    return found
+
+
+def _counted(cache: Callable[[], Any] | None, ours: sra.SparseRef | None) -> Answer:
+    """Runs whose operations inside the transformer are counted as they are executed, the measuring of attention too."""
+
+    def answer(generator: Generator, question: Question, seed: int) -> Run:
+        pipe, tokens = generator.pipe, generator.run(question, seed).tokens
+        dense_work = _executed(generator, lambda: generator.picture(question, seed))[1]
+        with sra.patched(pipe, ours) if ours is not None else nullcontext() as handle:
+            if cache is not None:
+                pipe.transformer.enable_cache(cache())
+            try:
+                with pipe.transformer.cache_context("run") if cache is not None else nullcontext():
+                    picture, work = _executed(generator, lambda: generator.picture(question, seed))
+            finally:
+                if cache is not None:
+                    pipe.transformer.disable_cache()
+        return Run(picture, tokens if handle is None else tokens_a_step(handle.record), dense_work / work)
+
+    return answer
+
+
+def _executed(generator: Generator, call: Callable[[], Any]) -> tuple[Any, int]:
+    """What a call gives, and the FLOPs of the matrix products and attention inside its transformer."""
+    counter = FlopCounterMode(display=False, custom_mapping={_CPU_SDPA: _cpu_sdpa})
+    root = type(generator.pipe.transformer).__name__
+    with counter:
+        result = call()
+    return result, sum(counter.get_flop_counts()[root].values())
+
+
+_CPU_SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _cpu_sdpa(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)

@@ -1,0 +1,78 @@
+"""Where the attention goes: entropy over the steps, share of the top tokens, and whether they are the subject's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sparse_ref_attn.toy.scenes import TOKEN
+
+from .attention import SINGLE, masses
+from .generator import Generator
+from .questions import Question
+from .rows import Rows
+
+__all__ = ["KEYS", "TASKS", "VALUES", "measure"]
+
+KEYS = ("model", "weights", "steps", "task", "subject", "seed", "step", "block")
+VALUES = ("mass", "bits", "uniform_bits", "top_5", "top_10", "top_25", "top_50", "recall", "chance")
+TASKS = ("place", "pair", "swap", "local", "global")
+SHARES = (5, 10, 25, 50)
+
+
+def measure(
+    generators: Mapping[str, Generator],
+    rows: Rows,
+    subjects: int,
+    seeds: int,
+    tell: Callable[[int, int], Any] = lambda done, of: None,
+) -> None:
+    """A dense run of each task, subject and seed: a row for each step and block, and "single" for their mean."""
+    generator = generators["dense"]
+    for subject in range(subjects):
+        for seed in range(seeds):
+            for task in TASKS:
+                key = {
+                    "model": "dense", "weights": generator.weights, "steps": generator.steps, "task": task,
+                    "subject": subject, "seed": seed,
+                }  # fmt: skip
+                if rows.has({**key, "step": generator.steps - 1, "block": "single"}):
+                    continue
+                question = Question(task, subject)
+                found = masses(generator, question, seed)
+                cover = covered(question)
+                rows.add(
+                    [
+                        {**key, "step": step, "block": name, **describe(mass, cover)}
+                        for step, blocks in enumerate(found)
+                        for name, mass in [*enumerate(blocks), ("single", blocks[SINGLE].mean(0))]
+                    ]
+                )
+            tell(subject * seeds + seed + 1, subjects * seeds)
+
+
+def describe(mass: Tensor, cover: Tensor) -> dict[str, float]:
+    """`VALUES` of the mass (R,) that reference tokens get, of which `cover` (R,) bool are the subject's.
+
+    `bits` is the entropy of the normalised mass, at most `uniform_bits`; `top_25` the share of the mass in the top 25 %
+    of the tokens; `recall` the share of the subject's n tokens among the top n, `chance` what it is for a random order.
+    """
+    p = (mass / mass.sum()).double()
+    ordered = p.sort(descending=True).values
+    n = int(cover.sum())
+    found = {"mass": float(mass.sum()), "bits": float(-torch.special.xlogy(p, p).sum() / np.log(2))}
+    found["uniform_bits"] = float(np.log2(len(p)))
+    found |= {f"top_{share}": float(ordered[: -(-len(p) * share // 100)].sum()) for share in SHARES}
+    found["recall"] = float(cover[mass.sort(descending=True, stable=True).indices[:n]].float().mean())
+    return {**found, "chance": n / len(p)}
+
+
+def covered(question: Question) -> Tensor:
+    """Which reference tokens are at least half the subject's, (R,) bool."""
+    mask = torch.from_numpy(np.concatenate(question.scene.masks, 1))[None]
+    return functional.avg_pool2d(mask, TOKEN).flatten() >= 0.5

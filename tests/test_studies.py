@@ -1,0 +1,227 @@
+"""The studies measure what they say: equal budgets, exact answers, attention by its definition, executed work."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+import sparse_ref_attn as sra
+from benchmarks.studies import caches, cases, direction, mass, methods, stability, sweep, tasks
+from benchmarks.studies.__main__ import ATTENTION, PICTURES
+from benchmarks.studies.attention import SINGLE, masses
+from benchmarks.studies.budgets import dense_first, falling, rising
+from benchmarks.studies.generator import Generator
+from benchmarks.studies.quality import quality, subject_psnr
+from benchmarks.studies.questions import Question
+from benchmarks.studies.rows import Rows
+from sparse_ref_attn.cost import step_flops
+from sparse_ref_attn.cost.tokens import StepTokens
+from sparse_ref_attn.schedules import Clock
+from sparse_ref_attn.toy.pipeline import toy_pipeline
+from sparse_ref_attn.toy.scenes import TOKEN
+from sparse_ref_attn.toy.words import LENGTH
+
+STEPS = 3
+PLACE = Question("place", 0)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """Weights shaken, so that untrained blocks, too, do something."""
+    pipe = toy_pipeline()
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=random)
+    return Generator(pipe, STEPS)
+
+
+def rows_of(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("steps", [3, 8, 28])
+@pytest.mark.parametrize("keep", [0.15, methods.KEEP, 0.25])
+def test_budgets_spend_the_same_after_a_first_step_with_all_tokens(keep, steps):
+    for budget in (dense_first(keep, steps), rising(keep, steps), falling(keep, steps)):
+        shares = [budget.tokens_at(Clock.uniform(i, steps), 4096) / 4096 for i in range(1, steps)]
+        assert np.mean(shares) == pytest.approx(keep)
+    assert dense_first(keep, steps).tokens_at(Clock.uniform(0, steps), 4096) == 4096
+    curve = rising(keep, steps)
+    assert curve.high == pytest.approx(4 * curve.low)
+
+
+def test_a_mean_that_the_curve_cannot_reach_is_refused():
+    with pytest.raises(ValueError, match="N_max must be at most all tokens"):
+        rising(0.9, 8)
+
+
+def test_subjects_do_not_repeat_and_prompts_keep_the_reference():
+    assert len({Question("place", i).scene.subjects for i in range(20)}) == 20
+    own, other = PLACE.scene, Question("place", 0, 2).scene
+    assert np.array_equal(own.references[0], other.references[0])
+    assert own.prompt != other.prompt
+    with pytest.raises(ValueError, match="'place' alone, got 'swap'"):
+        _ = Question("swap", 0, 1).scene
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 2, 3])
+@pytest.mark.parametrize("subject", [0, 5])
+def test_the_answer_to_every_prompt_is_the_reference_moved_as_it_says(subject, prompt):
+    pair = Question("place", subject, prompt).scene
+    ((x, y, size),) = pair.places
+    across, down = [word.removeprefix("1:") for word in pair.prompt.split() if word.startswith("1:")][2:]
+    dx = int("".join(c for c in across if c.isdigit())) * (-1 if "left" in across else 1)
+    dy = int("".join(c for c in down if c.isdigit())) * (-1 if "up" in down else 1)
+    old, new = (
+        np.s_[b * TOKEN : (b + size) * TOKEN, a * TOKEN : (a + size) * TOKEN] for a, b in ((x - dx, y - dy), (x, y))
+    )
+    opaque = pair.masks[0][old] == 1
+    assert opaque.mean() > 0.3
+    assert np.array_equal(pair.mask[new] == 1, opaque)
+    assert np.allclose(pair.target[new][opaque], pair.references[0][old][opaque], atol=1e-6)
+
+
+def test_rows_go_on_after_a_kill(tmp_path):
+    path = tmp_path / "new" / "rows.csv"
+    rows = Rows(path, ("a", "b"), ("c",))
+    rows.add([{"a": 1, "b": 0.146484375, "c": None}])
+    with path.open("a") as file:
+        file.write("2,0.5,unfini")
+    again = Rows(path, ("a", "b"), ("c",))
+    assert len(again) == 1
+    assert again.has({"a": 1, "b": 0.146484375})
+    assert not again.has({"a": 2, "b": 0.5})
+    again.add([{"a": 2, "b": 0.5, "c": 3.14159265}])
+    assert path.read_text() == "a,b,c\n1,0.14648,\n2,0.5,3.1416\n"
+    with pytest.raises(ValueError, match=r"must have the columns a, c, got \['a', 'b', 'c'\]"):
+        Rows(path, ("a",), ("c",))
+
+
+def test_quality_is_of_the_right_pixels():
+    scene = PLACE.scene
+    wrong = np.where(scene.mask[..., None] > 0, scene.target, scene.target + 0.1)
+    assert subject_psnr(wrong, scene.target, scene.mask) == 60.0
+    share = 1 - (scene.mask > 0).mean()
+    found = quality(np.clip(wrong, 0, 1), scene, np.clip(scene.target, 0, 1))
+    assert subject_psnr(wrong, scene.target, np.ones_like(scene.mask)) == pytest.approx(20 - 10 * np.log10(share))
+    assert found["dense_subject_psnr"] == 60.0
+    assert found["ssim"] < 1
+    assert quality(np.clip(scene.target, 0, 1), scene, None)["identity"] in (None, pytest.approx(1, abs=1e-4))
+
+
+def test_masses_are_the_softmax_columns_means(generator):
+    first = {}
+
+    def look(site, q, k, v, mask):
+        first.setdefault(site, (q.double(), k.double()))
+
+    with torch.no_grad():
+        found = masses(generator, PLACE, 0)
+        with generator.adapter.listen(generator.pipe.transformer, look):
+            generator.picture(PLACE, 0)
+    assert found.shape == (STEPS, 6, 256)
+    for block, (q, k) in first.items():
+        weights = torch.einsum("bnhc,bshc->bhns", q, k).mul(q.shape[-1] ** -0.5).softmax(-1)
+        wanted = weights[0, :, LENGTH : LENGTH + 256, LENGTH + 256 :].mean((0, 1))
+        assert torch.allclose(found[0, block].double(), wanted, rtol=1e-4)
+    with torch.no_grad(), sra.patched(generator.pipe, sra.SparseRef("mass", 0.25)) as handle:
+        generator.picture(PLACE, 0)
+    assert torch.allclose(handle.record.mass[0], found[0, SINGLE].mean(0), rtol=1e-4)
+
+
+def test_mass_is_described():
+    cover = torch.zeros(256, dtype=torch.bool)
+    cover[:64] = True
+    even = mass.describe(torch.full((256,), 0.001), cover)
+    assert (even["bits"], even["uniform_bits"]) == (pytest.approx(8), 8)
+    assert (even["top_25"], even["top_5"], even["chance"]) == (pytest.approx(0.25), pytest.approx(13 / 256), 0.25)
+    assert even["mass"] == pytest.approx(0.256)
+    seen = mass.describe(torch.cat([torch.full((64,), 0.01), torch.zeros(192)]), cover)
+    assert (seen["bits"], seen["top_25"], seen["recall"]) == (pytest.approx(6), pytest.approx(1), 1)
+    blind = mass.describe(torch.cat([torch.zeros(64), torch.full((192,), 0.01)]), cover)
+    assert blind["recall"] == 0
+
+
+def test_the_subject_covers_what_the_scene_says():
+    cover = mass.covered(PLACE).view(16, 16)
+    ((_, _, size),) = PLACE.scene.places
+    assert 0.3 * size**2 < cover.sum() <= size**2
+
+
+def test_pictures_are_measured_once_and_the_pipeline_comes_back(generator, tmp_path):
+    made = []
+
+    def answer(generator, question, seed):
+        made.append(seed)
+        return generator.run(question, seed, sra.SparseRef("grid", dense_first(0.25, STEPS)))
+
+    study = [cases.Case("dense", 1.0, cases.dense), cases.Case("ours", 0.25, answer)]
+    study.append(cases.Case("not given", 1.0, cases.dense, model="drop"))
+    with torch.no_grad():
+        before = generator.picture(PLACE, 0)
+        for seeds in (1, 2, 2):
+            rows = Rows(tmp_path / "rows.csv", cases.KEYS, cases.VALUES)
+            cases.measure(study, {"dense": generator}, rows, 1, seeds)
+        assert np.array_equal(before, generator.picture(PLACE, 0))
+    assert made == [0, 1]
+    found = rows_of(tmp_path / "rows.csv")
+    assert [(row["method"], row["seed"]) for row in found] == [
+        ("dense", "0"),
+        ("ours", "0"),
+        ("dense", "1"),
+        ("ours", "1"),
+    ]
+    dense, ours = found[:2]
+    assert (dense["tokens"], dense["flop_ratio"], dense["dense_psnr"]) == ("256", "1", "")
+    assert float(ours["tokens"]) == pytest.approx((256 + 2 * 64) / 3, rel=1e-4)
+    assert 1 < float(ours["flop_ratio"]) < 1.5
+    assert float(ours["dense_psnr"]) < 60
+
+
+def test_executed_work_is_that_of_the_cost_model(generator):
+    with torch.no_grad():
+        _, work = caches._executed(generator, lambda: generator.picture(PLACE, 0))
+    wanted = step_flops(generator.shape, StepTokens(text=LENGTH, generation=256, references=256)).total * STEPS
+    assert work == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_cache_and_our_budget_save_more_together(generator):
+    study = {case.method: case for case in caches.cases(STEPS)}
+    with torch.no_grad():
+        before = generator.picture(PLACE, 0)
+        ratio = {
+            name: study[name].answer(generator, PLACE, 0).flop_ratio
+            for name in ("ReCAST fixed", "TaylorSeer every 2", "ReCAST fixed + TaylorSeer every 2")
+        }
+        assert np.array_equal(before, generator.picture(PLACE, 0))
+    ours, cache, both = ratio.values()
+    assert ours > 1
+    assert cache >= 1
+    assert both >= max(ours, cache)
+
+
+def test_attention_studies_go_on_where_they_were(generator, tmp_path):
+    with torch.no_grad():
+        for _ in range(2):
+            rows = Rows(tmp_path / "s.csv", stability.KEYS, stability.VALUES)
+            stability.measure({"dense": generator}, rows, 1, 1)
+    kinds = [row["kind"] for row in rows_of(tmp_path / "s.csv")]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"step": 3, "block": 6, "prompt": stability.PROMPTS}
+
+
+@pytest.mark.parametrize("name", list(PICTURES))
+def test_no_case_is_in_a_study_twice(name):
+    found = [(case.model, case.task, case.method, case.keep) for case in PICTURES[name].cases(8)]
+    assert len(found) == len(set(found))
+    assert set(ATTENTION).isdisjoint(PICTURES)
+
+
+def test_every_way_of_a_schedule_is_tried():
+    assert {case.method for case in direction.cases(8)} >= {"mass, rising", "mass, flat", "mass, falling"}
+    assert {case.keep for case in sweep.cases(8)} == {1.0, *sweep.KEEPS}
+    assert {case.task for case in tasks.cases(8)} == set(tasks.TASKS)
