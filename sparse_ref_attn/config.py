@@ -20,6 +20,8 @@ __all__ = ["ReCAST", "SparseContext", "SparseRef", "UniformGuard"]
 
 TASKS = ("auto", "edit", "subject", "style")
 EXECUTIONS = ("tokens", "cache", "both")
+PROFILES = ("step", "in_flight")
+CACHE_ROWS = ("budget", "all")
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ class SparseRef:
             )
         if cached and isinstance(self.select, Reducer):
             raise ConfigError(f'a rival that changes tokens runs with execute="tokens" only, got {self.execute!r}')
-        if not is_one_of(self.cache_rows, ("budget", "all")):
+        if not is_one_of(self.cache_rows, CACHE_ROWS):
             raise ConfigError(f'cache_rows must be "budget" or "all", got {self.cache_rows!r}')
         if self.layers is not None:
             layers = numbers(self.layers)
@@ -215,7 +217,7 @@ class SparseRef:
 
     def _check_in_flight(self) -> None:
         first = self.profile_blocks
-        if not is_one_of(self.profile, ("step", "in_flight")):
+        if not is_one_of(self.profile, PROFILES):
             raise ConfigError(f'profile must be "step" or "in_flight", got {self.profile!r}')
         if first is not None and (isinstance(first, bool) or not isinstance(first, int) or first < 1):
             raise ConfigError(f"profile_blocks must be an int of at least 1, got {first!r}")

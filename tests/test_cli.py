@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +22,7 @@ import sparse_ref_attn as sra
 from sparse_ref_attn import doctor
 from sparse_ref_attn.adapters.base import adapter_for
 from sparse_ref_attn.adapters.geometries import named_model
-from sparse_ref_attn.cli import main
+from sparse_ref_attn.cli import execution, main
 from sparse_ref_attn.eval.clock import time_call
 from sparse_ref_attn.eval.compare import compare
 from sparse_ref_attn.eval.embedded import SIZES, kontext_pipeline
@@ -60,7 +62,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models")
-    for name in ("kontext", "kontext_inpaint", "klein"):
+    for name in ("kontext", "kontext_inpaint", "klein", "klein_kv"):
         CASES[name].build().save_pretrained(directory / name)
     return directory
 
@@ -208,6 +210,68 @@ def test_run_klein_with_two_references_and_no_dense_run(models: Path, photo: Pat
     assert "whole call" in text
 
 
+def test_run_reads_the_reference_cache_as_it_is_told(models: Path, photo: Path, tmp_path: Path) -> None:
+    """Every flag of the cache, and the picture of the same settings in Python."""
+    run(
+        "run", "--model", models / "klein_kv", "--image", photo, "--prompt", "a cat", "--out", tmp_path, "--steps", "3",
+        "--preset", "sparse-context", "--select", "grid", "--keep", "50%", "--execute", "both", "--layers", "1,0.5,1,1",
+        "--cache-rows", "all", "--set", "max_sequence_length=48", "--set", "text_encoder_out_layers=[1, 2, 3]",
+    )  # fmt: skip
+    found = report(tmp_path)["run"]
+    config = sra.SparseContext(0.5, "grid", execute="both", layers=(1.0, 0.5, 1.0, 1.0), cache_rows="all")
+    assert found["config"] == json.loads(config.to_json())
+    assert found["by_step"]["kind"] == ["sparse", "cached", "cached"]
+    pipe = CASES["klein_kv"].build()
+    with sra.patched(pipe, config):
+        image = pipe(
+            prompt="a cat", image=PIL.Image.open(photo), num_inference_steps=3, max_sequence_length=48,
+            text_encoder_out_layers=(1, 2, 3), generator=torch.Generator().manual_seed(0),
+        ).images[0]  # fmt: skip
+    difference = pixels(tmp_path / "sparse.png").astype(int) - np.asarray(image)
+    assert (
+        abs(difference).max() <= 1
+    )  # weights read from a file lie elsewhere in memory, and round otherwise, dense too
+
+
+@pytest.mark.parametrize(
+    ("flags", "kinds", "config"),
+    [
+        (["--from-block", "1"], ["sparse"] * 4, {"from_block": 1}),
+        (
+            ["--preset", "recast", "--profile", "in_flight", "--profile-blocks", "2"],
+            ["in_flight", *["sparse"] * 3],
+            {"profile": "in_flight", "profile_blocks": 2},
+        ),
+        (
+            ["--preset", "recast", "--rerank-every", "2"],
+            ["profile", "sparse", "profile", "sparse"],
+            {"rerank_every": 2},
+        ),
+        ([], ["sparse"] * 4, {}),
+    ],
+)
+def test_demo_takes_its_execution_from_the_flags(
+    flags: list[str], kinds: list[str], config: dict[str, Any], tmp_path: Path
+) -> None:
+    run("demo", "--size", "tiny", "--steps", "4", "--keep", "0.5", "--out", tmp_path, *flags)
+    found = report(tmp_path)["run"]
+    assert found["by_step"]["kind"] == kinds
+    default = json.loads(sra.SparseRef().to_json())
+    fields = ("execute", "from_block", "profile", "profile_blocks", "layers", "cache_rows", "rerank_every")
+    assert {name: found["config"][name] for name in fields} == {name: default[name] for name in fields} | config
+
+
+def test_the_flags_are_those_of_the_configuration_and_the_same_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for command in ("demo", "run", "compare", "estimate"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        told.append(capsys.readouterr().out.partition("\nexecution:\n")[2].partition("\n\n")[2])
+    assert len(set(told)) == 1
+    flags = {flag.lstrip("-").replace("-", "_") for flag in re.findall(r"^  (--[a-z-]+)", told[0], re.MULTILINE)}
+    assert flags == set(execution.FIELDS) <= {field.name for field in dataclasses.fields(sra.SparseRef)}
+
+
 def test_several_images_are_one_list_where_the_pipeline_takes_one(photo: Path) -> None:
     images = [picture(), picture(seed=1)]
     arguments = call_arguments(CASES["qwen_edit_plus"].build(), images, "a cat", more={"true_cfg_scale": 1.0})
@@ -253,6 +317,23 @@ RUN = ["run", "--model", "{models}/kontext", "--prompt", "x", "--out", "{out}", 
             [*RUN, "--model", "{models}/klein", "--image", "{small}", *KLEIN],
             "Flux2KleinPipeline refused the call: Image",
         ),
+        ([*TINY, "--out", "{out}", "--execute", "kv"], "invalid choice: 'kv'"),
+        ([*TINY, "--out", "{out}", "--execute", "cache"], 'Use execute="tokens"'),
+        ([*TINY, "--out", "{out}", "--layers", "1,half"], "must be factors in (0, 1]"),
+        ([*TINY, "--out", "{out}", "--layers", "1,0.5"], 'with execute="cache" or "both", got'),
+        ([*TINY, "--out", "{out}", "--from-block", "-1"], "at least 0"),
+        ([*TINY, "--out", "{out}", "--from-block", "3"], "from_block must lie below the model's 3 blocks, got 3"),
+        ([*TINY, "--out", "{out}", "--profile", "in_flight"], "needs a selector (or a guard) that measures"),
+        ([*TINY, "--out", "{out}", "--profile-blocks", "1"], 'with profile="in_flight" only'),
+        ([*TINY, "--out", "{out}", "--rerank-every", "0"], "at least 1"),
+        ([*RUN, "--cache-rows", "some"], "invalid choice: 'some'"),
+        ([*RUN, "--execute", "both", *KONTEXT], "got FLUX.1 Kontext without such a cache"),
+        (
+            ["compare", "--out", "{out}/c", "--methods", "ToMe", "downscaled", "--execute", "cache"],
+            "ToMe, downscaled: a rival that changes tokens",
+        ),
+        (["estimate", "--model", "kontext", "--execute", "cache"], "got FLUX.1 Kontext without such a cache"),
+        (["estimate", "--model", "klein-9b", "--execute", "cache", "--layers", "1"], "each of the 32 attention layers"),
         (["estimate", "--model", "{out}"], "kontext, flux2-dev"),
         (["estimate", "--model", "kontext", "--size", "1024"], "WIDTHxHEIGHT"),
     ],

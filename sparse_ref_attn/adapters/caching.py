@@ -25,7 +25,21 @@ from .kept import KeptCache
 from .reuse import CacheReuse
 from .steps import RunStep
 
-__all__ = ["CacheKeeper", "CachedCall"]
+__all__ = ["CacheKeeper", "CachedCall", "check_cache"]
+
+
+def check_cache(config: SparseRef, adapter: Adapter, attention_layers: int, keeps: bool) -> None:
+    """Raise where the configuration asks for a cache that the model does not keep, or for other layers than it has."""
+    if config.execute in ("cache", "both") and not keeps:
+        raise IncompatibleError(
+            f'execute="{config.execute}" needs a model that computes its references\' keys and values once and '
+            f"keeps them (FLUX.2 Klein-KV), got {adapter.name} without such a cache: its reference tokens look at "
+            'the image being made, so theirs change at every step. Use execute="tokens"'
+        )
+    if config.layers is not None and len(config.layers) != attention_layers:
+        raise ConfigError(
+            f"layers must be a factor for each of the {attention_layers} attention layers, got {len(config.layers)}"
+        )
 
 
 class CachedCall:
@@ -51,22 +65,6 @@ class CacheKeeper:
         self._seam = adapter.cache
         self._kept: weakref.WeakKeyDictionary[Any, KeptCache] = weakref.WeakKeyDictionary()
         self.reuse = CacheReuse(adapter, session.config)
-
-    @staticmethod
-    def check(adapter: Adapter, transformer: nn.Module, config: SparseRef) -> None:
-        """Raise where the configuration asks for a cache that the model does not keep."""
-        keeps = adapter.cache is not None and adapter.cache.kept_by(transformer)
-        if config.execute in ("cache", "both") and not keeps:
-            raise IncompatibleError(
-                f'execute="{config.execute}" needs a model that computes its references\' keys and values once and '
-                f"keeps them (FLUX.2 Klein-KV), got {adapter.name} without such a cache: its reference tokens look at "
-                'the image being made, so theirs change at every step. Use execute="tokens"'
-            )
-        sites = adapter.sites(transformer)
-        if config.layers is not None and len(config.layers) != len(sites):
-            raise ConfigError(
-                f"layers must be a factor for each of the {len(sites)} attention layers, got {len(config.layers)}"
-            )
 
     # -- the call that fills a cache -----------------------------------------------------------
 

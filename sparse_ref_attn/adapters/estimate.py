@@ -29,6 +29,7 @@ from ..selection import Random
 from ..session import Plan, Session
 from ..types import Reference, TokenLayout
 from .base import Adapter, adapter_for
+from .caching import check_cache
 from .estimate_cache import run_work, with_cache
 
 __all__ = ["Estimate", "RunMemory", "estimate"]
@@ -198,9 +199,12 @@ def estimate(
     Raises
     ------
     ConfigError
-        If a number is out of range, a size holds no token, or the budget depends on measured attention (`TopP`).
+        If a number is out of range, a size holds no token, the budget depends on measured attention (`TopP`), or
+        ``layers`` is not one factor an attention layer.
     BudgetError
         If the budget asks for more tokens than the references have.
+    IncompatibleError
+        If ``execute="cache"`` or "both" meets a family that keeps no reference keys and values.
     UnsupportedModelError
         If no adapter serves the transformer, or its adapter does not say which Linear runs on which rows.
 
@@ -234,6 +238,7 @@ def estimate(
         )
     adapter = adapter_for(transformer)
     shape = adapter.shape(transformer)
+    check_cache(config, adapter, shape.attention_layers, adapter.cache is not None)
     layout = _layout(references, output, text_tokens, pixels_per_token)
     session, kinds, kept, from_block = _plan(transformer, adapter, config, layout, steps, batch)
     tokens = [StepTokens.of(layout, n, first) for n, first in zip(kept, from_block, strict=True)]

@@ -22,7 +22,7 @@ from ..timing import Stopwatch, Stopwatches
 from ..types import TokenLayout
 from . import seams
 from .base import Adapter, Found, Kwargs
-from .caching import CachedCall, CacheKeeper
+from .caching import CachedCall, CacheKeeper, check_cache
 from .depth import DepthCut, leaving
 from .hooks import InstanceHook
 from .pixels import PixelTap, encoder
@@ -62,7 +62,8 @@ class Patch:
         self.session = Session(config, [site.kind for site in adapter.sites(transformer)])
         if self.session.profile.probes:
             adapter.check_measurable(transformer)
-        CacheKeeper.check(adapter, transformer, config)
+        keeps = adapter.cache is not None and adapter.cache.kept_by(transformer)
+        check_cache(config, adapter, len(adapter.sites(transformer)), keeps)
         self.cache = None if adapter.cache is None else CacheKeeper(adapter, self.session)
         reads = pipe is not None and PipelineSteps.reads(pipe)
         self._steps = PipelineSteps(pipe, config.clock) if reads else ObservedSteps()

@@ -15,7 +15,7 @@ from ..eval import loading
 from ..eval.embedded import SIZES
 from ..eval.methods import METHODS
 from ..selection.names import NAMES
-from . import commands, training
+from . import commands, execution, training
 
 __all__ = ["parser"]
 
@@ -123,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
         help="many ways to spend the same tokens, side by side in one page",
         description="Runs one pipeline dense and with each method at the same share of the tokens, same seed, in "
         "turns, and writes an HTML page with pictures, kept tokens, metrics against the dense picture, times and "
-        "bounds; also CSV, JSON and markdown.",
+        "bounds; also CSV, JSON and markdown. --profile and --rerank-every reach the methods that measure attention.",
     )
     _add_model(versus, required=False)
     versus.add_argument("--keep", type=_share, default=0.25, metavar="R", help="share of the tokens (default: 25%%)")
@@ -133,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
     versus.add_argument("--size", choices=SIZES, default="demo", help="of the embedded pipeline")
     versus.add_argument("--clip", metavar="PATH", help="folder of a CLIP model: adds CLIP-I")
     versus.add_argument("--dino", metavar="PATH", help="folder of a DINO or DINOv2 model: adds its similarity")
+    execution.add_arguments(versus, _above)
     _add_common(versus)
     versus.set_defaults(run=commands.compare_methods)
 
@@ -205,6 +206,7 @@ def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
 def _add_config(parser: argparse.ArgumentParser, preset: str, keep: str) -> None:
     parser.add_argument("--preset", choices=PRESETS, default=preset, help="default: %(default)s")
     parser.add_argument("--keep", type=_keep, metavar="R", help=f"share (0.25, 25%%) or tokens (256); default: {keep}")
+    execution.add_arguments(parser, _above)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

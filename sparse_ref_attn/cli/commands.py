@@ -23,6 +23,7 @@ from ..eval.embedded import SIZES, Size, kontext_pipeline
 from ..eval.geometry import meta_transformer
 from ..kernels import toolchain
 from ..kernels.build import build_kernels
+from . import execution
 
 __all__ = [
     "RANDOM_WEIGHTS",
@@ -53,7 +54,8 @@ def demo(options: argparse.Namespace) -> None:
     keep = options.keep
     if keep is None and options.preset == "sparse-context":
         keep = 0.25
-    config = _config(options.preset, keep, task="subject" if options.preset == "recast" else "edit")
+    task = "subject" if options.preset == "recast" else "edit"
+    config = _config(options.preset, keep, task=task, **execution.settings(options))
     photo = photo_of(options.image)
     directory = outputs.prepare_directory(options.out)
     quiet(pipelines_too=True)
@@ -112,7 +114,8 @@ def _fitted(photo: Any, side: int, multiple: int) -> Any:
 
 def run(options: argparse.Namespace) -> None:
     """Dense and sparse side by side, on a real model."""
-    config = _config(options.preset, options.keep, task=options.task, select=options.select)
+    given = {name: value for name in ("task", "select") if (value := getattr(options, name)) is not None}
+    config = _config(options.preset, options.keep, **given, **execution.settings(options))
     directory = outputs.prepare_directory(options.out)
     pipe, device, arguments = loaded(options)
     about = {"model": options.model, "images": options.image}
@@ -196,7 +199,7 @@ def estimate(options: argparse.Namespace) -> None:
         output=options.output,
         text_tokens=options.text_tokens,
         steps=options.steps,
-        config=_config(options.preset, options.keep),
+        config=_config(options.preset, options.keep, **execution.settings(options)),
     )
     print(json.dumps(found.to_dict(), indent=2) if options.json else found.summary())
 
@@ -220,11 +223,8 @@ def diagnose(options: argparse.Namespace) -> None:
 # -- shared ----------------------------------------------------------------------------------
 
 
-def _config(preset: str, keep: float | int | None, task: str | None = None, select: str | None = None) -> SparseRef:
+def _config(preset: str, keep: float | int | None, **settings: Any) -> SparseRef:
     """The preset with its own defaults for what is not given."""
-    settings: dict[str, Any] = {} if task is None else {"task": task}
-    if select is not None:
-        settings["select"] = select
     if preset == "sparse-context":
         return SparseContext(**settings) if keep is None else SparseContext(keep, **settings)
     if keep is None:

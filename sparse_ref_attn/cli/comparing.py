@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from .. import doctor
+from ..config import SparseRef
 from ..errors import ConfigError
 from ..eval import metrics, outputs
 from ..eval.compare import compare_all
@@ -13,7 +16,7 @@ from ..eval.embedded import SIZES, kontext_pipeline
 from ..eval.methods import methods
 from ..eval.metrics import Metric, weights
 from ..eval.page import markdown, rows_of, write_page
-from . import commands
+from . import commands, execution
 
 __all__ = ["compare"]
 
@@ -22,7 +25,8 @@ def compare(options: argparse.Namespace) -> None:
     """Every method at the same share of the tokens, in one page."""
     if options.model is not None and (options.image is None or options.prompt is None):
         raise ConfigError("--model needs --image and --prompt, got it without them")
-    configs = methods(options.keep, options.methods, seed=options.seed)
+    refused: dict[str, str] = {}
+    configs = _configs(options, refused)
     directory = outputs.prepare_directory(options.out)
     shown = _metrics(options)
     note = ""
@@ -33,10 +37,8 @@ def compare(options: argparse.Namespace) -> None:
         pipe, device, arguments = commands.loaded(options)
     steps = arguments.pop("num_inference_steps")
     call = commands.caller(pipe, arguments, options.seed)
-    refused: dict[str, str] = {}
     results = compare_all(pipe, configs, call, steps=steps, repeats=options.repeats, refused=refused)
-    if not results:
-        raise ConfigError(f"at least one method must be able to run, got {refused}")
+    _check_any(results, refused)
     about: dict[str, Any] = {
         "pipeline": type(pipe).__name__,
         "model": options.model,
@@ -50,11 +52,38 @@ def compare(options: argparse.Namespace) -> None:
     }
     files = write_page(directory, results, shown, about, refused=refused, note=note)
     print(f"\n{markdown(rows_of(results, shown), shown)}\n")
-    for name, why in refused.items():
-        print(f"{name} could not run: {why}")
+    for names, why in _by_reason(refused):
+        print(f"{names} could not run: {why}")
     print(f"Written to {directory}")
     for name, what in files:
         print(f"  {name:<13} {what}")
+
+
+def _configs(options: argparse.Namespace, refused: dict[str, str]) -> dict[str, SparseRef]:
+    """The methods under the execution that was asked for; `refused` takes those that do not go with it."""
+    given, found = execution.settings(options), {}
+    quiet = {field: value for field, value in given.items() if field not in execution.MEASURING}
+    for name, config in methods(options.keep, options.methods, seed=options.seed).items():
+        try:
+            found[name] = replace(config, **(given if config.probes() else quiet))
+        except ConfigError as error:
+            refused[name] = str(error)
+    _check_any(found, refused)
+    return found
+
+
+def _check_any(left: Mapping[str, Any], refused: dict[str, str]) -> None:
+    if not left:
+        told = "; ".join(f"{names}: {why}" for names, why in _by_reason(refused))
+        raise ConfigError(f"at least one method must be able to run, got {told}")
+
+
+def _by_reason(refused: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Names joined by commas, and the reason that they share."""
+    names: dict[str, list[str]] = {}
+    for name, why in refused.items():
+        names.setdefault(why, []).append(name)
+    return [(", ".join(those), why) for why, those in names.items()]
 
 
 def _embedded(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any]]:

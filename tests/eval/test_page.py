@@ -52,6 +52,24 @@ def test_every_form_holds_the_same_rows(page: Path) -> None:
     assert [line.split("|")[1].strip() for line in markdown[2:]] == ["dense", *METHODS]
 
 
+def test_execution_flags_reach_the_methods_that_they_mean_something_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--from-block", "1", "--profile", "in_flight", "--profile-blocks", "1"]
+    assert (
+        main(["compare", "--out", str(tmp_path), "--size", "tiny", "--steps", "3", "--methods", *METHODS, *flags]) == 0
+    )
+    runs = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    configs = {name: found["run"]["config"] for name, found in runs.items()}
+    assert {name: config["profile"] for name, config in configs.items()} == {
+        "ReCAST rising": "in_flight", "edges": "step",
+    }  # fmt: skip
+    assert all(config["from_block"] == 1 for config in configs.values())
+    assert (
+        "downscaled, ToMe could not run: a rival changes tokens at the transformer's input" in capsys.readouterr().out
+    )
+
+
 def test_rows_are_the_runs() -> None:
     """At every token a method is dense, bit for bit; what it keeps is in its row."""
     pipe = kontext_pipeline("tiny")

@@ -1,0 +1,64 @@
+"""The arguments that say where the saving happens and where attention is measured, the same for every command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from ..config import CACHE_ROWS, EXECUTIONS, PROFILES
+
+__all__ = ["MEASURING", "add_arguments", "settings"]
+
+MEASURING = ("profile", "profile_blocks", "rerank_every")
+"""Fields that mean nothing to a rule that measures no attention."""
+
+FIELDS = ("execute", "from_block", "layers", "cache_rows", *MEASURING)
+
+
+def add_arguments(parser: argparse.ArgumentParser, above: Callable[[int], Callable[[str], int]]) -> None:
+    """The fields of `SparseRef` named in `FIELDS`; ``above(n)`` parses whole numbers of at least n."""
+    group = parser.add_argument_group("execution", "where the saving happens; default: the preset's, which is tokens")
+    group.add_argument(
+        "--execute",
+        choices=EXECUTIONS,
+        help="drop tokens at the transformer's input, prune the reference cache of a model that keeps one, or both",
+    )
+    group.add_argument("--from-block", type=above(0), metavar="N", help="drop from this block on (default: 0)")
+    group.add_argument(
+        "--profile",
+        choices=PROFILES,
+        help="measure attention in whole dense steps, or in the first blocks of step 0 (default: step)",
+    )
+    group.add_argument(
+        "--profile-blocks",
+        type=above(1),
+        metavar="N",
+        help="with --profile in_flight, how many first blocks (default: those that the rule names, else a quarter)",
+    )
+    group.add_argument(
+        "--layers",
+        type=_factors,
+        metavar="F,F,...",
+        help="with the cache, factors in (0, 1] on what each attention layer reads, one a layer",
+    )
+    group.add_argument(
+        "--cache-rows",
+        choices=CACHE_ROWS,
+        help="what the cache holds: the rows of the largest budget to come, or all (default: budget)",
+    )
+    group.add_argument("--rerank-every", type=above(1), metavar="N", help="rank again every N steps (default: never)")
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `SparseRef` that were given; the others keep the preset's values."""
+    return {name: value for name in FIELDS if (value := getattr(options, name)) is not None}
+
+
+def _factors(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(factor) for factor in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be factors in (0, 1], one a layer, such as 1,0.5,0.5; got {text!r}"
+        ) from None
