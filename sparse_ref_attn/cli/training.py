@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser, above: Any) -> None:
     how.add_argument("--warmup", type=above(0), default=100, help="steps (default: %(default)s)")
     how.add_argument("--decay", type=above(0), default=0, help="last steps, over which the rates fall to 0")
     how.add_argument("--ema", type=float, default=0.998, help="default: %(default)s")
+    how.add_argument(
+        "--reference-loss",
+        type=float,
+        metavar="W",
+        help="weight of the loss at the reference rows, with --sprites; with and without --keep (default: 0.1)",
+    )
     how.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="default: %(default)s")
     how.add_argument("--checkpoint-every", type=above(1), default=200, metavar="N", help="default: %(default)s")
     how.add_argument("--seed", type=above(0), default=0)
@@ -67,8 +73,9 @@ def train(options: argparse.Namespace) -> None:
         raise ConfigError("--data and --model must be given together, got one of them")
     if options.vae and options.sprites is None:
         raise ConfigError("--vae must come with --sprites, got --data")
-    if options.init is not None and options.sprites is None:
-        raise ConfigError("--init must come with --sprites, got --data")
+    for name in ("init", "reference_loss"):
+        if getattr(options, name) is not None and options.sprites is None:
+            raise ConfigError(f"--{name.replace('_', '-')} must come with --sprites, got --data")
     if options.vae:
         _vae(options)
         return
@@ -80,8 +87,8 @@ def train(options: argparse.Namespace) -> None:
         lr=rates[0] if options.lr is None else options.lr,
         muon_lr=rates[1] if options.muon_lr is None else options.muon_lr,
         warmup=options.warmup, decay=options.decay, ema=options.ema, precision=options.precision,
-        reference_loss=0.1 if options.keep is None else 0.0, checkpoint_every=options.checkpoint_every,
-        seed=options.seed,
+        checkpoint_every=options.checkpoint_every, seed=options.seed,
+        **({} if options.reference_loss is None else {"reference_loss": options.reference_loss}),
     )  # fmt: skip
     drop = None
     if options.keep is not None:
@@ -115,14 +122,19 @@ def _small(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def _vae(options: argparse.Namespace) -> None:
     from ..toy.pipeline import build_vae
+    from ..training import checkpoint
     from ..training.vae import toy_crops, train_vae
 
     vae = build_vae(options.seed)
     crops = toy_crops(options.sprites, options.batch, seed=options.seed)
-    train_vae(vae, crops, steps=options.steps, lr=2.5e-3 if options.lr is None else options.lr, seed=options.seed)
-    folder = Path(options.out) / "vae"
-    vae.save_pretrained(folder)
-    print(f"Autoencoder written to {folder}")
+    out = Path(options.out)
+    train_vae(
+        vae, crops, steps=options.steps, lr=2.5e-3 if options.lr is None else options.lr, seed=options.seed, out=out,
+        checkpoint_every=options.checkpoint_every,
+    )  # fmt: skip
+    with checkpoint.whole(out / "vae", "the autoencoder") as folder:
+        vae.save_pretrained(folder)
+    print(f"Autoencoder written to {out / 'vae'}")
 
 
 def _real(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -135,12 +147,14 @@ def _real(options: argparse.Namespace) -> tuple[Any, Any]:
     pipe, _ = loading.load_pipeline(options.model)
     if type(pipe).__name__ != "FluxKontextPipeline":
         raise ConfigError(f"train needs a FluxKontextPipeline, got {type(pipe).__name__} from {options.model}")
+    batches.check(pipe)
     add_lora(pipe.transformer, options.lora_rank)
     return pipe, batches
 
 
 def _write(pipe: Any, out: Path, ema: dict[str, Any], drop: Any, small: bool, about: dict[str, Any]) -> None:
     """The moving average where a pipeline finds it, with the settings that it was trained by."""
+    from ..training import checkpoint
     from ..training.lora import save_lora
 
     settings = None if drop is None else drop.drop
@@ -148,9 +162,10 @@ def _write(pipe: Any, out: Path, ema: dict[str, Any], drop: Any, small: bool, ab
         print(f"LoRA written to {save_lora(pipe, out, ema, settings)}")
         return
     pipe.transformer.load_state_dict(ema)
-    pipe.transformer.save_pretrained(out / "transformer")
     said = {"random_drop": None if settings is None else settings.to_dict(), **about}
-    (out / "transformer" / "sparse_ref_attn.json").write_text(json.dumps(said, indent=2))
+    with checkpoint.whole(out / "transformer", "the trained transformer") as folder:
+        pipe.transformer.save_pretrained(folder)
+        (folder / "sparse_ref_attn.json").write_text(json.dumps(said, indent=2))
     print(f"Transformer written to {out / 'transformer'}")
 
 

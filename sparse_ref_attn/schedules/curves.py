@@ -48,39 +48,46 @@ class Constant(Budget):
 class _Curve(Budget):
     """Between two amounts; the weight of the high one is 0 to 1."""
 
-    def _ends(self) -> tuple[Keep, Keep]:
-        raise NotImplementedError
+    low: Keep
+    high: Keep
 
     def _weight(self, progress: float) -> float:
         raise NotImplementedError
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low, high = self._ends()
-        check_keep("low", low)
-        check_keep("high", high)
-        check_order("low", low, "high", high)
+        check_keep("low", self.low)
+        check_keep("high", self.high)
+        check_order("low", self.low, "high", self.high)
 
     def amounts(self) -> dict[str, Keep]:
-        low, high = self._ends()
-        return {"low": low, "high": high}
+        return {"low": self.low, "high": self.high}
 
     def tokens_at(self, clock: Clock, size: int) -> float:
-        low, high = (tokens_of(keep, size) for keep in self._ends())
+        low, high = tokens_of(self.low, size), tokens_of(self.high, size)
         return low + (high - low) * self._weight(clock.progress)
 
     def _check_size(self, name: str, size: int) -> None:
         super()._check_size(name, size)
-        low, high = self._ends()
-        if tokens_of(low, size) > tokens_of(high, size):
+        if tokens_of(self.low, size) > tokens_of(self.high, size):
             raise BudgetError(
-                f"low must not exceed high, got low {low} and high {high}, "
-                f"which is {tokens_of(high, size):g} tokens for {name} of {size} tokens"
+                f"low must not exceed high, got low {self.low} and high {self.high}, "
+                f"which is {tokens_of(self.high, size):g} tokens for {name} of {size} tokens"
             )
 
 
+class _PowerCurve(_Curve):
+    """A curve with an exponent."""
+
+    gamma: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_exponent(self.gamma)
+
+
 @dataclass(frozen=True)
-class Polynomial(_Curve):
+class Polynomial(_PowerCurve):
     """ReCAST's rising budget, eq. (4).
 
     ``N(t) = N_min + (N_max - N_min) (1 - t/T)^gamma``
@@ -114,13 +121,6 @@ class Polynomial(_Curve):
     gamma: float = 2.0
     per: str = "reference"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_exponent(self.gamma)
-
-    def _ends(self) -> tuple[Keep, Keep]:
-        return self.low, self.high
-
     def _weight(self, progress: float) -> float:
         return progress**self.gamma
 
@@ -143,9 +143,6 @@ class Linear(_Curve):
     low: Keep
     high: Keep
     per: str = "reference"
-
-    def _ends(self) -> tuple[Keep, Keep]:
-        return self.low, self.high
 
     def _weight(self, progress: float) -> float:
         return progress
@@ -170,15 +167,12 @@ class Cosine(_Curve):
     high: Keep
     per: str = "reference"
 
-    def _ends(self) -> tuple[Keep, Keep]:
-        return self.low, self.high
-
     def _weight(self, progress: float) -> float:
         return (1.0 - math.cos(math.pi * progress)) / 2.0
 
 
 @dataclass(frozen=True)
-class Descending(_Curve):
+class Descending(_PowerCurve):
     """Falls from `high` at the first, high-noise step to `low` at the last: `Polynomial` run backwards.
 
     ``N(t) = low + (high - low) (t/T)^gamma``, so that on the uniform clock it spends as many tokens as
@@ -201,13 +195,6 @@ class Descending(_Curve):
     low: Keep
     gamma: float = 2.0
     per: str = "reference"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_exponent(self.gamma)
-
-    def _ends(self) -> tuple[Keep, Keep]:
-        return self.low, self.high
 
     def _weight(self, progress: float) -> float:
         return (1.0 - progress) ** self.gamma

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,9 +16,44 @@ from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
 
-__all__ = ["begin_from", "latest", "load", "save"]
+__all__ = ["begin_from", "fits", "latest", "load", "save", "whole"]
 
 _KEPT = 2  # checkpoints of a run
+
+
+@contextmanager
+def fits(what: str, folder: Path) -> Iterator[None]:
+    """Inside, what cannot be written into `folder`, on a full disk for example, is a ConfigError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as RuntimeError
+        raise ConfigError(f"{what} must fit into {folder}, got: {error}") from error
+
+
+@contextmanager
+def whole(final: Path, what: str) -> Iterator[Path]:
+    """A hidden folder to write into, which takes the place of `final` when everything in it is on the disk.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be written. What stood at `final` is then untouched.
+    """
+    partial = final.with_name(f".{final.name}")
+    try:
+        with fits(what, final.parent):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            for file in partial.iterdir():
+                _sync(file)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            _sync(final.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save(
@@ -28,7 +64,7 @@ def save(
     optimizer: Any,
     about: dict[str, Any],
 ) -> Path:
-    """Write ``out/step-N``: into a hidden folder first, which is renamed when everything is on the disk.
+    """Write ``out/step-N``, whole or not at all.
 
     Parameters
     ----------
@@ -37,7 +73,7 @@ def save(
     step : int
         Steps done.
     weights, ema : mapping of str to Tensor
-        The trained parameters and their moving average.
+        The trained parameters and their moving average, if there is one.
     optimizer : object
         What ``torch.save`` takes and ``torch.load(weights_only=True)`` gives back.
     about : dict
@@ -50,22 +86,12 @@ def save(
     """
     from safetensors.torch import save_file
 
-    final, partial = out / f"step-{step:06d}", out / f".step-{step:06d}"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file({k: v.detach().contiguous() for k, v in weights.items()}, partial / "weights.safetensors")
-        save_file({k: v.detach().contiguous() for k, v in ema.items()}, partial / "ema.safetensors")
+    final = out / f"step-{step:06d}"
+    with whole(final, f"the checkpoint of step {step}") as partial:
+        for name, tensors in (("weights", weights), ("ema", ema)):
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial / f"{name}.safetensors")
         torch.save(optimizer, partial / "optimizer.pt")
         (partial / "about.json").write_text(json.dumps({"step": step, **about}, indent=2))
-        for file in partial.iterdir():
-            _sync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _sync(out)
-    except (OSError, RuntimeError) as error:  # torch.save and safetensors report a full disk as RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ConfigError(f"the checkpoint of step {step} must fit into {out}, got: {error}") from error
     for old in _all(out)[:-_KEPT]:
         shutil.rmtree(old)
     return final
@@ -93,8 +119,8 @@ def load(folder: Path, weights: Mapping[str, Tensor], ema: Mapping[str, Tensor])
         about = json.loads((folder / "about.json").read_text())
     except (OSError, RuntimeError, ValueError, UnpicklingError) as error:
         raise ConfigError(f"{folder} must be a whole checkpoint, got: {error}") from error
-    for theirs in stored:
-        _match(folder, theirs, weights)
+    for ours, theirs in zip((weights, ema), stored, strict=True):
+        _match(folder, theirs, ours)
     for ours, theirs in zip((weights, ema), stored, strict=True):
         _copy(theirs, ours)
     return optimizer, about

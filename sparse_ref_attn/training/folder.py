@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from ..errors import ConfigError
 from .batches import Batch, encode
 
 __all__ = ["FolderBatches"]
+
+MAX_TEXT = 512
+"""Tokens of a prompt that FLUX.1 pipelines take."""
 
 _FIELDS = ("reference", "target", "prompt")
 
@@ -47,10 +52,22 @@ class FolderBatches:
         self.root, self.size, self.side, self.text_tokens, self.seed = Path(folder), size, side, text_tokens, seed
         if side < 16 or side % 16:
             raise ConfigError(f"side must be a multiple of 16 pixels, got {side}")
+        if not 1 <= text_tokens <= MAX_TEXT:
+            raise ConfigError(f"text_tokens must lie in [1, {MAX_TEXT}], as the pipeline's own, got {text_tokens}")
         self.pairs = _pairs(self.root)
         for pair in self.pairs:
             for name in _FIELDS[:2]:
                 _open(self.root / pair[name]).close()
+
+    def check(self, pipe: Any) -> None:
+        """Raise ConfigError if the pictures do not fit the pipeline's cells, or are larger than it makes any."""
+        cell = 2 * pipe.vae_scale_factor
+        most = inspect.signature(type(pipe).__call__).parameters["max_area"].default
+        if self.side % cell or self.side**2 > most:
+            raise ConfigError(
+                f"side must be a multiple of {cell} pixels and at most {math.isqrt(most)} for this "
+                f"{type(pipe).__name__}, got {self.side}"
+            )
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -78,7 +95,13 @@ def _pairs(root: Path) -> list[dict[str, str]]:
     if not index.is_file():
         raise ConfigError(f"a folder of pairs must hold metadata.jsonl, got {root}")
     pairs = []
-    for number, line in enumerate(index.read_text().splitlines(), 1):
+    try:
+        lines = index.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{index} must be readable text in UTF-8, got: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             pair = json.loads(line)
         except json.JSONDecodeError as error:
@@ -96,5 +119,5 @@ def _open(path: Path) -> Any:
 
     try:
         return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{path} must be a readable picture, got: {error}") from error

@@ -1,11 +1,24 @@
-"""The curve of a run."""
+"""The curve of a run, and its progress bar."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Log"]
+from ..errors import VersionError
+from .checkpoint import fits
+
+__all__ = ["Log", "progress"]
+
+
+def progress(start: int, steps: int) -> Any:
+    """A progress bar, on the first process alone."""
+    try:
+        from accelerate.utils import tqdm
+    except ImportError as error:
+        raise VersionError("training needs accelerate: pip install 'sparse-ref-attn[train]'") from error
+    return tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
 
 class Log:
@@ -24,10 +37,11 @@ class Log:
         self.rows.append({"step": str(step)} | {name: f"{number:.6g}" for name, number in numbers.items()})
 
     def write(self) -> None:
-        """Write all rows, through a second file that takes the first one's place."""
+        """Write all rows, through a second file that takes the first one's place; ConfigError on a full disk."""
         partial = self.path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[-1]))
-            writer.writeheader()
-            writer.writerows(self.rows)
-        partial.replace(self.path)
+        with fits(self.path.name, self.path.parent):
+            with partial.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(self.rows[-1]))
+                writer.writeheader()
+                writer.writerows(self.rows)
+            partial.replace(self.path)

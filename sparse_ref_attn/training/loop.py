@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import ConfigError, NonFiniteError, VersionError
 from . import checkpoint
 from .batches import Batch, seeded
-from .log import Log
+from .log import Log, progress
 from .patching import TrainingHandle
 
 __all__ = ["TrainConfig", "train"]
@@ -42,7 +42,8 @@ class TrainConfig:
     clip : float
         Largest norm of the gradient.
     reference_loss : float
-        Weight of the loss at the reference rows (see ``Batch.subjects``).
+        Weight of the loss at the reference rows (see ``Batch.subjects``), at least 0. Dropped rows add a constant to
+        it and no gradient, so that a kept row learns the same with dropping and without.
     sigma_mean, sigma_std : float
         The noise level is the sigmoid of a normal variable with these.
     guidance : float
@@ -84,6 +85,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be above 0 and finite, got {getattr(self, name)!r}")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema must lie in [0, 1), got {self.ema!r}")
+        if not 0 <= self.reference_loss < math.inf:
+            raise ConfigError(f"reference_loss must be at least 0 and finite, got {self.reference_loss!r}")
         if self.precision not in ("bf16", "no"):
             raise ConfigError(f"precision must be 'bf16' or 'no', got {self.precision!r}")
 
@@ -129,11 +132,11 @@ def train(
     NonFiniteError
         If the loss is NaN or infinite; the newest checkpoint is from before that.
     ConfigError, LayoutError
-        As ``checkpoint.save`` and ``checkpoint.load``.
+        As ``checkpoint.save`` and ``checkpoint.load``; also if the checkpoint is of a run with other optimizers, or
+        one drops reference tokens and the other does not.
     """
     try:
         from accelerate import Accelerator
-        from accelerate.utils import tqdm
     except ImportError as error:
         raise VersionError("training needs accelerate: pip install 'sparse-ref-attn[train]'") from error
 
@@ -148,15 +151,10 @@ def train(
     start = 0
     found = checkpoint.latest(out)
     if found is not None:
-        states, stored = checkpoint.load(found, weights, ema)
-        for optimizer, state in zip(optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
-        start = stored["step"]
-        if drop is not None and stored["draws"] is not None:
-            drop.load_state_dict(stored["draws"])
+        start = _resume(found, weights, ema, optimizers, drop)
     model = accelerator.prepare(transformer)
     log = Log(out, start) if accelerator.is_main_process else None
-    bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
+    bar = progress(start, config.steps)
     for step in range(start, config.steps):
         began = time.perf_counter()
         batch = batches(pipe, step, accelerator.process_index, accelerator.num_processes)
@@ -196,6 +194,32 @@ def train(
     bar.close()
     accelerator.wait_for_everyone()
     return ema
+
+
+def _resume(
+    found: Path,
+    weights: dict[str, Any],
+    ema: dict[str, Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    drop: TrainingHandle | None,
+) -> int:
+    """Take up the run where its checkpoint is; how many steps are done."""
+    states, stored = checkpoint.load(found, weights, ema)
+    dropped = stored["draws"] is not None
+    if dropped != (drop is not None):
+        words = ("with", "without") if dropped else ("without", "with")
+        raise ConfigError(
+            f"a run must go on as it began: {found} was trained {words[0]} dropping, and this run is {words[1]} it. "
+            "Begin another one from its weights (--init), in a folder of its own"
+        )
+    try:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+    except ValueError as error:
+        raise ConfigError(f"{found} must be of a run with the same optimizers (muon_lr), got: {error}") from error
+    if drop is not None:
+        drop.load_state_dict(stored["draws"])
+    return int(stored["step"])
 
 
 def _optimizers(weights: dict[str, Any], config: TrainConfig) -> list[torch.optim.Optimizer]:

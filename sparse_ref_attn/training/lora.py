@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import ConfigError, VersionError
+from .checkpoint import fits
 from .random_drop import RandomDrop
 
 __all__ = ["TARGETS", "add_lora", "save_lora"]
@@ -56,22 +58,28 @@ def save_lora(pipe: Any, folder: Path, weights: Mapping[str, Tensor], drop: Rand
     weights : mapping of str to Tensor
         Parameter name to value, such as the moving average.
     drop : RandomDrop or None
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be written, on a full disk for example. An earlier file is then untouched.
     """
     from peft.utils import get_peft_model_state_dict
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     state = {name: tensor.detach().cpu() for name, tensor in weights.items()}
-    pipe.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer, state_dict=state),
-        transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
-    )
-    path = folder / "pytorch_lora_weights.safetensors"
-    with safe_open(path, framework="pt") as file:
-        metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    metadata["sparse_ref_attn"] = json.dumps({"random_drop": None if drop is None else drop.to_dict()})
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata)
-    partial.replace(path)
-    return path
+    name = "pytorch_lora_weights.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    with fits("the LoRA", folder), TemporaryDirectory(dir=folder) as hidden:
+        pipe.save_lora_weights(
+            hidden,
+            transformer_lora_layers=get_peft_model_state_dict(pipe.transformer, state_dict=state),
+            transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
+        )
+        with safe_open(Path(hidden) / name, framework="pt") as file:
+            metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata["sparse_ref_attn"] = json.dumps({"random_drop": None if drop is None else drop.to_dict()})
+        partial = Path(hidden) / "with_metadata"
+        save_file(tensors, partial, metadata)
+        return partial.replace(folder / name)

@@ -31,6 +31,7 @@ def test_the_small_model(sprites, tmp_path):
     assert [row["step"] for row in csv.DictReader((dense / "log.csv").open())] == ["1", "2"]
     about = json.loads((dense / "step-000002/about.json").read_text())
     assert about["train"]["steps"] == 2
+    loss = about["train"]["reference_loss"]
     assert "grid=8" in about["command"]
     toy_pipeline(str(dense / "transformer"))
     more = ["--init", str(dense), "--keep", "0.1-0.9", "--out", str(dropped), *FEW]
@@ -38,6 +39,7 @@ def test_the_small_model(sprites, tmp_path):
     said = json.loads((dropped / "transformer/sparse_ref_attn.json").read_text())
     assert said["random_drop"]["keep"] == [0.1, 0.9]
     assert said["train"]["steps"] == 2
+    assert said["train"]["reference_loss"] == loss > 0  # a drop run and its control have one loss
     assert json.loads((dropped / "step-000002/about.json").read_text())["draws"] == {"draws": 2}
 
 
@@ -45,15 +47,19 @@ def test_the_autoencoder(sprites, tmp_path):
     from diffusers import AutoencoderTiny
 
     assert main(["train", "--vae", "--sprites", sprites, "--out", str(tmp_path), *FEW]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "step-000002", "vae"}
     assert AutoencoderTiny.from_pretrained(tmp_path / "vae").config.scaling_factor > 0
 
 
-def test_a_lora_of_a_pipeline(tmp_path):
+def test_a_lora_of_a_pipeline(tmp_path, capsys):
     model, data, out = (tmp_path / name for name in ("model", "data", "out"))
     kontext_pipeline("tiny").save_pretrained(model)
     data.mkdir()
     Image.new("RGB", (40, 40), "red").save(data / "a.png")
     (data / "metadata.jsonl").write_text('{"reference": "a.png", "target": "a.png", "prompt": "the same"}')
+    big = ["--side", "2048", "--out", str(out)]
+    assert main(["train", "--model", str(model), "--data", str(data), *big, *FEW]) == 2
+    assert "at most 1024 for this FluxKontextPipeline, got 2048" in capsys.readouterr().err
     size = ["--side", "32", "--text-tokens", "32", "--lora-rank", "2", "--keep", "0.2-0.9"]
     assert main(["train", "--model", str(model), "--data", str(data), "--out", str(out), *size, *FEW]) == 0
     with safe_open(out / "pytorch_lora_weights.safetensors", framework="pt") as file:
@@ -68,6 +74,8 @@ def test_a_lora_of_a_pipeline(tmp_path):
         ([], "train needs --sprites (the small model) or --data with --model"),
         (["--data", "x"], "--data and --model must be given together"),
         (["--data", "x", "--model", "y", "--vae"], "--vae must come with --sprites"),
+        (["--data", "x", "--model", "y", "--reference-loss", "1"], "--reference-loss must come with --sprites"),
+        (["--sprites", None, "--reference-loss", "nan"], "reference_loss must be at least 0 and finite, got nan"),
         (["--sprites", "nowhere"], "the folder of sprites must exist, got nowhere"),
         (["--sprites", None, "--init", "nowhere"], "a run to begin from must have a checkpoint, got nowhere"),
         (["--sprites", None, "--keep", "0-1"], "keep must hold ratios with 0 < low <= high <= 1"),

@@ -4,11 +4,13 @@ import csv
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +20,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sparse_ref_attn.errors import ConfigError, LayoutError, NonFiniteError
-from sparse_ref_attn.toy.pipeline import build_transformer
+from sparse_ref_attn.toy.pipeline import build_transformer, build_vae
 from sparse_ref_attn.training import RandomDrop, checkpoint, loop, patch_for_training
 from sparse_ref_attn.training.batches import Batch, seeded
 from sparse_ref_attn.training.folder import FolderBatches
+from sparse_ref_attn.training.log import Log
 from sparse_ref_attn.training.loop import TrainConfig, train
 from sparse_ref_attn.training.lora import add_lora, save_lora
+from sparse_ref_attn.training.vae import train_vae
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"warmup": 2, "decay": 2, "checkpoint_every": 2, "precision": "no"}
@@ -97,6 +101,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
         ({"steps": 1, "lr": float("nan")}, "lr must be above 0 and finite, got nan"),
         ({"steps": 1, "muon_lr": 0.0}, "muon_lr must be above 0"),
         ({"steps": 1, "ema": 1.0}, r"ema must lie in \[0, 1\), got 1.0"),
+        ({"steps": 1, "reference_loss": -1.0}, "reference_loss must be at least 0 and finite, got -1.0"),
         ({"steps": 1, "precision": "fp8"}, "precision must be 'bf16' or 'no', got 'fp8'"),
     ],
 )
@@ -153,6 +158,107 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert checkpoint.latest(tmp_path).name == "step-000004"
 
 
+@contextmanager
+def largest_file(size):
+    """What a disk with no more room does to every writer, without a disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_every_file_is_whole_or_absent_when_the_room_runs_out(tmp_path):
+    train(Pipe(), batches, TrainConfig(steps=2, **SETTINGS), tmp_path)
+    with largest_file(1_000_000), pytest.raises(ConfigError, match="the checkpoint of step 4 must fit into"):
+        train(Pipe(), batches, TrainConfig(steps=4, **SETTINGS), tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["log.csv", "step-000002"]
+
+
+def test_a_log_that_does_not_fit_leaves_the_earlier_one(tmp_path):
+    log = Log(tmp_path, 0)
+    log.add(1, {"loss": 1.0})
+    log.write()
+    log.add(2, {"loss": 2.0})
+    with largest_file(10), pytest.raises(ConfigError, match=r"log\.csv must fit into"):
+        log.write()
+    assert log.path.read_text().split() == ["step,loss", "1,1"]
+
+
+def test_a_lora_that_does_not_fit_leaves_the_earlier_one(tmp_path):
+    pipe = _kontext()
+    add_lora(pipe.transformer, 2)
+    weights = {name: p for name, p in pipe.transformer.named_parameters() if p.requires_grad}
+    path = save_lora(pipe, tmp_path, weights, None)
+    before = path.read_bytes()
+    with largest_file(1000), pytest.raises(ConfigError, match="the LoRA must fit into"):
+        save_lora(pipe, tmp_path, {name: p + 1 for name, p in weights.items()}, None)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == before
+
+
+def test_a_run_goes_on_as_it_began(tmp_path):
+    pipe = Pipe()
+    train(pipe, batches, TrainConfig(steps=2, **SETTINGS), tmp_path)
+    drop = patch_for_training(pipe.transformer, RandomDrop((0.2, 0.9)))
+    with pytest.raises(ConfigError, match="was trained without dropping, and this run is with it"):
+        train(pipe, batches, TrainConfig(steps=4, **SETTINGS), tmp_path, drop=drop)
+    drop.remove()
+    with pytest.raises(ConfigError, match=r"the same optimizers \(muon_lr\)"):
+        train(Pipe(), batches, TrainConfig(steps=4, muon_lr=None, **SETTINGS), tmp_path)
+
+
+def test_an_autoencoder_goes_on_bit_for_bit(tmp_path):
+    def pictures(step):
+        if step == stop:
+            raise KeyboardInterrupt
+        return torch.rand(1, 3, 16, 16, generator=seeded(step)) * 2 - 1
+
+    settings, stop = {"steps": 5, "checkpoint_every": 2}, None
+    alone, whole, parts = build_vae(0), build_vae(0), build_vae(0)
+    train_vae(alone, pictures, steps=5)
+    train_vae(whole, pictures, out=tmp_path / "whole", **settings)
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        train_vae(parts, pictures, out=tmp_path / "parts", **settings)
+    assert checkpoint.latest(tmp_path / "parts").name == "step-000002"
+    stop, parts = None, build_vae(1)
+    train_vae(parts, pictures, out=tmp_path / "parts", **settings)
+    for name, p in whole.named_parameters():
+        assert torch.equal(p, dict(parts.named_parameters())[name])
+        assert torch.equal(p, dict(alone.named_parameters())[name])
+    assert parts.config.scaling_factor == whole.config.scaling_factor
+    with pytest.raises(LayoutError, match="must have the model's own parameters"):
+        train(Pipe(), batches, TrainConfig(steps=8, **SETTINGS), tmp_path / "parts")
+
+
+def test_a_kept_reference_row_learns_the_same_with_dropping_and_without():
+    """Dropped rows add to the reference loss a constant without gradient: a drop run and its control share one loss."""
+    n, rows = 16, torch.arange(16, 32, 3)
+    batch = batches(Pipe(), 0, 0, 1)
+    config = TrainConfig(steps=1, reference_loss=0.3)
+
+    def gradient(kept):
+        output = torch.ones(2, 32, batch.target.shape[-1], requires_grad=True)
+
+        def model(**kwargs):
+            mask = torch.zeros(32, 1)
+            mask[:n], mask[kept] = 1, 1
+            return (output * mask,)
+
+        with_subjects = replace(batch, subjects=batch.references)
+        loop._loss(model, with_subjects, config, seeded(0), False)[0].backward()
+        return output.grad
+
+    every, some = gradient(torch.arange(16, 32)), gradient(rows)
+    assert torch.equal(every[:, :n], some[:, :n])
+    assert torch.equal(every[:, rows], some[:, rows])
+    assert every[:, rows].abs().min() > 0
+    dropped = [i for i in range(16, 32) if i not in rows]
+    assert not some[:, dropped].any()
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     train(Pipe(), batches, TrainConfig(steps=2, **SETTINGS), tmp_path)
     for name in ("optimizer.pt", "weights.safetensors"):
@@ -166,6 +272,7 @@ RUN = """
 import sys, time, torch
 from pathlib import Path
 from tests.training.test_loop import Pipe, SETTINGS, batches
+from sparse_ref_attn.training.log import Log
 from sparse_ref_attn.training.loop import TrainConfig, train
 torch.set_num_threads(1)
 def slow(*arguments):
@@ -268,6 +375,8 @@ def folder(tmp_path):
 
 def test_a_folder_gives_every_pair_once_a_turn(folder):
     pipe = _kontext()
+    index = folder / "metadata.jsonl"
+    index.write_text(index.read_text().replace("\n", "\n\n"))  # a blank line is no pair
     data = FolderBatches(str(folder), 1, side=32, text_tokens=8)
     turns = [[data._row(3 * turn + i) for i in range(3)] for turn in range(20)]
     assert all(sorted(turn) == [0, 1, 2] for turn in turns)
@@ -282,6 +391,7 @@ def test_a_folder_gives_every_pair_once_a_turn(folder):
     ("text", "said"),
     [
         (None, r"must hold metadata\.jsonl"),
+        (b"\xff\xfe", "must be readable text in UTF-8"),
         ("", "at least one pair"),
         ("{", "line 1 must be a JSON object"),
         ('{"reference": "r0.png", "target": "t0.png"}', "must have the texts reference, target, prompt"),
@@ -295,7 +405,20 @@ def test_bad_folders(folder, text, said):
     if text is None:
         index.unlink()
     else:
-        index.write_text(text)
+        index.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=said):
         FolderBatches(str(folder), 1)
     shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"side": 20}, "side must be a multiple of 16 pixels, got 20"),
+        ({"text_tokens": 513}, r"text_tokens must lie in \[1, 512\]"),
+        ({"side": 1040}, "at most 1024 for this FluxKontextPipeline, got 1040"),
+    ],
+)
+def test_pictures_and_prompts_larger_than_the_model_takes(folder, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        FolderBatches(str(folder), 1, **settings).check(_kontext())
