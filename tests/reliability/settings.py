@@ -13,7 +13,7 @@ from torch import Tensor
 import sparse_ref_attn as sra
 from sparse_ref_attn import schedules
 from sparse_ref_attn.config import UniformGuard
-from sparse_ref_attn.selection import Ranking, References, Selector
+from sparse_ref_attn.selection import Ranking, Reducer, References, Selector, selector
 
 JUNK: tuple[Any, ...] = (
     None, "", "mass", "text", b"bytes", -1, 0, 1, 2.5, -0.5, 10**12, float("nan"), float("inf"), 1e-320, True, False,
@@ -37,6 +37,10 @@ def not_finite(references: References) -> list[Tensor]:
     return [torch.full((size,), torch.nan) for size in references.sizes]
 
 
+def _by_generation(probes: Sequence[Any]) -> bool:
+    return all(probe.queries == "generation" for probe in probes)
+
+
 class Settings:
     """Draws what a configuration is made of.
 
@@ -45,13 +49,15 @@ class Settings:
     random : random.Random
     blocks, steps, references : int
         Of the run it is for.
+    keeps : bool
+        Whether the model keeps its references' keys and values.
     spoiled : bool
         Whether it may hold anything, not only what fits the run.
     """
 
-    def __init__(self, random: Random, blocks: int, steps: int, references: int, spoiled: bool) -> None:
+    def __init__(self, random: Random, blocks: int, steps: int, references: int, keeps: bool, spoiled: bool) -> None:
         self.random, self.blocks, self.steps = random, blocks, steps
-        self.references, self.spoiled = references, spoiled
+        self.references, self.keeps, self.spoiled = references, keeps, spoiled
 
     def pick(self, good: Sequence[Any], bad: Sequence[Any] = ()) -> Any:
         """One of `good`; where things are spoiled also of `bad`, and once in twenty times anything."""
@@ -61,13 +67,39 @@ class Settings:
 
     def configuration(self) -> sra.SparseRef:
         """Raises what the library raises for one that cannot be."""
-        draw = self.random
-        if draw.random() < 0.15:
+        if self.random.random() < 0.15:
             return self._preset()
         fields: dict[str, Any] = {"select": self.selector(), "budget": self.budget()}
-        for name in draw.sample(list(self._more()), draw.choice((0, 0, 1, 2, 3, 5))):
-            fields[name] = self._more()[name]
+        if not self.spoiled:
+            return sra.SparseRef(**self._fitting(fields))
+        more = self._more()
+        for name in self.random.sample(list(more), self.random.choice((0, 1, 2, 3, 5))):
+            fields[name] = more[name]
         return sra.SparseRef(**fields)
+
+    def _fitting(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """One of the ways to run that the model and the selector allow, and settings that go with any."""
+        draw, more = self.random, self._more()
+        probes = [] if isinstance(fields["select"], Reducer) else list(selector(fields["select"]).probes())
+        ways = ["tokens"] + ["both", "cache"] * self.keeps
+        ways += ["in_flight", "from_block"] * (not self.keeps and not isinstance(fields["select"], Reducer))
+        way = draw.choice(ways)
+        if isinstance(fields["select"], Reducer):
+            way = "tokens"
+        if way in ("cache", "both"):
+            fields |= {"execute": way, "cache_rows": more["cache_rows"]}
+            if draw.random() < 0.3:
+                fields["layers"] = more["layers"]
+        if way == "from_block":
+            fields["from_block"] = draw.randint(1, self.blocks - 1)
+        if way == "in_flight" and probes and all(p.steps == (0,) and isinstance(p.blocks, str) for p in probes):
+            fields |= {"profile": way, "profile_blocks": draw.choice((None, 1)), "from_block": draw.choice((0, 1))}
+        elif probes and way != "both" and draw.random() < 0.3 and (way != "cache" or _by_generation(probes)):
+            fields["rerank_every"] = draw.choice((1, 2))
+        for name in ("floor", "weights", "multiple", "guard", "clock", "seed"):
+            if draw.random() < 0.2 and not (name == "guard" and isinstance(fields["select"], Reducer)):
+                fields[name] = more[name]
+        return fields
 
     def _more(self) -> dict[str, Any]:
         weights = tuple(self.random.choice((0.5, 1.0, 9)) for _ in range(max(1, self.references)))
@@ -77,7 +109,7 @@ class Settings:
             "from_block": self.pick((0, 1, self.blocks - 1), (self.blocks, -1, 99, 1.0)),
             "profile": self.pick(("step", "in_flight"), ("flight",)),
             "profile_blocks": self.pick((None, 1, 2), (0, self.blocks, 99)),
-            "floor": self.pick((0, 1, 3, 0.1, 0.5), (1.0, 70, 1.1, -1)),
+            "floor": self.pick((0, 1, 0.1, 0.5), (3, 1.0, 70, 1.1, -1)),
             "weights": self.pick((None, weights), ((3.0,), (5, 1, 1), (0.0,), (), ("a",), 3)),
             "multiple": self.pick((1, 2, 8, 64), (0, 1.5)),
             "guard": self.pick((None, guard, UniformGuard(1.0, 1.0)), ("yes", True)),
@@ -89,12 +121,15 @@ class Settings:
         }
 
     def _preset(self) -> sra.SparseRef:
-        settings = {"execute": self.pick(("tokens", "tokens", "cache", "both")), "seed": self.pick((0, 5))}
+        ways = ("tokens", "cache", "both") if self.keeps else ("tokens",)
+        settings = {"execute": self.pick(ways, ("cache",)), "seed": self.pick((0, 5))}
         task = self.pick(("auto", "edit", "subject", "style"), ("portrait",))
         if self.random.random() < 0.5:
             low, high = sorted((self.random.randint(1, 4096), self.random.randint(1, 4096)))
             return sra.ReCAST(self.pick((low,)), self.pick((high,)), self.pick((1.0, 2.0)), task=task, **settings)
-        return sra.SparseContext(self.pick((0.1, 0.5, 4, 1.0)), self.pick((None, "grid")), task=task, **settings)
+        return sra.SparseContext(
+            self.pick((0.1, 0.5, 1, 1.0), (4, 0.0)), self.pick(("cosine", "grid"), (None,)), task=task, **settings
+        )
 
     # -- selectors ---------------------------------------------------------------------------
 
@@ -163,7 +198,7 @@ class Settings:
 
     def _amount(self, tokens: bool) -> Any:
         if tokens:
-            return self.pick((1, 2, 4), (0, -3, 97, 5000))
+            return self.pick((1,), (0, -3, 4, 97, 5000))
         return self.pick((0.01, 0.1, 0.3, 0.5, 0.9, 1.0), (0.0, 1.5))
 
     def budget(self) -> Any:

@@ -110,8 +110,9 @@ class Trial:
         self._note(config)
         return config
 
-    def _settings(self, blocks: int, steps: int, references: int) -> Settings:
-        return Settings(self.random, blocks, steps, references, self.random.random() < 0.35)
+    def _settings(self, name: str, steps: int, references: int) -> Settings:
+        blocks, spoiled = 2 if name.startswith("qwen") else 4, self.random.random() < 0.3
+        return Settings(self.random, blocks, steps, references, name == "klein_kv", spoiled)
 
     # -- made and patched ----------------------------------------------------------------------
 
@@ -119,7 +120,8 @@ class Trial:
         case = CASES[self.random.choice(list(CASES))]
         pipe = pipeline(case.name)
         before, found = state(pipe), []
-        settings = Settings(self.random, _blocks(case.name), 3, 1, self.random.random() < 0.6)
+        settings = self._settings(case.name, 3, 1)
+        settings.spoiled = self.random.random() < 0.6
         with self._refusals(pipe, found):
             config = self._configuration(settings)
             self._travels(config)
@@ -159,7 +161,7 @@ class Trial:
         components = SimpleNamespace(components={"transformer": model})
         before, found = state(components), []
         dense = layout.run(model)
-        settings = self._settings(_blocks(name), layout.steps, len(layout.grids))
+        settings = self._settings(name, layout.steps, len(layout.grids))
         config, handle, outputs = None, None, []
         with self._refusals(components, found):
             config = self._configuration(settings)
@@ -227,11 +229,11 @@ class Trial:
         return request
 
     def _run(self) -> str:
-        case = CASES[self.random.choice(list(CASES))]
+        case = CASES[self.random.choice(("klein_kv", *CASES))]
         pipe, request = pipeline(case.name), self._request(case)
         before, found = state(pipe), []
         plain = case.call(pipe, **request)
-        settings = self._settings(_blocks(case.name), request["steps"], request["references"])
+        settings = self._settings(case.name, request["steps"], request["references"])
         handle, image = None, plain
         with self._refusals(pipe, found):
             handle = sra.patch(pipe, self._configuration(settings))
@@ -290,7 +292,7 @@ class Trial:
         return "ran" if done else "refused"
 
     def _do_patch(self, case: Case, pipe: Any, request: dict[str, Any]) -> None:
-        settings = self._settings(_blocks(case.name), request["steps"], request["references"])
+        settings = self._settings(case.name, request["steps"], request["references"])
         config = self._configuration(settings)
         self._handles.append(sra.patch(self.random.choice((pipe, pipe, pipe.transformer)), config))
 
@@ -345,12 +347,12 @@ class Trial:
     # -- batches -------------------------------------------------------------------------------
 
     def _batch(self) -> str:
-        case = CASES[self.random.choice(list(CASES))]
+        case = CASES[self.random.choice(("klein_kv", *CASES))]
         pipe = pipeline(case.name)
         items = BatchItems(self.random, case, pipe)
         self._note(f"{case.name} {items}")
         before, found = state(pipe), []
-        settings = self._settings(_blocks(case.name), items.steps, items.counts[0])
+        settings = self._settings(case.name, items.steps, items.counts[0])
         config, result = None, None
         with self._refusals(pipe, found):
             config = self._configuration(settings)
@@ -422,10 +424,6 @@ class BatchItems:
         with sra.patched(pipe, config) as handle, _small_references():
             made = pipe(prompt=self.prompts[i], generator=generator(i), **{**self.common, **self.each[i], **image})
             return made.images, handle.record if images else None
-
-
-def _blocks(name: str) -> int:
-    return 2 if name.startswith("qwen") else 4
 
 
 def _sizes(case: Case) -> tuple[tuple[int, int], ...]:
