@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
+from benchmarks.measured import Term, read
 from benchmarks.studies import caches, cases, direction, mass, methods, stability, sweep, tasks
-from benchmarks.studies.__main__ import ATTENTION, PICTURES
+from benchmarks.studies.__main__ import ATTENTION, PICTURES, main
 from benchmarks.studies.attention import SINGLE, masses
 from benchmarks.studies.budgets import dense_first, falling, rising
 from benchmarks.studies.generator import Generator
@@ -212,6 +213,25 @@ def test_attention_studies_go_on_where_they_were(generator, tmp_path):
             stability.measure({"dense": generator}, rows, 1, 1)
     kinds = [row["kind"] for row in rows_of(tmp_path / "s.csv")]
     assert {kind: kinds.count(kind) for kind in kinds} == {"step": 3, "block": 6, "prompt": stability.PROMPTS}
+
+
+def test_the_command_writes_rows_that_can_be_read_back(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "new" / "studies"
+    monkeypatch.setattr(direction, "cases", lambda steps: [cases.Case("dense", 1.0, cases.dense)])
+    main(["--out", str(out), "--only", "direction", "--subjects", "2", "--seeds", "1", "--steps", "3"])
+    assert "direction: 2 of 2 subjects and seeds" in capsys.readouterr().err
+    first, last = rows_of(out / "runs.csv")
+    assert (first["seconds"], last["study"], last["steps"], last["model"]) == ("", "direction", "3", "dense")
+    assert last["seconds"].isdigit()
+    measured = read(out, "direction")
+    assert measured.interval([Term(1.0, "tokens", {"method": "dense", "keep": 1.0})]).mean == 256
+    assert torch.is_grad_enabled()
+
+
+def test_bad_counts_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--steps", "2"])
+    assert "steps at least 3, got 16, 2 and 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", list(PICTURES))

@@ -77,6 +77,7 @@ def _note(name: str, generators: dict[str, Generator], args: argparse.Namespace,
     """A line a study and model in ``runs.csv``: where rows are measured, and at the end how many seconds it took."""
     path = args.out / "runs.csv"
     new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, RUNS, lineterminator="\n")
         if new:
