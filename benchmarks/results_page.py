@@ -15,6 +15,7 @@ from sparse_ref_attn.eval.metrics import Interval
 
 from .claims import CLAIMS, QUESTIONS, Claim, verdict
 from .measured import Measured, Term, read
+from .reliability import reliability
 from .studies import methods, sparse_context, tasks
 from .study_plots import PLOTS, draw
 
@@ -234,7 +235,7 @@ def _reliability(path: Path) -> str:
     rows = _lines(path)
     if not rows:
         return "Not measured: `benchmarks/results/reliability.csv` has no rows."
-    return _table(list(rows[0]), [list(row.values()) for row in rows])
+    return reliability(rows)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 import numpy as np
 from torch import Tensor
 
+from .checks import is_number, is_one_of
 from .errors import ConfigError, LayoutError
 from .record import RunRecord, StepRecord, mean_over_blocks
 
@@ -136,10 +137,10 @@ def summary(
     >>> summary(run, "dict")["references"][0]["kept_mean"]
     2.5
     """
-    if format not in ("text", "markdown", "dict", "json"):
+    if not is_one_of(format, ("text", "markdown", "dict", "json")):
         raise ConfigError(f'format must be "text", "markdown", "dict" or "json", got {format!r}')
-    if dense_seconds is not None and not (math.isfinite(dense_seconds) and dense_seconds > 0):
-        raise ConfigError(f"dense_seconds must be finite and above 0, got {dense_seconds}")
+    if dense_seconds is not None and not (is_number(dense_seconds) and 0 < dense_seconds < math.inf):
+        raise ConfigError(f"dense_seconds must be finite and above 0, got {dense_seconds!r}")
     if not record.steps or not record.layout.references:
         raise LayoutError(
             f"a report needs a finished run with references, got {len(record.steps)} steps "

@@ -396,6 +396,7 @@ def call(**changes: Any) -> None:
         ({"generators": [generator(0)]}, "generators must be a list of one entry for each of the 2 prompts, got 1"),
         ({"generators": [generator(0)] * 2}, "a generator of its own, got the same for items 0 and 1"),
         ({"generators": [0, 1]}, "generators must be torch.Generator, one an item, got int"),
+        ({"each": [{}, [("seed", 1)]]}, "each must be a list of arguments by name, a dict an item, got [('seed', 1)]"),
         ({"each": [{}]}, "each must be a list of one entry for each of the 2 prompts, got 1"),
         ({"generator": generator(0)}, "generator must be given as generators, one an item"),
         ({"each": [{}, {"image": 1}]}, "image must be given as images, one an item"),

@@ -278,6 +278,11 @@ def test_named_models_are_found_by_name_and_cut_by_field():
         named_model("kontext", width=3)
 
 
+def test_references_of_another_type():
+    with pytest.raises(ConfigError, match=r"references must be a list of \(width, height\) in pixels, got 512"):
+        sra.estimate(named_model("klein-4b", num_layers=1), references=512, steps=2)
+
+
 # --- reference cache
 
 

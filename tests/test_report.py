@@ -177,6 +177,8 @@ def test_settings_out_of_range_are_refused(run):
         summary(run, "yaml")
     with pytest.raises(ConfigError, match="dense_seconds"):
         summary(run, dense_seconds=0.0)
+    with pytest.raises(ConfigError, match="dense_seconds must be finite and above 0, got 'fast'"):
+        summary(run, dense_seconds="fast")
     for bad in ((0.0, 1.0), (1.0, math.nan), (1.0, 1.0, -2.0)):
         with pytest.raises(ConfigError, match="above 0"):
             FlopSummary(*bad)

@@ -162,9 +162,23 @@ def test_every_section_and_plot_of_a_full_set_of_rows(tmp_path):
         assert made.count(f"results/studies/{path.name}") == 1
 
 
-def test_reliability_is_taken_as_it_stands(tmp_path):
-    write(tmp_path / "reliability.csv", ["what", "count"], [{"what": "configurations", "count": "10000"}])
-    assert "| configurations | 10000 |" in page(tmp_path / "studies")
+def test_reliability_adds_up_the_parts_of_a_test(tmp_path):
+    where = {"date": "2026-11-21", "commit": "abc", "device": "a CPU", "torch": "2", "diffusers": "0.42"}
+    shard = "test_configurations.py::test_ten_thousand_random_configurations"
+    held = {"resident_start": 2**20, "resident_end": 3 * 2**20, "tensors_start": 7, "tensors_end": 7}
+    rows = [
+        {"test": f"{shard}[0]", "count": 100, "ran": 60, "detail": "ConfigError 35, patch 40, run 60"},
+        {"test": f"{shard}[12]", "count": 100, "ran": 61, "detail": "ConfigError 30, patch 50, steps 50"},
+        {"test": "test_growth.py::test_a_thousand_generations[both]", "count": 1002, "ran": "", **held},
+    ]
+    columns = [*where, "test", "count", "ran", "detail", *held]
+    empty = dict.fromkeys(columns, "")
+    write(tmp_path / "reliability.csv", columns, [{**empty, **where, **row} for row in rows])
+    made = page(tmp_path / "studies")
+    added = "ConfigError 65, patch 90, run 60, steps 50"
+    assert f"| ten thousand random configurations | 200 | 121 | {added} |  |  |" in made
+    assert "| a thousand generations [both] | 1,002 |  |  | 1 to 3 | 7 to 7 |" in made
+    assert "- a CPU, torch 2, diffusers 0.42, commit abc" in made
 
 
 def test_the_performance_tables_are_linked():

@@ -45,6 +45,9 @@ def item_arguments(
         if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
             got = f"{len(values)}" if isinstance(values, Sequence) else type(values).__name__
             raise ConfigError(f"{name} must be a list of one entry for each of the {count} prompts, got {got}")
+    nameless = [own for own in each or () if not isinstance(own, Mapping)]
+    if nameless:
+        raise ConfigError(f"each must be a list of arguments by name, a dict an item, got {nameless[0]!r}")
     for where in (common, *(each or ())):
         taken = sorted(set(_OWN) & set(where))
         if taken:

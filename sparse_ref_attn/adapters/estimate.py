@@ -295,6 +295,8 @@ def _layout(references: Sequence[Size], output: Size, text: int, cell: int) -> T
     height, width = _grid("output", output, cell)
     at = generation = height * width
     found = []
+    if not isinstance(references, Sequence):
+        raise ConfigError(f"references must be a list of (width, height) in pixels, got {references!r}")
     for i, size in enumerate(references):
         grid = _grid(f"reference {i}", size, cell)
         found.append(Reference(at, grid[0] * grid[1], grid))

@@ -253,7 +253,7 @@ def patch(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None
     IncompatibleError
         If the transformer was compiled as a whole, or its attention cannot be measured.
     ConfigError
-        If the configuration does not fit the model.
+        If the configuration does not fit the model, or the adapter is none.
 
     Notes
     -----
@@ -292,7 +292,7 @@ def resolve(pipe: Any, adapter: Adapter | None = None) -> tuple[nn.Module, Adapt
 
     Raises
     ------
-    UnsupportedModelError, VersionError, IncompatibleError
+    UnsupportedModelError, VersionError, IncompatibleError, ConfigError
         As `patch` does.
     """
     model = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "transformer", None)
@@ -304,6 +304,8 @@ def resolve(pipe: Any, adapter: Adapter | None = None) -> tuple[nn.Module, Adapt
     transformer = seams.unwrap(model)
     seams.check_not_compiled(transformer)
     adapter = adapter_for(transformer) if adapter is None else adapter
+    if not isinstance(adapter, Adapter):
+        raise ConfigError(f"adapter must be an Adapter, such as PlainAdapter(...), got {adapter!r}")
     if full_name(type(transformer)).startswith("diffusers.") or not isinstance(pipe, nn.Module):
         seams.check_diffusers()
     return transformer, adapter

@@ -71,6 +71,15 @@ def test_a_configuration_of_another_type(config: Any) -> None:
     assert state(pipe) == before
 
 
+@pytest.mark.parametrize("adapter", ["flux2", Flux2Adapter, 3])
+def test_an_adapter_of_another_type(adapter: Any) -> None:
+    pipe = KLEIN.build()
+    before = state(pipe)
+    with pytest.raises(sra.ConfigError, match=r"adapter must be an Adapter, such as PlainAdapter\(...\), got"):
+        sra.patch(pipe, GRID, adapter=adapter)
+    assert state(pipe) == before
+
+
 @pytest.mark.parametrize("version", ["0.41.2", "0.43.0", "1.0.0.dev0", "0.9"])
 def test_the_version_of_diffusers(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = KLEIN.build()
