@@ -15,7 +15,7 @@ from ..eval import loading
 from ..eval.embedded import SIZES
 from ..eval.methods import METHODS
 from ..selection.names import NAMES
-from . import commands, execution, training
+from . import commands, evaluating, execution, training
 
 __all__ = ["parser"]
 
@@ -136,6 +136,15 @@ def parser() -> argparse.ArgumentParser:
     execution.add_arguments(versus, _above)
     _add_common(versus)
     versus.set_defaults(run=commands.compare_methods)
+
+    judge = kinds.add_parser(
+        "eval",
+        help="models, rules and shares over a data set: rows, intervals, plots",
+        description="Makes pictures dense and with each rule at each share of the tokens, scores them against the "
+        "dense ones and the answers, and appends a row for each. A run that was stopped goes on; several processes "
+        "share the work under accelerate launch or torchrun.",
+    )
+    evaluating.add_arguments(judge, _above, _share, _setting)
 
     learn = kinds.add_parser(
         "train",

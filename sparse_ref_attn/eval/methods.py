@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .. import schedules
 from ..config import SparseRef
 from ..errors import ConfigError
 from ..rivals import Downscale, ToMe
-from ..selection import AttentionMass
+from ..selection import AttentionMass, SubjectMask
 from ..selection.names import NAMES
 
-__all__ = ["METHODS", "methods"]
+__all__ = ["METHODS", "RULES", "SCHEDULES", "method_name", "methods"]
+
+RULES: tuple[str, ...] = (
+    "downscaled",
+    "ReCAST",
+    "edges",
+    "saliency",
+    "mass x values",
+    "self-attention",
+    "cosine",
+    "grid",
+    "random",
+    "ToMe",
+    "subject mask",
+)
+"""Ways to spend tokens on a reference, the user's real alternative first."""
+
+SCHEDULES: tuple[str, ...] = ("flat", "rising", "falling", "dense-first")
+"""Ways to spread the same tokens over the steps; "dense-first" spends one dense step more, as ReCAST does."""
 
 METHODS: tuple[str, ...] = (
     "downscaled",
@@ -26,47 +45,116 @@ METHODS: tuple[str, ...] = (
     "random",
     "ToMe",
 )
-"""What `methods` can make, the user's real alternative first."""
+"""What `methods` can make of any picture; with a schedule (`method_name`) it makes more."""
 
 
-def methods(keep: float, names: Sequence[str] = METHODS, *, seed: int = 0) -> dict[str, SparseRef]:
-    """Configurations by name that keep the same share of the tokens in the steps that drop any.
-
-    Those that measure the attention run their first step dense, so their mean over a run is higher: compare it too.
-
-    Parameters
-    ----------
-    keep : float, in (0, 1]
-        Share of each reference's tokens. "ReCAST rising" goes from two fifths of it to eight fifths over the
-        run, less where eight fifths would be more than all; everything else keeps it at every step.
-    names : sequence of str
-        Of `METHODS`.
-    seed : int
+def method_name(rule: str, schedule: str = "flat") -> str:
+    """The one name of a rule with a schedule.
 
     Raises
     ------
     ConfigError
-        For an unknown name, or `keep` outside (0, 1].
+        For a rule that is not among `RULES`, or a schedule that is not among `SCHEDULES`.
 
     Examples
     --------
-    >>> list(methods(0.25, ["downscaled", "edges"]))
-    ['downscaled', 'edges']
+    >>> method_name("edges"), method_name("ReCAST"), method_name("edges", "falling")
+    ('edges', 'ReCAST flat', 'edges falling')
+    >>> method_name("ReCAST", "dense-first")  # its first step is dense
+    'ReCAST flat'
+    """
+    if rule not in RULES:
+        raise ConfigError(f"a rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if schedule not in SCHEDULES:
+        raise ConfigError(f"a schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    if schedule == "dense-first" and _measures(rule):
+        schedule = "flat"
+    return rule if schedule == "flat" and rule != "ReCAST" else f"{rule} {schedule}"
+
+
+def methods(
+    keep: float,
+    names: Sequence[str] = METHODS,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    mask: Any = None,
+) -> dict[str, SparseRef]:
+    """Configurations by name that keep the same share of the tokens in the steps that drop any.
+
+    Those that measure the attention run their first step dense, so their mean over a run is higher: compare it too, or
+    give the others a dense first step ("random dense-first").
+
+    Parameters
+    ----------
+    keep : float, in (0, 1]
+        Share of each reference's tokens. "rising" goes from two fifths of it to eight fifths over the run, less where
+        eight fifths would be more than all, and "falling" the other way; everything else keeps it at every step.
+    names : sequence of str
+        Of `METHODS`, or made by `method_name`.
+    seed : int
+        Of what is drawn at random.
+    steps : int, optional
+        Of the run: a ramp then has its mean over the steps that drop any, without the dense first one.
+    mask : tensor, array or PIL image, optional
+        What "subject mask" keeps: see `SubjectMask`.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown name, `keep` outside (0, 1], or "subject mask" without a mask.
+
+    Examples
+    --------
+    >>> list(methods(0.25, ["downscaled", "edges rising"]))
+    ['downscaled', 'edges rising']
     """
     if not 0 < keep <= 1:
         raise ConfigError(f"keep must lie in (0, 1], got {keep}")
-    unknown = [name for name in names if name not in METHODS]
+    unknown = [name for name in names if name not in _NAMED]
     if unknown:
-        raise ConfigError(f"methods must be among {', '.join(METHODS)}, got {', '.join(unknown)}")
-    swing = min(0.6, 1 / keep - 1)
-    rising = schedules.Linear((1 - swing) * keep, (1 + swing) * keep)
-    found = {
-        "downscaled": SparseRef(select=Downscale(), budget=keep, seed=seed),
-        "ReCAST rising": SparseRef(select=AttentionMass(), budget=rising, seed=seed),
-        "ReCAST flat": SparseRef(select=AttentionMass(), budget=keep, seed=seed),
-        "mass x values": SparseRef(select=AttentionMass(value_norm=True), budget=keep, seed=seed),
-        "ToMe": SparseRef(select=ToMe(), budget=keep, seed=seed),
-    }
-    for name in set(METHODS) & set(NAMES):
-        found[name] = SparseRef(select=name, budget=keep, seed=seed)
-    return {name: found[name] for name in names}
+        raise ConfigError(
+            f"methods must be among {', '.join(METHODS)}, or a rule with one of {', '.join(SCHEDULES[1:])}, "
+            f"got {', '.join(unknown)}"
+        )
+    found = {}
+    for name in names:
+        rule, schedule = _NAMED[name]
+        budget = _budget(schedule, keep, steps if _measures(rule) else None)
+        found[name] = SparseRef(select=_select(rule, mask), budget=budget, seed=seed)
+    return found
+
+
+def _select(rule: str, mask: Any) -> Any:
+    if rule == "subject mask":
+        if mask is None:
+            raise ConfigError('"subject mask" must be given the mask of the reference, got none')
+        return SubjectMask(mask)
+    if rule == "ReCAST":
+        return AttentionMass()
+    if rule == "mass x values":
+        return AttentionMass(value_norm=True)
+    return {"downscaled": Downscale(), "ToMe": ToMe()}.get(rule, rule)
+
+
+def _measures(rule: str) -> bool:
+    """Whether the first step is dense anyway."""
+    return rule in ("ReCAST", "mass x values") or (rule in NAMES and bool(NAMES[rule]().probes()))
+
+
+def _budget(schedule: str, keep: float, steps: int | None) -> Any:
+    if schedule == "flat":
+        return keep
+    if schedule == "dense-first":
+        return schedules.Pieces((1.0, keep), at=(1e-6,))
+    # Mean progress of the steps that drop: one half, or more where the first of `steps` is dense.
+    middle = 0.5 if steps is None or steps < 2 else steps / (2 * (steps - 1))
+    swing = min(0.6, (1 / keep - 1) / (2 * middle), 0.9 / (2 * middle))
+    if schedule == "rising":
+        first, last = keep * (1 - 2 * swing * middle), min(1.0, keep * (1 + 2 * swing * (1 - middle)))
+        return schedules.Linear(first, last)
+    first, last = min(1.0, keep * (1 + 2 * swing * middle)), keep * (1 - 2 * swing * (1 - middle))
+    return schedules.Descending(first, last, gamma=1.0)
+
+
+_NAMED = {method_name(rule, schedule): (rule, schedule) for schedule in reversed(SCHEDULES) for rule in RULES}

@@ -1,16 +1,23 @@
-"""Quality over tokens and over time, as SVG for a page or PNG for a file."""
+"""Quality over tokens and over time: one call's methods as SVG for a page, a grid's means as PNG."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from .aggregate import Mean
 from .metrics import Metric
 
-__all__ = ["quality_plot"]
+__all__ = ["grid_plot", "quality_plot"]
 
+_COLOURS = (
+    "#c2410c", "#1c2430", "#1d4ed8", "#0e7490", "#be185d", "#15803d", "#7c3aed", "#a16207", "#94a3b8", "#4d7c0f",
+    "#f59e0b",
+)  # fmt: skip
+_STYLES = {"flat": "-", "rising": "--", "falling": ":", "dense-first": "-."}
 _INK, _QUIET, _BOUND = "#1c2430", "#5b6675", "#c2410c"
 
 
@@ -55,3 +62,70 @@ def quality_plot(rows: Sequence[Mapping[str, Any]], metric: Metric, over: str) -
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def grid_plot(
+    means: Sequence[Mean], metric: str, higher_is_better: bool, path: Path, *, over: str = "keep", against: str = ""
+) -> None:
+    """One metric of every method over the share of the tokens, with intervals, a panel for each model and family.
+
+    Parameters
+    ----------
+    means : sequence of Mean
+        Of `aggregate`.
+    metric : str
+    higher_is_better : bool
+    path : Path
+        Of the PNG.
+    over : {"keep", "share"}
+        The share that was asked for, or the one used on the mean of all steps, which a dense first step raises.
+    against : str
+        A baseline, whose paired differences are drawn; default the means themselves.
+    """
+    from matplotlib.figure import Figure
+
+    own = [mean for mean in means if mean.metric == metric and mean.against == against]
+    models, families, methods = (
+        list(dict.fromkeys(getattr(mean, name) for mean in own)) for name in ("model", "family", "method")
+    )
+    drawn = [method for method in methods if method != "dense"]
+    rules = list(dict.fromkeys(_rule(method)[0] for method in drawn))
+    figure = Figure(figsize=(5.4 * len(models), 4.2 * len(families)), layout="constrained")
+    panels = figure.subplots(len(families), len(models), sharey="row", sharex=True, squeeze=False)
+    for i, family in enumerate(families):
+        for j, model in enumerate(models):
+            axes = panels[i][j]
+            here = [mean for mean in own if (mean.model, mean.family) == (model, family)]
+            for dense in (mean for mean in here if mean.method == "dense"):
+                axes.axhline(dense.mean, color=_QUIET, linestyle=":", linewidth=1)
+                axes.axhspan(dense.low, dense.high, color=_QUIET, alpha=0.15, linewidth=0)
+            for k, method in enumerate(drawn):
+                rule, schedule = _rule(method)
+                at = rules.index(rule)
+                line = sorted((mean for mean in here if mean.method == method), key=lambda mean: mean.keep)
+                aside = 1.006 ** (2 * k - len(drawn) + 1)  # or intervals hide each other
+                x, y = [getattr(mean, over) * aside for mean in line], [mean.mean for mean in line]
+                spread = [[m.mean - m.low for m in line], [m.high - m.mean for m in line]]
+                axes.errorbar(
+                    x, y, spread, color=_COLOURS[at % len(_COLOURS)], marker="osD^v<>PhX*"[at % 11], markersize=4,
+                    linestyle=_STYLES[schedule], linewidth=1.2, elinewidth=0.8, capsize=2, label=method,
+                )  # fmt: skip
+            axes.set_xscale("log")
+            ticks = sorted({mean.keep for mean in own})
+            axes.set_xticks(ticks, [f"{100 * tick:.3g} %" for tick in ticks])
+            axes.minorticks_off()
+            axes.set_title(f"{model}, {family}", fontsize=10)
+            axes.spines[["top", "right"]].set_visible(False)
+        what = f"{metric} minus {against}'s" if against else metric
+        panels[i][0].set_ylabel(f"{what}, {'higher' if higher_is_better else 'lower'} is better")
+    for axes in panels[-1]:
+        axes.set_xlabel("tokens kept" if over == "keep" else "tokens used, mean of all steps")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _rule(method: str) -> tuple[str, str]:
+    """Rule and schedule of a method's name."""
+    rule, _, schedule = method.rpartition(" ")
+    return (rule, schedule) if rule and schedule in _STYLES else (method, "flat")

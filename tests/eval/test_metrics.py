@@ -41,6 +41,22 @@ def test_psnr_of_a_known_error() -> None:
     assert metrics.Psnr()(np.full((4, 4, 3), 255, np.uint8), np.zeros((4, 4, 3), np.uint8)) == 0
 
 
+def test_psnr_of_the_subject_alone() -> None:
+    mask = np.zeros((8, 8), np.float32)
+    mask[2:4, 2:6] = 1
+    image = np.full((8, 8, 3), 0.5)
+    image[2:4, 2:6] += 0.01
+    grey = np.full((8, 8, 3), 0.5)
+    assert metrics.MaskedPsnr(mask)(image, grey) == pytest.approx(40, abs=1e-3)
+    assert metrics.MaskedPsnr(1 - mask)(image, grey) == math.inf
+    half = np.where(mask > 0, 1.0, 1 / 7)  # 8 pixels of weight 1, 56 of 1/7: half of all weight
+    assert metrics.MaskedPsnr(half)(image, grey) == pytest.approx(40 + 10 * math.log10(2), abs=1e-3)
+    with pytest.raises(ConfigError, match="mark a pixel"):
+        metrics.MaskedPsnr(0 * mask)
+    with pytest.raises(ConfigError, match="must have the images' size"):
+        metrics.MaskedPsnr(mask[:4])(image, grey)
+
+
 def test_ssim_is_the_formula_of_the_paper(pair: tuple[np.ndarray, np.ndarray]) -> None:
     a, b = (torch.from_numpy(x).double().movedim(-1, 0)[:, None] for x in pair)
     line = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))

@@ -95,6 +95,36 @@ def test_rows_are_the_runs() -> None:
         compare_all(pipe, configs, commands.caller(pipe, arguments, 0), steps=steps)
 
 
+@pytest.mark.parametrize("keep", [1.0, 0.7, 0.25, 0.05])
+@pytest.mark.parametrize("steps", [2, 3, 8])
+def test_ramps_have_one_mean(keep: float, steps: int) -> None:
+    """Over the steps that drop any, so that only the direction is compared: a dense first step has no budget."""
+    from sparse_ref_attn.schedules import Clock
+
+    for rule, first in (("edges", 0), ("ReCAST", 1), ("self-attention", 1)):
+        names = [named.method_name(rule, schedule) for schedule in ("flat", "rising", "falling")]
+        counts = {
+            name: [config.budget.counts(Clock.uniform(i, steps), (100_000,), None)[0] for i in range(first, steps)]
+            for name, config in named.methods(keep, names, steps=steps).items()
+        }
+        flat, rising, falling = counts.values()
+        assert sum(rising) == pytest.approx(sum(flat), abs=steps)
+        assert sum(falling) == pytest.approx(sum(flat), abs=steps)
+        if keep < 1 and len(flat) > 1:
+            assert rising[0] < flat[0] < rising[-1]
+            assert falling[0] > flat[0] > falling[-1]
+
+
+def test_a_dense_first_step() -> None:
+    """It puts a rule that measures nothing on a par with one that does."""
+    from sparse_ref_attn.schedules import Clock
+
+    (name,) = {named.method_name("random", "dense-first")}
+    budget = named.methods(0.25, [name])[name].budget
+    assert [budget.counts(Clock.uniform(i, 8), (100,), None)[0] for i in range(8)] == [100] + 7 * [25]
+    assert named.method_name("self-attention", "dense-first") == "self-attention"
+
+
 @pytest.mark.parametrize("keep", [1.0, 0.7, 0.25, 0.01])
 def test_every_method_keeps_the_same_share(keep: float) -> None:
     from sparse_ref_attn.schedules import Clock
@@ -111,4 +141,6 @@ def test_what_cannot_be_compared_is_told() -> None:
         named.methods(2)
     with pytest.raises(ConfigError, match="got magic"):
         named.methods(0.5, ["magic"])
+    with pytest.raises(ConfigError, match="must be given the mask of the reference"):
+        named.methods(0.5, ["subject mask"])
     assert main(["compare", "--out", "x", "--model", "somewhere"]) == 2

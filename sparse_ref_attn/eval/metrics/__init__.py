@@ -6,7 +6,7 @@
 
 from .base import Metric, as_image
 from .bootstrap import Interval, mean_interval
-from .fidelity import Psnr, Ssim
+from .fidelity import MaskedPsnr, Psnr, Ssim
 from .identity import ClipSimilarity, ClipText, DinoSimilarity, MobileNetIdentity
 from .perceptual import Dists, Lpips
 
@@ -17,6 +17,7 @@ __all__ = [
     "Dists",
     "Interval",
     "Lpips",
+    "MaskedPsnr",
     "Metric",
     "MobileNetIdentity",
     "Psnr",

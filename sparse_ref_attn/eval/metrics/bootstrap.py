@@ -25,7 +25,12 @@ class Interval(NamedTuple):
 
 
 def mean_interval(
-    values: Sequence[float], groups: Sequence[object] | None = None, *, level: float = 0.95, seed: int = 0
+    values: Sequence[float],
+    groups: Sequence[object] | None = None,
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+    resamples: int = 9999,
 ) -> Interval:
     """Mean and bootstrap interval (BCa, scipy); for a paired comparison give the differences.
 
@@ -38,6 +43,8 @@ def mean_interval(
         groups are drawn, not values, and every group counts the same.
     level : float, in (0, 1)
     seed : int
+    resamples : int
+        How often the groups are drawn again.
 
     Raises
     ------
@@ -64,5 +71,7 @@ def mean_interval(
     mean = float(data.mean())
     if np.ptp(data) == 0:
         return Interval(mean, mean, mean)
-    found = bootstrap((data,), np.mean, confidence_level=level, rng=np.random.default_rng(seed)).confidence_interval
+    found = bootstrap(
+        (data,), np.mean, confidence_level=level, n_resamples=resamples, rng=np.random.default_rng(seed)
+    ).confidence_interval
     return Interval(mean, float(found.low), float(found.high))

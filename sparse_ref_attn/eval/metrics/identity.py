@@ -13,12 +13,12 @@ from ...errors import ConfigError
 from .base import Metric, as_image
 from .weights import mobilenet_weights
 
-__all__ = ["ClipSimilarity", "ClipText", "DinoSimilarity", "MobileNetIdentity"]
+__all__ = ["ClipSimilarity", "ClipText", "DinoSimilarity", "Embedding", "MobileNetIdentity"]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class _Embedding(Metric):
+class Embedding(Metric):
     """Cosine of two images' embeddings, in [-1, 1]. The images may differ in size."""
 
     higher_is_better = True
@@ -27,12 +27,15 @@ class _Embedding(Metric):
         """One vector (D,)."""
         raise NotImplementedError
 
-    @torch.no_grad()
+    def likeness(self, a: Tensor, b: Tensor) -> float:
+        """Of two embeddings."""
+        return float(functional.cosine_similarity(a, b, dim=0))
+
     def __call__(self, image: Any, other: Any) -> float:
-        return float(functional.cosine_similarity(self.embed(image), self.embed(other), dim=0))
+        return self.likeness(self.embed(image), self.embed(other))
 
 
-class MobileNetIdentity(_Embedding):
+class MobileNetIdentity(Embedding):
     """A proxy for identity, without any download at run time: MobileNetV2's pooled ImageNet features.
 
     On the crop of a subject it finds the right one among many; it is not DINO, and is not called so. Images are resized
@@ -57,6 +60,7 @@ class MobileNetIdentity(_Embedding):
         # Both lay out the same network in the same order, under names of their own.
         self._model.load_state_dict(dict(zip(own, state.values(), strict=True)))
 
+    @torch.no_grad()
     def embed(self, image: Any) -> Tensor:
         return self._model.mobilenet_v2(_pixels(image, 224, *_IMAGENET)).pooler_output.flatten()
 
@@ -66,7 +70,7 @@ class MobileNetIdentity(_Embedding):
             return self._model(_pixels(image, 224, *_IMAGENET)).logits[0]
 
 
-class ClipSimilarity(_Embedding):
+class ClipSimilarity(Embedding):
     """CLIP-I: cosine of the projected image embeddings of a CLIP model in a local folder.
 
     Parameters
@@ -79,6 +83,7 @@ class ClipSimilarity(_Embedding):
         self._model, self._processor = _load(path, "CLIPModel")
         self.name = f"CLIP-I ({Path(path).name})"
 
+    @torch.no_grad()
     def embed(self, image: Any) -> Tensor:
         given = self._processor(images=_pil(image), return_tensors="pt")
         return _vector(self._model.get_image_features(**given))
@@ -102,13 +107,14 @@ class ClipText(Metric):
         return float(functional.cosine_similarity(_vector(seen), _vector(told), dim=0))
 
 
-class DinoSimilarity(_Embedding):
+class DinoSimilarity(Embedding):
     """Cosine of the class tokens of a DINO or DINOv2 model in a local folder."""
 
     def __init__(self, path: str | Path) -> None:
         self._model, self._processor = _load(path, "AutoModel")
         self.name = f"DINO ({Path(path).name})"
 
+    @torch.no_grad()
     def embed(self, image: Any) -> Tensor:
         given = self._processor(images=_pil(image), return_tensors="pt")
         return self._model(**given).last_hidden_state[0, 0]

@@ -1,0 +1,160 @@
+"""Means and paired differences of an evaluation's rows, with bootstrap intervals."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .metrics import Interval, mean_interval
+
+__all__ = ["Mean", "aggregate", "markdown", "write_means"]
+
+RESAMPLES = 2000
+BASELINES = ("dense", "random", "ReCAST flat")
+"""Methods that the others are compared with, where they were run."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """One number: the mean of a metric, or of its paired differences to a baseline.
+
+    Parameters
+    ----------
+    model, family, method : str
+    keep, share : float
+        Share of the tokens that was asked for, and the mean over steps and pictures that was used.
+    metric : str
+    against : str
+        "" for the mean itself; else the difference to this method at the same share ("dense": at all tokens), or, as
+        "model NAME", to the same method of another model, on the same examples and seeds.
+    n, examples : int
+        Pictures, and examples that they are of. Pictures without a finite value (PSNR of equal ones) are left out.
+    mean, low, high : float
+        With a 95 % interval, whose groups are the examples; NaN bounds for a single example.
+    """
+
+    model: str
+    family: str
+    method: str
+    keep: float
+    share: float
+    metric: str
+    against: str
+    n: int
+    examples: int
+    mean: float
+    low: float
+    high: float
+
+
+Cell = tuple[str, str, str, str]  # model, family, method, keep
+Values = dict[tuple[str, str], float]  # by example and seed
+
+
+def aggregate(
+    rows: Sequence[Mapping[str, str]], metrics: Sequence[str], *, baselines: Sequence[str] = BASELINES
+) -> list[Mean]:
+    """Means of all cells of a grid, and their paired differences to baselines and between models.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        As `evaluate` returns them.
+    metrics : sequence of str
+        Columns.
+    baselines : sequence of str
+        Methods.
+
+    Raises
+    ------
+    ConfigError
+        If there are no rows.
+
+    Examples
+    --------
+    >>> rows = [
+    ...     {"model": "a", "family": "f", "example": e, "seed": "0", "method": m, "keep": k, "share": k, "x": v}
+    ...     for e, m, k, v in [("1", "dense", "1.0", "5"), ("2", "dense", "1.0", "6"),
+    ...                        ("1", "grid", "0.5", "3"), ("2", "grid", "0.5", "4")]]
+    >>> [(m.method, m.against, m.mean) for m in aggregate(rows, ["x"])]
+    [('dense', '', 5.5), ('grid', '', 3.5), ('grid', 'dense', -2.0)]
+    """
+    if not rows:
+        raise ConfigError("a summary must have rows, got none")
+    cells: dict[Cell, list[Mapping[str, str]]] = defaultdict(list)
+    for row in rows:
+        cells[row["model"], row["family"], row["method"], row["keep"]].append(row)
+    models = list(dict.fromkeys(cell[0] for cell in cells))
+    found = []
+    for metric in metrics:
+        values = {cell: _values(own, metric) for cell, own in cells.items()}
+        for cell, own in values.items():
+            model, family, method, keep = cell
+            share = sum(float(row["share"]) for row in cells[cell]) / len(cells[cell])
+            others: dict[str, Cell] = {
+                name: (model, family, name, "1.0" if name == "dense" else keep) for name in baselines if name != method
+            }
+            others |= {f"model {name}": (name, family, method, keep) for name in models if name != model}
+            parts = {"": own}
+            for against, other in others.items():
+                base = values.get(other, {})
+                parts[against] = {key: value - base[key] for key, value in own.items() if key in base}
+            for against, part in parts.items():
+                if part:
+                    mean, examples = _interval(part)
+                    found.append(
+                        Mean(model, family, method, float(keep), share, metric, against, len(part), examples, *mean)
+                    )
+    return found
+
+
+def write_means(path: Path, means: Sequence[Mean]) -> None:
+    """All of them as CSV."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Mean)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(mean) for mean in means)
+
+
+def markdown(means: Sequence[Mean], metric: str) -> str:
+    """One metric as a table: a line for each model, family and method, a column for each share.
+
+    Each cell has the mean and half the width of its interval.
+    """
+    own = [mean for mean in means if mean.metric == metric and not mean.against]
+    keeps = sorted({mean.keep for mean in own}, reverse=True)
+    table: dict[tuple[str, str, str], dict[float, Mean]] = defaultdict(dict)
+    for mean in own:
+        table[mean.model, mean.family, mean.method][mean.keep] = mean
+    lines = [
+        f"| model | family | method | {' | '.join(f'{keep:.3g}' for keep in keeps)} |",
+        "|---|---|---|" + "--:|" * len(keeps),
+    ]
+    for (model, family, method), line in table.items():
+        cells = [_cell(line[keep]) if keep in line else "" for keep in keeps]
+        lines.append(f"| {model} | {family} | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(mean: Mean) -> str:
+    spread = "" if math.isnan(mean.low) else f" ± {(mean.high - mean.low) / 2:.2g}"
+    return f"{mean.mean:.4g}{spread}"
+
+
+def _values(rows: Sequence[Mapping[str, Any]], metric: str) -> Values:
+    found = {(row["example"], row["seed"]): float(row[metric]) for row in rows if row[metric] != ""}
+    return {key: value for key, value in found.items() if math.isfinite(value)}
+
+
+def _interval(values: Values) -> tuple[Interval, int]:
+    groups = [example for example, _ in values]
+    count = len(set(groups))
+    if count == 1:
+        return Interval(sum(values.values()) / len(values), math.nan, math.nan), 1
+    return mean_interval(list(values.values()), groups, resamples=RESAMPLES), count

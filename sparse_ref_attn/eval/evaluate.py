@@ -1,0 +1,230 @@
+"""A grid of models, methods and shares over a data set: pictures are made, scored, and written as rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import distributed
+
+from ..adapters import patched
+from ..errors import ConfigError, SparseRefError
+from .examples import Example, Examples
+from .methods import methods
+from .models import EvalModel
+from .outputs import prepare_directory
+from .rows import Key, RowStore
+from .scores import Scorer
+
+__all__ = ["Grid", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which pictures are made of each example.
+
+    Parameters
+    ----------
+    names : tuple of str
+        Methods by `method_name`; "dense" is always among what runs.
+    keeps : tuple of float
+        Shares in (0, 1]; at 1 every method is dense.
+    seeds : int
+        Noises of each example: 0, 1, ...
+    families : tuple of str, optional
+        Of the data set; default all.
+    count : int, optional
+        Examples of each family, from the first; default all.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown method, a share outside (0, 1], or no seed.
+    """
+
+    names: tuple[str, ...]
+    keeps: tuple[float, ...]
+    seeds: int = 1
+    families: tuple[str, ...] | None = None
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ConfigError(f"seeds must be at least 1, got {self.seeds}")
+        for keep in self.keeps:
+            methods(keep, self.names, mask=np.ones((1, 1)))
+
+    def cells(self) -> list[tuple[str, float]]:
+        """Method and share of each picture of an example and seed, the dense one first."""
+        sparse = dict.fromkeys(keep for keep in self.keeps if keep < 1)
+        return [("dense", 1.0), *((name, keep) for name in dict.fromkeys(self.names) for keep in sparse)]
+
+
+def evaluate(
+    out: str | Path,
+    data: Examples,
+    models: Sequence[EvalModel],
+    grid: Grid,
+    scorer: Scorer,
+    *,
+    about: Mapping[str, Any] | None = None,
+    pictures: int = 0,
+) -> list[dict[str, str]]:
+    """Make what is missing of a grid and write a row for each picture.
+
+    Each picture is made by itself, so that it depends neither on its neighbours in a batch nor on how work is shared
+    out. Every method of an example and seed starts from the same noise. Under ``accelerate launch`` (on CPUs
+    ``torchrun``) the processes share the examples, and the result is the one that a single process makes, row for row.
+
+    Parameters
+    ----------
+    out : str or Path
+        Folder of the results. Rows that are there already are not made again; other settings are refused.
+    data : Examples
+    models : sequence of EvalModel
+    grid : Grid
+    scorer : Scorer
+    about : mapping, optional
+        JSON types for the header: where and how it ran.
+    pictures : int
+        Of how many examples of each family the pictures of seed 0 are kept, as PNG.
+
+    Returns
+    -------
+    list of dict
+        All rows of the folder, in order; in processes other than the first, nothing.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds results of other settings, another run writes to it, or a method cannot run.
+    """
+    from accelerate.utils import tqdm
+
+    rank, world = _processes()
+    folder = prepare_directory(out)
+    columns = {"share": None, **scorer.columns}
+    settings = {"data": data.about, "columns": columns, "steps": models[0].steps}
+    store = RowStore(folder, list(columns))
+    if rank == 0:
+        store.lock()
+        _write_header(folder, settings, models, dict(about or {}))
+        store.merge()
+    _wait(world)
+    work = _missing(data, models, grid, store.keys())
+    kept = set(data.chosen(grid.families, min(pictures, grid.count or pictures))) if pictures else set()
+    mine = work[rank::world]
+    total = sum(len(cells) for *_, cells in mine)
+    bar = tqdm(total=total, unit="picture", dynamic_ncols=True, main_process_only=False, disable=rank > 0)
+    for model, index, seed, cells in mine:
+        example = data[index]
+        bar.set_postfix_str(f"{model.name}, {example.id}, seed {seed}")
+        save = folder / "pictures" if index in kept and seed == 0 else None
+        rows = _rows(model, example, seed, cells, scorer, save)
+        for row in rows:
+            store.append(rank, [row])
+            bar.update()
+    bar.close()
+    _wait(world)
+    return store.merge() if rank == 0 else []
+
+
+def _processes() -> tuple[int, int]:
+    """This process's number and how many there are, by the launcher's account."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", timeout=timedelta(days=30))  # the first waits for the last
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def _wait(world: int) -> None:
+    if world > 1:
+        distributed.barrier()
+
+
+Work = tuple[EvalModel, int, int, list[tuple[str, float]]]
+
+
+def _missing(data: Examples, models: Sequence[EvalModel], grid: Grid, done: set[Key]) -> list[Work]:
+    """What is to be made, an example after the other, so that a run that is stopped has whole comparisons."""
+    cells = grid.cells()
+    work = []
+    for seed in range(grid.seeds):
+        for index in data.chosen(grid.families, grid.count):
+            name, family = data.keys[index]
+            for model in models:
+                left = [
+                    cell for cell in cells if (model.name, family, name, str(seed), cell[0], repr(cell[1])) not in done
+                ]
+                if left:
+                    work.append((model, index, seed, left))
+    return work
+
+
+def _rows(
+    model: EvalModel, example: Example, seed: int, cells: Sequence[tuple[str, float]], scorer: Scorer, save: Path | None
+) -> Any:
+    """The rows of one example and seed, each when its picture is made."""
+    noise = zlib.crc32(f"{example.id}/{seed}".encode())
+    dense = model.generate(example, noise)
+    score = scorer.scores(example, dense)
+    masks = model.masks(example)
+    for name, keep in cells:
+        if name == "dense":
+            image, share = dense, 1.0
+        elif name.startswith("subject mask") and masks is None:
+            continue
+        else:
+            config = methods(keep, [name], seed=noise, steps=model.steps, mask=masks)[name]
+            try:
+                with patched(model.pipe, config) as handle:
+                    image = model.generate(example, noise)
+            except SparseRefError as error:
+                raise ConfigError(f"{model.name}, {example.id}, {name} at {keep:.3g}: {error}") from error
+            record = handle.record
+            taken = [record.mean_kept(step) for step in record.steps]
+            share = sum(taken) / len(taken) / record.layout.reference_tokens
+        if save is not None:
+            path = save / model.name / re.sub(r"[^\w-]+", "_", example.id) / f"{name} {keep:.3g}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+        yield {
+            "model": model.name, "family": example.family, "example": example.id, "seed": seed, "method": name,
+            "keep": keep, "share": share, **score(image),
+        }  # fmt: skip
+
+
+def _write_header(folder: Path, settings: dict[str, Any], models: Sequence[EvalModel], about: dict[str, Any]) -> None:
+    """``eval.json``: settings that all rows share, the models' ids, and each run's environment."""
+    path = folder / "eval.json"
+    settings = json.loads(json.dumps(settings))
+    header: dict[str, Any] = {"settings": settings, "models": {}, "runs": []}
+    if path.is_file():
+        header = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if header["settings"].get(name) != value:
+                raise ConfigError(
+                    f"{folder} must hold results of the same settings, got {name} {header['settings'].get(name)} there "
+                    f"and {value} here: use another folder"
+                )
+    for model in models:
+        told = json.loads(json.dumps(model.about))
+        known = header["models"].setdefault(model.name, {**told, "path": model.path})
+        if any(known[name] != value for name, value in told.items()):
+            raise ConfigError(
+                f"{folder} must hold results of the same model under one name, got {known} there and {told} here for "
+                f"{model.name!r}: use another name or folder"
+            )
+    header["runs"].append({"began": datetime.now(timezone.utc).isoformat(timespec="seconds"), **about})
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+    fresh.replace(path)

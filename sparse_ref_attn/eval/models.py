@@ -1,0 +1,148 @@
+"""A pipeline under evaluation: how an example becomes its call, and what tells its weights from others."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, SparseRefError
+from .examples import Example, Mask
+from .loading import SEVERAL_REFERENCES, call_arguments, load_pipeline
+
+__all__ = ["EvalModel"]
+
+_END = 1 << 20  # bytes of each end of a file of weights that its id is made from
+
+
+class EvalModel:
+    """One pipeline, by the name that it has in results.
+
+    Parameters
+    ----------
+    name : str
+    path : str
+        A pipeline's folder or hub id, or the ``transformer`` folder that ``sra train`` writes, which is put into the
+        small pipeline.
+    side : int, optional
+        Of the output, in pixels; default 128 for the small pipeline, else the pipeline's own size.
+    steps : int
+    device, dtype : str, optional
+        As `load_pipeline`; the small pipeline runs in float32.
+    more : mapping, optional
+        Further arguments of the pipeline's call.
+
+    Attributes
+    ----------
+    id : str
+        Of the weights: it changes when they do.
+
+    Raises
+    ------
+    ConfigError
+        If `path` holds no model, or as `load_pipeline`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        *,
+        side: int | None = None,
+        steps: int = 8,
+        device: str | None = None,
+        dtype: str | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name, self.path, self.steps, self.more = name, path, steps, dict(more or {})
+        root = Path(path)
+        self.small = (root / "config.json").is_file() and not (root / "model_index.json").is_file()
+        if self.small:
+            from ..toy.pipeline import WEIGHTS, toy_pipeline
+            from ..toy.words import LENGTH
+
+            self.pipe = toy_pipeline(path)
+            self.pipe.to("cpu" if device is None else device)
+            self.side: int | None = 128 if side is None else side
+            self.more = {"_auto_resize": False, "max_sequence_length": LENGTH, **self.more}
+            self.id = _weights_id([root, WEIGHTS / "vae"])
+        else:
+            if root.is_dir() and not (root / "model_index.json").is_file():
+                raise ConfigError(f"a model's folder must hold model_index.json or config.json, got {path}")
+            if device is None and torch.cuda.is_available():
+                device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of this process, under a launcher
+            self.pipe, _ = load_pipeline(path, device=device, dtype=dtype)
+            self.side = side
+            self.id = _weights_id([root]) if root.is_dir() else path
+        self.pipe.set_progress_bar_config(disable=True)
+        self._several = SEVERAL_REFERENCES.get(type(self.pipe).__name__, False)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What its pictures depend on, as JSON types."""
+        return {"id": self.id, "side": self.side, "arguments": self.more}
+
+    def generate(self, example: Example, seed: int) -> Any:
+        """The picture of one example, from the noise of `seed`.
+
+        Raises
+        ------
+        ConfigError
+            If the pipeline refuses the call.
+        """
+        size = None if self.side is None else (self.side, self.side)
+        arguments = call_arguments(
+            self.pipe, self._references(example), example.prompt, size=size, steps=self.steps, more=self.more
+        )
+        try:
+            return self.pipe(**arguments, generator=torch.Generator("cpu").manual_seed(seed)).images[0]
+        except ValueError as error:  # how diffusers refuses a picture or an argument
+            if isinstance(error, SparseRefError):
+                raise
+            raise ConfigError(f"{type(self.pipe).__name__} refused {example.id}: {error}") from error
+
+    def masks(self, example: Example) -> list[Mask] | None:
+        """The masks of the references as the pipeline is given them."""
+        if example.reference_masks is None:
+            return None
+        if self._several or len(example.reference_masks) == 1:
+            return list(example.reference_masks)
+        import numpy as np
+
+        return [np.concatenate(example.reference_masks, axis=1)]
+
+    def _references(self, example: Example) -> list[Any]:
+        """Side by side where the pipeline takes one picture: how several references are given to FLUX.1 Kontext."""
+        pictures = list(example.references)
+        if self.small:
+            pictures = [p if p.size == (self.side, self.side) else p.resize((self.side, self.side)) for p in pictures]
+        if self._several or len(pictures) == 1:
+            return pictures
+        from PIL import Image
+
+        height = max(picture.height for picture in pictures)
+        pictures = [picture.resize((picture.width * height // picture.height, height)) for picture in pictures]
+        joined = Image.new("RGB", (sum(picture.width for picture in pictures), height))
+        left = 0
+        for picture in pictures:
+            joined.paste(picture, (left, 0))
+            left += picture.width
+        return [joined]
+
+
+def _weights_id(folders: list[Path]) -> str:
+    """A digest of the weights' names, sizes, beginnings and ends."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("config.json")]):
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder)} {size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_END))
+                file.seek(max(0, size - _END))
+                digest.update(file.read(_END))
+    return digest.hexdigest()[:16]
