@@ -52,7 +52,7 @@ def load_examples(folder: str, layout: str = "folder") -> Examples:
 
 def _folder(root: Path) -> Examples:
     lines = _lines(root / "metadata.jsonl", ("prompt",))
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for number, line in enumerate(lines, 1):
         references, masks = _listed(line.get("reference")), _listed(line.get("reference_mask"))
         if not references or not all(isinstance(name, str) for name in references):
@@ -200,10 +200,10 @@ def _runs(runs: Sequence[int], side: int = 512) -> Mask:
     >>> _runs([5, 2], side=4).astype(int).tolist()
     [[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1]]
     """
-    mask = np.zeros(side * side, np.float32)
+    flat = np.zeros(side * side, np.float32)
     for first, length in zip(runs[::2], runs[1::2], strict=True):
-        mask[first : first + length] = 1
-    mask = mask.reshape(side, side)
+        flat[first : first + length] = 1
+    mask = flat.reshape(side, side)
     mask[[0, -1]] = 1
     mask[:, [0, -1]] = 1
     return mask

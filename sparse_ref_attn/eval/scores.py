@@ -123,12 +123,12 @@ class Scorer:
         def score(image: Any) -> dict[str, float | None]:
             found: dict[str, float | None] = dict.fromkeys(self.columns)
             for other in self._others:
-                if others[other] is not None and others[other] is not image:
+                if others[other] is not None and not (other == "dense" and image is dense):
                     found |= {f"{metric.name} vs {other}": metric(image, others[other]) for metric in whole}
             for metric in self._embedding:
                 seen = metric.embed(_crop(image, box))
                 for other in self._shown:
-                    if (metric.name, other) in anchors and others.get(other) is not image:
+                    if (metric.name, other) in anchors and not (other == "dense" and image is dense):
                         found[f"{metric.name} vs {other}"] = metric.likeness(seen, anchors[metric.name, other])
             if self._text is not None:
                 found[self._text.name] = self._text(image, example.prompt)

@@ -262,7 +262,7 @@ def test_results_of_other_settings_are_refused(
     RowStore(out, []).lock()  # the store is gone, and with it its lock
     held = RowStore(out, [])
     held.lock()
-    assert "one run must write to a folder at a time" in refused(capsys, *command(out, models)[1:])
+    assert "one run at a time must write to a folder" in refused(capsys, *command(out, models)[1:])
     assert {path.name: path.read_bytes() for path in out.glob("*.*")} == before
     with pytest.raises(ConfigError, match=r"must hold eval\.json"):
         read_rows(tmp_path)
