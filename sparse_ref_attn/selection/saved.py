@@ -165,6 +165,8 @@ class SavedRanking(Selector):
 
     Raises
     ------
+    ConfigError
+        If a field has another type.
     LayoutError
         At scoring, if sizes, grids or (when required) fingerprints differ.
 
@@ -188,6 +190,8 @@ class SavedRanking(Selector):
     def __post_init__(self) -> None:
         if not isinstance(self.ranking, Ranking):
             raise ConfigError(f"ranking must be a Ranking (see Ranking.load), got {self.ranking!r}")
+        if not isinstance(self.require_same_reference, bool):
+            raise ConfigError(f"require_same_reference must be True or False, got {self.require_same_reference!r}")
 
     def score(self, references: References) -> list[Tensor]:
         grids = tuple(reference.grid for reference in references.layout.references)

@@ -171,7 +171,7 @@ class Settings:
         return sra.SubjectMask(self.pick(([torch.eye(self.random.choice((8, 32)))] * max(1, self.references),)))
 
     def _saved(self) -> Selector:
-        scores = [torch.arange(size).float() for size in self.pick(((96,), (64,), (96, 64)))]
+        scores = [torch.arange(size).float() for size in self.random.choice(((96,), (64,), (96, 64)))]
         ranking = Ranking(scores, [None] * len(scores), "model", "ab" * 32)
         return sra.SavedRanking(self.pick((ranking,)), self.pick((True, False)))
 

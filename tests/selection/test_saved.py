@@ -143,3 +143,5 @@ def test_rankings_must_be_whole():
             Ranking(scores, grids, "M", "")
     with pytest.raises(ConfigError, match="must be a Ranking"):
         SavedRanking("kept.npz")
+    with pytest.raises(ConfigError, match="require_same_reference must be True or False, got 'no'"):
+        SavedRanking(Ranking([torch.ones(4)], [None], "M", ""), "no")
