@@ -1,6 +1,6 @@
 """Runs the long reliability tests and appends what they counted to ``benchmarks/results/reliability.csv``.
 
-python -m tests.reliability                         # all of them: about an hour on two free cores
+python -m tests.reliability                         # all of them
 python -m tests.reliability -k configurations       # a part of them, by pytest's -k
 python -m tests.reliability --untimed               # on a machine that does other things too: no seconds in the rows
 python -m tests.reliability --trial 0 1234          # trial 1234 of seed 0 again, alone
