@@ -203,6 +203,8 @@ def _scheduled(name: str, keep: float = direction.KEEPS[0]) -> dict[str, object]
 QUESTIONS: tuple[Claim, ...] = (
     _table("ReCAST beats a downscaled reference of as many tokens", "", "ReCAST fixed", "downscaled", "methods"),
     _table("weighing the mass by value norms (ToPi) helps", "", "mass x values", "ReCAST fixed", "methods"),
+    _table("measuring in the double-stream blocks beats the single-stream ones", "", "double blocks", "ReCAST fixed",
+           "methods"),
     _table("the exact mask of the subject beats the mass", "", "exact mask", "ReCAST fixed", "methods"),
     Claim(
         "direction", "rising beats falling at equal mean, ranked by mass", "", "direction",

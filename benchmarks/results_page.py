@@ -167,18 +167,21 @@ def _mass(measured: Measured) -> str:
     shares = ("top_5", "top_10", "top_25", "top_50")
     rows = []
     for task in measured.distinct("task"):
-        where = {"task": task, "block": "single"}
-        first, last = ({**where, "step": step} for step in (0, "last"))
-        bits = [_number(measured.interval([Term(1.0, "bits", step)])) for step in (first, last)]
-        held = [_number(measured.interval([Term(1.0, share, first)])) for share in shares]
-        found = [_number(measured.interval([Term(1.0, name, first)])) for name in ("recall", "chance")]
-        rows.append([task, *bits, *held, *found])
-    header = ["task", "bits, first step", "bits, last step", *(f"top {s[4:]} %" for s in shares), "recall", "by chance"]
+        for blocks in ("double", "single", "all"):
+            where = {"task": task, "block": blocks}
+            first, last = ({**where, "step": step} for step in (0, "last"))
+            got = _number(measured.interval([Term(1.0, "mass", first)]))
+            bits = [_number(measured.interval([Term(1.0, "bits", step)])) for step in (first, last)]
+            held = [_number(measured.interval([Term(1.0, share, first)])) for share in shares]
+            found = [_number(measured.interval([Term(1.0, name, first)])) for name in ("recall", "chance")]
+            rows.append([task, blocks, got, *bits, *held, *found])
+    header = ["task", "blocks", "attention to references", "bits, first step", "bits, last step"]
+    header += [*(f"top {share[4:]} %" for share in shares), "recall", "by chance"]
     return (
-        "Analogue of section 2.2, Figure 2 and of the entropy curve of 2.4. Single-stream blocks, mean of the heads. "
-        "The shares of the references' attention that the top tokens hold, and the recall of the subject's n tokens "
-        "among the top n, are those of the first step. A uniform mass has 8 bits (9 with two references).\n\n"
-        f"{_table(header, rows)}"
+        "Analogue of section 2.2, Figure 2 and of the entropy curve of 2.4; means of the heads. The attention that the "
+        "generation tokens pay to the references, the shares of it that the top tokens hold, and the recall of the "
+        "subject's n tokens among the top n are those of the first step. A uniform mass has 8 bits (9 with two "
+        f"references). ReCAST sums over the single-stream blocks.\n\n{_table(header, rows)}"
     )
 
 
@@ -234,7 +237,7 @@ SECTIONS: tuple[tuple[str, str, tuple[Section, ...]], ...] = (
 def _reliability(path: Path) -> str:
     rows = _lines(path)
     if not rows:
-        return "Not measured: `benchmarks/results/reliability.csv` has no rows."
+        return "Not measured: `python -m tests.reliability` makes its rows."
     return reliability(rows)
 
 

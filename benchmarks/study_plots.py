@@ -118,7 +118,7 @@ def _entropy(measured: Measured, figure: Any) -> None:
 
 def _blocks(measured: Measured, figure: Any) -> None:
     steps = range(int(measured.rows[0]["steps"]))
-    blocks = [name for name in measured.distinct("block") if name != "single"]
+    blocks = [name for name in measured.distinct("block") if name.isdigit()]
     for axes, metric, title in zip(
         figure.subplots(1, 2), ("bits", "recall"), ("entropy (bits)", "recall of the subject's tokens"), strict=True
     ):

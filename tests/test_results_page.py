@@ -56,7 +56,8 @@ def attention(folder):
     rows = [
         {**base, "task": task, "subject": str(subject), "seed": "0", "step": str(step), "block": block,
          **dict.fromkeys(mass.VALUES, text(0.5 + subject / 10 - step / 100))}
-        for task in mass.TASKS for subject in range(3) for step in range(STEPS) for block in ("0", "single")
+        for task in mass.TASKS for subject in range(3) for step in range(STEPS)
+        for block in ("0", "double", "single", "all")
     ]  # fmt: skip
     write(folder / "mass.csv", [*mass.KEYS, *mass.VALUES], rows)
     rows = [
@@ -152,7 +153,7 @@ def test_every_section_and_plot_of_a_full_set_of_rows(tmp_path):
         pictures(tmp_path, study, lambda case, subject, random: 20 + subject + case.keep + random.normal(0, 0.1))
     attention(tmp_path)
     made = page(tmp_path)
-    assert "Not measured: `python" not in made
+    assert "benchmarks.studies --only" not in made
     assert "not measured" not in made
     assert "2.3 million parameters" in made
     drawn = study_plots.draw(tmp_path)

@@ -32,7 +32,7 @@ def measure(
     seeds: int,
     tell: Callable[[int, int], Any] = lambda done, of: None,
 ) -> None:
-    """A dense run of each task, subject and seed: a row for each step and block, and "single" for their mean."""
+    """A dense run of each task, subject and seed: a row for each step and block, and for the means of some blocks."""
     generator = generators["dense"]
     for subject in range(subjects):
         for seed in range(seeds):
@@ -41,7 +41,7 @@ def measure(
                     "model": "dense", "weights": generator.weights, "steps": generator.steps, "task": task,
                     "subject": subject, "seed": seed,
                 }  # fmt: skip
-                if rows.has({**key, "step": generator.steps - 1, "block": "single"}):
+                if rows.has({**key, "step": generator.steps - 1, "block": "all"}):
                     continue
                 question = Question(task, subject)
                 found = masses(generator, question, seed)
@@ -50,10 +50,16 @@ def measure(
                     [
                         {**key, "step": step, "block": name, **describe(mass, cover)}
                         for step, blocks in enumerate(found)
-                        for name, mass in [*enumerate(blocks), ("single", blocks[SINGLE].mean(0))]
+                        for name, mass in _named(blocks)
                     ]
                 )
             tell(subject * seeds + seed + 1, subjects * seeds)
+
+
+def _named(blocks: Tensor) -> list[tuple[Any, Tensor]]:
+    """(blocks, R): each, and the means over the joint-stream blocks, the single-stream ones and all."""
+    means = (("double", blocks[: SINGLE.start]), ("single", blocks[SINGLE]), ("all", blocks))
+    return [*enumerate(blocks), *((name, some.mean(0)) for name, some in means)]
 
 
 def describe(mass: Tensor, cover: Tensor) -> dict[str, float]:

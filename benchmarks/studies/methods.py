@@ -36,6 +36,8 @@ def cases(steps: int) -> list[Case]:
         "single block": (AttentionMass(blocks=(SINGLE_BLOCK,)), rising(KEEP, steps)),
         "cosine": (Cosine("similar"), first),
         "cosine, distinct": (Cosine("distinct"), first),
+        "double blocks": (AttentionMass(blocks="double"), first),
+        "all blocks": (AttentionMass(blocks="all"), first),
         "mass x values": (AttentionMass(value_norm=True), first),
         "grid": ("grid", first),
         "edges": ("edges", first),

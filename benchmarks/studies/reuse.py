@@ -31,6 +31,7 @@ def cases(steps: int) -> list[Case]:
     ]
     found.append(Case("mean of the steps", KEEP, _ranked(lambda m: m[:, SINGLE].mean((0, 1)))))
     found += [Case(f"block {i}", KEEP, _ranked(lambda m, i=i: m[0, i])) for i in range(BLOCKS)]
+    found.append(Case("double blocks", KEEP, _ranked(lambda m: m[0, : SINGLE.start].mean(0))))
     found.append(Case("all blocks", KEEP, _ranked(lambda m: m[0].mean(0))))
     found.append(Case("another seed", KEEP, _ranked(_start, seed=OTHER)))
     return [*found, Case("another prompt", KEEP, _ranked(_start, prompt=1))]
