@@ -36,14 +36,25 @@ class Measured:
 
     def __init__(self, rows: Sequence[Row], runs: Sequence[Row]) -> None:
         self.rows, self.runs = rows, runs
+        self._by: dict[tuple[str, ...], dict[tuple[str, ...], list[Row]]] = {}
 
     def values(self, metric: str, where: Mapping[str, object]) -> dict[tuple[str, str], float]:
         """By (subject, seed) the mean of the metric over the rows named; a step of "last" is the last one."""
         found: dict[tuple[str, str], list[float]] = {}
-        for row in self.rows:
-            if row[metric] and all(row[name] == _meant(row, value) for name, value in where.items()):
+        for row in self._named(where):
+            if row[metric]:
                 found.setdefault((row["subject"], row["seed"]), []).append(float(row[metric]))
         return {key: sum(each) / len(each) for key, each in found.items()}
+
+    def _named(self, where: Mapping[str, object]) -> list[Row]:
+        """The rows of these values, from an index of each set of columns."""
+        columns = tuple(where)
+        if columns not in self._by:
+            index = self._by[columns] = {}
+            for row in self.rows:
+                index.setdefault(tuple(row[name] for name in columns), []).append(row)
+        last = str(int(self.rows[0]["steps"]) - 1)
+        return self._by[columns].get(tuple(last if value == "last" else text(value) for value in where.values()), [])
 
     def interval(self, terms: Sequence[Term]) -> Interval | None:
         """Mean and 95 % interval of the sum of the terms over the subjects that have all of them; None below two.
@@ -75,10 +86,6 @@ def read(folder: Path, study: str) -> Measured | None:
     ]
     models = {row["model"] for row in rows}
     return Measured(rows, [line for line in latest.values() if line["model"] in models]) if rows else None
-
-
-def _meant(row: Row, value: object) -> str:
-    return str(int(row["steps"]) - 1) if value == "last" else text(value)
 
 
 def text(value: object) -> str:
