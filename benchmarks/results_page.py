@@ -209,8 +209,8 @@ SECTIONS: tuple[tuple[str, str, tuple[Section, ...]], ...] = (
     ("methods", "Methods at equal budget (ReCAST, Tables 1 and 2)", (_all(
         f"Every method runs step 0 with all tokens and keeps {100 * methods.KEEP:.1f} % on average after it (the "
         "paper's 600 of 4,096), so that all of them spend the same. `self-attention` is its Attn-Prune. The paper does "
-        f"not say which block `single block` is; here it is block {methods.SINGLE_BLOCK}. `exact mask` knows the "
-        "subject's pixels."
+        f"not say which block `single block` is; here it is block {methods.SINGLE_BLOCK}, and a table below tries all. "
+        "`exact mask` knows the subject's pixels."
     ),)),
     ("sweep", "Budget sweep (ReCAST, section 3.4)", (_all(
         "A fixed share after a step with all tokens; the paper's 2,048, 1,024, 512 and 256 of 4,096."

@@ -105,11 +105,14 @@ def test_rows_go_on_after_a_kill(tmp_path):
 
 def test_quality_is_of_the_right_pixels():
     scene = PLACE.scene
-    wrong = np.where(scene.mask[..., None] > 0, scene.target, scene.target + 0.1)
-    assert subject_psnr(wrong, scene.target, scene.mask) == 60.0
+    right = scene.target.clip(0, 0.9)
+    wrong = np.where(scene.mask[..., None] > 0, right, right + 0.1)
+    assert subject_psnr(wrong, right, scene.mask) == 60.0
     share = 1 - (scene.mask > 0).mean()
-    found = quality(np.clip(wrong, 0, 1), scene, np.clip(scene.target, 0, 1))
-    assert subject_psnr(wrong, scene.target, np.ones_like(scene.mask)) == pytest.approx(20 - 10 * np.log10(share))
+    everywhere = np.ones_like(scene.mask)
+    assert subject_psnr(wrong, right, everywhere) == pytest.approx(20 - 10 * np.log10(share), abs=1e-4)
+    assert subject_psnr(wrong, right, (scene.mask == 0) * 1.0) == pytest.approx(20, abs=1e-4)
+    found = quality(wrong, scene, right)
     assert found["dense_subject_psnr"] == 60.0
     assert found["ssim"] < 1
     assert quality(np.clip(scene.target, 0, 1), scene, None)["identity"] in (None, pytest.approx(1, abs=1e-4))

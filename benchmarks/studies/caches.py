@@ -14,18 +14,21 @@ from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import sparse_ref_attn as sra
+from sparse_ref_attn.cost import step_flops
+from sparse_ref_attn.cost.tokens import StepTokens
+from sparse_ref_attn.toy.words import LENGTH
 
 from .budgets import dense_first, rising
 from .cases import Answer, Case, dense
-from .generator import Generator, Run, tokens_a_step
+from .generator import TOKENS, Generator, Run, tokens_a_step
 from .questions import Question
 
 __all__ = ["CACHES", "KEEP", "OURS", "cases"]
 
 KEEP = 0.15
 CACHES: dict[str, Callable[[], Any]] = {
-    "FirstBlockCache 0.1": lambda: FirstBlockCacheConfig(threshold=0.1),
-    "FirstBlockCache 0.3": lambda: FirstBlockCacheConfig(threshold=0.3),
+    "FirstBlockCache 0.2": lambda: FirstBlockCacheConfig(threshold=0.2),
+    "FirstBlockCache 0.4": lambda: FirstBlockCacheConfig(threshold=0.4),
     "TaylorSeer every 2": lambda: TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2, max_order=1),
     "TaylorSeer every 3": lambda: TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, max_order=1),
 }
@@ -50,8 +53,8 @@ def _counted(cache: Callable[[], Any] | None, ours: sra.SparseRef | None) -> Ans
     """Runs whose operations inside the transformer are counted as they are executed, the measuring of attention too."""
 
     def answer(generator: Generator, question: Question, seed: int) -> Run:
-        pipe, tokens = generator.pipe, generator.run(question, seed).tokens
-        dense_work = _executed(generator, lambda: generator.picture(question, seed))[1]
+        pipe, references = generator.pipe, TOKENS * len(question.scene.references)
+        every = step_flops(generator.shape, StepTokens(LENGTH, TOKENS, references)).total * generator.steps
         with sra.patched(pipe, ours) if ours is not None else nullcontext() as handle:
             if cache is not None:
                 pipe.transformer.enable_cache(cache())
@@ -61,7 +64,7 @@ def _counted(cache: Callable[[], Any] | None, ours: sra.SparseRef | None) -> Ans
             finally:
                 if cache is not None:
                     pipe.transformer.disable_cache()
-        return Run(picture, tokens if handle is None else tokens_a_step(handle.record), dense_work / work)
+        return Run(picture, float(references) if handle is None else tokens_a_step(handle.record), every / work)
 
     return answer
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparse_ref_attn.eval.metrics import MobileNetIdentity, Ssim
+from sparse_ref_attn.eval.metrics import MaskedPsnr, MobileNetIdentity, Ssim
 from sparse_ref_attn.eval.metrics.weights import has
 from sparse_ref_attn.toy.scenes import TOKEN, Scene
 
@@ -37,10 +37,8 @@ def quality(picture: Picture, scene: Scene, dense: Picture | None) -> dict[str, 
 
 
 def subject_psnr(picture: Picture, other: Picture, weight: Picture) -> float:
-    """PSNR in dB where pixels count as `weight` (H, W) says, at most 60."""
-    error = np.square(picture.astype(np.float64) - other).mean(-1)
-    mean = float((error * weight).sum() / weight.sum())
-    return min(EQUAL, -10 * float(np.log10(max(mean, 1e-12))))
+    """`MaskedPsnr` in dB, at most 60, of pixels that count as `weight` (H, W) says."""
+    return min(EQUAL, MaskedPsnr(weight)(picture, np.clip(other, 0, 1)))
 
 
 def _identity(picture: Picture, scene: Scene) -> float | None:
