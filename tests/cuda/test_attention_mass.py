@@ -11,26 +11,15 @@ from torch import Tensor
 from sparse_ref_attn.functional import attention_mass, attention_mass_varlen
 from sparse_ref_attn.kernels import abi
 from sparse_ref_attn.ops.attention_mass.cuda import launch_lse, launch_mass
-from sparse_ref_attn.ops.attention_mass.ragged import Ragged
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
 
-from ..ops.guards import Canaries, in_nan
+from ..ops.guards import Canaries
+from ..ops.mass_cases import RaggedBatch, draw, lse_of
 from ..ops.tolerance import assert_as_accurate
 from .emulated import EARLY, LATE, MIXED, emulated, shipped
 
 DTYPES = [torch.float16, torch.bfloat16]
 SCHEDULES = [(1, EARLY), (2, LATE), (3, MIXED)]
-
-
-def draw(queries: int, keys: int, heads: int = 2, C: int = 64, dtype: torch.dtype = torch.float16, batch: int = 1):
-    """q (B, N, H, C), k (B, S, H, C) with NaN around every row."""
-    generator = torch.Generator().manual_seed(queries * 1000 + keys)
-    q, k = (2 * torch.randn(batch, n, heads, C, generator=generator) for n in (queries, keys))
-    return in_nan(q.to(dtype), gap=16), in_nan(k.to(dtype), gap=16)
-
-
-def lse_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    return (torch.einsum("bnhc,bshc->bhns", q, k) * scale).logsumexp(-1)
 
 
 @pytest.mark.parametrize(("seed", "copies"), SCHEDULES)
@@ -115,33 +104,17 @@ def test_query_stride_takes_every_nth_query(stride: int) -> None:
     stride=st.integers(1, 3),
 )
 def test_ragged_items_equal_each_alone(items: list[tuple[int, int, int]], dtype: torch.dtype, stride: int) -> None:
-    """Each item: queries, keys, references (the last of its keys)."""
-    items = [(n, s, min(r, s)) for n, s, r in items]
-    counts = torch.tensor(items, dtype=torch.int32)
-    offsets = torch.zeros(3, len(items) + 1, dtype=torch.int32)
-    offsets[:, 1:] = counts.t().cumsum(1)
-    starts = (offsets[1, 1:] - counts[:, 2]).to(torch.int32)
-    rows, keys, refs = offsets[:, -1].tolist()
-    q, k = draw(rows, keys, heads=1, dtype=dtype)
-    ragged = Ragged(offsets[0], offsets[1], offsets[2], starts, max(n for n, _, _ in items), max(r for *_, r in items))
-    with emulated(shipped(), seed=rows), Canaries():
-        lse = launch_lse(q, k, 0.2, stride, ragged=ragged)
-        mass = launch_mass(q, k, lse, 0.2, stride, ragged=ragged, total_ref=refs)
+    batch = RaggedBatch(items)
+    q, k = draw(batch.rows, batch.keys, heads=1, dtype=dtype)
+    with emulated(shipped(), seed=batch.rows), Canaries():
+        lse = launch_lse(q, k, 0.2, stride, ragged=batch.ragged)
+        mass = launch_mass(q, k, lse, 0.2, stride, ragged=batch.ragged, total_ref=batch.refs)
     with emulated(shipped()):
         through_op = attention_mass_varlen(
-            q[0], k[0], *offsets, starts, refs, scale=0.2, query_stride=stride, backend="cuda"
+            q[0], k[0], *batch.offsets, batch.starts, batch.refs, scale=0.2, query_stride=stride, backend="cuda"
         )
-    for item, (n, s, r) in enumerate(items):
-        at = offsets[:, item].tolist()
-        mine = slice(at[2], at[2] + r)
-        if n == 0 or r == 0:
-            assert (mass[0, :, mine] == 0).all()
-            continue
-        alone_q, alone_k = q[:, at[0] : at[0] + n : stride], k[:, at[1] : at[1] + s]
-        truth = attention_mass_reference(alone_q.double(), alone_k.double(), (s - r, s), 0.2)
-        low = attention_mass_reference(alone_q, alone_k, (s - r, s), 0.2)
-        assert_as_accurate(mass[:, :, mine], truth, low)
-        assert_as_accurate(through_op[None, :, mine], truth, low)
+    batch.check(mass, q, k, 0.2, stride)
+    batch.check(through_op[None], q, k, 0.2, stride)
 
 
 def test_rows_far_apart_need_int64_offsets() -> None:

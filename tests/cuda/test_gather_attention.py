@@ -14,7 +14,7 @@ from sparse_ref_attn.ops.gather_attention.cuda import forward
 from sparse_ref_attn.ops.gather_attention.normal_form import normalise
 
 from ..ops.guards import Canaries, in_nan
-from ..ops.problems import NAMES, Problem, grid, make, tiling, truth
+from ..ops.problems import NAMES, Problem, grid, make, ragged, tiling, truth
 from ..ops.tolerance import assert_as_accurate
 from .emulated import EARLY, LATE, MIXED, emulated, shipped
 
@@ -69,26 +69,14 @@ lengths = st.one_of(st.integers(0, 40), st.integers(41, 200))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_fuzz_of_ragged_shapes(data: st.DataObject) -> None:
-    items = data.draw(st.integers(1, 3))
-
-    def row() -> tuple[int, ...]:
-        return tuple(data.draw(lengths) for _ in range(items))
-
-    key_heads, group = data.draw(st.sampled_from([(1, 1), (2, 1), (1, 3)]))
-    queries = tuple(row() for _ in range(data.draw(st.integers(1, 2))))
-    keys = data.draw(st.sampled_from([0, 1, 2]))
-    second = row() if keys == 1 and data.draw(st.booleans()) else None
-    kept = None
-    if keys == 0 or data.draw(st.booleans()):
-        kept = tuple(row() for _ in range(key_heads)) if data.draw(st.booleans()) else row()
-    problem = make(
-        queries, tuple(row() for _ in range(keys)) if keys else None, kept, 205, second=second,
-        heads=key_heads * group, key_heads=key_heads, channels=data.draw(st.sampled_from([64, 128])),
-        repeats=data.draw(st.booleans()), seed=data.draw(st.integers(0, 99)),
-    )  # fmt: skip
-    check(problem, data.draw(st.sampled_from(HALF)), data.draw(st.integers(0, 9)), data.draw(st.integers(0, 2)))
+@given(
+    problem=ragged(lengths, 205, st.sampled_from([64, 128])),
+    dtype=st.sampled_from(HALF),
+    seed=st.integers(0, 9),
+    copies=st.integers(0, 2),
+)
+def test_fuzz_of_ragged_shapes(problem: Problem, dtype: torch.dtype, seed: int, copies: int) -> None:
+    check(problem, dtype, seed, copies)
 
 
 def test_the_same_bits_under_every_schedule() -> None:

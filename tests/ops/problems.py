@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_ref_attn.functional import gather_attention
@@ -99,6 +100,28 @@ def grid(channels: int) -> dict[str, Problem]:
             ((33, 3),), ((4, 2),), ((33, 0), (1, 34)), 40, heads=4, key_heads=2, channels=channels
         ),
     }
+
+
+@st.composite
+def ragged(draw: st.DrawFn, longest: st.SearchStrategy[int], bank: int, channels: st.SearchStrategy[int]) -> Problem:
+    """Any way to lay out a call of at most three items, with parts of any of those lengths."""
+    items = draw(st.integers(1, 3))
+
+    def row() -> tuple[int, ...]:
+        return tuple(draw(longest) for _ in range(items))
+
+    key_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 3)]))
+    queries = tuple(row() for _ in range(draw(st.integers(1, 2))))
+    keys = draw(st.sampled_from([0, 1, 2]))
+    second = row() if keys == 1 and draw(st.booleans()) else None
+    kept = None
+    if keys == 0 or draw(st.booleans()):
+        kept = tuple(row() for _ in range(key_heads)) if draw(st.booleans()) else row()
+    return make(
+        queries, tuple(row() for _ in range(keys)) if keys else None, kept, bank, second=second,
+        heads=key_heads * group, key_heads=key_heads, channels=draw(channels), repeats=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
+    )  # fmt: skip
 
 
 def tiling(parts: tuple[tuple[int, ...], ...]) -> Tensor:

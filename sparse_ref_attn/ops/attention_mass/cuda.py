@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from ...kernels import abi
 from .._cuda import DTYPES, launch, pointer, tensor
 from .ragged import Ragged
+from .results import empty_lse, empty_mass
 
 __all__ = ["launch_lse", "launch_mass"]
 
@@ -16,24 +18,12 @@ def launch_lse(
     q: Tensor, k: Tensor, scale: float, query_stride: int, key_mask: Tensor | None = None, ragged: Ragged | None = None
 ) -> Tensor:
     """q (B, N, H, C), k (B, S, H, C) -> lse (B, H, N), of every `query_stride`-th query only; packed rows as B = 1."""
-    batch, queries, heads, channels = q.shape
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    longest, items = (queries, batch) if ragged is None else (ragged.max_q, ragged.ref_starts.shape[0])
+    lse, longest, items = empty_lse(q, ragged)
     if lse.numel() and items:
         arguments = abi.AttentionLseArgs(
-            dtype=DTYPES[q.dtype],
-            channels=channels,
-            heads=heads,
-            items=items,
+            **_both(q, k, lse, scale, query_stride, key_mask, ragged, items),
             queries=longest,
             keys=k.shape[1],
-            query_stride=query_stride,
-            scale=scale,
-            q=_rows(q),
-            k=_rows(k),
-            key_mask=_mask(key_mask),
-            lse=_scores(lse),
-            cu_seqlens_q=pointer(ragged and ragged.cu_seqlens_q),
             cu_seqlens_k=pointer(ragged and ragged.cu_seqlens_k),
         )
         launch("sra_attention_lse", arguments, q)
@@ -54,31 +44,44 @@ def launch_mass(
 
     With `ragged`, k_ref holds every packed key row and the result is (1, H, total_ref).
     """
-    batch, queries, heads, channels = q.shape
-    refs = k_ref.shape[1] if total_ref is None else total_ref
-    mass = torch.empty(batch, heads, refs, dtype=torch.float32, device=q.device)
-    longest, items = (refs, batch) if ragged is None else (ragged.max_ref, ragged.ref_starts.shape[0])
+    mass, longest, items = empty_mass(q, k_ref, ragged, total_ref)
     if mass.numel() and items:
         arguments = abi.AttentionMassArgs(
-            dtype=DTYPES[q.dtype],
-            channels=channels,
-            heads=heads,
-            items=items,
-            queries=queries,
+            **_both(q, k_ref, lse, scale, query_stride, key_mask, ragged, items),
+            queries=q.shape[1],
             refs=longest,
-            query_stride=query_stride,
-            scale=scale,
-            q=_rows(q),
-            k=_rows(k_ref),
-            key_mask=_mask(key_mask),
-            lse=_scores(lse),
             mass=_scores(mass),
-            cu_seqlens_q=pointer(ragged and ragged.cu_seqlens_q),
             cu_seqlens_ref=pointer(ragged and ragged.cu_seqlens_ref),
             ref_starts=pointer(ragged and ragged.ref_starts),
         )
         launch("sra_attention_mass", arguments, q)
     return mass
+
+
+def _both(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    scale: float,
+    query_stride: int,
+    key_mask: Tensor | None,
+    ragged: Ragged | None,
+    items: int,
+) -> dict[str, Any]:
+    """The arguments that both functions take."""
+    return {
+        "dtype": DTYPES[q.dtype],
+        "channels": q.shape[3],
+        "heads": q.shape[2],
+        "items": items,
+        "query_stride": query_stride,
+        "scale": scale,
+        "q": _rows(q),
+        "k": _rows(k),
+        "key_mask": _mask(key_mask),
+        "lse": _scores(lse),
+        "cu_seqlens_q": pointer(ragged and ragged.cu_seqlens_q),
+    }
 
 
 def _rows(x: Tensor) -> abi.Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from .._tiles import LOG2E, base2_lse, natural_lse, softmax_step, tile_offsets
 from .._tuning import Config
 from .ragged import Ragged
+from .results import empty_lse, empty_mass
 
 __all__ = ["launch_lse", "launch_mass"]
 
@@ -141,9 +142,8 @@ def launch_lse(
     ragged: Ragged | None = None,
 ) -> Tensor:
     """q (B, N, H, C), k (B, S, H, C) -> lse (B, H, N), of every `query_stride`-th query only; packed rows as B = 1."""
-    batch, queries, heads, C = q.shape
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
-    longest, items = (queries, batch) if ragged is None else (ragged.max_q, ragged.ref_starts.shape[0])
+    _, queries, heads, C = q.shape
+    lse, longest, items = empty_lse(q, ragged)
     grid = (triton.cdiv(triton.cdiv(longest, query_stride), config.block_m), heads, items)
     if lse.numel() and items:
         with torch.cuda.device_of(q):
@@ -174,17 +174,15 @@ def launch_mass(
 
     With `ragged`, k_ref holds every packed key row and the result is (1, H, total_ref).
     """
-    batch, queries, heads, C = q.shape
-    refs = k_ref.shape[1] if total_ref is None else total_ref
-    mass = torch.empty(batch, heads, refs, dtype=torch.float32, device=q.device)
-    longest, items = (refs, batch) if ragged is None else (ragged.max_ref, ragged.ref_starts.shape[0])
+    _, queries, heads, C = q.shape
+    mass, longest, items = empty_mass(q, k_ref, ragged, total_ref)
     grid = (triton.cdiv(longest, config.block_n), heads, items)
     if mass.numel() and items:
         with torch.cuda.device_of(q):
             _mass[grid](
                 q, k_ref, _bytes(key_mask), lse, mass,
-                *((None, None, None) if ragged is None else (ragged[0], ragged[2], ragged[3])), queries, refs, scale,
-                query_stride, *_item_row_head(q, ragged), *_item_row_head(k_ref, ragged),
+                *((None, None, None) if ragged is None else (ragged[0], ragged[2], ragged[3])), queries, mass.shape[2],
+                scale, query_stride, *_item_row_head(q, ragged), *_item_row_head(k_ref, ragged),
                 0 if key_mask is None else key_mask.stride(0), 0 if ragged else lse.stride(0), lse.stride(1),
                 lse.stride(2), 0 if ragged else mass.stride(0), mass.stride(1), C=C, BLOCK_R=config.block_n,
                 BLOCK_Q=config.block_m, STAGES=config.stages, RAGGED=ragged is not None, MASKED=key_mask is not None,

@@ -17,7 +17,7 @@ from sparse_ref_attn.ops.gather_attention.gradients import Wanted
 from sparse_ref_attn.ops.gather_attention.normal_form import normalise
 
 from ..guards import Canaries, in_nan
-from ..problems import NAMES, Problem, gradients, grid, make, truth
+from ..problems import NAMES, Problem, gradients, grid, make, ragged, truth
 from ..tolerance import assert_as_accurate
 
 SMALL = Config(32, 32, 4, 2)  # so that small problems have many tiles
@@ -102,34 +102,14 @@ def test_distinct_rows_are_stored_straight_into_the_bank() -> None:
     check(Problem(base.operands, per_head), torch.float32, SMALL, distinct=True)
 
 
-lengths = st.integers(0, 40)
-
-
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_fuzz_of_ragged_shapes(data: st.DataObject) -> None:
-    items = data.draw(st.integers(1, 3))
-
-    def row() -> tuple[int, ...]:
-        return tuple(data.draw(lengths) for _ in range(items))
-
-    key_heads, group = data.draw(st.sampled_from([(1, 1), (2, 1), (1, 3)]))
-    queries = tuple(row() for _ in range(data.draw(st.integers(1, 2))))
-    keys = data.draw(st.sampled_from([0, 1, 2]))
-    second = row() if keys == 1 and data.draw(st.booleans()) else None
-    kept = None
-    if keys == 0 or data.draw(st.booleans()):
-        kept = tuple(row() for _ in range(key_heads)) if data.draw(st.booleans()) else row()
-    problem = make(
-        queries, tuple(row() for _ in range(keys)) if keys else None, kept, 45, second=second,
-        heads=key_heads * group, key_heads=key_heads, channels=32, repeats=data.draw(st.booleans()),
-        seed=data.draw(st.integers(0, 99)),
-    )  # fmt: skip
-    check(
-        problem,
-        data.draw(st.sampled_from([torch.float32, torch.bfloat16])),
-        data.draw(st.sampled_from([SMALL, ONE_LOOP])),
-    )
+@given(
+    problem=ragged(st.integers(0, 40), 45, st.just(32)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    config=st.sampled_from([SMALL, ONE_LOOP]),
+)
+def test_fuzz_of_ragged_shapes(problem: Problem, dtype: torch.dtype, config: Config) -> None:
+    check(problem, dtype, config)
 
 
 def test_the_public_function_in_the_shipped_configuration() -> None:

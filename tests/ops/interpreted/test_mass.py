@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.functional import attention_mass, attention_mass_varlen
 from sparse_ref_attn.ops._tuning import Config
-from sparse_ref_attn.ops.attention_mass.ragged import Ragged
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
 from sparse_ref_attn.ops.attention_mass.triton_mass import launch_lse, launch_mass
 from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS
 
+from .. import mass_cases
 from ..guards import Canaries, in_nan
+from ..mass_cases import RaggedBatch, lse_of
 from ..tolerance import assert_as_accurate
 
 SMALL = Config(16, 16, 4, 2)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-
-
-def draw(queries: int, keys: int, heads: int = 2, C: int = 32, dtype: torch.dtype = torch.float16, batch: int = 1):
-    """q (B, N, H, C), k (B, S, H, C) with NaN around every row."""
-    generator = torch.Generator().manual_seed(queries * 1000 + keys)
-    q, k = (2 * torch.randn(batch, n, heads, C, generator=generator) for n in (queries, keys))
-    return in_nan(q.to(dtype), gap=16), in_nan(k.to(dtype), gap=16)
-
-
-def lse_of(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    scores = torch.einsum("bnhc,bshc->bhns", q, k) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
-    return scores.logsumexp(-1)
+draw = partial(mass_cases.draw, C=32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,32 +124,16 @@ def test_the_op_is_the_reference():
     stride=st.integers(1, 3),
 )
 def test_ragged_items_equal_each_alone(items: list[tuple[int, int, int]], dtype: torch.dtype, stride: int):
-    """Each item: queries, keys, references (the last of its keys)."""
-    items = [(n, s, min(r, s)) for n, s, r in items]
-    counts = torch.tensor(items, dtype=torch.int32)
-    offsets = torch.zeros(3, len(items) + 1, dtype=torch.int32)
-    offsets[:, 1:] = counts.t().cumsum(1)
-    starts = (offsets[1, 1:] - counts[:, 2]).to(torch.int32)
-    rows, keys, refs = offsets[:, -1].tolist()
-    q, k = draw(rows, keys, dtype=dtype)
-    ragged = Ragged(offsets[0], offsets[1], offsets[2], starts, max(n for n, _, _ in items), max(r for *_, r in items))
+    batch = RaggedBatch(items)
+    q, k = draw(batch.rows, batch.keys, dtype=dtype)
     with Canaries():
-        lse = launch_lse(q, k, 0.2, stride, SMALL, ragged=ragged)
-        mass = launch_mass(q, k, lse, 0.2, stride, SMALL, ragged=ragged, total_ref=refs)
+        lse = launch_lse(q, k, 0.2, stride, SMALL, ragged=batch.ragged)
+        mass = launch_mass(q, k, lse, 0.2, stride, SMALL, ragged=batch.ragged, total_ref=batch.refs)
     through_op = attention_mass_varlen(
-        q[0], k[0], *offsets, starts, refs, scale=0.2, query_stride=stride, backend="triton"
+        q[0], k[0], *batch.offsets, batch.starts, batch.refs, scale=0.2, query_stride=stride, backend="triton"
     )
-    for item, (n, s, r) in enumerate(items):
-        at = offsets[:, item].tolist()
-        mine = slice(at[2], at[2] + r)
-        if n == 0 or r == 0:
-            assert (mass[0, :, mine] == 0).all()
-            continue
-        alone_q, alone_k = q[:, at[0] : at[0] + n : stride], k[:, at[1] : at[1] + s]
-        truth = attention_mass_reference(alone_q.double(), alone_k.double(), (s - r, s), 0.2)
-        low = attention_mass_reference(alone_q, alone_k, (s - r, s), 0.2)
-        assert_as_accurate(mass[:, :, mine], truth, low)
-        assert_as_accurate(through_op[None, :, mine], truth, low)
+    batch.check(mass, q, k, 0.2, stride)
+    batch.check(through_op[None], q, k, 0.2, stride)
 
 
 def test_rows_far_apart_need_int64_offsets():
