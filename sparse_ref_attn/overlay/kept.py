@@ -1,41 +1,26 @@
-"""Pictures of a finished run: which reference tokens were kept, their scores, the budget over steps."""
+"""Each reference with the tokens that a step kept, beside their scores, above the budget strip."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from .errors import ConfigError, LayoutError
-from .record import RunRecord, StepRecord
+from ..errors import ConfigError, LayoutError
+from ..record import RunRecord, StepRecord
+from .canvas import FAINT, GAP, MARGIN, PAPER, WIDTH, across, down, percent, save, words
+from .strip import budget_strip
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageFont
+    from PIL import Image
 
-__all__ = ["save_budget_strip", "save_overlay"]
+__all__ = ["save_overlay"]
 
-WIDTH, MARGIN, GAP = 1400, 40, 24  # pixels
-PAPER, INK, FAINT = (255, 255, 255), (34, 38, 46), (118, 124, 134)
 OUTLINE, NEUTRAL = (255, 255, 255), ((206, 208, 212), (180, 183, 189))
 DIM, COLOUR_LEFT = 0.3, 0.25  # brightness and saturation that dropped tokens keep
-KIND_COLOURS = {
-    "profile": (230, 138, 30),
-    "in_flight": (190, 92, 160),
-    "dense": (150, 156, 166),
-    "sparse": (46, 108, 180),
-    "cached": (58, 165, 150),
-}
-KIND_WORDS = {
-    "profile": "profile (all tokens, attention measured)",
-    "in_flight": "in flight (all tokens in the first blocks, attention measured)",
-    "dense": "dense (all tokens)",
-    "sparse": "sparse",
-    "cached": "cached",
-}
 # Viridis (Smith and van der Walt, 2015) at ten even points: perceptually uniform, rising in lightness.
 HEAT = np.array(
     [
@@ -93,38 +78,15 @@ def save_overlay(record: RunRecord, path: str | os.PathLike[str] | IO[bytes], st
     cell = (WIDTH - 2 * MARGIN - (columns - 1) * 2 * GAP) // columns
     tallest = 760 if count == 1 else round(0.62 * cell)
     tiles = [_reference(record, i, mask, cell, tallest) for i, mask in enumerate(kept)]
-    rows = [_across(tiles[i : i + columns], 2 * GAP, width=cell) for i in range(0, count, columns)]
+    rows = [across(tiles[i : i + columns], 2 * GAP, width=cell) for i in range(0, count, columns)]
     total, everything = sum(int(mask.sum()) for mask in kept), record.layout.reference_tokens
     title = f"Reference tokens kept at step {shown.index} ({shown.kind})"
-    line = f"{total:,} of {everything:,} reference tokens took part in this step ({_percent(total / everything)})"
+    line = f"{total:,} of {everything:,} reference tokens took part in this step ({percent(total / everything)})"
     inner = WIDTH - 2 * MARGIN
-    notes = [_words(note, 16, inner, FAINT) for note in record.notes]
-    head = _down([_words(title, 30, inner), _words(line, 18, inner, FAINT), *notes], 4)
-    budget = _down([_words("Budget over the run", 22, inner), _strip(record, inner, shown.index)], 8)
-    _save(_down([head, _legend(record.scores is not None), *rows, budget], GAP), path)
-
-
-def save_budget_strip(record: RunRecord, path: str | os.PathLike[str] | IO[bytes]) -> None:
-    """Draw the reference tokens that took part in each step, N(t), as bars coloured by the step's kind.
-
-    Parameters
-    ----------
-    record : RunRecord
-        A run with at least one step.
-    path : path-like or binary file
-        Where the PNG is written, 1400 pixels wide.
-
-    Raises
-    ------
-    LayoutError
-        If no step was run.
-
-    Notes
-    -----
-    Needs Pillow.
-    """
-    inner = WIDTH - 2 * MARGIN
-    _save(_down([_words("Reference tokens per step", 22, inner), _strip(record, inner)], 8), path)
+    notes = [words(note, 16, inner, FAINT) for note in record.notes]
+    head = down([words(title, 30, inner), words(line, 18, inner, FAINT), *notes], 4)
+    budget = down([words("Budget over the run", 22, inner), budget_strip(record, inner, shown.index)], 8)
+    save(down([head, _legend(record.scores is not None), *rows, budget], GAP), path)
 
 
 def _kept_image(record: RunRecord, reference: int, kept: np.ndarray, size: tuple[int, int]) -> Image.Image:
@@ -224,7 +186,7 @@ def _reference(record: RunRecord, i: int, kept: np.ndarray, width: int, tallest:
         scores = record.scores[i].detach().double().cpu().numpy().reshape(kept.shape)
         pictures.append(_heat_image(scores, size))
     number = int(kept.sum())
-    name, share = f"reference {i + 1}", f"({_percent(number / kept.size)})"
+    name, share = f"reference {i + 1}", f"({percent(number / kept.size)})"
     if width > 300:
         captions = [f"{name}: {number:,} of {reference.length:,} tokens kept {share}"]
     else:
@@ -232,9 +194,9 @@ def _reference(record: RunRecord, i: int, kept: np.ndarray, width: int, tallest:
     grid = f"{reference.grid[0]} x {reference.grid[1]} tokens" if reference.grid else "no grid: tokens in order"
     if _given(record, i) is None and reference.grid is not None:
         grid += ", no pixels"
-    text = [_words(caption, 18 if width > 500 else 15, width) for caption in captions]
-    both = _across(pictures, between) if side_by_side else _down(pictures, between)
-    return _down([_down([*text, _words(grid, 14, width, FAINT)], 0), both], 8)
+    text = [words(caption, 18 if width > 500 else 15, width) for caption in captions]
+    both = across(pictures, between) if side_by_side else down(pictures, between)
+    return down([down([*text, words(grid, 14, width, FAINT)], 0), both], 8)
 
 
 def _fit(grid: tuple[int, ...], box: tuple[int, int]) -> tuple[int, int]:
@@ -300,137 +262,9 @@ def _legend(scores: bool) -> Image.Image:
     photo = Image.new("RGB", (22, 22), (214, 160, 92))
     dim = _dimmed(np.asarray(photo, dtype=np.float64))
     apart = Image.new("RGB", (12, 22), PAPER)
-    parts = [photo, _words("kept: full colour", 16), apart]
-    parts += [Image.fromarray(np.round(dim).astype(np.uint8)), _words("dropped: dark and grey", 16)]
+    parts = [photo, words("kept: full colour", 16), apart]
+    parts += [Image.fromarray(np.round(dim).astype(np.uint8)), words("dropped: dark and grey", 16)]
     if scores:
         bar = _heat_image(np.linspace(0, 1, 200)[None], (200, 22))
-        parts += [apart, _words("token score: low", 16), bar, _words("high (each reference on its own scale)", 16)]
-    return _across(parts, 10)
-
-
-def _strip(record: RunRecord, width: int, shown: int | None = None) -> Image.Image:
-    """Bars of the reference tokens in each step, with axes and a legend."""
-    from PIL import Image, ImageDraw
-
-    if not record.steps:
-        raise LayoutError("a budget strip needs a run with at least one step, got none: call the pipeline first")
-    steps = max(record.total_steps, *(s.index + 1 for s in record.steps))
-    most = max(record.layout.reference_tokens, 1)
-    left, top, high = 96, 26, 200
-    right = width - 16 - math.ceil(_font(14).getlength(f"all {most:,}"))
-    image = Image.new("RGB", (width, top + high + 78), PAPER)
-    draw = ImageDraw.Draw(image)
-    bottom = top + high
-
-    def y(tokens: float) -> int:
-        return bottom - round(high * tokens / most)
-
-    for tick in _ticks(most, 4):
-        draw.line([(left, y(tick)), (right, y(tick))], fill=(226, 229, 233))
-        draw.text((left - 8, y(tick)), f"{tick:,}", INK, _font(14), anchor="rm")
-    across = (right - left) / steps
-    gap = across * 0.15 if across >= 5 else 0
-    longest = max(_font(12).getlength(f"{s.kept:,}") for s in record.steps)
-    for s in record.steps:
-        x0 = round(left + s.index * across + gap)
-        x1 = max(x0, round(left + (s.index + 1) * across - gap) - 1)
-        draw.rectangle([x0, min(y(s.kept), bottom - 1), x1, bottom - 1], fill=KIND_COLOURS.get(s.kind, FAINT))
-        if longest + 3 <= across:
-            label_at = (x0 + x1) / 2, y(s.kept) - 4
-            draw.rectangle(draw.textbbox(label_at, f"{s.kept:,}", _font(12), anchor="mb"), fill=PAPER)
-            draw.text(label_at, f"{s.kept:,}", INK, _font(12), anchor="mb")
-    for dash in range(left, right, 10):
-        draw.line([(dash, y(most)), (min(dash + 5, right), y(most))], fill=FAINT)
-    draw.text((right + 8, y(most)), f"all {most:,}", INK, _font(14), anchor="lm")
-    draw.line([(left, bottom), (right, bottom)], fill=INK)
-    for tick in _ticks(steps - 1, (right - left) // 36):
-        draw.text((left + (tick + 0.5) * across, bottom + 8), f"{tick}", INK, _font(14), anchor="mt")
-    if shown is not None:
-        x = left + (shown + 0.5) * across
-        draw.polygon([(x, bottom + 26), (x - 7, bottom + 38), (x + 7, bottom + 38)], fill=INK)
-    label = Image.new("RGB", (high + 20, 22), PAPER)
-    ImageDraw.Draw(label).text((high // 2 + 10, 2), "reference tokens", INK, _font(15), anchor="mt")
-    image.paste(label.rotate(90, expand=True), (0, top - 10))
-    draw.text(((left + right) / 2, bottom + 44), "step (the first is 0)", INK, _font(15), anchor="mt")
-    parts: list[Image.Image] = []
-    for kind in [k for k in KIND_COLOURS if any(s.kind == k for s in record.steps)]:
-        parts += [Image.new("RGB", (16, 16), KIND_COLOURS[kind]), _words(KIND_WORDS[kind] + "   ", 15)]
-    if shown is not None:
-        mark = Image.new("RGB", (16, 16), PAPER)
-        ImageDraw.Draw(mark).polygon([(8, 2), (1, 14), (15, 14)], fill=INK)
-        parts += [mark, _words("step drawn above", 15)]
-    legend = _across(parts, 8)
-    return _down([image, _across([Image.new("RGB", (left - 8, 1), PAPER), legend], 8)], 0)
-
-
-def _ticks(most: int, about: int) -> list[int]:
-    """Multiples of 1, 2 or 5 times a power of ten from 0 to `most`, some `about` of them."""
-    step = 1
-    while most / step > about:
-        step = step * 5 // 2 if str(step)[0] == "2" else step * 2
-    return list(range(0, most + 1, step))
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    from PIL import ImageFont
-
-    return ImageFont.load_default(size)
-
-
-def _words(text: str, size: int, width: int = WIDTH, colour: tuple[int, int, int] = INK) -> Image.Image:
-    """Text on paper, wrapped between words to `width` pixels."""
-    from PIL import Image, ImageDraw
-
-    font = _font(size)
-    lines = [""]
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}" if lines[-1] else word
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    high = round(1.3 * size)
-    image = Image.new("RGB", (math.ceil(max(font.getlength(line) for line in lines)), high * len(lines)), PAPER)
-    draw = ImageDraw.Draw(image)
-    for i, line in enumerate(lines):
-        draw.text((0, i * high + high / 2), line, colour, font, anchor="lm")
-    return image
-
-
-def _down(images: Sequence[Image.Image], gap: int) -> Image.Image:
-    """Images one below another, flush left."""
-    from PIL import Image
-
-    height = sum(image.height for image in images) + gap * (len(images) - 1)
-    out = Image.new("RGB", (max(image.width for image in images), height), PAPER)
-    y = 0
-    for image in images:
-        out.paste(image, (0, y))
-        y += image.height + gap
-    return out
-
-
-def _across(images: Sequence[Image.Image], gap: int, width: int | None = None) -> Image.Image:
-    """Images side by side, each `width` wide if given; small ones (a legend) stand centred in height."""
-    from PIL import Image
-
-    widths = [width or i.width for i in images]
-    height = max(i.height for i in images)
-    out = Image.new("RGB", (sum(widths) + gap * (len(images) - 1), height), PAPER)
-    x = 0
-    for image, wide in zip(images, widths, strict=True):
-        out.paste(image, (x, 0 if width else (height - image.height) // 2))
-        x += wide + gap
-    return out
-
-
-def _save(content: Image.Image, path: str | os.PathLike[str] | IO[bytes]) -> None:
-    from PIL import Image
-
-    page = Image.new("RGB", (WIDTH, content.height + 2 * MARGIN), PAPER)
-    page.paste(content, (MARGIN, MARGIN))
-    page.save(path, format="PNG")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+        parts += [apart, words("token score: low", 16), bar, words("high (each reference on its own scale)", 16)]
+    return across(parts, 10)
