@@ -1,7 +1,7 @@
 """Items with references of their own: one by one, as one batch (`sra.batch`), and padded, beside the bound.
 
-    python -m benchmarks.bench_batch             # every case, rows appended to benchmarks/results/batch_<device>.csv
-    python -m benchmarks.bench_batch --quick     # a minute: shows that it runs, writes no rows
+    python -m benchmarks batch             # every case, rows appended to benchmarks/results/batch_<device>.csv
+    python -m benchmarks batch --quick     # a minute: shows that it runs, writes no rows
 
 All methods run in turn, for several rounds, in one process. "one by one" patches the pipeline and calls it for each
 item. "padded" is what one would write instead: the transformer on the longest item's kept rows for every item, without
@@ -10,7 +10,8 @@ the mask that it would need, so it is faster than any padding that gives right p
     attention seconds one by one + remaining transformer seconds x matrix-product work as it runs over one by one
     + seconds outside the transformer
 
-Packed items (FLUX.2) do the work of the items and no more; padded rows (Kontext) pass through the matrix products. On a
+Packed items (FLUX.2) do the work of the items and no more; padded rows (Kontext) pass through the matrix products. Of
+"padded" the attention's work is that of the padded rows too. On a
 CPU one item keeps all cores busy, so a batch is not expected to be faster than its items one by one.
 """
 
@@ -19,8 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -29,17 +29,20 @@ import torch
 
 import sparse_ref_attn as sra
 
-from . import results
-from .bench_pipeline import faster_dtype
 from .dense_times import DenseTimes, timed
-from .memory import keep_freed_memory, peak_memory, reserve
-from .pipelines import build, embeddings, photos
-from .shapes import PipelineCase
+from .memory import peak_memory, reserve
+from .options import Output, add_cuts, add_shared, prepare
+from .pipelines import build, embeddings, own_arguments, photos, transformer_of
+from .results import ENVIRONMENT
+from .runs import about
+from .shapes import PipelineCase, changed
+
+__all__ = ["add_arguments", "bench", "run"]
 
 COLUMNS = (
-    "date", "commit", "device", "torch", "diffusers", "threads", "dtype", "model", "width", "depth", "steps",
-    "references", "rows", "method", "seconds_median", "seconds_min", "seconds_max", "rounds", "bound_seconds",
-    "measured_over_bound", "speedup_over_one_by_one", "speedup_over_padded", "gate",
+    *ENVIRONMENT, "model", "width", "depth", "steps", "references", "side", "batch", "rows", "method",
+    "seconds_median", "seconds_min", "seconds_max", "rounds", "bound_seconds", "measured_over_bound",
+    "speedup_over_one_by_one", "speedup_over_padded", "gate",
 )  # fmt: skip
 CONFIG = sra.SparseContext(0.25, "edges")
 
@@ -77,9 +80,7 @@ class Items:
         self.prompts = [embeddings(pipe, seed) for seed in range(len(case.references))]
 
     def _calls(self, side: int, steps: int) -> list[dict[str, Any]]:
-        own = {"guidance_scale": 1.0} if self.case.model.model != "kontext" else {}
-        if not own:
-            own = {"max_area": side * side, "_auto_resize": False}
+        own = own_arguments(self.pipe, side)
         own |= {"height": side, "width": side, "num_inference_steps": steps, "output_type": "np"}
         return [prompt | own for prompt in self.prompts]
 
@@ -133,10 +134,9 @@ def padded_call(calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return longest | {name: torch.cat([value] * len(calls)) for name, value in repeated.items()}
 
 
-def bench(case: BatchCase, options: argparse.Namespace) -> list[dict[str, Any]]:
+def bench(case: BatchCase, device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Run one case and return its rows."""
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    pipe = build(case.model, device, dtype, options.real_depth)
+    pipe = build(case.model, device, dtype)
     items, side, steps = Items(pipe, case), case.model.side, case.model.steps
     if not passes_gate(items):
         raise RuntimeError(f"the correctness gate of {case} is red: no time is reported")
@@ -160,43 +160,42 @@ def bench(case: BatchCase, options: argparse.Namespace) -> list[dict[str, Any]]:
         runs.total["padded"].append(seconds + outside)
         shown = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in runs.total.items())
         print(f"  round {number + 1}: {shown}", flush=True)
-    return rows_of(case, pipe, calls, runs, options)
+    return rows_of(case, pipe, calls, runs)
 
 
-def rows_of(
-    case: BatchCase, pipe: Any, calls: Sequence[dict[str, Any]], runs: Runs, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """One row a method; the batch beside its bound."""
-    rows = [kwargs["hidden_states"].shape[1] for kwargs in calls]
+def which(case: BatchCase, transformer: Any) -> dict[str, Any]:
+    """The columns that say which call was timed."""
+    items = {"references": "+".join(str(len(sides)) for sides in case.references), "batch": len(case.references)}
+    return about(case.model, transformer) | items
+
+
+def rows_of(case: BatchCase, pipe: Any, calls: Sequence[dict[str, Any]], runs: Runs) -> list[dict[str, Any]]:
+    """One row a method, each beside its bound."""
     text = calls[0]["encoder_hidden_states"].shape[1]
-    padding = len(rows) * (max(rows) + text) / (sum(rows) + len(rows) * text)
+    rows = [kwargs["hidden_states"].shape[1] for kwargs in calls]
+    joint = [n + text for n in rows]
+    padding = len(joint) * max(joint) / sum(joint)
     attention, transformer = median(runs.attention), median(runs.transformer)
     outside = median(t - x for t, x in zip(runs.total["one by one"], runs.transformer, strict=True))
-    work = 1.0 if case.model.model.startswith("klein") else padding
-    bound = attention + work * (transformer - attention) + outside
-    config = pipe.transformer.config
-    common = results.environment(torch.device(options.device)) | {
-        "threads": torch.get_num_threads(),
-        "dtype": options.dtype,
-        "model": case.model.model,
-        "width": config.num_attention_heads * config.attention_head_dim,
-        "depth": f"{config.num_layers}+{config.num_single_layers}",
-        "steps": case.model.steps,
-        "references": "+".join(str(len(sides)) for sides in case.references),
-        "rows": "+".join(map(str, rows)),
-        "gate": "pass",
-    }
     seconds = {name: median(values) for name, values in runs.total.items()}
-    out = []
-    for name, values in runs.total.items():
-        row = common | {"method": name, "rounds": len(values), "seconds_median": seconds[name]}
-        row |= {"seconds_min": min(values), "seconds_max": max(values)}
-        row |= {"speedup_over_one_by_one": seconds["one by one"] / seconds[name]}
-        row |= {"speedup_over_padded": seconds["padded"] / seconds[name]}
-        if name == "batch":
-            row |= {"bound_seconds": bound, "measured_over_bound": bound / seconds[name]}
-        out.append(row)
-    return out
+    work = 1.0 if case.model.model.startswith("klein") else padding
+    remaining = transformer - attention
+    bounds = {
+        "one by one": seconds["one by one"],
+        "batch": attention + work * remaining + outside,
+        "padded": attention * len(joint) * max(joint) ** 2 / sum(n * n for n in joint) + padding * remaining + outside,
+    }
+    return [
+        which(case, pipe.transformer)
+        | {
+            "rows": "+".join(map(str, rows)), "method": name, "rounds": len(values), "gate": "pass",
+            "seconds_median": seconds[name], "seconds_min": min(values), "seconds_max": max(values),
+            "bound_seconds": bounds[name], "measured_over_bound": bounds[name] / seconds[name],
+            "speedup_over_one_by_one": seconds["one by one"] / seconds[name],
+            "speedup_over_padded": seconds["padded"] / seconds[name],
+        }
+        for name, values in runs.total.items()
+    ]  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -206,46 +205,35 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines.append(f"{'method':<12}{'seconds':>9}  {'min-max':<16}{'x one by one':>13}{'x padded':>10}{'of bound':>10}")
     for row in rows:
         spread = f"{row['seconds_min']:.2f}-{row['seconds_max']:.2f}"
-        of_bound = f"{row['measured_over_bound']:.2f}" if "measured_over_bound" in row else ""
         lines.append(
             f"{row['method']:<12}{row['seconds_median']:>9.2f}  {spread:<16}{row['speedup_over_one_by_one']:>13.2f}"
-            f"{row['speedup_over_padded']:>10.2f}{of_bound:>10}"
+            f"{row['speedup_over_padded']:>10.2f}{row['measured_over_bound']:>10.2f}"
         )
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_batch", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, and what to change in its case."""
     parser.add_argument("--model", choices=[case.model.model for case in CASES], help="only this model")
-    parser.add_argument("--rounds", type=int, help="runs of every method instead of the case's")
-    parser.add_argument("--steps", type=int, help="denoising steps instead of the case's")
-    parser.add_argument("--real-depth", action="store_true", help="every block of the published model")
-    parser.add_argument("--quick", action="store_true", help="256 tokens an image: shows that it runs; writes no rows")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda (not yet proved on a card)")
-    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: the faster")
-    parser.add_argument("--out", type=Path, help="CSV file that rows are appended to; default benchmarks/results/")
-    options = parser.parse_args(arguments)
-    torch.set_grad_enabled(False)
-    if options.device == "cpu" and not keep_freed_memory():
-        print("the allocator returns memory between operations: large operations pay for page faults")
-    if options.dtype == "auto":
-        options.dtype = faster_dtype(torch.device(options.device))
-    out = options.out or Path(__file__).parent / "results" / f"batch_{torch.device(options.device).type}.csv"
+    add_cuts(parser)
+    add_shared(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Every case; the exit code."""
+    device = prepare(options)
+    output = Output(options, "batch", COLUMNS)
     for case in CASES:
         if options.model not in (None, case.model.model):
             continue
-        model = replace(case.model, steps=options.steps or case.model.steps, rounds=options.rounds or case.model.rounds)
-        if options.quick:
-            model, scale = replace(model, side=256, rounds=1), 4
-            case = BatchCase(model, tuple(tuple(s // scale for s in sides) for sides in case.references))
-        case = replace(case, model=model)
+        (model,) = changed([case.model], options)
+        scale = case.model.side / model.side
+        case = BatchCase(model, tuple(tuple(int(side / scale) for side in sides) for sides in case.references))
+        if output.has(**which(case, transformer_of(model))):
+            continue
         print(f"{model.model}, {options.dtype} on {options.device}", flush=True)
-        rows = bench(case, options)
+        rows = bench(case, device, getattr(torch, options.dtype))
         print(table(rows), flush=True)
-        if not options.quick:
-            results.append(rows, out, COLUMNS)
-
-
-if __name__ == "__main__":
-    main()
+        output.add(rows)
+    return output.verdict()

@@ -1,15 +1,15 @@
 """gather_attention and attention_mass at the shapes of real models, beside what one would do without them.
 
-    python -m benchmarks.bench_ops                            # this machine's CPU, rows appended to results/
-    python -m benchmarks.bench_ops --quick                    # seconds: shows that it runs, writes no rows
-    python -m benchmarks.bench_ops --models klein-9b qwen-edit --heads 4      # cut to what a CPU does in minutes
-    python -m benchmarks.bench_ops --device cuda --dtype bfloat16 --references 1 2 4 --backward
+    python -m benchmarks ops                            # this machine's CPU, rows appended to results/
+    python -m benchmarks ops --quick                    # seconds: shows that it runs, writes no rows
+    python -m benchmarks ops --models klein-9b qwen-edit --heads 4      # cut to what a CPU does in minutes
+    python -m benchmarks ops --device cuda --dtype bfloat16 --references 1 2 4 --backward
 
 A method is timed only after its gate: no further from float64 than twice the error of plain PyTorch in the same
 precision, on 64 queries (attention) or one head (mass). All methods run in turn, round after round, each after a write
 that clears the cache. Rivals that are not installed, or cannot do the call, are named with their reason and skipped.
 
-Columns of a row: where and when (date, commit, device, torch, threads, dtype), the call (model, heads, references, kept
+Columns of a row: where and when (`results.ENVIRONMENT`), the call (model, heads, references, kept
 share, kept tokens, op, direction), the method, milliseconds (median, min, max, rounds), TFLOP/s, ``of_bound`` (the time
 of dense attention scaled by the method's FLOPs, over its time) and ``of_hand`` (index_select and SDPA by hand, or a
 stored softmax for the mass, over this time).
@@ -21,7 +21,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from itertools import product
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -30,15 +30,19 @@ from torch import Tensor
 
 from sparse_ref_attn.errors import ConfigError
 
-from . import results
 from .op_calls import Attention, Mass
 from .op_rivals import ATTENTION, DENSE, MASS, Rival, by_hand, mass_by_hand
 from .op_shapes import MODELS, quick
+from .options import Output, add_shared, prepare
+from .results import ENVIRONMENT
 
-__all__ = ["COLUMNS", "Method", "attention_methods", "mass_methods", "measure", "refused"]
+__all__ = [
+    "COLUMNS", "REFUSALS", "Method", "add_arguments", "attention_methods", "mass_methods", "measure", "refused", "run",
+    "told",
+]  # fmt: skip
 
 COLUMNS = (
-    "date", "commit", "device", "torch", "threads", "dtype", "model", "heads", "references", "share", "kept", "op",
+    *ENVIRONMENT, "model", "heads", "references", "share", "kept", "op",
     "direction", "method", "ms_median", "ms_min", "ms_max", "rounds", "tflops", "of_bound", "of_hand",
 )  # fmt: skip
 HAND = {"gather_attention": "index_select + sdpa", "attention_mass": "softmax by hand"}
@@ -83,7 +87,7 @@ def _rivals(rivals: dict[str, Rival], call: Attention | Mass) -> dict[str, Metho
         try:
             out[name] = Method(rival.prepare(call), call, call.flops)
         except REFUSALS as error:
-            print(f"  {name}: {_told(error)}")
+            print(f"  {name}: {told(error)}")
     return out
 
 
@@ -91,7 +95,7 @@ def _rivals(rivals: dict[str, Rival], call: Attention | Mass) -> dict[str, Metho
 REFUSALS = (ConfigError, RuntimeError, ValueError, TypeError, AttributeError, ImportError, OSError, AssertionError)
 
 
-def _told(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -101,7 +105,7 @@ def refused(method: Method, plain: Tensor | None) -> str | None:
         with torch.no_grad():
             out = method.run()
     except REFUSALS as error:
-        return _told(error)
+        return told(error)
     if method.call is None or plain is None:
         return None
     got, low = method.call.error(out), method.call.error(plain)
@@ -160,17 +164,17 @@ def attention_rows(call: Attention, rounds: int, backward: bool) -> list[dict[st
         for name, method in passed.items():
             run = with_backward(method)
             try:
-                run()
+                with torch.enable_grad():
+                    run()
             except REFUSALS as error:
-                print(f"  {name}, backward: {_told(error)}")
+                print(f"  {name}, backward: {told(error)}")
             else:
                 runs[name] = run
     with torch.set_grad_enabled(backward):
         times = measure(runs, call.device, rounds)
     factor = 3.5 if backward else 1.0
-    about = {"kept": call.kept, "direction": "forward + backward" if backward else "forward"}
     flops = {name: factor * passed[name].flops for name in times}
-    return _rows(times, flops, "dense", HAND[call.op], about)
+    return _rows(times, flops, "dense", HAND[call.op])
 
 
 def mass_rows(call: Mass, dense: Attention, rounds: int) -> list[dict[str, Any]]:
@@ -179,19 +183,16 @@ def mass_rows(call: Mass, dense: Attention, rounds: int) -> list[dict[str, Any]]
     with torch.no_grad():
         times = measure({name: method.run for name, method in passed.items()}, call.device, rounds)
     flops = {name: method.flops for name, method in passed.items()}
-    return _rows(times, flops, "dense", HAND[call.op], {"kept": dense.shape.bank, "direction": "forward"})[1:]
+    return _rows(times, flops, "dense", HAND[call.op])[1:]
 
 
-def _rows(
-    times: dict[str, list[float]], flops: dict[str, float], dense: str, hand: str, about: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _rows(times: dict[str, list[float]], flops: dict[str, float], dense: str, hand: str) -> list[dict[str, Any]]:
     """One row for each method; `dense` and `hand` name those that the others are compared with."""
     rows = []
     for name, took in times.items():
         ms = median(took)
         rows.append(
-            about
-            | {
+            {
                 "method": name, "ms_median": ms, "ms_min": min(took), "ms_max": max(took), "rounds": len(took),
                 "tflops": flops[name] / ms / 1e9,
                 "of_bound": median(times[dense]) * flops[name] / flops[dense] / ms,
@@ -201,50 +202,55 @@ def _rows(
     return rows
 
 
-def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
-    """Run what the command line asks for; returns the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The shapes, and how they are cut."""
     parser.add_argument("--models", nargs="+", default=["kontext"], choices=list(MODELS))
     parser.add_argument("--heads", type=int, help="only so many of the model's heads; the rows say so")
     parser.add_argument("--references", nargs="+", type=int, default=[1])
     parser.add_argument("--kept", nargs="+", type=float, default=[0.05, 0.25, 1.0])
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backward", action="store_true", help="time forward and backward together too")
-    parser.add_argument("--quick", action="store_true", help="a sixteenth of the tokens; writes no rows")
-    o = parser.parse_args(arguments)
-    device, dtype = torch.device(o.device), getattr(torch, o.dtype)
-    about = results.environment(device)
-    where = {k: about[k] for k in ("date", "commit", "device", "torch")}
-    where |= {"threads": torch.get_num_threads(), "dtype": o.dtype}
-    path = Path(results.__file__).parent / "results" / f"ops_{device.type}.csv"
-    rows: list[dict[str, Any]] = []
+    add_shared(parser, dtype="float32")
+    parser.set_defaults(run=run)
 
-    def keep(call: Attention | Mass, share: float, found: list[dict[str, Any]]) -> None:
-        shape = call.shape
-        of = {"model": shape.model, "heads": shape.heads, "references": shape.references, "share": share, "op": call.op}
-        found = [where | of | row for row in found]
-        _show(found)
-        rows.extend(found)
-        if not o.quick:  # case by case: an interrupted run keeps what it has
-            results.append(found, path, COLUMNS)
 
-    for model in o.models:
-        for references in o.references:
-            shape = replace(MODELS[model], references=references)
-            shape = replace(shape, heads=min(o.heads or shape.heads, shape.heads))
-            shape = quick(shape) if o.quick else shape
-            for share in o.kept:
-                call = Attention(shape, share, device, dtype)
-                print(f"{model}, {shape.heads} heads, {references} references, {share:.0%} kept")
-                for backward in (False, True)[: 1 + o.backward]:
-                    keep(call, share, attention_rows(call, o.rounds, backward))
-            dense = Attention(shape, 1.0, device, dtype).dense()
-            print(f"{model}, {shape.heads} heads, {references} references, attention_mass")
-            mass = Mass(dense)
-            keep(mass, 1.0, mass_rows(mass, dense, o.rounds))
-    return rows
+def run(options: argparse.Namespace) -> int:
+    """Every shape that the options ask for; the exit code."""
+    device = prepare(options)
+    dtype, rounds = getattr(torch, options.dtype), options.rounds or 5
+    output = Output(options, "ops", COLUMNS)
+    for model, references in product(options.models, options.references):
+        shape = replace(MODELS[model], references=references)
+        shape = quick(shape) if options.quick else shape
+        shape = replace(shape, heads=min(options.heads or shape.heads, shape.heads))
+        for share in options.kept:
+            call = Attention(shape, share, device, dtype)
+            for backward in (False, True)[: 1 + options.backward]:
+                which = about(call, share, backward)
+                if not output.has(**which):
+                    print(f"{model}, {shape.heads} heads, {references} references, {share:.0%} kept", flush=True)
+                    _add(output, which, attention_rows(call, rounds, backward))
+        dense = Attention(shape, 1.0, device, dtype).dense()
+        mass = Mass(dense)
+        which = about(mass, 1.0)
+        if not output.has(**which):
+            print(f"{model}, {shape.heads} heads, {references} references, attention_mass", flush=True)
+            _add(output, which, mass_rows(mass, dense, rounds))
+    return output.verdict()
+
+
+def about(call: Attention | Mass, share: float, backward: bool = False) -> dict[str, Any]:
+    """The columns that say which call was timed."""
+    shape = call.shape
+    return {
+        "model": shape.model, "heads": shape.heads, "references": shape.references, "share": f"{share:.4g}",
+        "kept": call.kept, "op": call.op, "direction": "forward + backward" if backward else "forward",
+    }  # fmt: skip
+
+
+def _add(output: Output, which: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    found = [which | row for row in rows]
+    _show(found)
+    output.add(found)
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
@@ -254,7 +260,3 @@ def _show(rows: list[dict[str, Any]]) -> None:
             f"  {row['method']:<30}{row['ms_median']:>10.2f}{row['tflops']:>10.3f}{row['of_bound']:>10.2f}"
             f"{row['of_hand']:>10.2f}"
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -9,18 +9,29 @@ from typing import Any
 
 import torch
 
-from sparse_ref_attn.adapters.base import adapter_for
 from sparse_ref_attn.adapters.seams import tapped_attention
 from sparse_ref_attn.timing import Stopwatch
+
+from .work import sites_of
 
 __all__ = ["DenseTimes", "timed"]
 
 
 class DenseTimes:
-    """Times the transformer and its attention on an unpatched pipeline, while used as a context."""
+    """Times the transformer and its attention on an unpatched pipeline, while used as a context.
 
-    def __init__(self, transformer: Any) -> None:
-        self._transformer, self._device = transformer, transformer.device
+    Parameters
+    ----------
+    transformer : torch.nn.Module
+    module : torch.nn.Module, optional
+        A part of it, to be timed instead.
+    site : int, optional
+        The one attention of that part; default all.
+    """
+
+    def __init__(self, transformer: Any, module: Any = None, site: int | None = None) -> None:
+        self._module, self._device = module or transformer, transformer.device
+        self._sites = sites_of(transformer, site)
         self._forward: list[Stopwatch] = []
         self._attention: list[Stopwatch] = []
 
@@ -31,16 +42,15 @@ class DenseTimes:
         def stop(*_: Any) -> None:
             self._forward[-1].stop(self._device)
 
-        sites = adapter_for(self._transformer).sites(self._transformer)
         self._tap = tapped_attention(
-            sites,
+            self._sites,
             lambda *_: self._attention.append(Stopwatch(self._device)),
             lambda site: self._attention[-1].stop(self._device),
         )
         self._tap.__enter__()
         self._handles = [
-            self._transformer.register_forward_pre_hook(start),
-            self._transformer.register_forward_hook(stop),
+            self._module.register_forward_pre_hook(start),
+            self._module.register_forward_hook(stop),
         ]
         return self
 
@@ -50,7 +60,7 @@ class DenseTimes:
             handle.remove()
 
     def seconds(self) -> tuple[float, float]:
-        """In the transformer, and in its attention."""
+        """In the transformer or its part, and in its attention."""
         return sum(w.seconds() for w in self._forward), sum(w.seconds() for w in self._attention)
 
 

@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import json
 import resource
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["keep_freed_memory", "page_faults", "peak_memory", "reserve"]
+__all__ = ["keep_freed_memory", "page_faults", "peak_memory", "peak_of", "reserve"]
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -40,3 +46,28 @@ def page_faults() -> int:
 def peak_memory() -> int:
     """Most memory this process has held, in bytes (Linux)."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_of(call: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes of tensors that `call` holds at once, beyond those that were there before it.
+
+    On a card the allocator says it; on a CPU every allocation is recorded, which is slow: never time such a call.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    held = peak = 0
+    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: float(e["ts"])):
+        held += int(event["args"]["Bytes"])
+        peak = max(peak, held)
+    return peak

@@ -95,6 +95,7 @@ class Mass:
         self.keys = torch.cat([call.k, call.k_ref[None]], 1).detach()
         self.q = call.q.detach()[:, shape.text :]
         self.span = (shape.queries, shape.queries + shape.bank)
+        self.kept = shape.bank
 
     @property
     def flops(self) -> float:

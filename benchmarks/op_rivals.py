@@ -92,6 +92,18 @@ def flash3(call: Attention) -> Run:
     return run
 
 
+def flex(call: Attention, attend: Callable[..., Any] | None = None) -> Run:
+    """FlexAttention, compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attend = attend or torch.compile(flex_attention)
+
+    def run() -> Tensor:
+        return attend(*(x.transpose(1, 2) for x in call.joined())).transpose(1, 2)
+
+    return run
+
+
 def flashinfer(call: Attention) -> Run:
     """FlashInfer's paged attention with pages of one row: the bank lies in the pool, the dense rows are copied to it.
 
@@ -165,10 +177,16 @@ ATTENTION = {
     "index_select + varlen_attn": Rival(varlen),
     "index_select + FA2": Rival(flash2, "flash_attn"),
     "index_select + FA3": Rival(flash3, "flash_attn_interface"),
+    "index_select + FlexAttention": Rival(flex),
     "FlashInfer, page_size=1": Rival(flashinfer, "flashinfer"),
 }
 MASS = {
     "swapped FlexAttention": Rival(swapped_flex),
     "flash-colreduce": Rival(colreduce, "flash_colreduce"),
 }
-DENSE = {"dense, flash": Rival(flash), "dense, cudnn": Rival(cudnn)}
+DENSE = {
+    "dense, flash": Rival(flash),
+    "dense, cudnn": Rival(cudnn),
+    "dense, FA2": Rival(flash2, "flash_attn"),
+    "dense, FA3": Rival(flash3, "flash_attn_interface"),
+}

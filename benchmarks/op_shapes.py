@@ -46,7 +46,9 @@ class OpShape:
 
 MODELS = {
     "kontext": OpShape("kontext", heads=24, channels=128, text=512),
+    "flux2-dev": OpShape("flux2-dev", heads=48, channels=128, text=512),
     "klein-9b": OpShape("klein-9b", heads=32, channels=128, text=512),
+    "klein-4b": OpShape("klein-4b", heads=24, channels=128, text=512),
     "qwen-edit": OpShape("qwen-edit", heads=24, channels=128, text=1024),
 }
 

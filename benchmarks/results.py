@@ -1,43 +1,75 @@
-"""Rows of results: where and when they were measured, the CSV they go to, the table they make."""
+"""Rows of results: where and when they were measured, the CSV they go to, and back."""
 
 from __future__ import annotations
 
 import csv
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["COLUMNS", "append", "environment", "table"]
+from sparse_ref_attn.errors import ConfigError
 
+__all__ = ["COLUMNS", "ENVIRONMENT", "RESULTS", "append", "environment", "provenance", "read"]
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ENVIRONMENT = (
+    "date", "commit", "device", "torch", "diffusers", "python", "triton", "cuda", "load", "threads", "dtype",
+)  # fmt: skip
 COLUMNS = (
-    "date", "commit", "device", "torch", "diffusers", "threads", "dtype", "model", "width", "depth", "steps",
-    "references", "method", "kept_mean", "seconds_median", "seconds_min", "seconds_max", "rounds", "flop_ratio",
-    "bound_seconds", "measured_over_bound", "speedup", "host_ms_per_step", "gate", "dense_attention_seconds",
-    "dense_remaining_seconds", "fixed_seconds", "scoring_seconds",
+    *ENVIRONMENT, "model", "width", "depth", "steps", "references", "side", "batch", "method", "kept_mean",
+    "seconds_median", "seconds_min", "seconds_max", "rounds", "flop_ratio", "full_flop_ratio", "bound_seconds",
+    "measured_over_bound", "speedup", "host_ms_per_step", "peak_mb", "cache_mb", "dense_cache_mb", "gate",
+    "dense_attention_seconds", "dense_remaining_seconds", "fixed_seconds", "scoring_seconds",
 )  # fmt: skip
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What every row must say: date, commit, device, versions."""
+    """Date, commit, device, and the versions that matter most."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "torch": torch.__version__,
-        "diffusers": importlib.metadata.version("diffusers"),
+        "diffusers": _version("diffusers"),
     }
 
 
-def append(rows: Sequence[dict[str, Any]], path: Path, columns: Sequence[str] = COLUMNS) -> None:
-    """Add rows to a CSV file, with a header if it is new."""
+def provenance(device: torch.device, dtype: str) -> dict[str, Any]:
+    """What every row of a time must say: the environment, further versions, the load that was there, threads, dtype."""
+    return environment(device) | {
+        "python": platform.python_version(),
+        "triton": _version("triton"),
+        "cuda": f"{torch.version.cuda}, driver {_driver()}" if device.type == "cuda" else "",
+        "load": round(os.getloadavg()[0], 2),
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+    }
+
+
+def append(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[str] = COLUMNS) -> None:
+    """Add rows to a CSV file, with a header if it is new.
+
+    Raises
+    ------
+    ValueError
+        If a row has a value without a column.
+    ConfigError
+        If the file has other columns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
+    if not new:
+        with path.open(newline="", encoding="utf-8") as file:
+            found = next(csv.reader(file), [])
+        if found != list(columns):
+            raise ConfigError(f"{path} must have the columns {', '.join(columns)}, got {', '.join(found)}")
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
@@ -45,28 +77,36 @@ def append(rows: Sequence[dict[str, Any]], path: Path, columns: Sequence[str] = 
         writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The speed-ups of one case as text, each beside its bound."""
-    dense = rows[0]
-    lines = [
-        f"dense: {dense['dense_attention_seconds']:.2f} s attention, {dense['dense_remaining_seconds']:.2f} s other "
-        f"transformer, {dense['fixed_seconds']:.2f} s outside it",
-        f"{'method':<14}{'kept':>7}{'seconds':>9}  {'min-max':<14}{'FLOP ratio':>11}{'bound':>8}{'speed-up':>10}"
-        f"{'of bound':>10}{'host ms/step':>14}",
-    ]
-    for row in rows:
-        spread = f"{row['seconds_min']:.2f}-{row['seconds_max']:.2f}"
-        lines.append(
-            f"{row['method']:<14}{row['kept_mean']:>7.0f}{row['seconds_median']:>9.2f}  {spread:<14}"
-            f"{row['flop_ratio']:>11.2f}{dense['seconds_median'] / row['bound_seconds']:>8.2f}{row['speedup']:>10.2f}"
-            f"{row['measured_over_bound']:>10.2f}{row['host_ms_per_step']:>14.2f}"
-        )
-    return "\n".join(lines)
+def read(path: Path) -> list[dict[str, str]]:
+    """Every row of a CSV file, oldest first."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _told_by(*command: str) -> str:
+    """The first line that a program prints; empty where there is no such program, or it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=RESULTS.parent)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip().split("\n")[0] if done.returncode == 0 else ""
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    commit = _told_by("git", "rev-parse", "--short", "HEAD")
+    changed = _told_by("git", "status", "--porcelain", "--untracked-files=no", "--", "../sparse_ref_attn", "../csrc")
+    return f"{commit}{'+' if changed else ''}" or "unknown"
+
+
+def _driver() -> str:
+    return _told_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
 
 
 def _cpu() -> str:

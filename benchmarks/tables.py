@@ -6,43 +6,46 @@ python -m benchmarks.tables --write    # puts them into README.md, between the t
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from .results import RESULTS, read
+
+ROOT = RESULTS.parent.parent
 
 __all__ = ["insert", "pipeline"]
+
+UNITS = {"side": "{} px", "batch": "batch {}"}
 
 
 def pipeline(path: Path) -> str:
     """Markdown of whole-pipeline rows: of each case and method the latest, against the dense run of its process."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    latest: dict[tuple[str, int], dict[str, dict[str, str]]] = {}
+    rows = read(path)
+    sizes = [name for name in ("side", "batch") if len({row[name] for row in rows}) > 1]
+    latest: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:
-        latest.setdefault((row["model"], int(row["references"])), {})[row["method"]] = row
+        words = [row["model"], row["references"], *(UNITS[name].format(row[name]) for name in sizes)]
+        latest.setdefault(", ".join(words), {})[row["method"]] = row
     lines = [
         "| model, references | method | reference tokens a step | seconds | speed-up | bound | measured / bound |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
-    for (model, references), methods in latest.items():
+    for call, methods in latest.items():
         for method, row in methods.items():
             seconds, speedup = float(row["seconds_median"]), float(row["speedup"])
             bound = "" if method == "dense" else f"{speedup * seconds / float(row['bound_seconds']):.2f}x"
             ratio = "" if method == "dense" else f"{float(row['measured_over_bound']):.2f}"
             lines.append(
-                f"| {model}, {references} | {method} | {float(row['kept_mean']):,.0f} | {seconds:.2f} "
+                f"| {call} | {method} | {float(row['kept_mean']):,.0f} | {seconds:.2f} "
                 f"| {speedup:.2f}x | {bound} | {ratio} |"
             )
     where: dict[str, list[str]] = {}
-    for (model, references), methods in latest.items():
+    for call, methods in latest.items():
         for row in methods.values():
             cases = where.setdefault(_environment(row), [])
-            if (case := f"{model}, {references}") not in cases:
-                cases.append(case)
+            if call not in cases:
+                cases.append(call)
     lines += ["", "Medians; each row against the dense run of its own process."]
     lines += [f"- {'; '.join(cases)}: {environment}" for environment, cases in where.items()]
     return "\n".join(lines)

@@ -1,10 +1,12 @@
 """Times every candidate configuration of the attention and mass kernels on this card, and prints rows for the tables.
 
-    python -m benchmarks.tune                       # head dims 128, 64, 32 at Kontext's shape, all kernels
-    python -m benchmarks.tune --channels 128 --kernels forward --rounds 20
+    python -m benchmarks tune                       # head dims 128, 64, 32 at Kontext's shape, all kernels
+    python -m benchmarks tune --channels 128 --kernels forward --rounds 20
 
 The tables are ``tuning.py`` of gather_attention and of attention_mass. A candidate that does not fit the card is passed
-over; one that gives another result than the table's own configuration stops the sweep. Not yet run on a card.
+over; one that gives another result than the table's own configuration stops the sweep. Every time goes to
+``results/tune_<device>.csv``; ``of_table`` is the table's own time over the candidate's. Not yet run on a card. With
+``TRITON_INTERPRET=1`` in the environment it also runs on a CPU, which shows that it runs.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from sparse_ref_attn.ops._tuning import Config, config_for
+from sparse_ref_attn.ops._tuning import Config, capability_of, config_for
 from sparse_ref_attn.ops.attention_mass.triton_mass import launch_lse, launch_mass
 from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS
 from sparse_ref_attn.ops.gather_attention.arguments import Arguments
@@ -29,13 +31,18 @@ from sparse_ref_attn.ops.gather_attention.triton_grad_q import launch_delta, lau
 from sparse_ref_attn.ops.gather_attention.tuning import FORWARD, GRAD_KV, GRAD_Q
 
 from .bench_ops import measure
+from .options import Output, add_shared, prepare
+from .results import ENVIRONMENT
 
-__all__ = ["candidates", "kernels", "operands", "sweep"]
+__all__ = ["COLUMNS", "add_arguments", "candidates", "kernels", "operands", "run", "sweep"]
+
+COLUMNS = (
+    *ENVIRONMENT, "kernel", "capability", "heads", "channels", "queries", "kept", "config", "ms_median", "tflops",
+    "of_table",
+)  # fmt: skip
 
 TABLES = {"forward": FORWARD, "grad_q": GRAD_Q, "grad_kv": GRAD_KV, "lse": LSE, "mass": MASS}
 PRODUCTS = {"forward": 2, "grad_q": 3, "grad_kv": 4, "lse": 1, "mass": 1}  # of queries and keys
-
-BANK = 4096  # reference tokens
 
 Launch = Callable[[Config], "tuple[Tensor, ...]"]
 
@@ -47,12 +54,15 @@ def candidates(kernel: str) -> list[Config]:
     return [Config(*each) for each in product(rows, columns, (4, 8), (2, 3, 4), splits)]
 
 
-def operands(queries: int, kept: int, bank: int, heads: int, channels: int, device: torch.device) -> Arguments:
+def operands(
+    queries: int, kept: int, bank: int, heads: int, channels: int, device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Arguments:  # fmt: skip
     """One item: as many dense keys as queries, and `kept` random rows of the bank."""
     torch.manual_seed(0)
     shape = (heads, channels)
-    q, k, v = (torch.randn(queries, *shape, device=device, dtype=torch.bfloat16) for _ in range(3))
-    k_ref, v_ref = (torch.randn(bank, *shape, device=device, dtype=torch.bfloat16) for _ in range(2))
+    q, k, v = (torch.randn(queries, *shape, device=device, dtype=dtype) for _ in range(3))
+    k_ref, v_ref = (torch.randn(bank, *shape, device=device, dtype=dtype) for _ in range(2))
     rows = torch.randperm(bank)[:kept].sort().values.int().to(device)
     return normalise(q, k, v, None, None, k_ref, v_ref, rows, None, None, None, None, True)
 
@@ -92,34 +102,52 @@ def sweep(
     return sorted((median(times[str(config)]), config) for config in runs)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The kernels, their shape, and how much is tried."""
     parser.add_argument("--channels", nargs="+", type=int, default=[128, 64, 32])
     parser.add_argument("--kernels", nargs="+", default=list(TABLES), choices=list(TABLES))
     parser.add_argument("--queries", type=int, default=4608)
     parser.add_argument("--kept", type=int, default=1024)
+    parser.add_argument("--bank", type=int, default=4096, help="reference tokens (default: %(default)s)")
     parser.add_argument("--heads", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=10)
-    o = parser.parse_args()
-    device = torch.device("cuda")
-    major, minor = torch.cuda.get_device_capability(device)
-    capability = 10 * major + minor
-    print(f"{torch.cuda.get_device_name(device)}, capability {capability}, torch {torch.__version__}")
-    for channels in o.channels:
-        a = operands(o.queries, o.kept, BANK, o.heads, channels, device)
+    parser.add_argument("--candidates", type=int, metavar="N", help="only the first N")
+    add_shared(parser, dtype="bfloat16")
+    parser.set_defaults(run=run, device="cuda")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Every kernel at every head dim; the exit code."""
+    device = prepare(options)
+    output = Output(options, "tune", COLUMNS)
+    capability = capability_of(torch.empty(0, device=device))
+    dtype = getattr(torch, options.dtype)
+    for channels in options.channels:
+        a = operands(options.queries, options.kept, options.bank, options.heads, channels, device, dtype)
         launches = kernels(a, config_for(FORWARD, capability, channels))
-        for kernel in o.kernels:
+        for kernel in options.kernels:
+            which = {
+                "kernel": kernel, "capability": capability, "heads": options.heads, "channels": channels,
+                "queries": options.queries, "kept": options.kept,
+            }  # fmt: skip
+            if output.has(**which):
+                continue
             base = config_for(TABLES[kernel], capability, channels)
-            found = sweep(launches[kernel], base, {base, *candidates(kernel)}, device, o.rounds)
+            tried = {base, *candidates(kernel)[: options.candidates]}
+            found = sweep(launches[kernel], base, tried, device, options.rounds or 10)
             # dk/dv of the gathered rows alone, the LSE over the dense keys, the mass of the whole bank
-            keys = {"grad_kv": o.kept, "lse": o.queries, "mass": BANK}.get(kernel, o.queries + o.kept)
-            flops = PRODUCTS[kernel] * 2.0 * o.queries * keys * o.heads * channels
+            keys = {"grad_kv": options.kept, "lse": options.queries, "mass": options.bank}
+            pairs = options.queries * keys.get(kernel, options.queries + options.kept)
+            flops = PRODUCTS[kernel] * 2.0 * pairs * options.heads * channels
+            own = next(ms for ms, config in found if config == base)
+            output.add(
+                [
+                    which | {"config": str(c), "ms_median": ms, "tflops": flops / ms / 1e9, "of_table": own / ms}
+                    for ms, c in found
+                ]
+            )
             for ms, config in found[:3]:
                 mark = "  (the table's)" if config == base else ""
                 print(
                     f"{kernel} ({capability}, {channels}): {config}  # {ms:.3f} ms, {flops / ms / 1e9:.0f} TF/s{mark}"
                 )
-
-
-if __name__ == "__main__":
-    main()
+    return output.verdict()

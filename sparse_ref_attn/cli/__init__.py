@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0, 1 when whoever reads stdout has gone (``sra doctor | head -3``), or 2 after a line on stderr that says what
-        was wrong.
+        0, 1 when whoever reads stdout has gone (``sra doctor | head -3``) or a check of ``sra bench`` failed, or 2
+        after a line on stderr that says what was wrong.
 
     Examples
     --------
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         options = parser().parse_args(argv)
-        options.run(options)
+        code = options.run(options)
         sys.stdout.flush()
     except SparseRefError as error:
         print(f"sra: error: {error}", file=sys.stderr)
@@ -44,4 +44,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
         return 1
-    return 0
+    return code or 0

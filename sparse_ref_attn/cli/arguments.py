@@ -15,7 +15,7 @@ from ..eval import loading
 from ..eval.embedded import SIZES
 from ..eval.methods import METHODS
 from ..selection.names import NAMES
-from . import commands, evaluating, execution, training
+from . import benching, commands, evaluating, execution, training
 
 __all__ = ["parser"]
 
@@ -181,6 +181,15 @@ def parser() -> argparse.ArgumentParser:
         help='such as "80;90a"; default SRA_CUDA_ARCHS, else the cards found, else 80;90a;100a',
     )
     build.set_defaults(run=commands.build)
+
+    bench = kinds.add_parser(
+        "bench",
+        help="measure it: ops, steps, whole pipelines, beside rivals and bounds (in a checkout of the repository)",
+        add_help=False,
+        prefix_chars="\0",  # every word, --help too, is the benchmarks' own
+    )
+    bench.add_argument("arguments", nargs="*")
+    bench.set_defaults(run=benching.bench)
 
     check = kinds.add_parser("doctor", help="what is installed, and what is possible here")
     check.add_argument("--json", action="store_true")

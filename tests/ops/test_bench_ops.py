@@ -14,7 +14,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import op_rivals, results
-from benchmarks.bench_ops import COLUMNS, Method, main, refused
+from benchmarks.bench_ops import COLUMNS, Method, refused
+from benchmarks.cli import main
 from benchmarks.op_calls import Attention, Mass
 from benchmarks.op_shapes import MODELS, quick
 
@@ -27,21 +28,24 @@ def attention(dtype: torch.dtype = torch.float32) -> Attention:
 
 
 def test_rows_of_a_quick_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    rows = main(["--quick", "--kept", "0.25", "--rounds", "2", "--backward", "--heads", "2"])
+    out = tmp_path / "rows.csv"
+    asked = ["ops", "--quick", "--kept", "0.25", "--rounds", "2", "--backward", "--heads", "2"]
+    assert main([*asked, "--out", str(out)]) == 0
+    rows = results.read(out)
     told = capsys.readouterr().out
     forward = {row["method"]: row for row in rows if row["direction"] == "forward" and row["op"] == "gather_attention"}
     assert set(forward) == {"dense", "index_select + sdpa", "ours (auto)", "ours (sdpa)"}
-    assert forward["ours (auto)"]["kept"] == 64
-    assert forward["index_select + sdpa"]["of_hand"] == forward["dense"]["of_bound"] == 1.0
+    assert forward["ours (auto)"]["kept"] == "64"
+    assert forward["index_select + sdpa"]["of_hand"] == forward["dense"]["of_bound"] == "1"
     assert sum(row["direction"] == "forward + backward" for row in rows) == 4
     assert "ours (triton): the backend must be able to do the call" in told
     for name in (*op_rivals.DENSE, *op_rivals.ATTENTION, *op_rivals.MASS):
         assert f"  {name}: needs " in told
     mass = {row["method"] for row in rows if row["op"] == "attention_mass"}
     assert mass == {"softmax by hand", "ours (auto)", "ours (auto), every 4th query"}
-    results.append(rows, tmp_path / "rows.csv", COLUMNS)
-    with (tmp_path / "rows.csv").open(encoding="utf-8") as file:
-        assert len(list(csv.DictReader(file))) == len(rows)
+    assert list(rows[0]) == list(COLUMNS)
+    assert main([*asked, "--out", str(out), "--resume"]) == 0
+    assert len(results.read(out)) == len(rows)
 
 
 def test_a_wrong_method_does_not_pass_its_gate() -> None:
@@ -113,6 +117,15 @@ def test_varlen_attn_gets_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None
 def test_flex_attention_with_keys_for_queries_is_the_mass() -> None:
     call = Mass(attention())
     assert refused(Method(op_rivals.swapped_flex(call, flex_attention), call, 1.0), call.plain()) is None
+
+
+def test_flex_attention_over_the_gathered_rows() -> None:
+    call = attention()
+
+    def attend(*operands: Tensor) -> Tensor:
+        return flex_attention(*(x.detach() for x in operands))  # it has no backward on a CPU, and refuses
+
+    assert refused(Method(op_rivals.flex(call, attend), call, 1.0), call.plain()) is None
 
 
 def test_every_row_has_a_column() -> None:

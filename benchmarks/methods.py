@@ -1,0 +1,51 @@
+"""What is compared: ways to run one call, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sparse_ref_attn as sra
+
+from .step_caches import STEP_CACHES
+
+__all__ = ["KEPT", "METHODS", "Method"]
+
+KEPT = (0.50, 0.25, 0.10, 0.05)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to run a call.
+
+    Parameters
+    ----------
+    config : sra.SparseRef, optional
+        What the pipeline is patched with; None leaves it as it is.
+    cached : bool
+        Run `Flux2KleinKVPipeline`, which keeps its references' keys and values, around the same transformer.
+    step_cache : str, optional
+        A name of `step_caches.STEP_CACHES`, switched on for the call.
+    """
+
+    config: sra.SparseRef | None = None
+    cached: bool = False
+    step_cache: str | None = None
+
+
+METHODS: dict[str, Method] = {
+    "dense": Method(),
+    **{f"edges {keep:.0%}": Method(sra.SparseContext(keep, "edges")) for keep in KEPT},
+    "ReCAST": Method(sra.ReCAST(task="subject")),
+    "ReCAST in flight": Method(sra.ReCAST(task="subject", profile="in_flight")),
+    "downscale 25%": Method(sra.SparseRef(select=sra.Downscale(), budget=0.25)),
+    "downscale 10%": Method(sra.SparseRef(select=sra.Downscale(), budget=0.10)),
+    "ToMe 25%": Method(sra.SparseRef(select=sra.ToMe(), budget=0.25)),
+    "Klein-KV": Method(cached=True),
+    **{
+        f"{execute} {keep:.0%}": Method(sra.SparseRef("edges", keep, execute), cached=execute != "tokens")
+        for execute in ("tokens", "cache", "both")
+        for keep in KEPT
+    },
+    **{name: Method(step_cache=name) for name in STEP_CACHES},
+    **{f"{name} + edges 25%": Method(sra.SparseRef("edges", 0.25), step_cache=name) for name in STEP_CACHES},
+}

@@ -1,0 +1,209 @@
+"""Runs of one case: the gate that a method must pass, the runs that are timed, the rows that come of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+import sparse_ref_attn as sra
+from sparse_ref_attn.adapters.base import adapter_for
+from sparse_ref_attn.adapters.flops import recorded_flops
+from sparse_ref_attn.adapters.geometries import named_model
+from sparse_ref_attn.cost import Flops, ModelShape, StepTokens, bound_seconds, run_flops
+from sparse_ref_attn.functional import attention_mass
+from sparse_ref_attn.record import RunRecord
+
+from .dense_times import DenseTimes, timed
+from .memory import peak_of
+from .methods import METHODS, Method
+from .shapes import TEXT_TOKENS, PipelineCase
+from .step_caches import step_cached
+from .work import counted_work
+
+__all__ = ["Runs", "about", "gate", "rows_of", "run_once", "running", "witness"]
+
+
+@dataclass
+class Runs:
+    """What one method's runs took, in seconds, one entry a round, and what they held."""
+
+    total: list[float] = field(default_factory=list)
+    transformer: list[float] = field(default_factory=list)
+    attention: list[float] = field(default_factory=list)
+    record: RunRecord | None = None
+    peak_bytes: int = 0
+    counted: Flops | None = None
+
+
+@contextmanager
+def running(pipe: Any, method: Method, steps: int) -> Iterator[sra.PatchHandle | None]:
+    """Inside, calls of `steps` steps run by `method`; gives the patch, if it is one."""
+    with step_cached(method.step_cache, pipe, steps):
+        if method.config is None:
+            yield None
+        else:
+            with sra.patched(pipe, method.config) as handle:
+                yield handle
+
+
+def run_once(pipe: Any, call: Callable[..., Any], case: PipelineCase, method: Method, runs: Runs) -> None:
+    """One timed call of one method; its images must be finite."""
+    device = pipe.transformer.device
+    if method == METHODS["dense"]:
+        with DenseTimes(pipe.transformer) as times:
+            seconds, images = timed(call, device)
+        transformer, attention = times.seconds()
+        runs.transformer.append(transformer)
+        runs.attention.append(attention)
+    else:
+        with running(pipe, method, case.steps) as handle:
+            seconds, images = timed(call, device)
+            runs.record = None if handle is None else handle.record
+    if not np.isfinite(images).all():
+        raise RuntimeError("every run must give finite images, got NaN or infinity")
+    runs.total.append(seconds)
+
+
+def witness(pipe: Any, call: Callable[..., Any], case: PipelineCase, method: Method, runs: Runs) -> None:
+    """One call that is not timed: the most memory it held, and under a step cache the work it did.
+
+    On a CPU two steps are enough for the memory, and recording it is slow.
+    """
+    device = pipe.transformer.device
+    steps = case.steps if device.type == "cuda" or method.step_cache else min(2, case.steps)
+    with running(pipe, method, steps):
+        if method.step_cache:
+            with counted_work(pipe.transformer) as work:
+                runs.peak_bytes = peak_of(lambda: call(steps=steps), device)
+            runs.counted = work()
+        else:
+            runs.peak_bytes = peak_of(lambda: call(steps=steps), device)
+
+
+def gate(pipe: Any, call: Callable[..., Any], case: PipelineCase, methods: Sequence[Method]) -> bool:
+    """At 256 x 256 or less: keeping every token, timing the dense run, and taking a method off change no bit.
+
+    Every method gives finite images, and a sparse one other images than the dense run.
+    """
+    small: dict[str, int] = {"steps": 2, "side": min(256, case.side)}
+    dense = call(**small)
+    with DenseTimes(pipe.transformer):
+        same = [call(**small)]
+    with sra.patched(pipe, sra.SparseRef(select="grid", budget=1.0)):
+        same.append(call(**small))
+    for method in methods:
+        with running(pipe, method, small["steps"]):
+            images = call(**small)
+        if not np.isfinite(images).all() or (method.config is not None and np.array_equal(images, dense)):
+            return False
+        same.append(call(**small))
+    return all(np.array_equal(images, dense) for images in same)
+
+
+def about(case: PipelineCase, transformer: Any) -> dict[str, Any]:
+    """The columns that say which call was timed."""
+    config = transformer.config
+    return {
+        "model": case.model,
+        "width": config.num_attention_heads * config.attention_head_dim,
+        "depth": f"{config.num_layers}+{getattr(config, 'num_single_layers', 0)}",
+        "steps": case.steps,
+        "references": case.references,
+        "side": case.side,
+        "batch": case.batch,
+    }
+
+
+def rows_of(case: PipelineCase, runs: Mapping[str, Runs], transformer: Any) -> list[dict[str, Any]]:
+    """One row a method, dense first, each with its bound: the dense run's times, scaled by the method's work."""
+    shape = adapter_for(transformer).shape(transformer)
+    dense, tokens = runs["dense"], (case.side // 16) ** 2
+    references = case.references * tokens
+    full = run_flops(shape, [StepTokens(TEXT_TOKENS, tokens, references)] * case.steps, case.batch)
+    attention, inside = median(dense.attention), median(dense.transformer)
+    fixed = median(t - x for t, x in zip(dense.total, dense.transformer, strict=True))
+    weights = sum(p.numel() * p.element_size() for p in transformer.parameters())
+    rows = []
+    for name, own in runs.items():
+        method = METHODS[name]
+        seconds = median(own.total)
+        row = about(case, transformer) | {"method": name, "rounds": len(own.total), "gate": "pass"}
+        row |= {"seconds_median": seconds, "seconds_min": min(own.total), "seconds_max": max(own.total)}
+        row |= {"speedup": median(dense.total) / seconds, "peak_mb": (weights + own.peak_bytes) / 1e6}
+        row |= {"kept_mean": references, "host_ms_per_step": 0.0, "cache_mb": 0.0, "dense_cache_mb": 0.0}
+        work, scoring = full, 0.0
+        if own.counted is not None:
+            work = own.counted
+        elif own.record is not None:
+            recorded = recorded_flops(shape, own.record)
+            scoring = scoring_seconds(own.record, shape, next(transformer.parameters()))
+            work = Flops(recorded.matmul, recorded.attention - int(own.record.scoring_flops))
+            row["flop_ratio"] = full.total / recorded.total
+        elif method.cached:
+            split = StepTokens(TEXT_TOKENS, tokens, references, split=True)
+            read = StepTokens(TEXT_TOKENS, tokens, 0, cached=references)
+            work = run_flops(shape, [split] + [read] * (case.steps - 1), case.batch)
+        row.setdefault("flop_ratio", full.total / work.total)
+        bound = seconds
+        if name != "dense":
+            bound = bound_seconds(full, work, attention, inside - attention, fixed + scoring)
+        row |= {"bound_seconds": bound, "measured_over_bound": bound / seconds, "scoring_seconds": scoring}
+        if own.record is not None:
+            row |= recorded_columns(own.record)
+        row["full_flop_ratio"] = full_ratio(case, name)
+        row |= {"dense_attention_seconds": attention, "dense_remaining_seconds": inside - attention}
+        rows.append(row | {"fixed_seconds": fixed})
+    return rows
+
+
+def recorded_columns(record: RunRecord) -> dict[str, float]:
+    """What the library itself noted of a run: tokens and host time a step, reference K/V held."""
+    steps = record.steps
+    return {
+        "kept_mean": sum(record.mean_kept(step) for step in steps) / len(steps),
+        "host_ms_per_step": 1000 * sum(step.host_seconds for step in steps) / len(steps),
+        "cache_mb": max(step.cache_bytes for step in steps) / 1e6,
+        "dense_cache_mb": record.dense_cache_bytes / 1e6,
+    }
+
+
+def full_ratio(case: PipelineCase, name: str) -> float | str:
+    """The FLOP ratio of the model at its published depth; empty where `estimate` does not know the method."""
+    method, size = METHODS[name], (case.side, case.side)
+    if name == "dense":
+        return 1.0
+    if method.config is None or method.step_cache:
+        return ""
+    return sra.estimate(
+        _published(case.model), references=[size] * case.references, output=size, text_tokens=TEXT_TOKENS,
+        steps=case.steps, config=method.config,
+    ).flop_ratio  # fmt: skip
+
+
+@cache
+def _published(model: str) -> torch.nn.Module:
+    return named_model(model)
+
+
+def scoring_seconds(record: RunRecord, shape: ModelShape, like: torch.Tensor) -> float:
+    """What measuring the run's attention takes by itself: `attention_mass` at its shapes, best of three.
+
+    It runs in float32 whatever the model's dtype, so its work is not charged at the rate of the model's attention.
+    """
+    if not record.attention:
+        return 0.0
+    layout = record.layout
+    first = layout.text + layout.references[0].start
+    heads = (shape.heads, shape.head_dim)
+    q = torch.randn(record.batch, layout.generation[1], *heads, device=like.device).to(like.dtype)
+    k = torch.randn(record.batch, layout.text + layout.rows, *heads, device=like.device).to(like.dtype)
+    span = (first, first + layout.reference_tokens)
+    best = min(timed(lambda: attention_mass(q, k, span), like.device)[0] for _ in range(3))
+    return best * len(record.attention)

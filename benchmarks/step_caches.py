@@ -1,0 +1,77 @@
+"""Caches that reuse what earlier steps computed: diffusers' own and cache-dit, switched on for one call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+__all__ = ["STEP_CACHES", "step_cached"]
+
+
+On = Callable[[Any, int], contextlib.AbstractContextManager[None]]
+
+
+def _diffusers(config: str, settings: Callable[[int], dict[str, Any]]) -> On:
+    @contextlib.contextmanager
+    def on(pipe: Any, steps: int) -> Iterator[None]:
+        import diffusers
+
+        model = pipe.transformer
+        model.enable_cache(getattr(diffusers, config)(**settings(steps)))
+        try:
+            with model.cache_context("cond"):  # Kontext and FLUX.2 dev do not enter one themselves
+                yield
+        finally:
+            model.disable_cache()
+
+    return on
+
+
+@contextlib.contextmanager
+def _cache_dit(pipe: Any, steps: int) -> Iterator[None]:
+    if find_spec("cache_dit") is None:
+        raise RuntimeError("cache-dit needs the package cache_dit, which is not installed")
+    import cache_dit  # type: ignore[import-not-found]
+
+    cache_dit.enable_cache(pipe)
+    try:
+        yield
+    finally:
+        cache_dit.disable_cache(pipe)
+
+
+STEP_CACHES: dict[str, On] = {
+    "FirstBlockCache": _diffusers("FirstBlockCacheConfig", lambda steps: {"threshold": 0.1}),
+    "TaylorSeer": _diffusers(
+        "TaylorSeerCacheConfig", lambda steps: {"cache_interval": 3, "disable_cache_before_step": 2}
+    ),
+    "MagCache": _diffusers(
+        "MagCacheConfig", lambda steps: {"num_inference_steps": steps, "mag_ratios": torch.ones(steps)}
+    ),
+    "cache-dit": _cache_dit,
+}
+"""Name -> ``on(pipe, steps)``, inside which the pipeline's calls of `steps` steps are cached.
+
+MagCache's ratios of magnitudes are those of a calibration run of the real model; on random weights they are ones, so
+its quality means nothing here and its speed is that of its settings.
+"""
+
+
+@contextlib.contextmanager
+def step_cached(name: str | None, pipe: Any, steps: int) -> Iterator[None]:
+    """Inside, the step cache of that name is on; None changes nothing.
+
+    Raises
+    ------
+    RuntimeError
+        If its package is not installed.
+    """
+    if name is None:
+        yield
+        return
+    with STEP_CACHES[name](pipe, steps):
+        yield
