@@ -89,7 +89,7 @@ def _measured_where(studies: Studies) -> str:
 
 
 def _claims(claims: Sequence[Claim], studies: Studies, theirs: str | None) -> str:
-    header = ["said in", "claim", *([theirs] if theirs else []), "here", "verdict"]
+    header = ["said in", "claim", theirs, "here", "verdict"] if theirs else ["study", "claim", "here", "verdict"]
     rows = []
     for claim in claims:
         interval = claim.interval(studies)

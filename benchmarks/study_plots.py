@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,12 @@ def draw(folder: Path) -> list[Path]:
     return made
 
 
-def _curve(axes: Any, measured: Measured, metric: str, at: Mapping[float, Mapping[str, object]], **style: Any) -> None:
-    """The metric's means with their intervals over x; what was not measured is left out."""
-    points = [(x, measured.interval([Term(1.0, metric, where)])) for x, where in at.items()]
+def _curve(
+    axes: Any, measured: Measured, what: str | Sequence[Term], at: Mapping[float, Mapping[str, object]], **style: Any
+) -> None:
+    """Means with their intervals of a metric, or of a sum of terms, over x; what was not measured is left out."""
+    terms = (Term(1.0, what, {}),) if isinstance(what, str) else what
+    points = [(x, measured.interval([replace(term, where=where) for term in terms])) for x, where in at.items()]
     known = [(x, each) for x, each in points if each is not None]
     if known:
         low = [each.mean - each.low for _, each in known]
@@ -50,8 +54,8 @@ def _level(axes: Any, measured: Measured, metric: str, where: Mapping[str, objec
     dense = measured.interval([Term(1.0, metric, where)])
     if dense is not None:
         axes.axhline(dense.mean, color=QUIET, linewidth=1, linestyle=":")
-        axes.annotate("every token", (0.01, dense.mean), (0, 3), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", fontsize=8, color=QUIET)  # fmt: skip
+        axes.annotate("every token", (0.99, dense.mean), (0, 3), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", ha="right", fontsize=8, color=QUIET)  # fmt: skip
 
 
 def _where(method: str, keep: float, **more: object) -> dict[str, object]:
@@ -105,15 +109,16 @@ _WAYS = ("rising", "flat", "falling")
 def _entropy(measured: Measured, figure: Any) -> None:
     steps = range(int(measured.rows[0]["steps"]))
     left, right = figure.subplots(1, 2)
+    left.axhline(0, color=QUIET, linewidth=1, linestyle=":")
     for colour, task in zip(COLOURS, measured.distinct("task"), strict=False):
         at = {float(step): {"task": task, "step": step, "block": "single"} for step in steps}
-        for axes, metric in ((left, "bits"), (right, "top_25")):
-            _curve(axes, measured, metric, at, color=colour, label=task)
-    left.set_ylabel("entropy of the references' attention (bits)")
+        _curve(left, measured, (Term(1.0, "bits", {}), Term(-1.0, "uniform_bits", {})), at, color=colour, label=task)
+        _curve(right, measured, "top_25", at, color=colour)
+    left.set_ylabel("entropy of the references' attention,\nbits above that of a uniform one")
     right.set_ylabel("share of it in the top 25 % of the tokens")
     for axes in (left, right):
         axes.set_xlabel("step")
-    right.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
 
 
 def _blocks(measured: Measured, figure: Any) -> None:
@@ -191,7 +196,15 @@ def _tuned(measured: Measured, figure: Any) -> None:
             for model, style in styles.items():
                 at = {100 * keep: _where(rule, keep, task=task, model=model) for keep in sparse_context.KEEPS}
                 at[100.0] = _where("dense", 1.0, task=task, model=model)
-                _curve(axes, measured, "subject_psnr", at, color=colour, linestyle=style, label=f"{rule}, {model}")
+                _curve(
+                    axes,
+                    measured,
+                    "subject_psnr",
+                    at,
+                    color=colour,
+                    linestyle=style,
+                    label=f"{rule}, {model}",
+                )
         axes.set_xscale("log")
         axes.set_xticks([5, 10, 25, 100], ["5", "10", "25", "100"])
         axes.set_xlabel(f"% of the reference tokens kept, {task}")

@@ -244,6 +244,34 @@ def test_no_case_is_in_a_study_twice(name):
     assert set(ATTENTION).isdisjoint(PICTURES)
 
 
+class Listener:
+    """A generator that takes down what it is asked to run."""
+
+    steps = 8
+
+    def __init__(self):
+        self.asked = []
+
+    def run(self, question, seed, config=None):
+        self.asked.append(config)
+
+
+@pytest.mark.parametrize("name", ["methods", "tasks", "sweep", "direction", "sparse_context"])
+def test_every_case_asks_for_the_tokens_that_it_names(name):
+    """The mean over the steps, after a first one with all tokens where a case has it."""
+    for case in PICTURES[name].cases(Listener.steps):
+        listener = Listener()
+        case.answer(listener, Question(case.task, 0), 0)
+        (config,) = listener.asked
+        if config is None:
+            assert case.keep == 1
+            continue
+        counts = [config.budget.counts(Clock.uniform(i, 8), (256,))[0] for i in range(8)]
+        profiled = bool(config.probes()) or counts[0] == 256
+        assert np.mean(counts[1:] if profiled else counts) == pytest.approx(case.keep * 256, abs=0.5)
+        assert profiled or name in ("direction", "sparse_context")
+
+
 def test_every_way_of_a_schedule_is_tried():
     assert {case.method for case in direction.cases(8)} >= {"mass, rising", "mass, flat", "mass, falling"}
     assert {case.keep for case in sweep.cases(8)} == {1.0, *sweep.KEEPS}

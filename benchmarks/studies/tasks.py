@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sparse_ref_attn as sra
+from sparse_ref_attn.config import UniformGuard
 
 from .budgets import dense_first, rising
 from .cases import Case, dense, sparse
@@ -25,7 +26,7 @@ def cases(steps: int) -> list[Case]:
             Case("ReCAST", KEEP, sparse(lambda seed: sra.SparseRef("mass", curve)), task),
             Case(
                 "ReCAST, guarded", KEEP,
-                sparse(lambda seed: sra.SparseRef("mass", curve, guard=sra.UniformGuard())), task,
+                sparse(lambda seed: sra.SparseRef("mass", curve, guard=UniformGuard())), task,
             ),
         ]  # fmt: skip
     return found
