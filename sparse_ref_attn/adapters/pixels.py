@@ -24,8 +24,8 @@ __all__ = ["PixelTap", "encoder"]
 _OWN: ContextVar[bool] = ContextVar("sparse_ref_attn_encodes", default=False)
 """Whether the library itself encodes: no tap of any patch hears it, also where a VAE is shared."""
 
-_HEARD = 32
-"""Encoded images that a tap remembers at most, where no run takes them."""
+_HEARD, _HEARD_BYTES = 512, 2**30
+"""Encoded images that a tap remembers at most, and bytes of them, where no run takes them."""
 
 
 class _Encode:
@@ -41,11 +41,19 @@ class _Encode:
         out = self.earlier(x, *args, **kwargs) if self.earlier else type(vae).encode(vae, x, *args, **kwargs)
         if self.seen is not None and not _OWN.get():
             self.seen.append((x.detach(), out))
+            while len(self.seen) > _HEARD or (
+                len(self.seen) > 1 and sum(_bytes(x) for x, _ in self.seen) > _HEARD_BYTES
+            ):
+                self.seen.popleft()
         return out
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         # A copy is asked for its method before it has a state of its own: that is the class's.
         return (getattr, (self.vae(), "encode")) if self.earlier is None else (_same, (self.earlier,))
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
 
 
 def _same(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +64,7 @@ class PixelTap:
     """Listens to a VAE and matches what it encoded to the references of a run."""
 
     def __init__(self, vae: nn.Module) -> None:
-        self._seen: deque[tuple[Tensor, Any]] = deque(maxlen=_HEARD)
+        self._seen: deque[tuple[Tensor, Any]] = deque()
         self._encode = _Encode(vae, self._seen)
         vae.encode = self._encode  # type: ignore[assignment]
 
@@ -103,7 +111,7 @@ class PixelTap:
     def handed_over(self) -> PixelTap:
         """What was heard so far, as a tap of its own that hears no more; this one forgets it."""
         other = copy.copy(self)
-        other._seen = deque(self._seen, maxlen=_HEARD)
+        other._seen = deque(self._seen)
         self._seen.clear()
         return other
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
+from sparse_ref_attn.adapters import pixels
 from tests.contract.state import GRID, MASS, kinds, state, steps
 from tests.pipelines import CASES
 
@@ -150,7 +151,7 @@ def test_two_pipelines_in_two_threads() -> None:
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_two_pipelines_with_one_vae(order: tuple[int, int]) -> None:
+def test_two_pipelines_with_one_vae(order: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Removed in the order in which they were patched, the first one's wrapper stayed on the VAE."""
     pipes = [KLEIN.build(seed) for seed in (0, 1)]
     for pipe in pipes:
@@ -162,11 +163,15 @@ def test_two_pipelines_with_one_vae(order: tuple[int, int]) -> None:
         for pipe, handle in zip(pipes, handles, strict=True):
             KLEIN.call(pipe, references=2)
             assert kinds(handle) == ["sparse"] * 3
+    monkeypatch.setattr(pixels, "_HEARD", 8)
     for _ in range(40):  # nothing takes what the other pipeline encodes: it must not pile up
         KLEIN.call(pipes[0], references=1, steps=1)
     tap = handles[1]._patch.pixels
     assert tap is not None
-    assert len(tap._seen) < 40
+    assert len(tap._seen) == 8
+    monkeypatch.setattr(pixels, "_HEARD_BYTES", 3 * 3 * 64 * 96 * 4)
+    KLEIN.call(pipes[0], references=1, steps=1)
+    assert len(tap._seen) == 3
     for i in order:
         handles[i].remove()
     assert [state(pipe) for pipe in pipes] == before

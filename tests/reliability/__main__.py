@@ -55,6 +55,8 @@ class Rows:
         items[:] = waiting
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:  # now, and not in hours
+            print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)
         if report.when != "call" or not report.passed:
             return
         row: dict[str, Any] = {**self.environment, "test": _name(report.nodeid), **dict(report.user_properties)}

@@ -57,8 +57,9 @@ def many_references(count: int, config: sra.SparseRef, name: str = "klein", step
     return handle
 
 
-def test_sixteen_references(tmp_path: Path) -> None:
-    handle = many_references(16, sra.SparseContext(0.25, "edges"))
+def test_forty_references(tmp_path: Path) -> None:
+    """More images than a pipeline encodes for anything else: a tap that remembered 32 had no pixels of the first."""
+    handle = many_references(40, sra.SparseContext(0.25, "edges"), steps=1)
     handle.save_overlay(tmp_path / "kept.png")
     assert PIL.Image.open(tmp_path / "kept.png").width == 1400
 
@@ -118,7 +119,7 @@ def select(name: str, side: int, folder: Path) -> float:
     mask[side // 4 : 3 * side // 4, side // 4 : side // 2] = True
     selector = sra.SubjectMask(mask) if name == "mask" else PIXEL_SELECTORS[name]
     scores = selector.score(References(layout, tokens, [pixels]))
-    kept = RefSelection(per_reference(scores, (max(1, cells**2 // 32),)), layout.sizes)
+    kept = RefSelection(per_reference(scores, (cells,)), layout.sizes)
     record = RunRecord(layout, 1, 1, pixels=[pixels], scores=scores)
     record.steps.append(StepRecord(0, "sparse", kept.kept, 1, selection=kept))
     from sparse_ref_attn.overlay import save_overlay
