@@ -10,8 +10,8 @@ __all__ = ["reliability"]
 
 Row = dict[str, str]
 HEADER = """What the long tests of `tests/reliability` counted ([how they run](../CONTRIBUTING.md)). Every row passed:
-no foreign exception, nothing left on a pipeline, no wrong picture. What did not run to its end was refused in the
-library's own words before anything was patched, or broken off on purpose.
+no foreign exception, nothing left on a pipeline, no wrong picture; a test that fails writes no row. What did not run to
+its end was refused in the library's own words, with the pipeline as it was, or broken off on purpose.
 
 | what | how many | ran to their end | detail | resident MB | tensors alive |
 |---|--:|--:|---|--:|--:|"""
