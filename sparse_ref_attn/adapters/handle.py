@@ -344,6 +344,13 @@ class Patch:
         call.contexts.enter_context(leaving(adapter.blocks(module)[plan.from_block :], shorten))
 
     def _listen(self, call: _Call, module: nn.Module, layout: TokenLayout, step: int) -> None:
+        if seams.splits_the_sequence(module):
+            raise IncompatibleError(
+                "attention cannot be measured under context parallelism, where each process sees its own part of the "
+                "rows: use a selector and a budget that need none (edges, grid, a SavedRanking of a run in one "
+                "process), or call disable_parallelism()"
+            )
+
         def tap(block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
             if not self.session.profile.measures(step, block):
                 return

@@ -3,9 +3,7 @@ r"""The forward kernel: one online softmax over at most two dense segments and t
     s = <q, k>    m = running max of s    total = sum exp(a s - a m)    acc = sum exp(a s - a m) v
     out = acc / total    lse = a m + ln total
 
-One program owns BLOCK_M queries of one item and head. The dense loop and the gathered loop are one function; they
-differ only in how they find a row: the gathered one reads the *next* tile's indices while it works on this one, so that
-the rows' addresses are known in time for the asynchronous copies.
+One program owns BLOCK_M queries of one item and head, and walks over the item's keys (`triton_walk`).
 
 Proved under the interpreter and compiled ahead of time; not yet run on a card.
 """
@@ -21,13 +19,16 @@ from .._ranges import find_tile, tiles_at_most
 from .._tiles import LOG2E, natural_lse, softmax_step, tile_offsets
 from .._tuning import Config
 from .arguments import Arguments
+from .triton_walk import walk
 
 __all__ = ["launch_forward", "operands", "precision", "slots", "switches"]
 
 
 @triton.jit
-def _attend_tile(q, acc, m, total, k_at, v_at, inside, scale2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def _attend_tile(query, state, k_at, v_at, inside, scale2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of keys and values, at pointers [N, C], joins acc [M, C], m [M] and total [M]."""
+    (q,) = query
+    acc, m, total = state
     k = tl.load(k_at, mask=inside[:, None], other=0.0) if MASKED else tl.load(k_at)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
@@ -36,51 +37,6 @@ def _attend_tile(q, acc, m, total, k_at, v_at, inside, scale2, MASKED: tl.conste
     v = tl.load(v_at, mask=inside[:, None], other=0.0) if MASKED else tl.load(v_at)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, m, total
-
-
-@triton.jit
-def _attend_keys(
-    q, acc, m, total, K, V, INDICES, start, count, k_row, v_row, scale2, C: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Keys start .. count: those rows of K and V, or (GATHER) the rows named by those INDICES."""
-    columns = tl.arange(0, BLOCK_N)
-    if GATHER:
-        following = tl.load(INDICES + start + columns, mask=start + columns < count, other=0)
-    else:
-        k_tile = tile_offsets(columns, k_row, C)
-        v_tile = tile_offsets(columns, v_row, C)
-    for first in tl.range(start, count, BLOCK_N, num_stages=STAGES):
-        if GATHER:
-            k_at = K + tile_offsets(following, k_row, C)
-            v_at = V + tile_offsets(following, v_row, C)
-            after = first + BLOCK_N + columns
-            following = tl.load(INDICES + after, mask=after < count, other=0)
-        else:
-            k_at = K + tl.cast(first, tl.int64) * k_row + k_tile
-            v_at = V + tl.cast(first, tl.int64) * v_row + v_tile
-        acc, m, total = _attend_tile(q, acc, m, total, k_at, v_at, first + columns < count, scale2, MASKED, PRECISION)
-    return acc, m, total
-
-
-@triton.jit
-def _attend_segment(
-    q, acc, m, total, K, V, INDICES, count, k_row, v_row, scale2, C: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, SPLIT: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`count` keys; with SPLIT the whole tiles first, in a loop that needs no mask."""
-    whole = 0
-    if SPLIT:
-        whole = (count // BLOCK_N) * BLOCK_N
-        acc, m, total = _attend_keys(
-            q, acc, m, total, K, V, INDICES, 0, whole, k_row, v_row, scale2,
-            C, BLOCK_N, STAGES, GATHER, False, PRECISION,
-        )  # fmt: skip
-    # a loop even for one tile: its rows are copied asynchronously and take no registers on the way
-    return _attend_keys(
-        q, acc, m, total, K, V, INDICES, whole, count, k_row, v_row, scale2,
-        C, BLOCK_N, STAGES, GATHER, True, PRECISION,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -106,35 +62,11 @@ def _forward(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
-    if DENSE > 0:
-        at = tl.load(CU_K + item).to(tl.int64)
-        count = (tl.load(CU_K + item + 1) - at).to(tl.int32)
-        k = K + key_head * k_head + at * k_row
-        v = V + key_head * v_head + at * v_row
-        acc, m, total = _attend_segment(
-            q, acc, m, total, k, v, INDICES, count, k_row, v_row, scale2,
-            C, BLOCK_N, STAGES, SPLIT, False, PRECISION,
-        )  # fmt: skip
-    if DENSE > 1:
-        at = tl.load(CU_K + items + 1 + item).to(tl.int64)
-        count = (tl.load(CU_K + items + 1 + item + 1) - at).to(tl.int32)
-        k = K2 + key_head * k2_head + at * k2_row
-        v = V2 + key_head * v2_head + at * v2_row
-        acc, m, total = _attend_segment(
-            q, acc, m, total, k, v, INDICES, count, k2_row, v2_row, scale2,
-            C, BLOCK_N, STAGES, SPLIT, False, PRECISION,
-        )  # fmt: skip
-    if GATHER:
-        if PER_HEAD:
-            OFFSETS += key_head * (items + 1)
-        at = tl.load(OFFSETS + item).to(tl.int64)
-        count = (tl.load(OFFSETS + item + 1) - at).to(tl.int32)
-        k = K_REF + key_head * k_ref_head
-        v = V_REF + key_head * v_ref_head
-        acc, m, total = _attend_segment(
-            q, acc, m, total, k, v, INDICES + at, count, k_ref_row, v_ref_row, scale2,
-            C, BLOCK_N, STAGES, SPLIT, True, PRECISION,
-        )  # fmt: skip
+    acc, m, total = walk(
+        _attend_tile, (q,), (acc, m, total), K, V, K2, V2, K_REF, V_REF, CU_K, INDICES, OFFSETS, item, items,
+        key_head, scale2, k_row, k_head, v_row, v_head, k2_row, k2_head, v2_row, v2_head,
+        k_ref_row, k_ref_head, v_ref_row, v_ref_head, C, BLOCK_N, STAGES, SPLIT, DENSE, GATHER, PER_HEAD, PRECISION,
+    )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out = OUT + head * out_head + tile_offsets(rows, out_row, C)
     tl.store(out, acc.to(OUT.dtype.element_ty), mask=live[:, None])

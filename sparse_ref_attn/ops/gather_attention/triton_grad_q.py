@@ -20,6 +20,7 @@ from .._tiles import LOG2E, base2_lse, tile_offsets
 from .._tuning import Config
 from .arguments import Arguments
 from .triton_forward import operands, switches
+from .triton_walk import walk
 
 __all__ = ["launch_delta", "launch_grad_q"]
 
@@ -42,8 +43,10 @@ def _delta(
 
 
 @triton.jit
-def _grad_tile(q, grad, pivot, delta, dq, k_at, v_at, inside, scale2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def _grad_tile(query, state, k_at, v_at, inside, scale2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of keys and values, at pointers [N, C], joins dq [M, C]."""
+    q, grad, pivot, delta = query
+    (dq,) = state
     if MASKED:
         k = tl.load(k_at, mask=inside[:, None], other=0.0)
         v = tl.load(v_at, mask=inside[:, None], other=0.0)
@@ -56,51 +59,7 @@ def _grad_tile(q, grad, pivot, delta, dq, k_at, v_at, inside, scale2, MASKED: tl
         p = tl.where(inside[None, :], p, 0.0)
     dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-
-
-@triton.jit
-def _grad_keys(
-    q, grad, pivot, delta, dq, K, V, INDICES, start, count, k_row, v_row, scale2, C: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, GATHER: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Keys start .. count: those rows of K and V, or (GATHER) the rows named by those INDICES."""
-    columns = tl.arange(0, BLOCK_N)
-    if GATHER:
-        following = tl.load(INDICES + start + columns, mask=start + columns < count, other=0)
-    else:
-        k_tile = tile_offsets(columns, k_row, C)
-        v_tile = tile_offsets(columns, v_row, C)
-    for first in tl.range(start, count, BLOCK_N, num_stages=STAGES):
-        if GATHER:
-            k_at = K + tile_offsets(following, k_row, C)
-            v_at = V + tile_offsets(following, v_row, C)
-            after = first + BLOCK_N + columns
-            following = tl.load(INDICES + after, mask=after < count, other=0)
-        else:
-            k_at = K + tl.cast(first, tl.int64) * k_row + k_tile
-            v_at = V + tl.cast(first, tl.int64) * v_row + v_tile
-        dq = _grad_tile(q, grad, pivot, delta, dq, k_at, v_at, first + columns < count, scale2, MASKED, PRECISION)
-    return dq
-
-
-@triton.jit
-def _grad_segment(
-    q, grad, pivot, delta, dq, K, V, INDICES, count, k_row, v_row, scale2, C: tl.constexpr, BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr, SPLIT: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`count` keys; with SPLIT the whole tiles first, in a loop that needs no mask."""
-    whole = 0
-    if SPLIT:
-        whole = (count // BLOCK_N) * BLOCK_N
-        dq = _grad_keys(
-            q, grad, pivot, delta, dq, K, V, INDICES, 0, whole, k_row, v_row, scale2,
-            C, BLOCK_N, STAGES, GATHER, False, PRECISION,
-        )  # fmt: skip
-    return _grad_keys(
-        q, grad, pivot, delta, dq, K, V, INDICES, whole, count, k_row, v_row, scale2,
-        C, BLOCK_N, STAGES, GATHER, True, PRECISION,
-    )  # fmt: skip
+    return (tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION),)
 
 
 @triton.jit
@@ -128,35 +87,11 @@ def _grad_q(
     delta = tl.load(DELTA + head * queries + rows, mask=live, other=0.0)
     scale2 = scale * LOG2E
     dq = tl.zeros([BLOCK_M, C], tl.float32)
-    if DENSE > 0:
-        at = tl.load(CU_K + item).to(tl.int64)
-        count = (tl.load(CU_K + item + 1) - at).to(tl.int32)
-        k = K + key_head * k_head + at * k_row
-        v = V + key_head * v_head + at * v_row
-        dq = _grad_segment(
-            q, grad, pivot, delta, dq, k, v, INDICES, count, k_row, v_row, scale2,
-            C, BLOCK_N, STAGES, SPLIT, False, PRECISION,
-        )  # fmt: skip
-    if DENSE > 1:
-        at = tl.load(CU_K + items + 1 + item).to(tl.int64)
-        count = (tl.load(CU_K + items + 1 + item + 1) - at).to(tl.int32)
-        k = K2 + key_head * k2_head + at * k2_row
-        v = V2 + key_head * v2_head + at * v2_row
-        dq = _grad_segment(
-            q, grad, pivot, delta, dq, k, v, INDICES, count, k2_row, v2_row, scale2,
-            C, BLOCK_N, STAGES, SPLIT, False, PRECISION,
-        )  # fmt: skip
-    if GATHER:
-        if PER_HEAD:
-            OFFSETS += key_head * (items + 1)
-        at = tl.load(OFFSETS + item).to(tl.int64)
-        count = (tl.load(OFFSETS + item + 1) - at).to(tl.int32)
-        k = K_REF + key_head * k_ref_head
-        v = V_REF + key_head * v_ref_head
-        dq = _grad_segment(
-            q, grad, pivot, delta, dq, k, v, INDICES + at, count, k_ref_row, v_ref_row, scale2,
-            C, BLOCK_N, STAGES, SPLIT, True, PRECISION,
-        )  # fmt: skip
+    (dq,) = walk(
+        _grad_tile, (q, grad, pivot, delta), (dq,), K, V, K2, V2, K_REF, V_REF, CU_K, INDICES, OFFSETS, item, items,
+        key_head, scale2, k_row, k_head, v_row, v_head, k2_row, k2_head, v2_row, v2_head,
+        k_ref_row, k_ref_head, v_ref_row, v_ref_head, C, BLOCK_N, STAGES, SPLIT, DENSE, GATHER, PER_HEAD, PRECISION,
+    )  # fmt: skip
     at = GRAD_Q + head * dq_head + tile_offsets(rows, dq_row, C)
     tl.store(at, (dq * scale).to(GRAD_Q.dtype.element_ty), mask=live[:, None])
 
