@@ -262,7 +262,7 @@ class Trial:
         if all(step.kept == total and not step.layers for step in steps):
             assert np.array_equal(image, plain)
         self._report(handle)
-        if self.random.random() < 0.2:
+        if self.random.random() < 0.2 and not isinstance(handle.config.select, Reducer):  # a rival chooses no tokens
             with TemporaryDirectory() as folder:
                 handle.save_overlay(Path(folder) / "kept.png")
                 handle.save_budget_strip(Path(folder) / "strip.png")
