@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from sparse_ref_attn.config import UniformGuard
 from sparse_ref_attn.eval.metrics import Interval
 
 from .measured import Measured, Term
@@ -222,11 +223,16 @@ QUESTIONS: tuple[Claim, ...] = (
         "reuse", "a ranking made from the mean of all steps beats that of step 0", "", "reuse",
         _better(SUBJECT, _of("mean of the steps", reuse.KEEP), _of("step 0", reuse.KEEP)),
     ),
-    Claim(
-        "tasks", "the guard against near-uniform attention helps on global recolours", "", "tasks",
-        _better(
-            "psnr", _of("ReCAST, guarded", tasks.KEEP, task="global"), _of("ReCAST", tasks.KEEP, task="global")
-        ),
+    *(
+        Claim(
+            "tasks", f"the guard against near-uniform attention helps on {task} recolours, {words}", "", "tasks",
+            _better("psnr", _of(f"{name}, guarded", tasks.KEEP, task=task), _of(name, tasks.KEEP, task=task)),
+        )
+        for task in ("global", "local")
+        for name, words in (
+            ("ReCAST", f"as it comes (single-stream blocks, below {UniformGuard().top_quarter})"),
+            ("ReCAST of all blocks", f"over all blocks (below {tasks.GUARD.top_quarter})"),
+        )
     ),
     Claim(
         "sparse_context", "on the drop-tuned model, mass beats random at 10 %", "", "sparse_context", _gap("drop"),

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.config import UniformGuard
+from sparse_ref_attn.selection import AttentionMass
 
 from .budgets import dense_first, rising
 from .cases import Case, dense, sparse
 
-__all__ = ["KEEP", "cases"]
+__all__ = ["GUARD", "KEEP", "TASKS", "cases"]
 
 KEEP = 0.25
 TASKS = ("place", "pair", "swap", "local", "global")
+GUARD = UniformGuard(top_quarter=0.345)
+"""For the mass of all blocks: between what this model showed for recolours and for placed subjects."""
 
 
 def cases(steps: int) -> list[Case]:
-    """Dense, random, grid, ReCAST and ReCAST with `UniformGuard` on every task."""
+    """Dense, random, grid, ReCAST, and ReCAST guarded as it comes and by the mass of all blocks, on every task."""
     first, curve = dense_first(KEEP, steps), rising(KEEP, steps)
-    found = []
-    for task in TASKS:
-        found += [
+    everywhere = AttentionMass(blocks="all")
+    rules = {
+        "random": lambda seed: sra.SparseRef("random", first, seed=seed),
+        "grid": lambda seed: sra.SparseRef("grid", first),
+        "ReCAST": lambda seed: sra.SparseRef("mass", curve),
+        "ReCAST, guarded": lambda seed: sra.SparseRef("mass", curve, guard=UniformGuard()),
+        "ReCAST of all blocks": lambda seed: sra.SparseRef(everywhere, curve),
+        "ReCAST of all blocks, guarded": lambda seed: sra.SparseRef(everywhere, curve, guard=GUARD),
+    }
+    return [
+        case
+        for task in TASKS
+        for case in [
             Case("dense", 1.0, dense, task),
-            Case("random", KEEP, sparse(lambda seed: sra.SparseRef("random", first, seed=seed)), task),
-            Case("grid", KEEP, sparse(lambda seed: sra.SparseRef("grid", first)), task),
-            Case("ReCAST", KEEP, sparse(lambda seed: sra.SparseRef("mass", curve)), task),
-            Case(
-                "ReCAST, guarded", KEEP,
-                sparse(lambda seed: sra.SparseRef("mass", curve, guard=UniformGuard())), task,
-            ),
-        ]  # fmt: skip
-    return found
+            *(Case(name, KEEP, sparse(config), task) for name, config in rules.items()),
+        ]
+    ]
