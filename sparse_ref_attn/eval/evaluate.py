@@ -48,6 +48,11 @@ class Grid:
     ------
     ConfigError
         For an unknown method, a share outside (0, 1], or no seed.
+
+    Examples
+    --------
+    >>> Grid(("edges", "ReCAST flat"), (1.0, 0.25)).cells()
+    [('dense', 1.0), ('edges', 0.25), ('ReCAST flat', 0.25)]
     """
 
     names: tuple[str, ...]

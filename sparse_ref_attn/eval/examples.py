@@ -135,8 +135,7 @@ def procedural(sprites: str | None = None, *, side: int = 128, seed: int = 0) ->
     >>> data.families, data.keys[0][0].split("/")[0], data[0].references[0].size
     (('subject-driven', 'aligned'), 'place', (64, 64))
     """
-    from PIL import Image
-
+    from ..toy.calls import image
     from ..toy.scenes import TOKEN, scene
     from ..toy.sprites import SUBJECTS, load_sprites
 
@@ -149,9 +148,6 @@ def procedural(sprites: str | None = None, *, side: int = 128, seed: int = 0) ->
         for family, tasks in FAMILIES.items()
     ]
 
-    def picture(values: Mask) -> Any:
-        return Image.fromarray(np.uint8(np.clip(values, 0, 1) * 255 + 0.5))
-
     def open(index: int) -> Example:
         subject, family, task = plan[index]
         rows = (subject, (subject + 1) % len(subjects)) if task == "pair" else (subject,)
@@ -159,8 +155,8 @@ def procedural(sprites: str | None = None, *, side: int = 128, seed: int = 0) ->
             subjects, (seed, subject), grid=side // TOKEN, task=task, subjects=rows, split="held-out"
         )  # fmt: skip
         return Example(
-            f"{task}/{subjects.names[subject]}", family, tuple(picture(x) for x in drawn.references), drawn.prompt,
-            picture(drawn.target), drawn.mask, drawn.masks,
+            f"{task}/{subjects.names[subject]}", family, tuple(image(x) for x in drawn.references), drawn.prompt,
+            image(drawn.target), drawn.mask, drawn.masks,
         )  # fmt: skip
 
     keys = [(f"{task}/{subjects.names[subject]}", family) for subject, family, task in plan]

@@ -33,6 +33,17 @@ class RowStore:
     folder : Path
     columns : sequence of str
         After those of `KEY`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> store = RowStore(Path(folder.name), ["PSNR (dB)"])
+    >>> row = dict(zip(KEY, ("a", "f", "cup", 0, "edges", 0.25)))
+    >>> store.append(0, [{**row, "PSNR (dB)": 21.5}])
+    >>> [row["PSNR (dB)"] for row in store.merge()], [path.name for path in Path(folder.name).iterdir()]
+    (['21.5'], ['rows.csv'])
+    >>> folder.cleanup()
     """
 
     def __init__(self, folder: Path, columns: Sequence[str]) -> None:

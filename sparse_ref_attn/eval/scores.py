@@ -48,6 +48,17 @@ class Scorer:
     ------
     ConfigError
         For an unknown name, one that the data set has no masks for, or weights that are not there.
+
+    Examples
+    --------
+    >>> from sparse_ref_attn.eval.examples import procedural
+    >>> data = procedural(side=64)
+    >>> scorer = Scorer(data, ["psnr", "subject-psnr"])
+    >>> list(scorer.columns)[:2]
+    ['PSNR (dB) vs dense', 'PSNR (dB) vs target']
+    >>> score = scorer.scores(data[0], dense=data[0].references[0])
+    >>> score(data[0].target)["subject PSNR (dB) vs target"]
+    inf
     """
 
     def __init__(
