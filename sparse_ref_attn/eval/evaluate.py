@@ -124,8 +124,10 @@ def evaluate(
         _write_header(folder, settings, models, dict(about or {}))
         store.merge()
     _wait(world)
-    work = _missing(data, models, grid, store.keys())
-    kept = set(data.chosen(grid.families, min(pictures, grid.count or pictures))) if pictures else set()
+    chosen = data.chosen(grid.families, grid.count)
+    work = _missing(data, chosen, models, grid, store.keys())
+    _wait(world)  # all have seen the same rows before the first is added
+    kept = {i for family in data.families for i in [i for i in chosen if data.keys[i][1] == family][:pictures]}
     mine = work[rank::world]
     total = sum(len(cells) for *_, cells in mine)
     bar = tqdm(total=total, unit="picture", dynamic_ncols=True, main_process_only=False, disable=rank > 0)
@@ -159,12 +161,14 @@ def _wait(world: int) -> None:
 Work = tuple[EvalModel, int, int, list[tuple[str, float]]]
 
 
-def _missing(data: Examples, models: Sequence[EvalModel], grid: Grid, done: set[Key]) -> list[Work]:
+def _missing(
+    data: Examples, chosen: Sequence[int], models: Sequence[EvalModel], grid: Grid, done: set[Key]
+) -> list[Work]:
     """What is to be made, an example after the other, so that a run that is stopped has whole comparisons."""
     cells = grid.cells()
     work = []
     for seed in range(grid.seeds):
-        for index in data.chosen(grid.families, grid.count):
+        for index in chosen:
             name, family = data.keys[index]
             for model in models:
                 left = [
