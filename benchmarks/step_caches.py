@@ -1,4 +1,4 @@
-"""Caches that reuse what earlier steps computed: diffusers' own and cache-dit, switched on for one call."""
+"""Caches that reuse what earlier steps computed: diffusers' own and cache-dit (1.5), switched on for one call."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def _cache_dit(pipe: Any, steps: int) -> Iterator[None]:
         raise RuntimeError("cache-dit needs the package cache_dit, which is not installed")
     import cache_dit  # type: ignore[import-not-found]
 
-    cache_dit.enable_cache(pipe)
+    settings = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=2)
+    cache_dit.enable_cache(pipe, cache_config=settings)
     try:
         yield
     finally:

@@ -174,10 +174,14 @@ def test_step_caches_are_charged_the_work_they_do(capsys, tmp_path):
         assert "cache-dit needs the package cache_dit, which is not installed" in capsys.readouterr().out
 
 
-def test_a_method_that_the_model_cannot_run_is_named(capsys, tmp_path):
-    asked = ["pipeline", "--model", "kontext", *QUICK, "--side", "128", "--methods", "Klein-KV"]
-    assert main([*asked, "--out", str(tmp_path / "rows.csv")]) == 0
+def test_kontext_end_to_end_at_cut_size_and_a_method_that_it_cannot_run(capsys, tmp_path):
+    out = tmp_path / "rows.csv"
+    asked = ["pipeline", "--suite", "end-to-end", "--model", "kontext", *QUICK, "--side", "128", "--out", str(out)]
+    assert main([*asked, "--methods", "tokens 25%", "Klein-KV"]) == 0
     assert "Klein-KV: kontext has no pipeline that keeps its references' keys and values" in capsys.readouterr().out
+    rows = rows_in(out)
+    assert {row["depth"] for row in rows.values()} == {"1+1"}
+    assert list(rows) == ["dense", "tokens 25%"]
     with pytest.raises(ConfigError, match=r"must name a case of cache .*klein-9b with 4.*, got none"):
         main(["pipeline", "--suite", "cache", "--model", "kontext", *QUICK])
 
