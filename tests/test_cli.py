@@ -167,6 +167,43 @@ def test_demo_recast_profiles_and_then_drops(tmp_path: Path) -> None:
     assert 'task="subject"' in text
 
 
+def test_demo_small_is_the_trained_model_on_subjects_that_it_never_saw(tmp_path: Path, photo: Path) -> None:
+    text = run("demo", "--out", tmp_path / "own", "--steps", "3", "--task", "swap", "--seed", "2", "--image", photo)
+    names = ("references", "answer", "dense", "sparse", "kept")
+    pictures = {name: pixels(tmp_path / "own" / f"{name}.png") for name in names}
+    assert all(pictures[name].shape == (128, 128, 3) for name in names[:4])
+    assert "the subjects of this call were held out" in text
+    found = report(tmp_path / "own")
+    assert found["prompt"].startswith("swap ")
+    assert found["run"]["by_step"]["kind"] == ["profile", "sparse", "sparse"]
+    assert found["run"]["by_step"]["kept"] == [256, 64, 64]
+    row = [pictures[name] for name in names[:4]]
+    assert np.array_equal(pixels(tmp_path / "own" / "row.png"), np.concatenate(row, 1))
+    error = (pictures["dense"].astype(float) - pictures["answer"].astype(float)) / 255
+    psnr = found["psnr_db"]["dense against the answer, whole picture"]
+    assert psnr == pytest.approx(-10 * np.log10(np.square(error).mean()))
+    assert f"dense against the answer, whole picture: {psnr:.1f} dB" in text
+    run("demo", "--out", tmp_path / "bundled", "--steps", "3", "--task", "swap", "--seed", "2")
+    same = pixels(tmp_path / "bundled" / "references.png") == pictures["references"]
+    assert 0.05 < same.all(-1).mean() < 0.6  # the subject is the same, what it stands on is another photo
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "a cup"], "--prompt must come with --size large or tiny"),
+        (["--size", "tiny", "--task", "place"], "--task must come with --size small, got --size tiny"),
+        (["--task", "colour"], "invalid choice: 'colour'"),
+    ],
+)
+def test_demo_arguments_of_the_other_model(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "--out", str(tmp_path / "none"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 # -- run -------------------------------------------------------------------------------------
 
 
@@ -434,7 +471,7 @@ def test_the_command_line_needs_nothing_of_the_eval_extra() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "pip install 'sparse-ref-attn[eval]'" in done.stderr
+    assert "pip install 'sparse-ref-attn[diffusers,eval]'" in done.stderr
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -459,7 +496,7 @@ def test_embedded_pipeline_is_seeded_and_leaves_the_random_stream_alone() -> Non
         )
         assert torch.equal(first, second)
         assert not torch.equal(first, third)
-    with pytest.raises(sra.ConfigError, match="size must be one of 'demo', 'tiny', got 'huge'"):
+    with pytest.raises(sra.ConfigError, match="size must be one of 'large', 'tiny', got 'huge'"):
         kontext_pipeline("huge")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.results import environment
-from sparse_ref_attn.toy.pipeline import toy_pipeline
+from sparse_ref_attn.toy.pipeline import TRAINED, toy_pipeline
 
 from . import caches, cases, direction, mass, methods, reuse, sparse_context, stability, sweep, tasks
 from .generator import Generator
@@ -30,7 +30,9 @@ RUNS = ("study", "model", "weights", "parameters", "steps", "subjects", "seeds",
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies", description=__doc__)
-    parser.add_argument("--transformer", help="folder of dense-trained weights; default those that ship")
+    parser.add_argument(
+        "--transformer", default=TRAINED, help="folder of dense-trained weights (default: those that ship)"
+    )
     parser.add_argument("--control", help="folder of weights that were trained on without dropping")
     parser.add_argument("--drop", help="folder of weights that were trained on with random dropping")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "studies")
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         generators = {
             model: Generator(toy_pipeline(folder), args.steps)
             for model, folder in folders.items()
-            if folder is not None or model == "dense"
+            if folder is not None
         }
         for name in args.only:
             _note(name, generators, args, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 import importlib.util
 import json
 import logging
@@ -19,94 +18,76 @@ from ..config import ReCAST, SparseContext, SparseRef
 from ..errors import ConfigError, SparseRefError
 from ..eval import loading, outputs
 from ..eval.compare import Comparison, compare
-from ..eval.embedded import SIZES, Size, kontext_pipeline
 from ..eval.geometry import meta_transformer
 from ..kernels import toolchain
 from ..kernels.build import build_kernels
-from . import execution
+from ..toy.scenes import Scene
+from . import builtin, execution
 
 __all__ = [
-    "RANDOM_WEIGHTS",
     "build",
     "caller",
     "compare_methods",
     "demo",
     "diagnose",
-    "embedded_arguments",
     "estimate",
     "loaded",
-    "photo_of",
+    "needs_eval",
     "quiet",
     "run",
 ]
-
-RANDOM_WEIGHTS = (
-    "Its weights are random (seeded): the pictures mean nothing, and neither does what the model looks at.\n"
-    "Real are the speed of a whole call, and which tokens the rule keeps of the photo."
-)
-
 
 # -- demo ------------------------------------------------------------------------------------
 
 
 def demo(options: argparse.Namespace) -> None:
-    """Dense and sparse side by side, on random weights."""
-    keep = options.keep
-    if keep is None and options.preset == "sparse-context":
-        keep = 0.25
-    task = "subject" if options.preset == "recast" else "edit"
-    config = _config(options.preset, keep, task=task, **execution.settings(options))
-    photo = photo_of(options.image)
+    """Dense and sparse side by side, on a built-in pipeline."""
+    made = builtin.builtin(options, options.image)
+    small = made.pair is not None
+    preset = options.preset = options.preset or ("recast" if small else "sparse-context")
+    settings = execution.settings(options)
+    keep = 0.25 if options.keep is None and preset == "sparse-context" else options.keep
+    if preset == "sparse-context":
+        settings["task"] = "subject" if small else "edit"
+    elif not small:
+        settings["task"] = "subject"
+    if small and preset == "recast" and keep is None:
+        config = ReCAST(1024, 1024, reference_tokens=4096, **settings)  # the ramp begins with 16 tokens of 256
+    else:
+        config = _config(preset, keep, **settings)
     directory = outputs.prepare_directory(options.out)
     quiet(pipelines_too=True)
-    size = SIZES[options.size]
     began = time.perf_counter()
-    pipe = kontext_pipeline(options.size)
+    pipe = made.build()
     seconds = time.perf_counter() - began
-    print(f"Built a small FLUX.1 Kontext pipeline of diffusers' own classes in {seconds:.1f} s.\n{RANDOM_WEIGHTS}")
-    if options.preset == "recast":
+    print(f"Built a small FLUX.1 Kontext pipeline of diffusers' own classes in {seconds:.1f} s.\n{made.note}")
+    if preset == "recast" and not small:
         print('ReCAST runs with task="subject": random attention is near uniform, and the guard of "auto" keeps all.')
-    arguments = embedded_arguments(size, photo, options.prompt, options.steps)
-    about = {"weights": "seeded random numbers: the pictures mean nothing"}
-    _compare(pipe, config, arguments, options, directory, "cpu", about)
+    if small:
+        print(f'Prompt: "{made.arguments["prompt"]}"')
+    about = {"weights": made.note.replace("\n", " "), "prompt": made.arguments["prompt"]}
+    arguments = made.arguments | {"num_inference_steps": made.steps}
+    _compare(pipe, config, arguments, options, directory, "cpu", about, made.pair)
 
 
 def compare_methods(options: argparse.Namespace) -> None:
     """Many methods on one call; what it needs is only imported here."""
-    try:
-        from . import comparing
-    except ImportError as error:
-        raise ConfigError(
-            f"sra compare needs the package {error.name}, which is not installed: pip install 'sparse-ref-attn[eval]'"
-        ) from error
+    needs_eval("compare")
+    from . import comparing
+
     comparing.compare(options)
 
 
-def photo_of(path: str | None) -> Any:
-    """The image at `path`, or the bundled photo."""
-    return loading.open_image(path or str(importlib.resources.files("sparse_ref_attn") / "assets" / "photo.jpg"))
-
-
-def embedded_arguments(size: Size, photo: Any, prompt: str, steps: int) -> dict[str, Any]:
-    """Of the embedded pipeline's call, the photo at about the area that it is meant for."""
-    photo = _fitted(photo, size.side, size.pixels_per_token)
-    return {
-        "prompt": prompt,
-        "image": photo,
-        "height": photo.height,
-        "width": photo.width,
-        "max_area": photo.height * photo.width,
-        "_auto_resize": False,
-        "max_sequence_length": size.text,
-        "num_inference_steps": steps,
-    }
-
-
-def _fitted(photo: Any, side: int, multiple: int) -> Any:
-    """The photo at an area of about ``side**2`` pixels, its sides multiples of `multiple`."""
-    scale = side / (photo.width * photo.height) ** 0.5
-    width, height = (max(1, round(scale * edge / multiple)) * multiple for edge in photo.size)
-    return photo if (width, height) == photo.size else photo.resize((width, height))
+def needs_eval(command: str) -> None:
+    """Refuse a command before it does anything, where the packages of the eval extra are missing."""
+    try:
+        for name in ("matplotlib", "scipy", "skimage"):
+            importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"sra {command} needs the package {error.name}, which is not installed: "
+            "pip install 'sparse-ref-attn[diffusers,eval]'"
+        ) from error
 
 
 # -- run -------------------------------------------------------------------------------------
@@ -161,9 +142,9 @@ def _compare(
     directory: Any,
     device: str,
     about: dict[str, Any],
+    pair: Scene | None = None,
 ) -> None:
     steps = arguments.pop("num_inference_steps")
-
     call = caller(pipe, arguments, options.seed)
     where = doctor.device(device)
     print(f"{options.preset}: {config.describe()}; {steps} steps, seed {options.seed}; {where}.\n", flush=True)
@@ -177,14 +158,20 @@ def _compare(
         "seed": options.seed,
         "versions": doctor.versions(),
     }
-    _print(result, outputs.write(directory, result, about), directory)
+    files = []
+    if pair is not None:
+        files = outputs.write_answer(directory, arguments["image"], pair, result)
+        about["psnr_db"] = outputs.against_answer(result, pair)
+    _print(result, [*files, *outputs.write(directory, result, about)], directory)
+    for name, value in about.get("psnr_db", {}).items():
+        print(f"{name}: {value:.1f} dB")
 
 
 def _print(result: Comparison, files: list[tuple[str, str]], directory: Any) -> None:
     print(f"\n{outputs.table(result)}\n\nInside the transformer, sparse run\n")
     print(f"{result.summary()}\n\nWritten to {directory}")
     for name, what in files:
-        print(f"  {name:<12} {what}")
+        print(f"  {name:<14} {what}")
 
 
 # -- estimate, build-kernels, doctor ---------------------------------------------------------

@@ -12,11 +12,10 @@ from ..config import SparseRef
 from ..errors import ConfigError
 from ..eval import metrics, outputs
 from ..eval.compare import compare_all
-from ..eval.embedded import SIZES, kontext_pipeline
 from ..eval.methods import methods
 from ..eval.metrics import Metric, weights
 from ..eval.page import markdown, rows_of, write_page
-from . import commands, execution
+from . import builtin, commands, execution
 
 __all__ = ["compare"]
 
@@ -25,14 +24,15 @@ def compare(options: argparse.Namespace) -> None:
     """Every method at the same share of the tokens, in one page."""
     if options.model is not None and (options.image is None or options.prompt is None):
         raise ConfigError("--model needs --image and --prompt, got it without them")
+    if options.model is not None and options.task is not None:
+        raise ConfigError("--task must come with the built-in model, got --model")
     refused: dict[str, str] = {}
     configs = _configs(options, refused)
     directory = outputs.prepare_directory(options.out)
     shown = _metrics(options)
     note = ""
     if options.model is None:
-        pipe, device, arguments = _embedded(options)
-        note = commands.RANDOM_WEIGHTS.replace("\n", " ")
+        pipe, device, arguments, note = _built_in(options)
     else:
         pipe, device, arguments = commands.loaded(options)
     steps = arguments.pop("num_inference_steps")
@@ -86,16 +86,14 @@ def _by_reason(refused: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(", ".join(those), why) for why, those in names.items()]
 
 
-def _embedded(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any]]:
+def _built_in(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any], str]:
     if options.image is not None and len(options.image) > 1:
-        raise ConfigError(f"the embedded pipeline takes one reference, got {len(options.image)}")
+        raise ConfigError(f"the built-in pipeline takes one image, got {len(options.image)}")
     commands.quiet(pipelines_too=True)
-    size = SIZES[options.size]
-    photo = commands.photo_of(None if options.image is None else options.image[0])
-    prompt = "the same cup on a marble table" if options.prompt is None else options.prompt
-    pipe = kontext_pipeline(options.size)
-    print(commands.RANDOM_WEIGHTS)
-    return pipe, "cpu", commands.embedded_arguments(size, photo, prompt, options.steps or 8)
+    made = builtin.builtin(options, None if options.image is None else options.image[0])
+    print(made.note)
+    arguments = made.arguments | {"num_inference_steps": made.steps}
+    return made.build(), "cpu", arguments, made.note.replace("\n", " ")
 
 
 def _metrics(options: argparse.Namespace) -> list[Metric]:

@@ -11,6 +11,7 @@ from .. import doctor
 from ..errors import ConfigError
 from ..eval import loading
 from ..eval.methods import RULES, SCHEDULES, method_name
+from ..toy.pipeline import TRAINED
 from . import commands
 
 __all__ = ["add_arguments", "evaluate"]
@@ -23,11 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser, above: Any, share: Any, setti
     parser.add_argument("--out", required=True, metavar="DIR", help="rows.csv and what is made of it; runs add to it")
     parser.add_argument(
         "--models",
-        required=True,
+        default=[("small", TRAINED)],
         nargs="+",
         type=_named,
         metavar="NAME=PATH",
-        help="pipelines, or transformer folders of sra train, which go into the small pipeline",
+        help="pipelines, or transformer folders of sra train, which go into the small pipeline (default: its own)",
     )
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="DIR", help="a data set on disk (default: the procedural task, held-out part)")
@@ -59,13 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser, above: Any, share: Any, setti
 
 def run(options: argparse.Namespace) -> None:
     """What the command needs is only imported here."""
-    try:
-        evaluate(options)
-    except ImportError as error:
-        raise ConfigError(
-            f"sra eval needs the package {error.name}, which is not installed: "
-            "pip install 'sparse-ref-attn[diffusers,eval]'"
-        ) from error
+    commands.needs_eval("eval")
+    evaluate(options)
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -113,7 +113,7 @@ def _small(options: argparse.Namespace) -> tuple[Any, Any]:
     from ..training.checkpoint import begin_from
 
     batches = ToyBatches(options.sprites, options.batch, grid=options.grid, seed=options.seed)
-    pipe = toy_pipeline(seed=options.seed)
+    pipe = toy_pipeline(None, seed=options.seed)
     pipe.transformer.requires_grad_(True)
     if options.init is not None:
         begin_from(Path(options.init), dict(pipe.transformer.named_parameters()))

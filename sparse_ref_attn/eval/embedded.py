@@ -53,12 +53,12 @@ class Size:
 
 
 SIZES = {
-    "demo": Size(side=512, text=128, heads=8, head_dim=64, double=2, single=6, vae=(4, 4, 8, 8)),
+    "large": Size(side=512, text=128, heads=8, head_dim=64, double=2, single=6, vae=(4, 4, 8, 8)),
     "tiny": Size(side=32, text=32, heads=2, head_dim=16, double=1, single=2, vae=(8, 8)),
 }
 
 
-def kontext_pipeline(size: str = "demo", seed: int = 0) -> Any:
+def kontext_pipeline(size: str = "large", seed: int = 0) -> Any:
     """A ``FluxKontextPipeline`` with seeded random weights, built offline.
 
     Its classes are diffusers' and transformers' own (``FluxTransformer2DModel``, ``AutoencoderKL``, CLIP and T5 text
@@ -67,8 +67,8 @@ def kontext_pipeline(size: str = "demo", seed: int = 0) -> Any:
 
     Parameters
     ----------
-    size : {"demo", "tiny"}
-        "demo" makes 512 x 512 pictures of 1,024 tokens, with as many for the reference, and takes seconds on a CPU;
+    size : {"large", "tiny"}
+        "large" makes 512 x 512 pictures of 1,024 tokens, with as many for the reference, and takes seconds on a CPU;
         "tiny" makes 32 x 32 pictures of 64 tokens in milliseconds. Call it with the fields ``side`` and ``text`` of
         ``SIZES[size]``, as below: the pipeline's own defaults are those of the published model, one megapixel.
     seed : int

@@ -7,10 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from .compare import Comparison
+import numpy as np
+from PIL import Image
 
-__all__ = ["prepare_directory", "table", "write"]
+from ..errors import ConfigError
+from ..toy.calls import image
+from ..toy.scenes import Scene
+from .compare import Comparison
+from .metrics import MaskedPsnr, Psnr
+
+__all__ = ["against_answer", "prepare_directory", "table", "write", "write_answer"]
 
 
 def prepare_directory(path: str | os.PathLike[str]) -> Path:
@@ -55,6 +61,38 @@ def write(directory: Path, result: Comparison, about: dict[str, Any]) -> list[tu
     (directory / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     files.append(("report.json", "all numbers, settings and versions"))
     return files
+
+
+def write_answer(directory: Path, references: Any, pair: Scene, result: Comparison) -> list[tuple[str, str]]:
+    """Write what the small model was shown and should have made; which files, and what each shows.
+
+    Parameters
+    ----------
+    directory : Path
+    references : PIL.Image.Image
+    pair : Scene
+    result : Comparison
+        Of a run with the dense picture.
+    """
+    answer = image(pair.target)
+    row = np.concatenate([np.asarray(x) for x in (references, answer, result.dense_image, result.sparse_image)], 1)
+    for name, picture in (("references", references), ("answer", answer), ("row", Image.fromarray(row))):
+        picture.save(directory / f"{name}.png")
+    return [
+        ("row.png", "side by side: what the model was shown, the answer, dense, sparse"),
+        ("references.png", "what the model was shown"),
+        ("answer.png", "what the right answer is"),
+    ]
+
+
+def against_answer(result: Comparison, pair: Scene) -> dict[str, float]:
+    """PSNR in dB of the pictures and of their subjects against the right answer."""
+    answer, found = image(pair.target), {}
+    for name, picture in (("dense", result.dense_image), ("sparse", result.sparse_image)):
+        if picture is not None:
+            found[f"{name} against the answer, subject"] = MaskedPsnr(pair.mask)(picture, answer)
+            found[f"{name} against the answer, whole picture"] = Psnr()(picture, answer)
+    return found
 
 
 def table(result: Comparison) -> str:

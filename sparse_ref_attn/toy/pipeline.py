@@ -11,10 +11,12 @@ from torch import nn
 from ..errors import ConfigError, VersionError
 from .words import WIDTH, seeded, text_encoders
 
-__all__ = ["LATENTS", "WEIGHTS", "build_transformer", "build_vae", "toy_pipeline"]
+__all__ = ["LATENTS", "TRAINED", "WEIGHTS", "build_transformer", "build_vae", "toy_pipeline"]
 
 LATENTS = 16  # channels
 WEIGHTS = Path(__file__).parent.parent / "assets" / "toy"
+TRAINED = str(WEIGHTS / "transformer")
+"""Folder of the transformer that ships in the package."""
 
 
 def build_vae(seed: int = 0) -> Any:
@@ -49,8 +51,8 @@ def build_transformer(seed: int = 0) -> Any:
     return model
 
 
-def toy_pipeline(transformer: str | None = None, *, seed: int = 0) -> Any:
-    """The small pipeline: its autoencoder is trained and ships in the package, its transformer comes from a run.
+def toy_pipeline(transformer: str | None = TRAINED, *, seed: int = 0) -> Any:
+    """The small pipeline, trained: autoencoder and transformer ship in the package.
 
     It is for the procedural task of ``sparse_ref_attn.toy`` and nothing else: its prompts are words of
     ``sparse_ref_attn.toy.words``, its pictures 128 x 128 pixels (256 tokens), and two references stand side by side in
@@ -59,7 +61,8 @@ def toy_pipeline(transformer: str | None = None, *, seed: int = 0) -> Any:
     Parameters
     ----------
     transformer : str, optional
-        Folder of trained weights, the ``transformer`` that ``sra train`` writes; default an untrained transformer.
+        Folder of trained weights: the one that ships, or the ``transformer`` that ``sra train`` writes. None: an
+        untrained transformer.
     seed : int
         Of untrained weights. The global random stream is left as it was.
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.cli import commands, main
+from sparse_ref_attn.cli import builtin, commands, main
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.eval import methods as named
 from sparse_ref_attn.eval.compare import compare_all
-from sparse_ref_attn.eval.embedded import SIZES, kontext_pipeline
+from sparse_ref_attn.eval.embedded import kontext_pipeline
 from sparse_ref_attn.eval.metrics import Psnr, Ssim
 from sparse_ref_attn.eval.page import rows_of
 
@@ -74,9 +75,8 @@ def test_rows_are_the_runs() -> None:
     """At every token a method is dense, bit for bit; what it keeps is in its row."""
     pipe = kontext_pipeline("tiny")
     pipe.set_progress_bar_config(disable=True)
-    size = SIZES["tiny"]
-    arguments = commands.embedded_arguments(size, commands.photo_of(None), "a cup", 3)
-    steps = arguments.pop("num_inference_steps")
+    made = builtin.builtin(Namespace(size="tiny", task=None, prompt="a cup", steps=3), None)
+    arguments, steps = made.arguments, made.steps
     refused: dict[str, str] = {}
     configs = {
         "all": sra.SparseRef("grid", 1.0),

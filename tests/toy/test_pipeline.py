@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from sparse_ref_attn.errors import ConfigError
-from sparse_ref_attn.toy.pipeline import toy_pipeline
+from sparse_ref_attn.toy.pipeline import WEIGHTS, toy_pipeline
 from sparse_ref_attn.toy.scenes import TOKEN, scene
 from sparse_ref_attn.toy.sprites import SUBJECTS, load_sprites
 from sparse_ref_attn.training.batches import ToyBatches, encode
@@ -118,6 +118,14 @@ def _trained_name(name):
     from sparse_ref_attn.toy.sprites import held_out
 
     return next(f"{name}-{i}" for i in range(100) if not held_out(f"{name}-{i}"))
+
+
+def test_what_ships_is_trained_and_none_is_not(pipe):
+    fresh = toy_pipeline(None).transformer.state_dict()
+    assert all(p.dtype == torch.float32 for p in pipe.transformer.parameters())
+    assert not fresh["proj_out.weight"].any()  # every block begins as the identity
+    assert pipe.transformer.state_dict()["proj_out.weight"].any()
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= 20e6
 
 
 def test_a_folder_without_a_transformer(tmp_path):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from ...errors import ConfigError
 
@@ -58,6 +57,8 @@ def mean_interval(
     >>> mean_interval([1.0, 3.0, 4.0], ["a", "a", "b"]).mean
     3.0
     """
+    from scipy.stats import bootstrap
+
     data = np.asarray(values, dtype=np.float64)
     if not np.isfinite(data).all():
         raise ConfigError("values of an interval must be finite, got NaN or infinity")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from skimage.metrics import structural_similarity
 
 from ...errors import ConfigError
 from .base import Metric, check_pair
@@ -40,6 +39,8 @@ class Ssim(Metric):
     higher_is_better = True
 
     def __call__(self, image: Any, other: Any) -> float:
+        from skimage.metrics import structural_similarity
+
         a, b = (x.movedim(0, -1).double().numpy() for x in check_pair(image, other))
         return float(
             structural_similarity(
