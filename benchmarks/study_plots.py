@@ -39,7 +39,10 @@ def _curve(
 ) -> None:
     """Means with their intervals of a metric, or of a sum of terms, over x; what was not measured is left out."""
     terms = (Term(1.0, what, {}),) if isinstance(what, str) else what
-    points = [(x, measured.interval([replace(term, where=where) for term in terms])) for x, where in at.items()]
+    points = [
+        (x, measured.interval([replace(term, where=where) for term in terms]))
+        for x, where in sorted(at.items(), key=lambda point: point[0])
+    ]
     known = [(x, each) for x, each in points if each is not None]
     if known:
         low = [each.mean - each.low for _, each in known]
@@ -189,27 +192,23 @@ def _caches(measured: Measured, figure: Any) -> None:
 
 
 def _tuned(measured: Measured, figure: Any) -> None:
-    panels = zip(figure.subplots(1, 2, sharey=True), sparse_context.TASKS, strict=True)
-    styles = dict(zip(sparse_context.MODELS, (":", "--", "-"), strict=True))
-    for axes, task in panels:
-        for colour, rule in zip(COLOURS, sparse_context.RULES, strict=False):
-            for model, style in styles.items():
+    figure.set_size_inches(9.0, 6.0)
+    panels = figure.subplots(len(sparse_context.TASKS), len(sparse_context.MODELS), sharex=True, sharey="row")
+    for task, row in zip(sparse_context.TASKS, panels, strict=True):
+        for model, axes in zip(sparse_context.MODELS, row, strict=True):
+            for colour, rule in zip(COLOURS, sparse_context.RULES, strict=False):
                 at = {100 * keep: _where(rule, keep, task=task, model=model) for keep in sparse_context.KEEPS}
                 at[100.0] = _where("dense", 1.0, task=task, model=model)
-                _curve(
-                    axes,
-                    measured,
-                    "subject_psnr",
-                    at,
-                    color=colour,
-                    linestyle=style,
-                    label=f"{rule}, {model}",
-                )
-        axes.set_xscale("log")
-        axes.set_xticks([5, 10, 25, 100], ["5", "10", "25", "100"])
-        axes.set_xlabel(f"% of the reference tokens kept, {task}")
-    figure.axes[0].set_ylabel("subject PSNR (dB)")
-    figure.axes[1].legend(frameon=False, fontsize=7, ncols=2)
+                _curve(axes, measured, "subject_psnr", at, color=colour, label=rule)
+            axes.set_xscale("log")
+            axes.set_xticks([5, 10, 25, 100], ["5", "10", "25", "100"], minor=False)
+            axes.set_title(f"{task}, {model}", fontsize=10)
+        row[0].set_ylabel("subject PSNR (dB)")
+    for axes in panels[-1]:
+        axes.set_xlabel("% of the reference tokens kept")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right upper")
 
 
 def _tasks(measured: Measured, figure: Any) -> None:
@@ -226,7 +225,7 @@ def _tasks(measured: Measured, figure: Any) -> None:
     _curve(axes, measured, "psnr", at, color=QUIET, linestyle="none", label="every token")
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_ylabel("PSNR (dB)")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
 
 
 def _side_by_side(figure: Any, *metrics: str) -> Iterator[tuple[Any, str, str]]:
