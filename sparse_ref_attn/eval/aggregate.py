@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .methods import method_name, rule_of
 from .metrics import Interval, mean_interval
 
 __all__ = ["Mean", "aggregate", "markdown", "write_means"]
@@ -31,8 +32,9 @@ class Mean:
         Share of the tokens that was asked for, and the mean over steps and pictures that was used.
     metric : str
     against : str
-        "" for the mean itself; else the difference to this method at the same share ("dense": at all tokens), or, as
-        "model NAME", to the same method of another model, on the same examples and seeds.
+        "" for the mean itself; else the difference to this method at the same share ("dense": at all tokens) on the
+        same examples and seeds: a baseline, or the same rule with a flat schedule; "model NAME" is the same method of
+        another model.
     n, examples : int
         Pictures, and examples that they are of. Pictures without a finite value (PSNR of equal ones) are left out.
     mean, low, high : float
@@ -100,6 +102,10 @@ def aggregate(
             others: dict[str, Cell] = {
                 name: (model, family, name, "1.0" if name == "dense" else keep) for name in baselines if name != method
             }
+            rule, schedule = rule_of(method)
+            if schedule != "flat":
+                flat = method_name(rule)
+                others[flat] = (model, family, flat, keep)
             others |= {f"model {name}": (name, family, method, keep) for name in models if name != model}
             parts = {"": own}
             for against, other in others.items():

@@ -12,7 +12,7 @@ from ..rivals import Downscale, ToMe
 from ..selection import AttentionMass, SubjectMask
 from ..selection.names import NAMES
 
-__all__ = ["METHODS", "RULES", "SCHEDULES", "method_name", "methods"]
+__all__ = ["METHODS", "RULES", "SCHEDULES", "method_name", "methods", "rule_of"]
 
 RULES: tuple[str, ...] = (
     "downscaled",
@@ -70,6 +70,17 @@ def method_name(rule: str, schedule: str = "flat") -> str:
     if schedule == "dense-first" and _measures(rule):
         schedule = "flat"
     return rule if schedule == "flat" and rule != "ReCAST" else f"{rule} {schedule}"
+
+
+def rule_of(name: str) -> tuple[str, str]:
+    """Rule and schedule of a method's name; a name that is no method's is its own rule.
+
+    Examples
+    --------
+    >>> rule_of("ReCAST rising"), rule_of("subject mask"), rule_of("dense")
+    (('ReCAST', 'rising'), ('subject mask', 'flat'), ('dense', 'flat'))
+    """
+    return _NAMED.get(name, (name, "flat"))
 
 
 def methods(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .aggregate import Mean
+from .methods import rule_of
 from .metrics import Metric
 
 __all__ = ["grid_plot", "quality_plot"]
@@ -89,7 +90,7 @@ def grid_plot(
         list(dict.fromkeys(getattr(mean, name) for mean in own)) for name in ("model", "family", "method")
     )
     drawn = [method for method in methods if method != "dense"]
-    rules = list(dict.fromkeys(_rule(method)[0] for method in drawn))
+    rules = list(dict.fromkeys(rule_of(method)[0] for method in drawn))
     figure = Figure(figsize=(5.4 * len(models), 4.2 * len(families)), layout="constrained")
     panels = figure.subplots(len(families), len(models), sharey="row", sharex=True, squeeze=False)
     for i, family in enumerate(families):
@@ -100,7 +101,7 @@ def grid_plot(
                 axes.axhline(dense.mean, color=_QUIET, linestyle=":", linewidth=1)
                 axes.axhspan(dense.low, dense.high, color=_QUIET, alpha=0.15, linewidth=0)
             for k, method in enumerate(drawn):
-                rule, schedule = _rule(method)
+                rule, schedule = rule_of(method)
                 at = rules.index(rule)
                 line = sorted((mean for mean in here if mean.method == method), key=lambda mean: mean.keep)
                 aside = 1.006 ** (2 * k - len(drawn) + 1)  # or intervals hide each other
@@ -121,11 +122,5 @@ def grid_plot(
     for axes in panels[-1]:
         axes.set_xlabel("tokens kept" if over == "keep" else "tokens used, mean of all steps")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3 * len(models), fontsize=8, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
-def _rule(method: str) -> tuple[str, str]:
-    """Rule and schedule of a method's name."""
-    rule, _, schedule = method.rpartition(" ")
-    return (rule, schedule) if rule and schedule in _STYLES else (method, "flat")

@@ -59,6 +59,15 @@ def test_every_baseline_and_model() -> None:
     assert "| a | f | grid |  | 2.5 ± 0 | 2.25 ± 0 |" in markdown(means, "x")
 
 
+def test_a_schedule_is_compared_with_its_flat_one() -> None:
+    values = {"edges": 1, "edges rising": 3, "ReCAST flat": 5, "ReCAST falling": 4}
+    rows = [row("m", e, 0, method, 0.5, v) for e in ("1", "2") for method, v in values.items()]
+    means = aggregate(rows, ["x"], baselines=())
+    assert {(m.method, m.against): m.mean for m in means if m.against} == {
+        ("edges rising", "edges"): 2, ("ReCAST falling", "ReCAST flat"): -1,
+    }  # fmt: skip
+
+
 def test_infinite_and_missing_values_are_left_out() -> None:
     rows = [row("m", str(i), 0, "grid", 0.5, value) for i, value in enumerate((1.0, 3.0, math.inf, ""))]
     (mean,) = aggregate(rows, ["x"])
