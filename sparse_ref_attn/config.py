@@ -116,7 +116,7 @@ class SparseRef:
     layers : tuple of float, optional
         Factors in (0, 1] on the budget, one for each attention layer in order of execution: a layer
         reads that share of the step's kept keys and values, its best ones, rounded up. Only with
-        "cache" and "both".
+        "cache" and "both", and without `rerank_every`.
     rerank_every : int, optional
         Measure and rank again every n steps after the last profiling step. With "tokens" such a step
         is dense; with "cache" it reads all stored keys of the references, at the cost of the scoring
@@ -212,6 +212,11 @@ class SparseRef:
             raise ConfigError(
                 f"rerank_every needs a selector that measures attention, got {type(self.select).__name__}, whose "
                 "ranking would not change"
+            )
+        if self.layers is not None:
+            raise ConfigError(
+                "rerank_every measures every stored key in every layer, of which layers holds a share, got "
+                f"{self.rerank_every} and {self.layers}"
             )
         if self.execute == "both":
             raise ConfigError(

@@ -94,7 +94,13 @@ class Settings:
             fields["from_block"] = draw.randint(1, self.blocks - 1)
         if way == "in_flight" and probes and all(p.steps == (0,) and isinstance(p.blocks, str) for p in probes):
             fields |= {"profile": way, "profile_blocks": draw.choice((None, 1)), "from_block": draw.choice((0, 1))}
-        elif probes and way != "both" and draw.random() < 0.3 and (way != "cache" or _by_generation(probes)):
+        elif (
+            probes
+            and way != "both"
+            and "layers" not in fields
+            and draw.random() < 0.3
+            and (way != "cache" or _by_generation(probes))
+        ):
             fields["rerank_every"] = draw.choice((1, 2))
         for name in ("floor", "weights", "multiple", "guard", "clock", "seed"):
             if draw.random() < 0.2 and not (name == "guard" and isinstance(fields["select"], Reducer)):
