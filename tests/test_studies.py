@@ -217,8 +217,10 @@ def test_the_command_writes_rows_that_can_be_read_back(monkeypatch, tmp_path, ca
     monkeypatch.setattr(direction, "cases", lambda steps: [cases.Case("dense", 1.0, cases.dense)])
     main(["--out", str(out), "--only", "direction", "--subjects", "2", "--seeds", "1", "--steps", "3"])
     assert "direction: 2 of 2 subjects and seeds" in capsys.readouterr().err
-    first, last = rows_of(out / "runs.csv")
-    assert (first["seconds"], last["study"], last["steps"], last["model"]) == ("", "direction", "3", "dense")
+    first, *_, last = runs = rows_of(out / "runs.csv")
+    assert [run["model"] for run in runs] == 2 * ["dense", "control", "drop"]
+    assert len({run["weights"] for run in runs}) == 3
+    assert (first["seconds"], last["study"], last["steps"]) == ("", "direction", "3")
     assert last["seconds"].isdigit()
     measured = read(out, "direction")
     assert measured.interval([Term(1.0, "tokens", {"method": "dense", "keep": 1.0})]).mean == 256

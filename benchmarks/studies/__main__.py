@@ -23,6 +23,7 @@ PICTURES = {
     "sparse_context": sparse_context,
 }  # fmt: skip
 ATTENTION = {"mass": mass, "stability": stability}
+WEIGHTS = Path(__file__).parent.parent / "weights"
 NAMES = (*ATTENTION, *PICTURES)
 RUNS = ("study", "model", "weights", "parameters", "steps", "subjects", "seeds", "seconds", "threads", "date", "commit",
         "device", "torch", "diffusers")  # fmt: skip
@@ -33,8 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--transformer", default=TRAINED, help="folder of dense-trained weights (default: those that ship)"
     )
-    parser.add_argument("--control", help="folder of weights that were trained on without dropping")
-    parser.add_argument("--drop", help="folder of weights that were trained on with random dropping")
+    parser.add_argument("--control", default=WEIGHTS / "control", help="weights that were trained on without dropping")
+    parser.add_argument("--drop", default=WEIGHTS / "drop", help="weights that were trained on with random dropping")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "studies")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--subjects", type=int, default=16, help="held-out subjects, up to 107")
@@ -48,11 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     folders = {"dense": args.transformer, "control": args.control, "drop": args.drop}
     with torch.no_grad():
-        generators = {
-            model: Generator(toy_pipeline(folder), args.steps)
-            for model, folder in folders.items()
-            if folder is not None
-        }
+        generators = {model: Generator(toy_pipeline(str(folder)), args.steps) for model, folder in folders.items()}
         for name in args.only:
             _note(name, generators, args, None)
             began = time.perf_counter()
