@@ -36,7 +36,7 @@ def references_of(scores: Callable[[int], Any]) -> sra.FromFunction:
         (lambda: sra.SparseRef("gird"), r"a selector must be a Selector or one of .*'grid'.*, got 'gird'"),
         (lambda: sra.SparseRef(floor=1.5), r"floor as a ratio must lie in \[0, 1\], got 1.5"),
         (lambda: sra.SparseRef(floor=-1), r"floor must be a ratio in \[0, 1\] or a number of tokens, got -1"),
-        (lambda: sra.SparseRef(weights=(1, 0)), r"weights must be finite numbers above 0, .* got \(1.0, 0.0\)"),
+        (lambda: sra.SparseRef(weights=(1, 0)), r"weights must be finite numbers above 0, .* got \(1, 0\)"),
         (lambda: sra.SparseRef(multiple=0), r"multiple must be an int of at least 1, got 0"),
         (lambda: sra.SparseRef(clock="time"), r'clock must be "steps" or "sigma", got \'time\''),
         (lambda: sra.SparseRef(execute="rows"), "execute must be one of tokens, cache, both, got 'rows'"),
