@@ -14,7 +14,7 @@ from .results import RESULTS, read
 
 ROOT = RESULTS.parent.parent
 
-__all__ = ["insert", "pipeline"]
+__all__ = ["insert", "learned", "pipeline"]
 
 UNITS = {"side": "{} px", "batch": "batch {}"}
 
@@ -51,6 +51,26 @@ def pipeline(path: Path) -> str:
     return "\n".join(lines)
 
 
+def learned(path: Path) -> str:
+    """Markdown of the small model: PSNR of the subject in subject-driven edits, by training and share kept."""
+    metric = "subject PSNR (dB) vs target"
+    cells: dict[str, dict[tuple[str, str], str]] = {}
+    for row in read(path):
+        if (row["family"], row["metric"], row["against"]) == ("subject-driven", metric, ""):
+            spread = (float(row["high"]) - float(row["low"])) / 2
+            cells.setdefault(row["method"], {})[row["model"], row["keep"]] = f"{float(row['mean']):.1f} ± {spread:.1f}"
+    models = {"dense": "trained dense", "control": "and 600 steps more", "drop": "and 600 with dropping"}
+    keeps = ("0.25", "0.1")
+    columns = [(model, keep) for model in models for keep in keeps]
+    titles = [f"{models[model]}, {float(keep):.0%}".replace("%", " %") for model, keep in columns]
+    lines = [f"| kept by | {' | '.join(titles)} |", "|---|" + "--:|" * len(columns)]
+    dense = cells.pop("dense")
+    lines.append("| all tokens | " + " | ".join(dense[model, "1.0"] for model, _ in columns) + " |")
+    for method in sorted(cells, key=lambda name: -float(cells[name]["dense", keeps[0]].split()[0])):
+        lines.append(f"| {method} | " + " | ".join(cells[method][column] for column in columns) + " |")
+    return "\n".join(lines)
+
+
 def _environment(row: dict[str, str]) -> str:
     return (
         f"{row['device']}, {row['threads']} threads, {row['dtype']}, torch {row['torch']}, diffusers "
@@ -59,11 +79,12 @@ def _environment(row: dict[str, str]) -> str:
 
 
 def insert(text: str) -> str:
-    """`text` with every ``<!-- table:NAME -->`` block filled from ``results/NAME.csv``."""
+    """`text` with every ``<!-- table:NAME -->`` block filled from ``results/NAME.csv``, or ``results/eval``."""
 
     def fill(match: re.Match[str]) -> str:
-        path = RESULTS / f"{match[1]}.csv"
-        return f"<!-- table:{match[1]} -->\n{pipeline(path)}\n<!-- /table -->"
+        name = match[1]
+        made = learned(RESULTS / "eval/summary.csv") if name == "eval" else pipeline(RESULTS / f"{name}.csv")
+        return f"<!-- table:{name} -->\n{made}\n<!-- /table -->"
 
     return re.sub(r"<!-- table:(\w+) -->\n.*?<!-- /table -->", fill, text, flags=re.DOTALL)
 
