@@ -64,7 +64,8 @@ class Stability:
     step : int
         The step whose attention was measured.
     spearman : tuple of float
-        Rank correlation with the ranking before, one a reference, in [-1, 1].
+        Rank correlation with the ranking before, one a reference, in [-1, 1]; NaN where a ranking has all tokens
+        alike, as that of a single token does.
     overlap : float
         Share of the tokens kept at that step that the later ranking keeps too, in [0, 1].
     """

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sparse_ref_attn.errors import ConfigError, LayoutError
 from sparse_ref_attn.overlay import save_budget_strip, save_overlay
-from sparse_ref_attn.record import BlockAttention, RunRecord, StepRecord
+from sparse_ref_attn.record import BlockAttention, RunRecord, Stability, StepRecord
 from sparse_ref_attn.report import FlopSummary, attention_table, summary
 from sparse_ref_attn.types import Reference, RefSelection, TokenLayout
 
@@ -375,3 +375,11 @@ def test_a_run_that_kept_everything_has_an_overlay_too(tmp_path, run):
     run.steps[-1] = step_of(1, layout, [0, 4])
     save_overlay(run, tmp_path / "sparse.png")
     assert pixels_of(tmp_path / "dense.png").sum() > pixels_of(tmp_path / "sparse.png").sum()
+
+
+def test_a_ranking_of_one_token_has_no_rank_correlation(run):
+    run.stability.append(Stability(2, (math.nan, 0.5), 0.75))
+    assert json.loads(summary(run, "json"))["stability"][0]["spearman"] == [None, 0.5]
+    assert "rank correlation 0.50 to 0.50" in summary(run)
+    run.stability[0] = Stability(2, (math.nan, math.nan), 0.75)
+    assert "rank correlation undefined, 75 % or more of the kept stayed" in " ".join(summary(run).split())

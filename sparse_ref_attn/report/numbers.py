@@ -181,7 +181,11 @@ def _measure(record: RunRecord, flops: FlopSummary | None, dense_seconds: float 
         "flops": work,
         "cache": _cache(record),
         "stability": [
-            {"step": entry.step, "spearman": list(entry.spearman), "overlap": entry.overlap}
+            {
+                "step": entry.step,
+                "spearman": [None if math.isnan(rank) else rank for rank in entry.spearman],
+                "overlap": entry.overlap,
+            }
             for entry in record.stability
         ],
         "by_step": {

@@ -83,12 +83,13 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
             ("reference K/V held", f"{sizes[0]} at most, {sizes[1]} in the last step, {sizes[2]} with every token")
         )
     if again:
-        ranks = [r for entry in again for r in entry["spearman"]]
+        ranks = [r for entry in again for r in entry["spearman"] if r is not None]
+        likeness = f"rank correlation {min(ranks):.2f} to {max(ranks):.2f}" if ranks else "rank correlation undefined"
         rows.append(
             (
                 "ranked again",
-                f"in step {', '.join(str(entry['step']) for entry in again)}: rank correlation {min(ranks):.2f} to "
-                f"{max(ranks):.2f}, {_percent(min(entry['overlap'] for entry in again))} or more of the kept stayed",
+                f"in step {', '.join(str(entry['step']) for entry in again)}: {likeness}, "
+                f"{_percent(min(entry['overlap'] for entry in again))} or more of the kept stayed",
             )
         )
     host = data["host_ms_per_step"]
