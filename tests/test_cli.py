@@ -26,7 +26,7 @@ from sparse_ref_attn.cli import execution, main
 from sparse_ref_attn.eval.clock import time_call
 from sparse_ref_attn.eval.compare import compare
 from sparse_ref_attn.eval.embedded import SIZES, kontext_pipeline
-from sparse_ref_attn.eval.loading import call_arguments
+from sparse_ref_attn.eval.loading import call_arguments, open_image
 from sparse_ref_attn.ops.gather_attention.api import BACKENDS
 from tests.pictures import picture
 from tests.pipelines import CASES
@@ -157,6 +157,12 @@ def test_demo_takes_a_photo_of_any_shape(tmp_path: Path, photo: Path) -> None:
     (reference,) = report(tmp_path)["run"]["references"]
     assert reference["grid"] == [6, 11]
     assert reference["kept_mean"] == 33
+
+
+def test_a_picture_of_too_many_pixels(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(sra.ConfigError, match=r"an image must be a readable file, got .* exceeds limit"):
+        open_image(photo)
 
 
 def test_demo_recast_profiles_and_then_drops(tmp_path: Path) -> None:

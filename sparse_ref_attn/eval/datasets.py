@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
+from ..metadata import read_lines
 from .examples import Example, Examples, Mask
 from .loading import open_image
 
@@ -56,10 +57,10 @@ def _folder(root: Path) -> Examples:
     for number, line in enumerate(lines, 1):
         references, masks = _listed(line.get("reference")), _listed(line.get("reference_mask"))
         if not references or not all(isinstance(name, str) for name in references):
-            raise ConfigError(f"{root}/metadata.jsonl, line {number} must have a reference, got {line}")
+            raise ConfigError(f"{root}/metadata.jsonl, example {number} must have a reference, got {line}")
         if masks and len(masks) != len(references):
             raise ConfigError(
-                f"{root}/metadata.jsonl, line {number} must have a mask for each reference, got {len(masks)} for "
+                f"{root}/metadata.jsonl, example {number} must have a mask for each reference, got {len(masks)} for "
                 f"{len(references)}"
             )
         files = [line.get(name) for name in ("target", "mask")]
@@ -161,18 +162,7 @@ def _lines(index: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     """The objects of a ``metadata.jsonl``, each with the texts `fields`."""
     if not index.is_file():
         raise ConfigError(f"a data set must have metadata.jsonl, got none in {index.parent}")
-    found = []
-    for number, text in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{index}, line {number} must be a JSON object, got: {error}") from error
-        if not isinstance(line, dict) or not all(isinstance(line.get(field), str) for field in fields):
-            raise ConfigError(f"{index}, line {number} must have the texts {', '.join(fields)}, got {text[:80]}")
-        found.append(line)
-    if not found:
-        raise ConfigError(f"{index} must name at least one example, got an empty file")
-    return found
+    return read_lines(index, fields, "example")
 
 
 def _listed(value: Any) -> list[Any]:

@@ -155,7 +155,7 @@ def open_image(path: str | os.PathLike[str]) -> Any:
         raise ConfigError(f"an image must be a file, got {path}, which does not exist") from error
     except UnidentifiedImageError as error:
         raise ConfigError(f"an image must be in a format that Pillow reads, got {path}") from error
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(f"an image must be a readable file, got {path}: {error}") from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..metadata import read_lines
 from .batches import Batch, encode
 
 __all__ = ["FolderBatches"]
@@ -94,24 +94,7 @@ def _pairs(root: Path) -> list[dict[str, str]]:
     index = root / "metadata.jsonl"
     if not index.is_file():
         raise ConfigError(f"a folder of pairs must hold metadata.jsonl, got {root}")
-    pairs = []
-    try:
-        lines = index.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{index} must be readable text in UTF-8, got: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            pair = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{index}, line {number} must be a JSON object, got: {error}") from error
-        if not isinstance(pair, dict) or not all(isinstance(pair.get(field), str) for field in _FIELDS):
-            raise ConfigError(f"{index}, line {number} must have the texts {', '.join(_FIELDS)}, got {line[:80]}")
-        pairs.append(pair)
-    if not pairs:
-        raise ConfigError(f"{index} must name at least one pair, got an empty file")
-    return pairs
+    return read_lines(index, _FIELDS, "pair")
 
 
 def _open(path: Path) -> Any:

@@ -141,6 +141,9 @@ def test_bad_folders_are_told(tmp_path: Path) -> None:
     index.write_text("")
     with pytest.raises(ConfigError, match="at least one example, got an empty file"):
         load_examples(str(tmp_path))
+    index.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="must be readable text in UTF-8"):
+        load_examples(str(tmp_path))
     index.write_text("{")
     with pytest.raises(ConfigError, match="line 1 must be a JSON object"):
         load_examples(str(tmp_path))
