@@ -75,10 +75,7 @@ def measure(
 
 
 def _one(case: Case, generator: Generator, rows: Rows, subject: int, seed: int) -> None:
-    key = {
-        "model": case.model, "weights": generator.weights, "steps": generator.steps, "task": case.task,
-        "subject": subject, "seed": seed, "method": case.method, "keep": case.keep,
-    }  # fmt: skip
+    key = {**generator.key(case.model, case.task, subject, seed), "method": case.method, "keep": case.keep}
     if rows.has(key):
         return
     question = Question(case.task, subject)

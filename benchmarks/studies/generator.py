@@ -51,6 +51,13 @@ class Generator:
         self._made: dict[tuple[Question, int, sra.SparseRef | None], Run] = {}
         pipe.set_progress_bar_config(disable=True)
 
+    def key(self, model: str, task: str, subject: int, seed: int) -> dict[str, Any]:
+        """What a row of any study begins with; `model` is the name of these weights."""
+        return {
+            "model": model, "weights": self.weights, "steps": self.steps, "task": task,
+            "subject": subject, "seed": seed,
+        }  # fmt: skip
+
     def forget(self) -> None:
         """Drop the runs that were made."""
         self._made.clear()

@@ -37,10 +37,7 @@ def measure(
     for subject in range(subjects):
         for seed in range(seeds):
             for task in TASKS:
-                key = {
-                    "model": "dense", "weights": generator.weights, "steps": generator.steps, "task": task,
-                    "subject": subject, "seed": seed,
-                }  # fmt: skip
+                key = generator.key("dense", task, subject, seed)
                 if rows.has({**key, "step": generator.steps - 1, "block": "all"}):
                     continue
                 question = Question(task, subject)

@@ -39,10 +39,7 @@ def measure(
     for subject in range(subjects):
         first: Tensor | None = None
         for seed in range(seeds):
-            key = {
-                "model": "dense", "weights": generator.weights, "steps": generator.steps, "task": "place",
-                "subject": subject, "seed": seed,
-            }  # fmt: skip
+            key = generator.key("dense", "place", subject, seed)
             if not rows.has({**key, "kind": "prompt", "a": 0, "b": PROMPTS}):
                 found = masses(generator, Question("place", subject), seed)
                 made = [{**key, **row} for row in _within(found)]

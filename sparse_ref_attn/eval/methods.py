@@ -32,18 +32,11 @@ RULES: tuple[str, ...] = (
 SCHEDULES: tuple[str, ...] = ("flat", "rising", "falling", "dense-first")
 """Ways to spread the same tokens over the steps; "dense-first" spends one dense step more, as ReCAST does."""
 
-METHODS: tuple[str, ...] = (
-    "downscaled",
-    "ReCAST rising",
-    "ReCAST flat",
-    "edges",
-    "saliency",
-    "mass x values",
-    "self-attention",
-    "cosine",
-    "grid",
-    "random",
-    "ToMe",
+METHODS: tuple[str, ...] = tuple(
+    name
+    for rule in RULES
+    if rule != "subject mask"
+    for name in (("ReCAST rising", "ReCAST flat") if rule == "ReCAST" else (rule,))
 )
 """What `methods` can make of any picture; with a schedule (`method_name`) it makes more."""
 
