@@ -26,7 +26,7 @@ class RowStore:
     """``rows.csv`` of a folder, and the parts that running processes append to.
 
     A row is one line, written at once: a process that is killed leaves at most the beginning of a line, which is not
-    read. `merge` makes one file of all parts, in an order that does not depend on who made which row.
+    read. Metrics have six digits. `merge` makes one file of all parts, in an order that does not depend on who made which row.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ class RowStore:
             self._part = path.open("a", newline="", encoding="utf-8")
             if new:
                 self._part.write(_line(self.columns))
-        self._part.write("".join(_line([_text(row[name]) for name in self.columns]) for row in rows))
+        self._part.write("".join(_line(self._texts(row)) for row in rows))
         self._part.flush()
 
     def merge(self) -> list[Row]:
@@ -99,6 +99,9 @@ class RowStore:
         for part in self._parts():
             part.unlink()
         return rows
+
+    def _texts(self, row: Mapping[str, Any]) -> list[str]:
+        return [str(row[name]) if name in KEY else _text(row[name]) for name in self.columns]
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("rows.part-*.csv"))
@@ -146,5 +149,5 @@ def _line(values: Sequence[str]) -> str:
     return buffer.getvalue()
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
