@@ -293,6 +293,28 @@ def test_an_error_in_one_item_ends_the_batch(name: str, error: BaseException) ->
     assert_close(items.together(MASS).images, want)
 
 
+@pytest.mark.parametrize("name", ["klein", "klein_kv"])
+def test_a_batch_after_an_interrupted_run_of_a_patched_pipeline(name: str) -> None:
+    """What the run left on the attention comes off while the batch's own backends are on it."""
+    case = CASES[name]
+    pipe = case.build()
+    items = Items(case, pipe)
+    want, _ = items.alone(MASS)
+    before = state(pipe)
+    handle = sra.patch(pipe, MASS)
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = pipe.transformer.transformer_blocks[0].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        case.call(pipe)
+    hook.remove()
+    assert_close(items.together(None).images, want)
+    handle.remove()
+    assert state(pipe) == before
+
+
 def test_an_error_before_the_first_step_and_one_in_the_joined_call(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["klein"]
     pipe = case.build()

@@ -226,7 +226,8 @@ Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Attention], Tensor]
 class PrivateBackend:
     """An attention backend for one processor, in force from `enter` to `leave`.
 
-    It is an unlisted ``AttentionBackendName``, so the public enum stays as it is.
+    It is an unlisted ``AttentionBackendName``, so the public enum stays as it is. Those of one processor may leave in
+    any order: a call that was broken off leaves when the next one comes, which may have entered by then.
 
     Parameters
     ----------
@@ -244,7 +245,7 @@ class PrivateBackend:
         self._own: bool | None = None
         value = f"sparse_ref_attn_{id(processor)}_{id(self)}"
         self._member = str.__new__(self._dispatch.AttentionBackendName, value)
-        self._member._name_, self._member._value_ = value.upper(), value
+        self._member._name_, self._member._value_, self._member.owner = value.upper(), value, self
 
         def backend(
             query: Tensor,
@@ -286,11 +287,21 @@ class PrivateBackend:
         """Give the processor its own backend back."""
         if self._own is None:
             return
-        if self._own:
+        later = self._entered_on_top()
+        if later is not None:
+            later._own, later._inner = self._own, self._inner
+        elif self._own:
             self._processor._attention_backend = self._inner
         else:
             del self._processor._attention_backend
         self._own = None
+
+    def _entered_on_top(self) -> PrivateBackend | None:
+        """The backend that this one would have to be given back to."""
+        backend = getattr(self._processor._attention_backend, "owner", None)
+        while backend is not None and backend._inner is not self._member:
+            backend = getattr(backend._inner, "owner", None)
+        return backend
 
     def remove(self) -> None:
         """Leave for good."""
