@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from ..errors import SparseRefError
 from .arguments import parser
 
 __all__ = ["main"]
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,4 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
         return 1
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        print(f"sra: error: what is written must fit on the disk, got: {error}", file=sys.stderr)
+        return 2
     return code or 0

@@ -17,6 +17,7 @@ from torch import distributed
 
 from ..adapters import patched
 from ..errors import ConfigError, SparseRefError
+from ..files import replacing
 from .examples import Example, Examples
 from .methods import methods
 from .models import EvalModel
@@ -234,6 +235,5 @@ def _write_header(folder: Path, settings: dict[str, Any], models: Sequence[EvalM
                 f"{model.name!r}: use another name or folder"
             )
     header["runs"].append({"began": datetime.now(timezone.utc).isoformat(timespec="seconds"), **about})
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    with replacing(path) as draft:
+        Path(draft).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import ConfigError
+from ..files import fits, replacing
 
 __all__ = ["KEY", "Key", "RowStore", "read_rows"]
 
@@ -26,7 +27,8 @@ class RowStore:
     """``rows.csv`` of a folder, and the parts that running processes append to.
 
     A row is one line, written at once: a process that is killed leaves at most the beginning of a line, which is not
-    read. Metrics have six digits. `merge` makes one file of all parts, in an order that does not depend on who made which row.
+    read. Metrics have six digits. `merge` makes one file of all parts, in an order that does not depend on who made
+    which row.
 
     Parameters
     ----------
@@ -73,14 +75,15 @@ class RowStore:
 
     def append(self, process: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write rows of one process, all or, if it is killed, the first of them."""
-        if self._part is None:
-            path = self.folder / f"rows.part-{process}.csv"
-            new = not path.exists() or path.stat().st_size == 0
-            self._part = path.open("a", newline="", encoding="utf-8")
-            if new:
-                self._part.write(_line(self.columns))
-        self._part.write("".join(_line(self._texts(row)) for row in rows))
-        self._part.flush()
+        with fits("the rows", self.folder):
+            if self._part is None:
+                path = self.folder / f"rows.part-{process}.csv"
+                new = not path.exists() or path.stat().st_size == 0
+                self._part = path.open("a", newline="", encoding="utf-8")
+                if new:
+                    self._part.write(_line(self.columns))
+            self._part.write("".join(_line(self._texts(row)) for row in rows))
+            self._part.flush()
 
     def merge(self) -> list[Row]:
         """Put all parts into ``rows.csv``; the rows, in order."""
@@ -88,14 +91,11 @@ class RowStore:
             self._part.close()
             self._part = None
         rows = sorted(self._all(), key=_order)
-        path = self.folder / "rows.csv"
-        fresh = path.with_suffix(".new")
-        with fresh.open("w", newline="", encoding="utf-8") as file:
+        with replacing(self.folder / "rows.csv") as draft, open(draft, "w", newline="", encoding="utf-8") as file:
             file.write(_line(self.columns))
             file.writelines(_line([row[name] for name in self.columns]) for row in rows)
             file.flush()
             os.fsync(file.fileno())
-        fresh.replace(path)
         for part in self._parts():
             part.unlink()
         return rows

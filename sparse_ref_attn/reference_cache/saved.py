@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
+from ..files import replacing
 from ..selection import Ranking
-from ..selection.saved import replacing
 from ..types import RefSelection
 
 __all__ = ["ReferenceCache", "Source"]
@@ -140,7 +140,13 @@ class ReferenceCache:
         return replace(self, layers=layers, tokens=self.tokens.to(device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file; the file at `path` is replaced at once or, on failure, left as it was."""
+        """Write a safetensors file; the file at `path` is replaced at once or, on failure, left as it was.
+
+        Raises
+        ------
+        ConfigError
+            If it cannot be written, on a full disk for example.
+        """
         from safetensors.torch import save_file
 
         tensors = {f"{name}_{i}": x for i, pair in enumerate(self.layers) for name, x in zip("kv", pair, strict=True)}
@@ -149,7 +155,7 @@ class ReferenceCache:
         if self.ranking is not None:
             about["ranked"] = {"model": self.ranking.model, "fingerprint": self.ranking.fingerprint}
             tensors |= {f"scores_{i}": score for i, score in enumerate(self.ranking.scores)}
-        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        tensors = _apart({name: x.detach().cpu().contiguous() for name, x in tensors.items()})
         with replacing(path) as draft:
             save_file(tensors, draft, {"format": FORMAT, "about": json.dumps(about)})
 
@@ -188,6 +194,15 @@ class ReferenceCache:
                 f"{os.fspath(path)!r} must be a file written by ReferenceCache.save ({FORMAT!r}), got "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, none in the memory of another: safetensors refuses those."""
+    found: dict[int, str] = {}
+    for name, x in tensors.items():
+        if found.setdefault(x.untyped_storage().data_ptr(), name) != name:
+            tensors[name] = x.clone()
+    return tensors
 
 
 def _short(value: object) -> str:

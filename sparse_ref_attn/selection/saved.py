@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import struct
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
+from ..files import replacing
 from .base import References, Selector
 from .ranking import fingerprint
 from .stability import spearman
 
-__all__ = ["Ranking", "SavedRanking", "replacing"]
+__all__ = ["Ranking", "SavedRanking"]
 
 FORMAT = "sparse_ref_attn ranking 1"
 
@@ -95,7 +94,13 @@ class Ranking:
         return tuple(len(score) for score in self.scores)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an npz file; the file at `path` is replaced at once or, on failure, left as it was."""
+        """Write an npz file; the file at `path` is replaced at once or, on failure, left as it was.
+
+        Raises
+        ------
+        ConfigError
+            If it cannot be written, on a full disk for example.
+        """
         about = {"format": FORMAT, "grids": self.grids, "model": self.model, "fingerprint": self.fingerprint}
         arrays = {f"scores_{i}": score.numpy() for i, score in enumerate(self.scores)}
         with replacing(path) as draft, open(draft, "wb") as file:
@@ -135,20 +140,6 @@ class Ranking:
             If the references' sizes differ.
         """
         return spearman(self.scores, other.scores)
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Gives the name of a draft to write; the file at `path` becomes it at once or, on an exception, stays."""
-    target = Path(path)
-    handle, draft = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    os.close(handle)
-    try:
-        yield draft
-        os.replace(draft, target)
-    except BaseException:
-        os.unlink(draft)
-        raise
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
+from ..files import fits
 
-__all__ = ["begin_from", "fits", "latest", "load", "save", "whole"]
+__all__ = ["begin_from", "latest", "load", "save", "whole"]
 
 _KEPT = 2  # checkpoints of a run
-
-
-@contextmanager
-def fits(what: str, folder: Path) -> Iterator[None]:
-    """Inside, what cannot be written into `folder`, on a full disk for example, is a ConfigError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as RuntimeError
-        raise ConfigError(f"{what} must fit into {folder}, got: {error}") from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VersionError
-from .checkpoint import fits
+from ..files import replacing
 
 __all__ = ["Log", "progress"]
 
@@ -37,11 +37,8 @@ class Log:
         self.rows.append({"step": str(step)} | {name: f"{number:.6g}" for name, number in numbers.items()})
 
     def write(self) -> None:
-        """Write all rows, through a second file that takes the first one's place; ConfigError on a full disk."""
-        partial = self.path.with_suffix(".partial")
-        with fits(self.path.name, self.path.parent):
-            with partial.open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(self.rows[-1]))
-                writer.writeheader()
-                writer.writerows(self.rows)
-            partial.replace(self.path)
+        """Write all rows, in the place of the old ones; ConfigError on a full disk."""
+        with replacing(self.path) as draft, open(draft, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(self.rows[-1]))
+            writer.writeheader()
+            writer.writerows(self.rows)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ConfigError, VersionError
-from .checkpoint import fits
+from ..files import fits
 from .random_drop import RandomDrop
 
 __all__ = ["TARGETS", "add_lora", "save_lora"]
