@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from .log import Log, progress
 from .patching import TrainingHandle
 
 __all__ = ["TrainConfig", "train"]
+
+logger = logging.getLogger("sparse_ref_attn")
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def train(
     start = 0
     found = checkpoint.latest(out)
     if found is not None:
-        start = _resume(found, weights, ema, optimizers, drop)
+        start = _resume(found, weights, ema, optimizers, drop, config)
     model = accelerator.prepare(transformer)
     log = Log(out, start) if accelerator.is_main_process else None
     bar = progress(start, config.steps)
@@ -202,9 +205,17 @@ def _resume(
     ema: dict[str, Tensor],
     optimizers: list[torch.optim.Optimizer],
     drop: TrainingHandle | None,
+    config: TrainConfig,
 ) -> int:
     """Take up the run where its checkpoint is; how many steps are done."""
     states, stored = checkpoint.load(found, weights, ema)
+    changed = [
+        f"{name} {stored['train'][name]!r}, now {value!r}"
+        for name, value in asdict(config).items()
+        if name not in ("steps", "checkpoint_every") and stored["train"].get(name, value) != value
+    ]
+    if changed:
+        logger.warning("%s goes on with other settings than it was trained with: %s", found, "; ".join(changed))
     dropped = stored["draws"] is not None
     if dropped != (drop is not None):
         words = ("with", "without") if dropped else ("without", "with")

@@ -94,6 +94,15 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     assert [row["step"] for row in rows[1]] == list("123456")
 
 
+def test_a_run_that_goes_on_with_other_settings_says_which(tmp_path, caplog):
+    train(Pipe(), batches, TrainConfig(steps=2, **SETTINGS), tmp_path)
+    train(Pipe(), batches, TrainConfig(steps=3, **SETTINGS), tmp_path)
+    assert "other settings" not in caplog.text
+    train(Pipe(), batches, TrainConfig(steps=4, **SETTINGS | {"seed": 5, "lr": 0.25}), tmp_path)
+    assert "step-000003 goes on with other settings" in caplog.text
+    assert caplog.messages[-1].endswith("with: lr 0.002, now 0.25; seed 0, now 5")
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
