@@ -74,7 +74,7 @@ class PatchHandle:
         return list(self.record.notes)
 
     def begin(self, steps: int) -> None:
-        """Start a run of `steps` steps of a bare transformer in somebody else's loop.
+        """Start a run of `steps` steps, 1 to 100000, of a bare transformer in somebody else's loop.
 
         It lasts until the next `begin`, a step below the last one (a new run), or a run of the
         patched pipeline itself.

@@ -18,6 +18,8 @@ __all__ = ["ManualSteps", "ObservedSteps", "PipelineSteps", "RunStep"]
 
 logger = logging.getLogger("sparse_ref_attn")
 
+_MOST_STEPS = 100_000  # a budget is asked for each of them
+
 _SYNCS = (
     "the step is read from the timestep, one device sync a call; "
     "call handle.begin(steps=...) and handle.step(i) to avoid it"
@@ -117,8 +119,8 @@ class ManualSteps:
     """Told by the user: ``handle.begin(steps=...)`` and ``handle.step(i)``. A lower step is a new run."""
 
     def __init__(self, total: int) -> None:
-        if isinstance(total, bool) or not isinstance(total, int) or total < 1:
-            raise ConfigError(f"steps must be an int of at least 1, got {total!r}")
+        if isinstance(total, bool) or not isinstance(total, int) or not 1 <= total <= _MOST_STEPS:
+            raise ConfigError(f"steps must be an int in 1..{_MOST_STEPS}, got {total!r}")
         self._total = total
         self._step = 0
         self._key = object()

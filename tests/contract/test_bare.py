@@ -195,10 +195,10 @@ def test_a_pipelines_own_run_ends_a_driven_one() -> None:
     assert steps(handle) == ran
 
 
-@pytest.mark.parametrize("count", [0, -1, 2.0, True, None])
+@pytest.mark.parametrize("count", [0, -1, 2.0, True, None, 10**9])
 def test_begin_and_step_with_bad_values(count: Any) -> None:
     handle = sra.patch(KLEIN.build().transformer, GRID)
-    with pytest.raises(sra.ConfigError, match=f"steps must be an int of at least 1, got {count}"):
+    with pytest.raises(sra.ConfigError, match=rf"steps must be an int in 1\.\.100000, got {count}"):
         handle.begin(count)
     with pytest.raises(sra.IncompatibleError, match=r"handle\.begin\(steps=\.\.\.\) must be called before"):
         handle.step(0)
