@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,9 @@ PACKAGES = {
     "accelerate": "offloading",
     "pillow": "pictures",
     "peft": "training",
+    "matplotlib": "evaluation",
     "scikit-image": "evaluation",
+    "scipy": "evaluation",
     "flash-attn": "optional attention kernels",
     "flash-attn-3": "optional attention kernels",
     "fa3-fwd": "optional attention kernels",
@@ -117,24 +120,33 @@ def _plain_call() -> _support.Call:
 
 
 def _abilities(installed: dict[str, str | None]) -> list[Ability]:
-    extra = "pip install 'sparse-ref-attn[diffusers]'"
-    absent = [name for name in ("diffusers", "transformers", "pillow") if installed[name] is None]
-    pipelines = f"{', '.join(absent)} not installed: {extra}" if absent else ""
+    pipelines = _absent(installed, ("diffusers", "transformers", "pillow"), "diffusers")
     if not pipelines:
         try:
             check_diffusers()
         except VersionError as error:
             pipelines = str(error)
+    rest = {
+        extra: pipelines or _absent(installed, names, extra)
+        for extra, names in (("eval", ("matplotlib", "scikit-image", "scipy")), ("train", ("accelerate", "peft")))
+    }
     gpu = "" if torch.cuda.is_available() else "no CUDA device, or torch was built without CUDA"
-    offload = gpu or ("" if installed["accelerate"] else f"accelerate not installed: {extra}")
+    offload = gpu or _absent(installed, ("accelerate",), "diffusers")
     return [
         Ability("patch a diffusers pipeline", pipelines),
         Ability("patch a transformer of your own (PlainAdapter)"),
         Ability("sra demo", pipelines),
         Ability("sra run", pipelines),
+        Ability("sra compare and eval", rest["eval"]),
+        Ability("sra train", rest["train"]),
         Ability("run on a GPU", gpu),
         Ability("offload a model to the CPU's memory (sra run --offload)", offload),
     ]
+
+
+def _absent(installed: dict[str, str | None], names: Sequence[str], extra: str) -> str:
+    absent = [name for name in names if installed[name] is None]
+    return f"{', '.join(absent)} not installed: pip install 'sparse-ref-attn[{extra}]'" if absent else ""
 
 
 def diagnose() -> dict[str, Any]:

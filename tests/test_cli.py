@@ -432,12 +432,24 @@ def test_doctor_says_what_is_there_and_what_is_not() -> None:
     assert "supported: >= 0.42, < 0.43" in text
     assert all(word in text for word in ("FluxTransformer2DModel", "Qwen-Image-Edit", "self-attention", "chunked"))
     assert data["versions"]["torch"] == torch.__version__
-    assert "sra demo" in data["can"]
+    assert {"sra demo", "sra run", "sra compare and eval", "sra train"} <= set(data["can"])
     for name, version in doctor.versions().items():
         line = next(line for line in text.splitlines() if line.strip().startswith(name))
         assert (version or "not installed") in line
     if not torch.cuda.is_available():
         assert "no CUDA device" in data["cannot"]["run on a GPU"]
+
+
+def test_doctor_names_the_packages_that_a_command_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = doctor.versions()
+    monkeypatch.setattr(doctor, "versions", lambda: {**found, "peft": None, "matplotlib": None, "scipy": None})
+    cannot = doctor.diagnose()["cannot"]
+    wanted = "matplotlib, scipy not installed: pip install 'sparse-ref-attn[eval]'"
+    assert cannot["sra compare and eval"] == wanted
+    assert cannot["sra train"] == "peft not installed: pip install 'sparse-ref-attn[train]'"
+    monkeypatch.setattr(doctor, "versions", lambda: {**found, "diffusers": None})
+    cannot = doctor.diagnose()["cannot"]
+    assert all(why.startswith("diffusers not installed") for what, why in cannot.items() if what.startswith("sra"))
 
 
 def test_doctor_names_the_backend_that_auto_takes_and_why_others_cannot() -> None:
