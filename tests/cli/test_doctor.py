@@ -1,0 +1,102 @@
+"""`sra estimate` and `sra doctor`, and the command line itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sparse_ref_attn as sra
+from sparse_ref_attn import doctor
+from sparse_ref_attn.adapters.geometries import named_model
+from sparse_ref_attn.cli import main
+from sparse_ref_attn.ops.gather_attention.api import BACKENDS
+from tests.cli.commands import run
+
+
+def test_estimate_is_that_of_the_library(models: Path) -> None:
+    command = ["estimate", "--references", "2", "--size", "512x768", "--steps", "4", "--preset", "sparse-context"]
+    found = json.loads(run(*command, "--model", "klein-4b", "--keep", "25%", "--json"))
+    same = sra.estimate(
+        named_model("klein-4b"), references=[(512, 768)] * 2, steps=4, config=sra.SparseContext(0.25)
+    ).to_dict()
+    assert found == json.loads(json.dumps(same))
+    assert "FLOP ratio" in run(*command, "--model", models / "klein")
+
+
+def test_doctor_says_what_is_there_and_what_is_not() -> None:
+    text, data = run("doctor"), json.loads(run("doctor", "--json"))
+    assert f"torch            {torch.__version__}" in text
+    assert "supported: >= 0.42, < 0.43" in text
+    assert all(word in text for word in ("FluxTransformer2DModel", "Qwen-Image-Edit", "self-attention", "chunked"))
+    assert data["versions"]["torch"] == torch.__version__
+    assert {"sra demo", "sra run", "sra compare and eval", "sra train"} <= set(data["can"])
+    for name, version in doctor.versions().items():
+        line = next(line for line in text.splitlines() if line.strip().startswith(name))
+        assert (version or "not installed") in line
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in data["cannot"]["run on a GPU"]
+
+
+def test_doctor_names_the_packages_that_a_command_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = doctor.versions()
+    monkeypatch.setattr(doctor, "versions", lambda: {**found, "peft": None, "matplotlib": None, "scipy": None})
+    cannot = doctor.diagnose()["cannot"]
+    wanted = "matplotlib, scipy not installed: pip install 'sparse-ref-attn[eval]'"
+    assert cannot["sra compare and eval"] == wanted
+    assert cannot["sra train"] == "peft not installed: pip install 'sparse-ref-attn[train]'"
+    monkeypatch.setattr(doctor, "versions", lambda: {**found, "diffusers": None})
+    cannot = doctor.diagnose()["cannot"]
+    assert all(why.startswith("diffusers not installed") for what, why in cannot.items() if what.startswith("sra"))
+
+
+def test_doctor_names_the_backend_that_auto_takes_and_why_others_cannot() -> None:
+    text, data = run("doctor"), json.loads(run("doctor", "--json"))
+    assert set(data["backends"]) == {"gather_attention", "attention_mass", "pack_rows"}
+    for op, found in data["backends"].items():
+        section = text.partition(f"  {op}\n")[2]
+        assert section.startswith(f"    {found['auto']:<14} yes, auto takes it\n")
+        assert found["auto"] == found["can"][0]
+        assert all(f"    {name:<14} no: {why}\n" in section for name, why in found["cannot"].items())
+        assert "reference" in found["can"]
+    gather = data["backends"]["gather_attention"]
+    assert {"auto", *gather["can"], *gather["cannot"]} == set(BACKENDS)
+    if not torch.cuda.is_available():
+        assert [data["backends"][op]["auto"] for op in ("gather_attention", "attention_mass", "pack_rows")] == [
+            "sdpa", "chunked", "reference",
+        ]  # fmt: skip
+        assert data["backends"]["gather_attention"]["cannot"]["flash"] == "needs a CUDA device, got cpu"
+        assert all("NVIDIA" in why for why in data["flash_packages"].values())
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as out:
+        done = subprocess.run([sys.executable, "-m", "sparse_ref_attn", "doctor"], stdout=out, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr.decode()) == (1, "")
+
+
+def test_the_command_line_needs_nothing_of_the_eval_extra() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('scipy', 'skimage', 'matplotlib'): sys.modules[name] = None\n"
+        "from sparse_ref_attn.cli import main\n"
+        "assert main(['doctor']) == 0\n"
+        "sys.exit(main(['compare', '--out', 'nowhere']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install 'sparse-ref-attn[diffusers,eval]'" in done.stderr
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.strip() == f"sparse_ref_attn {sra.__version__}"

@@ -1,0 +1,98 @@
+"""A mistake is one clear line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparse_ref_attn.cli import main
+from tests.cli.commands import KLEIN, KONTEXT, TINY
+from tests.pictures import picture
+
+RUN = ["run", "--model", "{models}/kontext", "--prompt", "x", "--out", "{out}", "--image", "{photo}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([*TINY, "--out", "{out}", "--image", "{out}/none.png"], "does not exist"),
+        ([*TINY, "--out", "{out}", "--image", "{text}"], "format that Pillow reads"),
+        ([*TINY, "--out", "{out}", "--keep", "0"], "keep must be a number of tokens"),
+        ([*TINY, "--out", "{out}", "--keep", "1.5"], "keep must be a number of tokens"),
+        ([*TINY, "--out", "{out}", "--keep", "65"], "65"),
+        ([*TINY, "--out", "{out}", "--keep", "most"], "must be a share"),
+        ([*TINY, "--out", "{out}", "--keep", "1"], "write 100% for all"),
+        ([*TINY, "--out", "{out}", "--preset", "recast", "--keep", "0.0"], "must lie in (0, 1]"),
+        ([*TINY, "--out", "{out}", "--preset", "recast", "--keep", "nan"], "must lie in (0, 1]"),
+        ([*TINY, "--out", "{out}", "--preset", "recast", "--keep", "9"], "must be a share"),
+        ([*TINY, "--out", "{out}", "--preset", "best"], "'recast', 'sparse-context'"),
+        ([*TINY, "--out", "{text}"], "must be a directory"),
+        ([*TINY, "--out", "{text}/below"], "must be a directory"),
+        ([*TINY, "--out", "{out}", "--steps", "0"], "at least 1"),
+        ([*TINY], "--out"),
+        ([], "COMMAND"),
+        ([*RUN, "--image", "{photo}"], "takes one reference image, got 2"),
+        ([*RUN, "--set", "strength=1"], "got strength"),
+        ([*RUN, "--set", "strength"], "NAME=VALUE"),
+        ([*RUN, "--height", "32"], "must be given together"),
+        ([*RUN, "--device", "quantum"], "one that torch knows"),
+        ([*RUN, "--device", "cpu", "--offload", "model"], "needs a CUDA device"),
+        ([*RUN, "--model", "{out}"], "must hold model_index.json"),
+        ([*RUN, "--model", "{models}/kontext_inpaint"], "got FluxKontextInpaintPipeline"),
+        (
+            [*RUN, "--model", "{models}/klein", "--image", "{small}", *KLEIN],
+            "Flux2KleinPipeline refused the call: Image",
+        ),
+        ([*TINY, "--out", "{out}", "--execute", "kv"], "invalid choice: 'kv'"),
+        ([*TINY, "--out", "{out}", "--execute", "cache"], 'Use execute="tokens"'),
+        ([*TINY, "--out", "{out}", "--layers", "1,half"], "must be factors in (0, 1]"),
+        ([*TINY, "--out", "{out}", "--layers", "1,0.5"], 'with execute="cache" or "both", got'),
+        ([*TINY, "--out", "{out}", "--from-block", "-1"], "at least 0"),
+        ([*TINY, "--out", "{out}", "--from-block", "3"], "from_block must lie below the model's 3 blocks, got 3"),
+        ([*TINY, "--out", "{out}", "--profile", "in_flight"], "needs a selector (or a guard) that measures"),
+        ([*TINY, "--out", "{out}", "--profile-blocks", "1"], 'with profile="in_flight" only'),
+        ([*TINY, "--out", "{out}", "--rerank-every", "0"], "at least 1"),
+        ([*RUN, "--cache-rows", "some"], "invalid choice: 'some'"),
+        ([*RUN, "--execute", "both", *KONTEXT], "got FLUX.1 Kontext without such a cache"),
+        (
+            ["compare", "--out", "{out}/c", "--methods", "ToMe", "downscaled", "--execute", "cache"],
+            "ToMe, downscaled: a rival that changes tokens",
+        ),
+        (["estimate", "--model", "kontext", "--execute", "cache"], "got FLUX.1 Kontext without such a cache"),
+        (["estimate", "--model", "klein-9b", "--execute", "cache", "--layers", "1"], "each of the 32 attention layers"),
+        (["estimate", "--model", "{out}"], "kontext, flux2-dev"),
+        (["estimate", "--model", "kontext", "--size", "1024"], "WIDTHxHEIGHT"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], words: str, tmp_path: Path, models: Path, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "text").write_text("not an image")
+    picture(32, 32).save(tmp_path / "small.png")
+    places = {
+        "small": tmp_path / "small.png",
+        "out": tmp_path / "out",
+        "text": tmp_path / "text",
+        "models": models,
+        "photo": photo,
+    }
+    assert main([argument.format(**places) for argument in arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sra: error: ")]
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("package", ["diffusers", "transformers"])
+@pytest.mark.parametrize("arguments", [TINY, RUN[:-4] + RUN[-2:]])
+def test_a_missing_package_is_named(
+    package: str, arguments: list[str], tmp_path: Path, models: Path, photo: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, package, None)
+    given = [argument.format(models=models, photo=photo) for argument in arguments]
+    assert main([*given, "--out", str(tmp_path)]) == 2
+    assert "pip install 'sparse-ref-attn[diffusers]'" in capsys.readouterr().err
