@@ -23,7 +23,7 @@ _HOMES = {
     "adapters.batch": ("batch",),
     "adapters.batch_result": ("BatchResult",),
     "adapters.estimate": ("estimate",),
-    "config": ("ReCAST", "SparseContext", "SparseRef"),
+    "config": ("SparseRef",),
     "errors": (
         "BatchError",
         "BudgetError",
@@ -39,6 +39,7 @@ _HOMES = {
         "UnsupportedModelError",
         "VersionError",
     ),
+    "presets": ("ReCAST", "SparseContext"),
     "reference_cache": ("ReferenceCache",),
     "rivals": ("Downscale", "ToMe"),
     "schedules": ("Constant", "Descending", "Linear", "Pieces", "Polynomial", "TopP"),

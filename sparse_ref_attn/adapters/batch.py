@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import ReCAST, SparseRef
+from ..config import SparseRef
 from ..errors import BatchError, ConfigError
+from ..presets import ReCAST
 from ..timing import Stopwatch
 from ..types import TokenLayout
 from . import seams

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import ReCAST, SparseRef
+from ..config import SparseRef
 from ..cost import (
     Flops,
     Memory,
@@ -23,6 +23,7 @@ from ..cost import (
     step_memory,
 )
 from ..errors import ConfigError
+from ..presets import ReCAST
 from ..record import mean_over_blocks
 from ..schedules import Budget, Clock
 from ..selection import Random

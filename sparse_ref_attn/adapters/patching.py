@@ -11,9 +11,10 @@ from typing import Any, Literal, overload
 
 from torch import nn
 
-from ..config import ReCAST, SparseRef
+from ..config import SparseRef
 from ..errors import ConfigError, HandleRemovedError, IncompatibleError, SparseRefError, UnsupportedModelError
 from ..overlay import save_budget_strip, save_overlay
+from ..presets import ReCAST
 from ..record import RunRecord
 from ..reference_cache import ReferenceCache
 from ..report import FlopSummary, attention_table, summary

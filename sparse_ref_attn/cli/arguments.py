@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..adapters.geometries import MODELS
-from ..config import TASKS
 from ..errors import ConfigError
 from ..eval import loading
 from ..eval.methods import METHODS
+from ..presets import TASKS
 from ..selection.names import NAMES
 from . import benching, builtin, commands, evaluating, execution, training
 

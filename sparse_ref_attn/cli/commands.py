@@ -14,13 +14,14 @@ import torch
 
 from .. import doctor
 from ..adapters import estimate as estimates
-from ..config import ReCAST, SparseContext, SparseRef
+from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
 from ..eval import loading, outputs
 from ..eval.compare import Comparison, compare
 from ..eval.geometry import meta_transformer
 from ..kernels import toolchain
 from ..kernels.build import build_kernels
+from ..presets import ReCAST, SparseContext
 from ..toy.scenes import Scene
 from . import builtin, execution
 
