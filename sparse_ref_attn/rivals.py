@@ -133,7 +133,7 @@ def _merge(tokens: Tensor, grid: tuple[int, int], keep: int) -> Reduced:
     place = torch.arange(tokens.shape[1])
     if keep == tokens.shape[1]:
         return Reduced(tokens, torch.stack([place // width, place % width], 1).float())
-    total = tokens.detach().cpu().double()
+    total = tokens.detach().to("cpu", torch.float64, copy=True)
     size = torch.ones_like(place)
     while (number := place.shape[0]) > keep:
         target, source = _bipartition(place, grid)

@@ -127,6 +127,16 @@ def test_tokens_that_nothing_is_merged_into_are_bit_exact(dtype):
     assert 56 <= same < 60
 
 
+@pytest.mark.parametrize("reducer", [sra.ToMe(), sra.Downscale("latents")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_references_stay_what_they_are(reducer, dtype):
+    tokens = torch.randn(1, 64, 4, generator=generator()).to(dtype)
+    seen = references(tokens.clone(), (8, 8))
+    first = reducer.reduce(seen, (20,))[0].tokens
+    assert torch.equal(seen.tokens, tokens)
+    assert torch.equal(reducer.reduce(seen, (20,))[0].tokens, first)
+
+
 def test_merging_repeated_tokens_loses_nothing():
     left, right = torch.tensor([0.1, 1 / 3, -0.7]), torch.tensor([-0.3, 0.2, 1e-3])
     tokens = torch.where((torch.arange(96) % 12 < 6)[:, None], left, right)[None]

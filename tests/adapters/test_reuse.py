@@ -208,7 +208,7 @@ def test_a_file_is_replaced_at_once_or_stays(tmp_path: Path, monkeypatch: pytest
         raise OSError("disk full")
 
     monkeypatch.setattr("safetensors.torch.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(sra.ConfigError, match="disk full"):
         cache.save(path)
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["cache"]

@@ -42,7 +42,7 @@ def test_saving_replaces_and_a_failure_leaves_the_old_file(tmp_path):
     assert torch.equal(Ranking.load(path).scores[0], ranking(1).scores[0])
     target = tmp_path / "folder"
     target.mkdir()
-    with pytest.raises(OSError, match="folder"):
+    with pytest.raises(ConfigError, match="folder must fit into"):
         ranking().save(target)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "r.npz"]
 
