@@ -1,20 +1,23 @@
-"""The README's tables, made from the rows in ``benchmarks/results``.
+"""Tables of `PAGES`, made from the rows in ``benchmarks/results``.
 
-python -m benchmarks.tables            # prints them
-python -m benchmarks.tables --write    # puts them into README.md, between the table's marks
+python -m benchmarks.tables            # prints those of whole pipelines
+python -m benchmarks.tables --write    # puts all of them into the pages, between the tables' marks
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from .results import RESULTS, read
 
 ROOT = RESULTS.parent.parent
 
-__all__ = ["insert", "learned", "pipeline"]
+__all__ = ["EVALUATIONS", "PAGES", "insert", "learned", "pipeline"]
+
+PAGES = ("README.md", "benchmarks/README.md")
 
 UNITS = {"side": "{} px", "batch": "batch {}"}
 
@@ -51,7 +54,15 @@ def pipeline(path: Path) -> str:
     return "\n".join(lines)
 
 
-def learned(path: Path) -> str:
+TRAININGS = {"dense": "trained dense", "control": "and 600 steps more", "drop": "and 600 with dropping"}
+EVALUATIONS = {
+    "eval": (("dense",), ("0.5", "0.25", "0.15", "0.1", "0.05")),
+    "tuned": (tuple(TRAININGS), ("0.25", "0.1")),
+}
+"""Models and shares of the README's tables of `learned`, by their marks."""
+
+
+def learned(path: Path, models: Sequence[str], keeps: Sequence[str]) -> str:
     """Markdown of the small model: PSNR of the subject in subject-driven edits, by training and share kept."""
     metric = "subject PSNR (dB) vs target"
     cells: dict[str, dict[tuple[str, str], str]] = {}
@@ -59,14 +70,14 @@ def learned(path: Path) -> str:
         if (row["family"], row["metric"], row["against"]) == ("subject-driven", metric, ""):
             spread = (float(row["high"]) - float(row["low"])) / 2
             cells.setdefault(row["method"], {})[row["model"], row["keep"]] = f"{float(row['mean']):.1f} ± {spread:.1f}"
-    models = {"dense": "trained dense", "control": "and 600 steps more", "drop": "and 600 with dropping"}
-    keeps = ("0.25", "0.1")
     columns = [(model, keep) for model in models for keep in keeps]
-    titles = [f"{models[model]}, {float(keep):.0%}".replace("%", " %") for model, keep in columns]
+    titles = [
+        ", ".join([TRAININGS[model]] * (len(models) > 1) + [f"{100 * float(keep):.0f} %"]) for model, keep in columns
+    ]
     lines = [f"| kept by | {' | '.join(titles)} |", "|---|" + "--:|" * len(columns)]
     dense = cells.pop("dense")
-    lines.append("| all tokens | " + " | ".join(dense[model, "1.0"] for model, _ in columns) + " |")
-    for method in sorted(cells, key=lambda name: -float(cells[name]["dense", keeps[0]].split()[0])):
+    lines.append("| all tokens | " + " | ".join(dense[model, "1"] for model, _ in columns) + " |")
+    for method in sorted(cells, key=lambda name: -float(cells[name]["dense", "0.25"].split()[0])):
         lines.append(f"| {method} | " + " | ".join(cells[method][column] for column in columns) + " |")
     return "\n".join(lines)
 
@@ -79,20 +90,24 @@ def _environment(row: dict[str, str]) -> str:
 
 
 def insert(text: str) -> str:
-    """`text` with every ``<!-- table:NAME -->`` block filled from ``results/NAME.csv``, or ``results/eval``."""
+    """`text` with every ``<!-- table:NAME -->`` block filled from ``results/NAME.csv`` or ``results/eval``."""
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
-        made = learned(RESULTS / "eval/summary.csv") if name == "eval" else pipeline(RESULTS / f"{name}.csv")
+        if name in EVALUATIONS:
+            made = learned(RESULTS / "eval/summary.csv", *EVALUATIONS[name])
+        else:
+            made = pipeline(RESULTS / f"{name}.csv")
         return f"<!-- table:{name} -->\n{made}\n<!-- /table -->"
 
     return re.sub(r"<!-- table:(\w+) -->\n.*?<!-- /table -->", fill, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
     if "--write" in sys.argv[1:]:
-        readme.write_text(insert(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in PAGES:
+            path = ROOT / page
+            path.write_text(insert(path.read_text(encoding="utf-8")), encoding="utf-8")
     else:
         for csv_path in sorted(RESULTS.glob("pipeline_*.csv")):
             print(f"{csv_path.stem}\n\n{pipeline(csv_path)}\n")

@@ -175,8 +175,9 @@ def test_the_contributing_pages_adapter_is_one() -> None:
     assert [site.kind for site in adapter.sites(model)] == ["single"]
 
 
-def test_the_readmes_tables_are_made_from_the_rows() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_tables_are_made_from_the_rows(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     assert text.count("<!-- table:") >= 1
     assert tables.insert(text) == text, "run python -m benchmarks.tables --write"
 

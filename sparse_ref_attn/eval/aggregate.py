@@ -121,11 +121,12 @@ def aggregate(
 
 
 def write_means(path: Path, means: Sequence[Mean]) -> None:
-    """All of them as CSV."""
+    """All of them as CSV, numbers with six digits."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [f.name for f in fields(Mean)], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(mean) for mean in means)
+        for mean in means:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(mean).items()})
 
 
 def markdown(means: Sequence[Mean], metric: str) -> str:
