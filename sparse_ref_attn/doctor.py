@@ -19,7 +19,7 @@ from .ops.attention_mass.backends import explain as explain_mass
 from .ops.pack_rows.library import explain as explain_rows
 from .selection.names import NAMES
 
-__all__ = ["Ability", "backends", "device", "diagnose", "report", "versions"]
+__all__ = ["Ability", "backends", "device", "diagnose", "missing", "report", "versions"]
 
 PACKAGES = {
     "torch": "core",
@@ -38,6 +38,11 @@ PACKAGES = {
     "flash-attn-3": "optional attention kernels",
     "fa3-fwd": "optional attention kernels",
     "torchao": "optional quantised transformers",
+}
+EXTRAS = {
+    "diffusers": ("diffusers", "transformers", "pillow"),
+    "eval": ("matplotlib", "scikit-image", "scipy"),
+    "train": ("accelerate", "peft"),
 }
 CHANNELS = 128  # of the call that backends are asked for
 
@@ -72,6 +77,22 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def missing(*extras: str) -> str:
+    """What the first of these extras that is not whole lacks, and how to get it, in words; empty if all are whole.
+
+    Parameters
+    ----------
+    *extras : "diffusers", "eval" or "train"
+
+    Examples
+    --------
+    >>> missing()
+    ''
+    """
+    installed = versions()
+    return next(filter(None, (_absent(installed, extra) for extra in extras)), "")
 
 
 def device(name: str | None = None) -> str:
@@ -120,32 +141,28 @@ def _plain_call() -> _support.Call:
 
 
 def _abilities(installed: dict[str, str | None]) -> list[Ability]:
-    pipelines = _absent(installed, ("diffusers", "transformers", "pillow"), "diffusers")
+    pipelines = _absent(installed, "diffusers")
     if not pipelines:
         try:
             check_diffusers()
         except VersionError as error:
             pipelines = str(error)
-    rest = {
-        extra: pipelines or _absent(installed, names, extra)
-        for extra, names in (("eval", ("matplotlib", "scikit-image", "scipy")), ("train", ("accelerate", "peft")))
-    }
     gpu = "" if torch.cuda.is_available() else "no CUDA device, or torch was built without CUDA"
-    offload = gpu or _absent(installed, ("accelerate",), "diffusers")
+    offload = gpu or _absent(installed, "diffusers", ("accelerate",))
     return [
         Ability("patch a diffusers pipeline", pipelines),
         Ability("patch a transformer of your own (PlainAdapter)"),
         Ability("sra demo", pipelines),
         Ability("sra run", pipelines),
-        Ability("sra compare and eval", rest["eval"]),
-        Ability("sra train", rest["train"]),
+        Ability("sra compare and eval", pipelines or _absent(installed, "eval")),
+        Ability("sra train", pipelines or _absent(installed, "train")),
         Ability("run on a GPU", gpu),
         Ability("offload a model to the CPU's memory (sra run --offload)", offload),
     ]
 
 
-def _absent(installed: dict[str, str | None], names: Sequence[str], extra: str) -> str:
-    absent = [name for name in names if installed[name] is None]
+def _absent(installed: dict[str, str | None], extra: str, names: Sequence[str] = ()) -> str:
+    absent = [name for name in names or EXTRAS[extra] if installed[name] is None]
     return f"{', '.join(absent)} not installed: pip install 'sparse-ref-attn[{extra}]'" if absent else ""
 
 

@@ -33,7 +33,7 @@ __all__ = [
     "diagnose",
     "estimate",
     "loaded",
-    "needs_eval",
+    "needs",
     "quiet",
     "run",
 ]
@@ -73,22 +73,16 @@ def demo(options: argparse.Namespace) -> None:
 
 def compare_methods(options: argparse.Namespace) -> None:
     """Many methods on one call; what it needs is only imported here."""
-    needs_eval("compare")
+    needs("compare", "diffusers", "eval")
     from . import comparing
 
     comparing.compare(options)
 
 
-def needs_eval(command: str) -> None:
-    """Refuse a command before it does anything, where the packages of the eval extra are missing."""
-    try:
-        for name in ("matplotlib", "scipy", "skimage"):
-            importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"sra {command} needs the package {error.name}, which is not installed: "
-            "pip install 'sparse-ref-attn[diffusers,eval]'"
-        ) from error
+def needs(command: str, *extras: str) -> None:
+    """Refuse a command before it does anything, where packages of these extras are not installed."""
+    if why := doctor.missing(*extras):
+        raise ConfigError(f"sra {command} cannot run: {why}")
 
 
 # -- run -------------------------------------------------------------------------------------

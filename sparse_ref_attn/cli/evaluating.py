@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser, above: Any, share: Any, setti
 
 def run(options: argparse.Namespace) -> None:
     """What the command needs is only imported here."""
-    commands.needs_eval("eval")
+    commands.needs("eval", "diffusers", "eval")
     evaluate(options)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import ConfigError
 from ..eval import loading
+from . import commands
 
 __all__ = ["add_arguments", "train"]
 
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser, above: Any) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """The small model on the procedural task, or a LoRA of a real one on a folder."""
+    commands.needs("train", "diffusers", "train")
     from ..training import RandomDrop, patch_for_training
     from ..training.loop import TrainConfig
     from ..training.loop import train as loop

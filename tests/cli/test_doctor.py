@@ -86,13 +86,17 @@ def test_the_command_line_needs_nothing_of_the_eval_extra() -> None:
     code = (
         "import sys\n"
         "for name in ('scipy', 'skimage', 'matplotlib'): sys.modules[name] = None\n"
+        "from sparse_ref_attn import doctor\n"
         "from sparse_ref_attn.cli import main\n"
         "assert main(['doctor']) == 0\n"
-        "sys.exit(main(['compare', '--out', 'nowhere']))\n"
+        "found = doctor.versions()\n"
+        "doctor.versions = lambda: {**found, 'scipy': None, 'peft': None}\n"
+        "sys.exit(10 * main(['train', '--steps', '1', '--out', 'nowhere']) + main(['compare', '--out', 'nowhere']))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "pip install 'sparse-ref-attn[diffusers,eval]'" in done.stderr
+    assert done.returncode == 22
+    assert "sra train cannot run: peft not installed: pip install 'sparse-ref-attn[train]'" in done.stderr
+    assert "sra compare cannot run: scipy not installed: pip install 'sparse-ref-attn[eval]'" in done.stderr
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
