@@ -81,9 +81,10 @@ class Scorer:
             "identity": metrics.MobileNetIdentity,
         }  # fmt: skip
         found = [made[name]() for name in names if name in made]
-        found += [metrics.ClipSimilarity(clip)] if clip else []
+        likeness = metrics.ClipSimilarity(clip) if clip else None
+        found += [likeness] if likeness else []
         found += [metrics.DinoSimilarity(dino)] if dino else []
-        self._text = metrics.ClipText(clip) if clip else None
+        self._text = metrics.ClipText(likeness) if likeness else None
         self._whole = [metric for metric in found if not isinstance(metric, Embedding)]
         self._embedding = [metric for metric in found if isinstance(metric, Embedding)]
         self._subject = "subject-psnr" in names

