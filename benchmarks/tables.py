@@ -10,12 +10,16 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
+
+from sparse_ref_attn.eval.aggregate import paired
+from sparse_ref_attn.eval.rows import read_rows
 
 from .results import RESULTS, read
 
 ROOT = RESULTS.parent.parent
 
-__all__ = ["EVALUATIONS", "PAGES", "insert", "learned", "pipeline"]
+__all__ = ["EVALUATIONS", "PAGES", "findings", "insert", "learned", "pipeline"]
 
 PAGES = ("README.md", "benchmarks/README.md")
 
@@ -54,6 +58,8 @@ def pipeline(path: Path) -> str:
     return "\n".join(lines)
 
 
+SUBJECT = "subject PSNR (dB) vs target"
+PLACED, ALIGNED = "subject-driven", "aligned"
 TRAININGS = {"dense": "trained dense", "control": "and 600 steps more", "drop": "and 600 with dropping"}
 EVALUATIONS = {
     "eval": (("dense",), ("0.5", "0.25", "0.15", "0.1", "0.05")),
@@ -64,10 +70,9 @@ EVALUATIONS = {
 
 def learned(path: Path, models: Sequence[str], keeps: Sequence[str]) -> str:
     """Markdown of the small model: PSNR of the subject in subject-driven edits, by training and share kept."""
-    metric = "subject PSNR (dB) vs target"
     cells: dict[str, dict[tuple[str, str], str]] = {}
     for row in read(path):
-        if (row["family"], row["metric"], row["against"]) == ("subject-driven", metric, ""):
+        if (row["family"], row["metric"], row["against"]) == (PLACED, SUBJECT, ""):
             spread = (float(row["high"]) - float(row["low"])) / 2
             cells.setdefault(row["method"], {})[row["model"], row["keep"]] = f"{float(row['mean']):.1f} ± {spread:.1f}"
     columns = [(model, keep) for model in models for keep in keeps]
@@ -79,6 +84,51 @@ def learned(path: Path, models: Sequence[str], keeps: Sequence[str]) -> str:
     lines.append("| all tokens | " + " | ".join(dense[model, "1"] for model, _ in columns) + " |")
     for method in sorted(cells, key=lambda name: -float(cells[name]["dense", "0.25"].split()[0])):
         lines.append(f"| {method} | " + " | ".join(cells[method][column] for column in columns) + " |")
+    return "\n".join(lines)
+
+
+ALL = ("dense", "dense", "1.0")
+FINDINGS = (
+    *((PLACED, ("dense", "ReCAST flat", keep), ALL) for keep in ("0.5", "0.25", "0.1")),
+    (PLACED, ("dense", "ReCAST flat", "0.25"), ("dense", "random", "0.25")),
+    *(
+        (PLACED, ("dense", "ReCAST flat", "0.15"), ("dense", rule, "0.25"))
+        for rule in ("downscaled", "edges", "saliency")
+    ),
+    (PLACED, ("dense", "ReCAST flat", "0.05"), ("dense", "saliency", "0.15")),
+    *((PLACED, ("dense", "mass x values", keep), ("dense", "ReCAST flat", keep)) for keep in ("0.25", "0.1")),
+    (ALIGNED, ("dense", "ReCAST flat", "0.5"), ("dense", "random", "0.5")),
+    (ALIGNED, ("dense", "saliency", "0.25"), ("dense", "ReCAST flat", "0.25")),
+    *((ALIGNED, ("dense", rule, "0.25"), ALL) for rule in ("saliency", "subject mask")),
+    *((PLACED, ("drop", rule, "0.25"), ("dense", rule, "0.25")) for rule in ("random", "ReCAST flat")),
+    (PLACED, ("drop", "ReCAST flat", "0.25"), ("drop", "random", "0.25")),
+    *((family, (model, "dense", "1.0"), ALL) for family in (PLACED, ALIGNED) for model in ("drop", "control")),
+    *((PLACED, ("control", rule, "0.25"), ("dense", rule, "0.25")) for rule in ("random", "ReCAST flat")),
+)
+"""Paired differences of the README's table: the kind of edit, and two of (model, method, share)."""
+
+
+def findings(folder: Path) -> str:
+    """Markdown of `FINDINGS`, from the rows of an evaluation."""
+    rows = [row for row in read_rows(folder)[1] if row[SUBJECT]]
+    used: dict[tuple[str, ...], list[float]] = {}
+    for row in rows:
+        used.setdefault((row["model"], row["method"], row["keep"]), []).append(float(row["share"]))
+
+    def words(run: tuple[str, str, str]) -> str:
+        _, method, keep = run
+        share = fmean(used[run])
+        more = f" ({share:.0%} used)" if share > float(keep) + 0.01 else ""
+        return "all tokens" if method == "dense" else f"{method.removesuffix(' flat')} {float(keep):.0%}{more}"
+
+    lines = ["| edits | weights | compared | dB |", "|---|---|---|--:|"]
+    for family, run, other in FINDINGS:
+        found = paired(rows, SUBJECT, (run[0], family, *run[1:]), (other[0], family, *other[1:]))
+        weights, compared = (
+            one if one == two else f"{one} - {two}" for one, two in ((run[0], other[0]), (words(run), words(other)))
+        )
+        mean, low, high = (f"{value:+.1f}".replace("-0.0", "0.0").replace("+0.0", "0.0") for value in found)
+        lines.append(f"| {family} | {weights} | {compared} | {mean} [{low}, {high}] |")
     return "\n".join(lines)
 
 
@@ -94,7 +144,9 @@ def insert(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
-        if name in EVALUATIONS:
+        if name == "findings":
+            made = findings(RESULTS / "eval")
+        elif name in EVALUATIONS:
             made = learned(RESULTS / "eval/summary.csv", *EVALUATIONS[name])
         else:
             made = pipeline(RESULTS / f"{name}.csv")

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from .methods import method_name, rule_of
 from .metrics import Interval, mean_interval
 
-__all__ = ["Mean", "aggregate", "markdown", "write_means"]
+__all__ = ["Mean", "aggregate", "markdown", "paired", "write_means"]
 
 RESAMPLES = 2000
 BASELINES = ("dense", "random", "ReCAST flat")
@@ -91,7 +91,7 @@ def aggregate(
         raise ConfigError("a summary must have rows, got none")
     cells: dict[Cell, list[Mapping[str, str]]] = defaultdict(list)
     for row in rows:
-        cells[row["model"], row["family"], row["method"], row["keep"]].append(row)
+        cells[_cell_of(row)].append(row)
     models = list(dict.fromkeys(cell[0] for cell in cells))
     found = []
     for metric in metrics:
@@ -120,6 +120,37 @@ def aggregate(
     return found
 
 
+def paired(rows: Sequence[Mapping[str, str]], metric: str, cell: Cell, other: Cell) -> Interval:
+    """Mean difference between two cells over the pictures that both have, with its interval over examples.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        As for `aggregate`.
+    metric : str
+        A column.
+    cell, other : tuple of str
+        Model, family, method and share kept, as in the rows; `other` is taken away.
+
+    Raises
+    ------
+    ConfigError
+        If they have no picture in common.
+
+    Examples
+    --------
+    >>> rows = [{"model": "a", "family": "f", "example": e, "seed": "0", "method": m, "keep": "0.5", "x": v}
+    ...         for e, m, v in [("1", "edges", "5"), ("2", "edges", "6"), ("1", "grid", "3"), ("2", "grid", "5")]]
+    >>> paired(rows, "x", ("a", "f", "edges", "0.5"), ("a", "f", "grid", "0.5")).mean
+    1.5
+    """
+    own, base = (_values([row for row in rows if _cell_of(row) == wanted], metric) for wanted in (cell, other))
+    both = {key: value - base[key] for key, value in own.items() if key in base}
+    if not both:
+        raise ConfigError(f"{cell} and {other} must have pictures in common, got none with {metric}")
+    return _interval(both)[0]
+
+
 def write_means(path: Path, means: Sequence[Mean]) -> None:
     """All of them as CSV, numbers with six digits."""
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -144,14 +175,18 @@ def markdown(means: Sequence[Mean], metric: str) -> str:
         "|---|---|---|" + "--:|" * len(keeps),
     ]
     for (model, family, method), line in table.items():
-        cells = [_cell(line[keep]) if keep in line else "" for keep in keeps]
+        cells = [_mean(line[keep]) if keep in line else "" for keep in keeps]
         lines.append(f"| {model} | {family} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(mean: Mean) -> str:
+def _mean(mean: Mean) -> str:
     spread = "" if math.isnan(mean.low) else f" ± {(mean.high - mean.low) / 2:.2g}"
     return f"{mean.mean:.4g}{spread}"
+
+
+def _cell_of(row: Mapping[str, str]) -> Cell:
+    return row["model"], row["family"], row["method"], row["keep"]
 
 
 def _values(rows: Sequence[Mapping[str, Any]], metric: str) -> Values:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparse_ref_attn.errors import ConfigError
-from sparse_ref_attn.eval.aggregate import Mean, aggregate, markdown
+from sparse_ref_attn.eval.aggregate import Mean, aggregate, markdown, paired
 
 
 def row(model: str, example: str, seed: int, method: str, keep: float, x: object) -> dict[str, str]:
@@ -34,11 +34,15 @@ def test_differences_are_of_the_same_example_and_seed() -> None:
     rows = [r for r in rows if (r["example"], r["seed"], r["method"]) != ("e3", "1", "random")]
     means = aggregate(rows, ["x"])
     mean = one(means, method="edges", against="")
-    paired = one(means, method="edges", against="random")
+    difference = one(means, method="edges", against="random")
     assert mean.high - mean.low > 3
-    assert (paired.n, paired.examples) == (59, 30)
-    assert 0.4 < paired.low < 0.5 < paired.high < 0.6
-    assert paired.mean == pytest.approx(0.5, abs=0.05)
+    assert (difference.n, difference.examples) == (59, 30)
+    assert 0.4 < difference.low < 0.5 < difference.high < 0.6
+    cells = [("m", "f", method, "0.25") for method in ("edges", "random")]
+    assert paired(rows, "x", *cells) == (difference.mean, difference.low, difference.high)
+    with pytest.raises(ConfigError, match="pictures in common"):
+        paired(rows, "x", cells[0], ("m", "f", "edges", "0.5"))
+    assert difference.mean == pytest.approx(0.5, abs=0.05)
 
 
 def test_every_baseline_and_model() -> None:
