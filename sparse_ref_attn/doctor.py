@@ -88,7 +88,7 @@ def missing(*extras: str) -> str:
 
     Examples
     --------
-    >>> missing()
+    >>> missing("diffusers")
     ''
     """
     installed = versions()

@@ -109,8 +109,7 @@ def aggregate(
             others |= {f"model {name}": (name, family, method, keep) for name in models if name != model}
             parts = {"": own}
             for against, other in others.items():
-                base = values.get(other, {})
-                parts[against] = {key: value - base[key] for key, value in own.items() if key in base}
+                parts[against] = _difference(own, values.get(other, {}))
             for against, part in parts.items():
                 if part:
                     mean, examples = _interval(part)
@@ -145,7 +144,7 @@ def paired(rows: Sequence[Mapping[str, str]], metric: str, cell: Cell, other: Ce
     1.5
     """
     own, base = (_values([row for row in rows if _cell_of(row) == wanted], metric) for wanted in (cell, other))
-    both = {key: value - base[key] for key, value in own.items() if key in base}
+    both = _difference(own, base)
     if not both:
         raise ConfigError(f"{cell} and {other} must have pictures in common, got none with {metric}")
     return _interval(both)[0]
@@ -192,6 +191,10 @@ def _cell_of(row: Mapping[str, str]) -> Cell:
 def _values(rows: Sequence[Mapping[str, Any]], metric: str) -> Values:
     found = {(row["example"], row["seed"]): float(row[metric]) for row in rows if row[metric] != ""}
     return {key: value for key, value in found.items() if math.isfinite(value)}
+
+
+def _difference(own: Values, base: Values) -> Values:
+    return {key: value - base[key] for key, value in own.items() if key in base}
 
 
 def _interval(values: Values) -> tuple[Interval, int]:
