@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sparse_ref_attn.adapters.seams import tapped_attention
+from sparse_ref_attn.hooks.diffusers import tapped_attention
 from sparse_ref_attn.timing import Stopwatch
 
 from .work import sites_of

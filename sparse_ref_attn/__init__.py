@@ -19,10 +19,10 @@ __version__ = "0.1.0"
 
 # The home of each public name.
 _HOMES = {
-    "adapters": ("PatchHandle", "PlainAdapter", "patch", "patched", "register_adapter"),
-    "adapters.batch": ("batch",),
-    "adapters.batch_result": ("BatchResult",),
-    "adapters.estimate": ("estimate",),
+    "adapters": ("PlainAdapter", "register_adapter"),
+    "batching": ("BatchResult", "batch"),
+    "estimation": ("estimate",),
+    "patching": ("PatchHandle", "patch", "patched"),
     "config": ("SparseRef",),
     "errors": (
         "BatchError",

@@ -12,8 +12,8 @@ import torch
 
 from . import __version__
 from .adapters import supported
-from .adapters.seams import DIFFUSERS_RANGE, check_diffusers
 from .errors import VersionError
+from .hooks.diffusers import DIFFUSERS_RANGE, check_diffusers
 from .ops import _support
 from .ops.attention_mass.backends import explain as explain_mass
 from .ops.pack_rows.library import explain as explain_rows

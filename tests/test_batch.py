@@ -331,7 +331,7 @@ def test_an_error_before_the_first_step_and_one_in_the_joined_call(monkeypatch: 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("sparse_ref_attn.adapters.ragged.gather_attention", fail)
+    monkeypatch.setattr("sparse_ref_attn.patching.execution.ragged.gather_attention", fail)
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         items.together(MASS)
     assert state(pipe) == before
@@ -340,7 +340,7 @@ def test_an_error_before_the_first_step_and_one_in_the_joined_call(monkeypatch: 
 
 def test_an_interrupt_while_an_item_runs_waits_for_it_and_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C reaches the main thread, which then stands in `resume`."""
-    from sparse_ref_attn.adapters import turns
+    from sparse_ref_attn.batching import lockstep as turns
 
     case = CASES["klein"]
     pipe = case.build()

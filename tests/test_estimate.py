@@ -11,13 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.adapters.base import adapter_for
-from sparse_ref_attn.adapters.depth import DepthCut, leaving
-from sparse_ref_attn.adapters.estimate import estimate
+from sparse_ref_attn.adapters.depth import DepthCut
 from sparse_ref_attn.adapters.geometries import MODELS, named_model
 from sparse_ref_attn.config import UniformGuard
 from sparse_ref_attn.cost import StepTokens, step_flops
 from sparse_ref_attn.errors import BudgetError, ConfigError, UnsupportedModelError
+from sparse_ref_attn.estimation import estimate
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
+from sparse_ref_attn.patching.execution.depth import leaving
 from sparse_ref_attn.selection import Reducer
 from sparse_ref_attn.types import Reference, TokenLayout
 from tests.pipelines import CASES

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from ..cost import ModelShape
 from ..errors import IncompatibleError, LayoutError, UnsupportedModelError
 from ..functional import pack_rows, unpack_rows
-from ..profiling import AttentionView
+from ..hooks.diffusers import AttentionSite, Tap, attention_sites, check_measurable, tapped_attention
+from ..run import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
-from . import seams
 from .cache_seam import CacheSeam
 from .depth import Block, DepthCut, blocks_of
 from .joining import sample_of, split_items, with_sample
-from .seams import AttentionSite, attention_sites
+from .shortened import Shortened
 
 __all__ = ["Adapter", "Found", "adapter_for", "references_from_ids", "register_adapter", "supported"]
 
@@ -154,8 +154,8 @@ class Adapter:
         """Further hooks for joined calls, as removers. `running()` is the `ragged.RaggedCall` that runs, or None."""
         return []
 
-    def hooks(self, transformer: nn.Module, shortened: Callable[[], Any]) -> list[Callable[[], None]]:
-        """Further hooks, as removers. `shortened()` is what `prepare` returned for the running call, or None."""
+    def hooks(self, transformer: nn.Module, shortened: Callable[[], Shortened | None]) -> list[Callable[[], None]]:
+        """Further hooks, as removers. `shortened()` is the running call as it was cut or changed, or None."""
         return []
 
     def blocks(self, transformer: nn.Module) -> list[Block]:
@@ -186,11 +186,11 @@ class Adapter:
 
     def check_measurable(self, transformer: nn.Module) -> None:
         """Raise IncompatibleError when attention cannot be measured on this instance."""
-        seams.check_measurable(self.sites(transformer), type(transformer).__name__)
+        check_measurable(self.sites(transformer), type(transformer).__name__)
 
-    def listen(self, transformer: nn.Module, tap: seams.Tap) -> Any:
-        """Context in which `tap` sees every attention call (see `seams.tapped_attention`)."""
-        return seams.tapped_attention(self.sites(transformer), tap)
+    def listen(self, transformer: nn.Module, tap: Tap) -> Any:
+        """Context in which `tap` sees every attention call (see `hooks.diffusers.tapped_attention`)."""
+        return tapped_attention(self.sites(transformer), tap)
 
     def view(self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionView | None:
         """Which rows of an attention call (B, S, H, C) are what: text first, then the image stream."""

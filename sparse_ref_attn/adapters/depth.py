@@ -1,16 +1,10 @@
-"""References that leave by depth: all tokens run through the first blocks, the kept ones through the rest.
-
-For the time of one call the later blocks stand in their ModuleList behind a module that cuts their arguments to the
-kept rows. A hook of a block would be compiled into it, and would be gone when gradient checkpointing runs it again.
-"""
+"""The blocks of a transformer, and the cutting of their arguments where references leave by depth."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +13,7 @@ from ..errors import LayoutError
 from ..functional import pack_rows
 from ..types import TokenLayout
 
-__all__ = ["Block", "DepthCut", "blocks_of", "leaving"]
-
-Arguments = dict[str, Any]
+__all__ = ["Block", "DepthCut", "blocks_of"]
 
 
 @dataclass(frozen=True)
@@ -122,43 +114,3 @@ class DepthCut:
             text = self._layout.text
             self._joint = torch.cat([torch.arange(text, device=self.kept.device), self.kept + text])
         return self._joint
-
-
-class _Later(nn.Module):
-    """A block after the cut. It keeps all it needs: checkpointing runs it again after the call."""
-
-    def __init__(self, block: nn.Module, cut: Callable[[nn.Module, tuple[Any, ...], Arguments], Arguments]) -> None:
-        super().__init__()
-        self.block, self._cut = block, cut
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.block(**self._cut(self.block, args, kwargs))
-
-
-@contextlib.contextmanager
-def leaving(
-    blocks: Sequence[Block], cut: Callable[[str, nn.Module, tuple[Any, ...], Arguments], Arguments]
-) -> Iterator[None]:
-    """Inside, each of `blocks` is called with the arguments that ``cut(kind, block, args, kwargs)`` makes.
-
-    A compiler that traces the model steps around `cut`; compiled blocks stay as they are.
-
-    Examples
-    --------
-    >>> model = nn.ModuleList([nn.Identity(), nn.Identity()])
-    >>> (block,) = blocks_of(nn.ModuleDict({"blocks": model}), {"blocks": "single"})[1:]
-    >>> with leaving([block], lambda kind, module, args, kwargs: {"input": args[0] + 1}):
-    ...     [layer(1) for layer in model]
-    [1, 2]
-    >>> type(model[1]).__name__
-    'Identity'
-    """
-    cut = torch.compiler.disable(cut)
-    modules = [block.module for block in blocks]
-    try:
-        for block, module in zip(blocks, modules, strict=True):
-            block.stack[block.index] = _Later(module, partial(cut, block.kind))
-        yield
-    finally:
-        for block, module in zip(blocks, modules, strict=True):
-            block.stack[block.index] = module

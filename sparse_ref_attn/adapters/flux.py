@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..hooks.diffusers import rotate_pairs
 from ..selection import Reduced
 from ..types import TokenLayout
 from .base import Adapter, Found, Kwargs, references_from_ids, take_rows
 from .depth import DepthCut
 from .joining import flat_ids, pad, same, stack
-from .seams import rotate_pairs
 from .streams import FLUX_STREAMS
 
 __all__ = ["FluxAdapter", "place_by_ids"]

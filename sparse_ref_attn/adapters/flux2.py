@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..profiling import AttentionView
+from ..run import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
 from .base import Adapter, Found, Kwargs, references_from_ids, take_rows

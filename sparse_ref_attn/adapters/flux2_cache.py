@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..hooks.diffusers import internal
 from ..types import TokenLayout
-from . import seams
 from .cache_seam import CacheSeam, Kwargs, LayerCache
 
 __all__ = ["Flux2CacheSeam"]
@@ -35,7 +35,7 @@ class Flux2CacheSeam(CacheSeam):
         return [*cache.double_block_caches, *cache.single_block_caches]
 
     def make(self, transformer: nn.Module, layers: Sequence[tuple[Tensor, Tensor]]) -> Any:
-        made = seams.internal("models.transformers.transformer_flux2", "Flux2KVCache")(
+        made = internal("models.transformers.transformer_flux2", "Flux2KVCache")(
             len(transformer.transformer_blocks),  # type: ignore[arg-type]
             len(transformer.single_transformer_blocks),  # type: ignore[arg-type]
         )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from .seams import check_diffusers
+from ..hooks.diffusers import check_diffusers
 
 __all__ = ["MODELS", "named_model"]
 

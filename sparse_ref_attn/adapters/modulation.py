@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hooks import InstanceHook
+from ..hooks.instance import InstanceHook
 
 __all__ = ["per_row_modulation"]
 

@@ -11,12 +11,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..cost import ModelShape
 from ..errors import ConfigError, IncompatibleError, LayoutError
+from ..hooks.diffusers import AttentionSite, Tap
 from ..selection import Reduced
 from ..types import TokenLayout
-from . import seams
 from .base import Adapter, Found, Kwargs, take_rows
 from .flux import place_by_ids
-from .seams import AttentionSite
 
 __all__ = ["PlainAdapter"]
 
@@ -27,7 +26,7 @@ _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 class _SdpaTap(TorchFunctionMode):
     """Sees every scaled_dot_product_attention of this thread, in order; calls of kind "other" are passed over."""
 
-    def __init__(self, tap: seams.Tap, kinds: Sequence[str]) -> None:
+    def __init__(self, tap: Tap, kinds: Sequence[str]) -> None:
         super().__init__()
         self._tap, self._kinds, self._calls = tap, kinds, 0
 
@@ -146,6 +145,6 @@ class PlainAdapter(Adapter):
             )
 
     @contextlib.contextmanager
-    def listen(self, transformer: nn.Module, tap: seams.Tap) -> Iterator[None]:
+    def listen(self, transformer: nn.Module, tap: Tap) -> Iterator[None]:
         with _SdpaTap(tap, self._attention):
             yield

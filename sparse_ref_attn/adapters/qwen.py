@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from ..cost import ModelShape
 from ..errors import LayoutError, UnsupportedModelError
 from ..functional import pack_rows
+from ..hooks.diffusers import rotate_qwen
+from ..hooks.instance import InstanceHook
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
 from .base import Adapter, Found, Kwargs
 from .depth import DepthCut
-from .hooks import InstanceHook
 from .joining import pad, same, stack
-from .seams import rotate_qwen
+from .shortened import Shortened
 from .streams import QWEN_STREAMS
 
 __all__ = ["QwenImageAdapter"]
@@ -89,7 +90,7 @@ class QwenImageAdapter(Adapter):
         kwargs["img_shapes"] = [[item[0], (1, 1, kept)] for item in kwargs["img_shapes"]]
         return kwargs
 
-    def hooks(self, transformer: nn.Module, shortened: Callable[[], Any]) -> list[Callable[[], None]]:
+    def hooks(self, transformer: nn.Module, shortened: Callable[[], Shortened | None]) -> list[Callable[[], None]]:
         pos_embed = transformer.pos_embed
         assert isinstance(pos_embed, nn.Module)
 
@@ -97,21 +98,20 @@ class QwenImageAdapter(Adapter):
             call = shortened()
             if call is None:
                 return None
-            shapes = call[0]["img_shapes"]
+            shapes = call.kwargs["img_shapes"]
             return ((shapes, *args[1:]), kwargs) if args else (args, {**kwargs, "video_fhw": shapes})
 
         def kept_positions(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             call = shortened()
             if call is None:
                 return None
-            kwargs, plan, rows = call
             image, text = output
-            if plan.reduced is None:
-                return pack_rows(image, rows, 0), text
-            shape = kwargs["img_shapes"][0]
+            if call.reduced is None:
+                return pack_rows(image, call.rows, 0), text
+            shape = call.kwargs["img_shapes"][0]
             moved = [
                 _frequencies(module, i, shape[i], r.positions).to(image.device)
-                for i, r in enumerate(plan.reduced, start=1)
+                for i, r in enumerate(call.reduced, start=1)
             ]
             return torch.cat([image[: prod(shape[0])], *moved]), text
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from .. import doctor
-from ..adapters import estimate as estimates
 from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
+from ..estimation import estimate as estimated
 from ..eval import loading, outputs
 from ..eval.compare import Comparison, compare
 from ..eval.geometry import meta_transformer
@@ -175,7 +175,7 @@ def _print(result: Comparison, files: list[tuple[str, str]], directory: Any) -> 
 def estimate(options: argparse.Namespace) -> None:
     """Tokens, work and memory of a run, without running it."""
     quiet(pipelines_too=True)
-    found = estimates.estimate(
+    found = estimated(
         meta_transformer(options.model),
         references=[options.size] * options.references,
         output=options.output,

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from ..config import CACHE_ROWS, EXECUTIONS, PROFILES
+from ..execution import CACHE_ROWS, EXECUTIONS, PROFILES
 
 __all__ = ["MEASURING", "add_arguments", "settings"]
 

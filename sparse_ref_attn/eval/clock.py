@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters import seams
+from ..hooks.diffusers import AttentionSite, tapped_attention
 from ..timing import Stopwatch
 
 __all__ = ["CallTimes", "time_call"]
@@ -40,9 +40,7 @@ class CallTimes:
         return max(self.whole - self.transformer, 0.0)
 
 
-def time_call(
-    call: Callable[[], Any], transformer: nn.Module, sites: Sequence[seams.AttentionSite]
-) -> tuple[Any, CallTimes]:
+def time_call(call: Callable[[], Any], transformer: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, CallTimes]:
     """Make a call and take its times; what it computes is not changed by a bit.
 
     Parameters
@@ -85,7 +83,7 @@ def _transformer_watches(transformer: nn.Module, watches: list[Stopwatch]) -> It
 
 
 @contextmanager
-def _attention_watches(sites: Sequence[seams.AttentionSite], watches: list[Stopwatch]) -> Iterator[None]:
+def _attention_watches(sites: Sequence[AttentionSite], watches: list[Stopwatch]) -> Iterator[None]:
     device: list[Any] = [None]
 
     def before(site: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
@@ -95,5 +93,5 @@ def _attention_watches(sites: Sequence[seams.AttentionSite], watches: list[Stopw
     def after(site: int) -> None:
         watches[-1].stop(device[0])
 
-    with seams.tapped_attention(sites, before, after):
+    with tapped_attention(sites, before, after):
         yield

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ..adapters import PatchHandle, patched
 from ..adapters.base import Adapter, adapter_for
-from ..adapters.flops import dense_flops, recorded_flops
-from ..adapters.seams import AttentionSite, check_measurable, unwrap
 from ..config import SparseRef
 from ..cost import Flops, bound_seconds
 from ..errors import ConfigError, IncompatibleError, SparseRefError
+from ..hooks.diffusers import AttentionSite, check_measurable, unwrap
+from ..patching import PatchHandle, patched
 from ..report import FlopSummary, summary
+from ..report.work import dense_flops, recorded_flops
 from .clock import CallTimes, time_call
 
 __all__ = ["Comparison", "compare", "compare_all", "psnr"]

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from torch import distributed
 
-from ..adapters import patched
 from ..errors import ConfigError, SparseRefError
 from ..files import replacing
+from ..patching import patched
 from .examples import Example, Examples
 from .methods import methods
 from .models import EvalModel

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from typing import Any
 
 from torch import nn
 
 from ..adapters.base import Adapter
-from ..adapters.hooks import check_free
-from ..adapters.patching import resolve
 from ..errors import ConfigError, IncompatibleError
-from .handle import PURPOSE, TrainingHandle
+from ..hooks.instance import check_free
+from ..patching.api import install, resolve
+from ..patching.patch import Patch
+from .draws import Draws
+from .handle import TrainingHandle
 from .random_drop import RandomDrop
 
 __all__ = ["patch_for_training"]
 
 logger = logging.getLogger("sparse_ref_attn")
 
-_HANDLES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[TrainingHandle]] = weakref.WeakKeyDictionary()
+PURPOSE = "training"
 
 
 def patch_for_training(
@@ -107,12 +108,7 @@ def patch_for_training(
         )
     model, adapter = resolve(transformer, adapter)
     check_free(model, PURPOSE)
-    handle = TrainingHandle(drop, adapter, rank)
-    earlier = _HANDLES.get(model)
-    replaced = None if earlier is None else earlier()
-    handle.install(model)
-    if replaced is not None:
-        replaced.remove()
-    _HANDLES[model] = weakref.ref(handle)
+    draws = Draws(model, drop, adapter, rank)
+    state = install(Patch(model, adapter, draws, PURPOSE), model)
     logger.info("patched %s for training: %s", adapter.name, drop)
-    return handle
+    return TrainingHandle(draws, state)

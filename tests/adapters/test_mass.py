@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters import PatchHandle
+from sparse_ref_attn.patching import PatchHandle
 from sparse_ref_attn.selection import Selector
 from tests.adapters.witnesses import GENERATION, Attention, Call, witnessed
 from tests.pipeline_arguments import NEGATIVE, PROMPTS

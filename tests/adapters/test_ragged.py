@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sparse_ref_attn.adapters.base import adapter_for
 from sparse_ref_attn.adapters.joining import sample_of
-from sparse_ref_attn.adapters.ragged import Item, Ragged
+from sparse_ref_attn.adapters.shortened import Shortened
 from sparse_ref_attn.errors import IncompatibleError, LayoutError
-from sparse_ref_attn.session import Plan
+from sparse_ref_attn.patching.execution.ragged import Item, Ragged
 from sparse_ref_attn.types import Reference, TokenLayout
 from tests.pipelines import CASES
 
@@ -129,7 +129,7 @@ def test_a_batch_with_kept_rows_of_each_item(name: str, checkpointing: bool) -> 
     alone, short = [], None
     off = adapter.hooks(transformer, lambda: short)
     for part, rows in zip(adapter.items(kwargs), kept, strict=True):
-        short = (part, Plan("sparse"), rows)
+        short = Shortened(part, rows, layout.rows)
         output = transformer(**adapter.drop(part, layout, rows))
         alone.append(adapter.restore(output, rows, layout.rows)[0])
     for remove in off:
@@ -185,7 +185,7 @@ def test_masked_text_is_not_attended_to() -> None:
 
 @pytest.mark.parametrize("name", ["kontext", "klein"])
 def test_the_tap_sees_each_item_as_it_would_alone(name: str) -> None:
-    from sparse_ref_attn.adapters import seams
+    from sparse_ref_attn.hooks import diffusers as seams
 
     transformer = transformer_of(name)
     items, adapter = items_for(transformer), adapter_for(transformer)
@@ -208,7 +208,7 @@ def test_the_tap_sees_each_item_as_it_would_alone(name: str) -> None:
 
 def test_items_that_see_each_other_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison fails where attention forgets whose row is whose."""
-    from sparse_ref_attn.adapters import ragged as module
+    from sparse_ref_attn.patching.execution import ragged as module
 
     transformer = transformer_of("klein")
     items = items_for(transformer)
@@ -239,7 +239,7 @@ def test_other_calls_and_copies_are_untouched() -> None:
 
 
 def test_a_failing_call_leaves_the_backend_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_ref_attn.adapters import ragged as module
+    from sparse_ref_attn.patching.execution import ragged as module
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("out of memory")

@@ -95,9 +95,9 @@ def test_the_stability_is_what_the_two_rankings_say(execute: str) -> None:
     scores, kept = [], []
 
     def look(pipe: object, step: int, time: object, values: dict) -> dict:
-        if handle._patch.record.scores is not None:
-            scores.append([s.clone() for s in handle._patch.record.scores])
-            kept.append(handle._patch.record.steps[-1].selection)
+        if handle._generations.record.scores is not None:
+            scores.append([s.clone() for s in handle._generations.record.scores])
+            kept.append(handle._generations.record.steps[-1].selection)
         return {}
 
     with sra.patched(pipe, setting(execute, 2)) as handle:

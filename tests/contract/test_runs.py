@@ -129,10 +129,10 @@ def test_remove_forgets_the_references() -> None:
     pipe = KLEIN.build()
     handle = sra.patch(pipe, GRID)
     KLEIN.call(pipe)
-    tokens = handle._patch.session.references
-    assert tokens is not None
-    gone = weakref.ref(tokens.tokens)
-    del tokens
+    run = handle._generations.run
+    assert run is not None
+    gone = weakref.ref(run.references.tokens)
+    del run
     handle.remove()
     gc.collect()
     assert gone() is None

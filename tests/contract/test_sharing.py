@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters import pixels
+from sparse_ref_attn.patching import pixels
 from tests.contract.state import GRID, MASS, kinds, state, steps
 from tests.pipelines import CASES
 
@@ -166,7 +166,7 @@ def test_two_pipelines_with_one_vae(order: tuple[int, int], monkeypatch: pytest.
     monkeypatch.setattr(pixels, "_HEARD", 8)
     for _ in range(40):  # nothing takes what the other pipeline encodes: it must not pile up
         KLEIN.call(pipes[0], references=1, steps=1)
-    tap = handles[1]._patch.pixels
+    tap = handles[1]._generations.pixels
     assert tap is not None
     assert len(tap._seen) == 8
     monkeypatch.setattr(pixels, "_HEARD_BYTES", 3 * 3 * 64 * 96 * 4)

@@ -57,7 +57,7 @@ def test_what_is_left_behind_is_found(bug: str, monkeypatch: pytest.MonkeyPatch,
     remove = trials.sra.PatchHandle.remove
 
     def forgetful(handle: Any) -> None:
-        model = handle._patch.transformer()
+        model = handle._transformer()
         remove(handle)
         if bug == "hook":
             model.register_forward_hook(lambda *arguments: None)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters import seams
+from sparse_ref_attn.hooks import diffusers as seams
 from tests.contract.state import state
 from tests.contract.test_offload import by_model, sequential
 from tests.pipelines import CASES

@@ -202,7 +202,7 @@ class Trial:
             return
         for step in record.steps:
             assert step.kept == (total if step.selection is None else step.selection.kept)
-        wanted = layout.masked(model, record.steps, both=config.execute != "cache")
+        wanted = layout.masked(model, record.steps, both=config.execute.name != "cache")
         for i, (got, want) in enumerate(zip(outputs, wanted, strict=True)):
             got, want = layout.generation(got), layout.generation(want)
             error = float((got - want).abs().max() / want.abs().max())

@@ -16,7 +16,7 @@ from benchmarks.studies.mass import covered
 from benchmarks.studies.quality import subject_psnr
 from benchmarks.studies.questions import Question
 from sparse_ref_attn.config import UniformGuard
-from sparse_ref_attn.profiling import top_quarter
+from sparse_ref_attn.run.profile import top_quarter
 from sparse_ref_attn.selection import AttentionMass
 from sparse_ref_attn.toy.pipeline import toy_pipeline
 

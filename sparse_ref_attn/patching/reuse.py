@@ -7,17 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.base import Adapter, Kwargs, full_name
+from ..adapters.weights import weights_fingerprint
 from ..config import SparseRef
 from ..errors import ConfigError, LayoutError
 from ..record import RunRecord
 from ..reference_cache import ReferenceCache
 from ..reference_cache.saved import Source
-from ..schedules import Budget
 from ..selection import Ranking
 from ..selection.ranking import fingerprint
 from ..types import TokenLayout
-from .base import Adapter, Kwargs, full_name
-from .weights import weights_fingerprint
 
 __all__ = ["CacheReuse"]
 
@@ -68,7 +67,6 @@ class CacheReuse:
                 f"got {given.layers[0][0].shape[0]}"
             )
         given.source.check(self.source(module, kwargs, layout, tokens))
-        assert isinstance(self._config.budget, Budget)
         if not given.complete and (self._config.budget.needs_mass or self._config.guard is not None):
             raise ConfigError(
                 f"a reused reference cache of {len(given.tokens)} of {layout.reference_tokens} tokens brings its own "

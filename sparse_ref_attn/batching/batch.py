@@ -14,23 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.base import Adapter, Kwargs
+from ..adapters.joining import with_sample
 from ..config import SparseRef
 from ..errors import BatchError, ConfigError
+from ..hooks.diffusers import check_no_step_cache, eager_blocks, unwrap
+from ..hooks.instance import check_free
+from ..patching.api import PURPOSE, generations_of, resolve
+from ..patching.call import GenerationCall
+from ..patching.execution.ragged import Item, Ragged
+from ..patching.generations import Generations
+from ..patching.handle import PatchHandle
+from ..patching.pixels import PixelTap
 from ..presets import ReCAST
 from ..timing import Stopwatch
-from ..types import TokenLayout
-from . import seams
-from .base import Adapter, Kwargs
-from .batch_arguments import item_arguments
-from .batch_result import BatchResult
-from .handle import Patch
-from .hooks import check_free
-from .joining import with_sample
-from .patching import PatchHandle, patch_of, resolve
-from .pixels import PixelTap
+from .arguments import item_arguments
+from .lockstep import Strand
 from .progress import SharedBar
-from .ragged import Item, Ragged
-from .turns import Strand
+from .result import BatchResult
 
 __all__ = ["batch"]
 
@@ -43,44 +44,6 @@ class _Frozen(Stopwatch):
 
     def stop(self, device: torch.device) -> None:
         return None
-
-
-class _ItemPatch(Patch):
-    """The run of one item: a patch whose hooks are not on the model but called by the batch."""
-
-    profiled: tuple[TokenLayout, int] | None = None
-    together = False
-
-    def before(self, transformer: nn.Module, kwargs: Kwargs, together: bool) -> list[Item]:
-        """The item's call with the rows that take part, one `Item` for each picture it makes at once."""
-        self.together, self.profiled = together, None
-        given = self._before(transformer, (), kwargs)
-        short = None if self._call is None else self._call.short
-        kwargs = kwargs if given is None else given[1]
-        return [Item(part, short) for part in (self.adapter.items(kwargs) if together else [kwargs])]
-
-    def after(self, transformer: nn.Module, output: Any, watch: Stopwatch | None = None) -> Any:
-        """The output as the item's call expects it."""
-        if self._call is not None and watch is not None:
-            self._call.watch = _Frozen(watch)
-        restored = self._after(transformer, (), {}, output)
-        return output if restored is None else restored
-
-    def _listen(self, call: Any, module: nn.Module, layout: TokenLayout, step: int) -> None:
-        if self.together:
-            self.profiled = (layout, step)
-        else:
-            super()._listen(call, module, layout, step)
-
-    def look(self, block: int, parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]]) -> None:
-        """Measure one attention call of a profiling step, all of the item's pictures."""
-        assert self.profiled is not None
-        layout, step = self.profiled
-        q, k, v = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
-        masks = [part[3] for part in parts if part[3] is not None]
-        view = self.adapter.view(layout, q, k, v, torch.cat(masks) if masks else None)
-        if view is not None:
-            self.session.observe(step, block, view)
 
 
 class _Seat:
@@ -104,7 +67,7 @@ class _Seat:
 
 
 class _BatchItem:
-    """One item: its copy of the pipeline, its thread, its patch."""
+    """One item: its copy of the pipeline, its thread, its generation."""
 
     def __init__(self, index: int, pipe: Any, model: nn.Module, adapter: Adapter, config: SparseRef) -> None:
         self.index = index
@@ -112,7 +75,11 @@ class _BatchItem:
         self.own = vars(self.pipe)  # set past the pipeline's __setattr__, which would note the seat in its config
         self.own["scheduler"] = copy.deepcopy(pipe.scheduler)
         self.own["maybe_free_model_hooks"] = lambda: None  # the batch does it once, at its end
-        self.patch = _ItemPatch(model, self.pipe, config, adapter)
+        self.generations = Generations(model, self.pipe, config, adapter)
+        self._adapter = adapter
+        self._call: GenerationCall | None = None
+        self.looks = False
+        """Whether the attention of the joined call that runs is to be shown to `look`."""
 
     def start(self, model: nn.Module, bar: SharedBar, arguments: Kwargs) -> None:
         def call(ask: Callable[[Any], Any]) -> Any:
@@ -121,6 +88,33 @@ class _BatchItem:
 
         self.own["progress_bar"] = bar.part
         self.strand = Strand(call)
+
+    def before(self, transformer: nn.Module, kwargs: Kwargs, together: bool) -> list[Item]:
+        """The item's call with the rows that take part, one `Item` for each picture it makes at once."""
+        call = self._call = self.generations.call(transformer, kwargs)
+        if call is not None:
+            self.looks, call.measures = together and call.measures, call.measures and not together
+            kwargs = call.enter()
+        short = None if call is None else call.shortened
+        return [Item(part, short) for part in (self._adapter.items(kwargs) if together else [kwargs])]
+
+    def after(self, output: Any, watch: Stopwatch | None = None) -> Any:
+        """The output as the item's call expects it."""
+        call, self._call, self.looks = self._call, None, False
+        if call is None:
+            return output
+        if watch is not None:
+            call.watch = _Frozen(watch)
+        return call.leave(output)
+
+    def look(self, block: int, parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]]) -> None:
+        """Measure one attention call of a profiling step, all of the item's pictures."""
+        assert self._call is not None
+        q, k, v = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
+        masks = [part[3] for part in parts if part[3] is not None]
+        view = self._adapter.view(self._call.layout, q, k, v, torch.cat(masks) if masks else None)
+        if view is not None:
+            self._call.run.observe(self._call.at.step, block, view)
 
     @contextlib.contextmanager
     def named(self) -> Iterator[None]:
@@ -139,7 +133,7 @@ class _Run:
     """The items of a batch around one transformer."""
 
     def __init__(self, pipe: Any, model: nn.Module, adapter: Adapter, config: SparseRef, count: int) -> None:
-        self.model, self.transformer, self.adapter = model, seams.unwrap(model), adapter
+        self.model, self.transformer, self.adapter = model, unwrap(model), adapter
         self.ragged = Ragged(self.transformer, adapter)
         self.items = [_BatchItem(i, pipe, self.transformer, adapter, config) for i in range(count)]
         self.joined = self.alone = self.rows = self.live = 0
@@ -156,7 +150,7 @@ class _Run:
                         raise item.strand.error
                 if asks:
                     waiting.append(item)
-                    item.patch.pixels = None if tap is None else tap.handed_over()
+                    item.generations.pixels = None if tap is None else tap.handed_over()
             live = list(zip(waiting, self._serve(waiting), strict=True))
 
     def end(self) -> None:
@@ -184,12 +178,12 @@ class _Run:
         self.alone += 1
         with torch.set_grad_enabled(grad):
             output = None
-            ((call,),) = [item.patch.before(self.transformer, kwargs, together=False)]
+            ((call,),) = [item.before(self.transformer, kwargs, together=False)]
             try:
                 with self.ragged.alone(call.short):
                     output = self.model(**call.kwargs)
             finally:
-                output = item.patch.after(self.transformer, output)
+                output = item.after(output)
             return output
 
     def _run_joined(self, meeting: Sequence[_BatchItem], calls: Mapping[int, tuple[Kwargs, bool]]) -> dict[int, Any]:
@@ -198,25 +192,25 @@ class _Run:
         flat: list[Item] = []
         for item in meeting:
             with item.named():
-                own = item.patch.before(self.transformer, calls[item.index][0], together=True)
+                own = item.before(self.transformer, calls[item.index][0], together=True)
             parts += [(item, len(own))] * len(own)
             flat += own
         seen: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor | None]]] = {}
 
         def tap(at: int, block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
             item, count = parts[at]
-            if item.patch.profiled is None:
+            if not item.looks:
                 return
             own = seen.setdefault(item.index, [])
             own.append((q, k, v, mask))
             if len(own) == count:
                 with item.named():
-                    item.patch.look(block, seen.pop(item.index))
+                    item.look(block, seen.pop(item.index))
 
-        profiles = any(item.patch.profiled is not None for item in meeting)
+        profiles = any(item.looks for item in meeting)
         with (
             torch.set_grad_enabled(calls[meeting[0].index][1]),
-            seams.eager_blocks(self.transformer),
+            eager_blocks(self.transformer),
             self.ragged.joined(flat, tap=tap if profiles else None) as call,
         ):
             device = call.kwargs[self.adapter.tokens].device
@@ -229,7 +223,7 @@ class _Run:
             for item in meeting:
                 rows = torch.cat([next(samples) for other, _ in parts if other is item])
                 with item.named():
-                    answers[item.index] = item.patch.after(self.transformer, with_sample(output, rows), watch)
+                    answers[item.index] = item.after(with_sample(output, rows), watch)
         return answers
 
 
@@ -323,7 +317,7 @@ def batch(
     """
     calls = item_arguments(pipe, prompts, images, generators, each, arguments)
     transformer, adapter = resolve(pipe)
-    own = patch_of(transformer)
+    own = generations_of(transformer)
     config = config if config is not None else ReCAST() if own is None else own.config
     if not isinstance(config, SparseRef):
         raise ConfigError(f"config must be a SparseRef (ReCAST(...), SparseContext(...)), got {type(config).__name__}")
@@ -332,8 +326,8 @@ def batch(
             'a batch drops tokens at the transformer\'s input: from_block must be 0 and profile "step", got '
             f"{config.from_block} and {config.profile!r}"
         )
-    check_free(transformer, "inference")
-    seams.check_no_step_cache(transformer)
+    check_free(transformer, PURPOSE)
+    check_no_step_cache(transformer)
     run = _Run(pipe, pipe.transformer, adapter, config, len(calls))
     bar = SharedBar(pipe.progress_bar)
     for item, kwargs in zip(run.items, calls, strict=True):
@@ -351,6 +345,6 @@ def batch(
         undo.callback(run.ragged.remove)
         undo.callback(run.end)
         run.run(tap)
-    handles = [PatchHandle(item.patch, adapter.name) for item in run.items]
+    handles = [PatchHandle(item.generations, transformer, item.generations.forget) for item in run.items]
     padding = 0.0 if run.rows == 0 else 1 - run.live / run.rows
     return BatchResult([item.strand.result for item in run.items], handles, run.joined, run.alone, padding)

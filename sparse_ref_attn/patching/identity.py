@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["RunWitness"]
+__all__ = ["RunIdentity"]
 
 
-class RunWitness:
+class RunIdentity:
     """What the calls of one run have in common.
 
     Another pipeline may run on the same transformer with a scheduler of its own, after a run of the

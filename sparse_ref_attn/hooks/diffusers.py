@@ -27,6 +27,7 @@ __all__ = [
     "check_no_step_cache",
     "check_not_compiled",
     "compiled_blocks",
+    "dispatches",
     "eager_blocks",
     "internal",
     "reset_step_cache",
@@ -172,9 +173,14 @@ def attention_sites(blocks: Sequence[tuple[nn.Module, str]]) -> list[AttentionSi
     return [AttentionSite(attn.processor, kind, attn) for attn, kind in blocks if hasattr(attn, "processor")]
 
 
+def dispatches(processor: object) -> bool:
+    """Whether an attention processor hands its attention to a backend."""
+    return hasattr(processor, "_attention_backend")
+
+
 def check_measurable(sites: Sequence[AttentionSite], model: str) -> None:
     """Raise IncompatibleError when attention cannot be measured on this model."""
-    blind = [type(site.processor).__name__ for site in sites if not hasattr(site.processor, "_attention_backend")]
+    blind = [type(site.processor).__name__ for site in sites if not dispatches(site.processor)]
     if not sites or blind:
         raise IncompatibleError(
             f"this selector looks at attention, so {model}'s attention must go through processors that dispatch to "

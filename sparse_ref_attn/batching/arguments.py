@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from ..adapters.base import Kwargs
 from ..errors import ConfigError
-from .base import Kwargs
 
 __all__ = ["item_arguments"]
 

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
+from ..adapters.base import adapter_for
 from ..config import SparseRef
 from ..cost import (
     Flops,
@@ -23,15 +23,14 @@ from ..cost import (
     step_memory,
 )
 from ..errors import ConfigError
+from ..execution import Cache
+from ..patching.execution.cache import check_cache
 from ..presets import ReCAST
 from ..record import mean_over_blocks
-from ..schedules import Budget, Clock
-from ..selection import Random
-from ..session import Plan, Session
+from ..run import Budgeting, Probing, Timeline
+from ..schedules import Clock
 from ..types import Reference, TokenLayout
-from .base import Adapter, adapter_for
-from .caching import check_cache
-from .estimate_cache import run_work, with_cache
+from .cache import run_work, with_cache
 
 __all__ = ["Estimate", "RunMemory", "estimate"]
 
@@ -231,7 +230,6 @@ def estimate(
         least = 0 if name == "text_tokens" else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name} must be an int of at least {least}, got {value!r}")
-    assert isinstance(config.budget, Budget)
     if config.budget.needs_mass:
         raise ConfigError(
             "an estimate needs a budget that is known before the run, and this one is read off the attention that the "
@@ -241,11 +239,20 @@ def estimate(
     shape = adapter.shape(transformer)
     check_cache(config, adapter, shape.attention_layers, adapter.cache is not None)
     layout = _layout(references, output, text_tokens, pixels_per_token)
-    session, kinds, kept, from_block = _plan(transformer, adapter, config, layout, steps, batch)
+    if config.from_block or config.profile == "in_flight":
+        adapter.check_depth(transformer)
+    probing = Probing.of(config, [site.kind for site in adapter.sites(transformer)])
+    if probing.probes:
+        adapter.check_measurable(transformer)
+    line, clock = Timeline.of(config, probing), partial(Clock.uniform, steps=steps)
+    line.check(steps)
+    planned = line.planned(steps, Budgeting.of(config, layout, clock(0)), clock)
+    kinds, kept = [step.kind for step in planned], [step.kept for step in planned]
+    from_block = [step.from_block for step in planned]
     tokens = [StepTokens.of(layout, n, first) for n, first in zip(kept, from_block, strict=True)]
     full = StepTokens.of(layout)
-    scoring = _scoring(shape, session, layout, batch, steps)
-    cached = config.execute in ("cache", "both")
+    scoring = _scoring(shape, probing, line, layout, batch, steps)
+    cached = isinstance(config.execute, Cache)
     kept_sparse = [n for n, kind in zip(kept, kinds, strict=True) if kind == "sparse"]
     if cached:
         kinds, kept, tokens = with_cache(config, layout, kinds, kept)
@@ -315,48 +322,13 @@ def _grid(name: str, size: Size, cell: int) -> tuple[int, int]:
     return size[1] // cell, size[0] // cell
 
 
-def _plan(
-    transformer: nn.Module, adapter: Adapter, config: SparseRef, layout: TokenLayout, steps: int, batch: int
-) -> tuple[Session, list[str], list[int], list[int]]:
-    """The run's session, and what each step does, keeps, and from which block on.
-
-    The counts are those of a real session with random scores, because they do not depend on the scores.
-    """
-    if config.from_block or config.profile == "in_flight":
-        adapter.check_depth(transformer)
-    session = Session(config, [site.kind for site in adapter.sites(transformer)])
-    tokens, clock = torch.zeros(batch, layout.reference_tokens, 1), partial(Clock.uniform, steps=steps)
-    if session.profile.probes:
-        adapter.check_measurable(transformer)
-        session.begin(layout, tokens, [], steps, clock)
-    at_input = replace(
-        config, select=Random(), guard=None, from_block=0, profile="step", profile_blocks=None, rerank_every=None
-    )
-    counting = Session(at_input, [])
-    counting.begin(layout, tokens, [], steps, clock)
-    kinds, kept, from_block = [], [], []
-    for step in range(steps):
-        plan, first = Plan("dense"), 0
-        again = session.reranks(step) and config.execute == "tokens"
-        if again or (step in session.profile.steps and not session.in_flight):
-            plan = Plan("profile")
-        elif not any(later > step for later in session.profile.steps):
-            plan, first = counting.plan(step), config.from_block
-            if step in session.profile.steps:
-                plan, first = replace(plan, kind="in_flight" if plan.kind == "sparse" else "profile"), session.in_flight
-        kinds.append(plan.kind)
-        kept.append(plan.kept(layout))
-        from_block.append(first if plan.kind in ("sparse", "in_flight") else 0)
-    return session, kinds, kept, from_block
-
-
-def _scoring(shape: ModelShape, session: Session, layout: TokenLayout, batch: int, steps: int) -> Flops:
+def _scoring(shape: ModelShape, probing: Probing, line: Timeline, layout: TokenLayout, batch: int, steps: int) -> Flops:
     """Work of measuring attention: probes that share queries and stride are measured once a block."""
     measured = {
         (step, block, probe.queries, probe.query_stride)
-        for probe in session.profile.probes
-        for step in (*probe.steps, *(step for step in range(steps) if session.reranks(step)))
-        for block in session.profile.blocks(probe)
+        for probe in probing.probes
+        for step in (*probe.steps, *(step for step in range(steps) if line.reranks(step)))
+        for block in probing.where[probe]
     }
     keys = layout.text + layout.rows
     total = Flops(0, 0)

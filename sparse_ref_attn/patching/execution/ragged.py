@@ -21,16 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import IncompatibleError, LayoutError
-from ..functional import gather_attention, pack_rows, unpack_rows
-from ..session import Plan
-from ..types import TokenLayout
-from .base import Adapter, Kwargs
-from .hooks import InstanceHook
-from .joining import sample_of, with_sample
-from .seams import PrivateBackend, splits_the_sequence
+from ...adapters.base import Adapter, Kwargs
+from ...adapters.joining import sample_of, with_sample
+from ...adapters.shortened import Shortened
+from ...errors import IncompatibleError, LayoutError
+from ...functional import gather_attention, pack_rows, unpack_rows
+from ...hooks.diffusers import PrivateBackend, dispatches, splits_the_sequence
+from ...hooks.instance import InstanceHook
+from ...types import TokenLayout
+from ..call import Call
 
-__all__ = ["Item", "Ragged", "RaggedCall", "RaggedRows"]
+__all__ = ["Item", "PerItem", "Ragged", "RaggedCall", "RaggedRows"]
 
 _SLOT = "attention_mask"  # every processor has it, and refuses what is not a mask should these hooks be gone
 
@@ -45,12 +46,12 @@ class Item:
     ----------
     kwargs : dict
         Its arguments by name, with the rows that take part.
-    short : (dict, Plan, Tensor), optional
-        The full arguments, the plan and the kept rows, where rows were dropped or replaced.
+    short : Shortened, optional
+        Where rows were dropped or replaced.
     """
 
     kwargs: Kwargs
-    short: tuple[Kwargs, Plan, Tensor | None] | None = None
+    short: Shortened | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ class Ragged:
 
     def __init__(self, transformer: nn.Module, adapter: Adapter) -> None:
         self._transformer, self._adapter = transformer, adapter
-        self._sites = [m for m in transformer.modules() if hasattr(getattr(m, "processor", None), "_attention_backend")]
+        self._sites = [m for m in transformer.modules() if dispatches(getattr(m, "processor", None))]
         known = adapter.processors
         other = sorted({type(m.processor).__name__ for m in self._sites} - set(known))
         if other or not self._sites:
@@ -203,7 +204,7 @@ class Ragged:
                 f"{' or '.join(known) or 'processors that its adapter names'}, got {other or 'none'}"
             )
         self._running: RaggedCall | None = None
-        self._short: Any = None
+        self._short: Shortened | None = None
         self._undo = contextlib.ExitStack()
 
     def install(self) -> None:
@@ -288,7 +289,7 @@ class Ragged:
         if len(parts) != len(rows):
             raise LayoutError(f"rows must be given for each of the batch's {len(parts)} items, got {len(rows)}")
         items = [
-            Item(self._adapter.drop(part, layout, at), (part, Plan("sparse"), at))
+            Item(self._adapter.drop(part, layout, at), Shortened(part, at, layout.rows))
             for part, at in zip(parts, rows, strict=True)
         ]
         with self.joined(items, shared_time) as call:
@@ -296,7 +297,7 @@ class Ragged:
             yield call
 
     @contextlib.contextmanager
-    def alone(self, short: Any) -> Iterator[None]:
+    def alone(self, short: Shortened | None) -> Iterator[None]:
         """Inside, the transformer may be called once with the shortened arguments of `short` (see `Item`)."""
         self._short = short
         try:
@@ -307,6 +308,27 @@ class Ragged:
     def _rotary(self, item: Item) -> Any:
         with self.alone(item.short):
             return self._adapter.rotary(self._transformer, item.kwargs)
+
+
+class PerItem:
+    """Runs a batched call with rows of its own for each item.
+
+    Parameters
+    ----------
+    ragged : Ragged
+    rows : sequence of Tensor, shape (rows_i,), int64
+        Rows of the image stream that each item keeps, ascending.
+    """
+
+    def __init__(self, ragged: Ragged, rows: Sequence[Tensor]) -> None:
+        self._ragged, self._rows = ragged, rows
+
+    def before(self, call: Call) -> Kwargs:
+        self._joined = call.contexts.enter_context(self._ragged.shortened(call.kwargs, call.layout, self._rows))
+        return self._joined.kwargs
+
+    def after(self, call: Call, output: Any) -> Any:
+        return self._joined.restore(output)
 
 
 def _listen(site: int, module: nn.Module) -> list[Callable[[], None]]:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import BudgetError
-from ..reference_cache import RankedCache
-from ..session import Session
-from .cache_seam import LayerCache
+from ...adapters.cache_seam import LayerCache
+from ...errors import BudgetError
+from ...reference_cache import RankedCache
+from ...run import Counts, Run, covering
+from ...run.budgeting import scaled
 
-__all__ = ["Counts", "KeptCache"]
-
-Counts = tuple[int, ...]
+__all__ = ["HeldRows"]
 
 
-class KeptCache:
+class HeldRows:
     """The rows of one cache that a run needs, ordered by its ranking.
 
     Parameters
     ----------
-    session : Session
+    run : Run
     layers : int
         Attention layers.
     tokens : Tensor, shape (K,), int64, optional
@@ -34,27 +32,27 @@ class KeptCache:
         Whether `tokens` are an earlier run's choice, so that it must be seen that this run's are among them.
     """
 
-    def __init__(self, session: Session, layers: int, tokens: Tensor | None, limit: Counts, foreign: bool = False):
-        self.tokens, self.limit = tokens, limit
+    def __init__(self, run: Run, layers: int, tokens: Tensor | None, limit: Counts, foreign: bool = False) -> None:
+        self.run, self.tokens, self.limit = run, tokens, limit
         self.ranked: RankedCache | None = None
         self.released = False
         """Whether the model's own cache gave its rows up, and holds views of the ranked ones."""
         self.bytes = 0
-        self._session, self._layers, self._foreign = session, layers, foreign
+        self._layers, self._foreign = layers, foreign
         self._orders: dict[float, Tensor] = {}
         self._most: Counts = ()
         self._nested: tuple[Counts, ...] = ()
-        self._version: object = None
+        self._ordered_by: object = None
 
     def scaled(self, counts: Counts, layer: int) -> Counts:
         """What a layer reads where the budget is `counts`."""
-        return tuple(math.ceil(self._factor(layer) * count) for count in counts)
+        return scaled(counts, self._factor(layer))
 
     def check(self, counts: Counts) -> None:
         """Raise BudgetError where tokens are asked for that are not held."""
         if any(count > held for count, held in zip(counts, self.limit, strict=True)):
             raise BudgetError(
-                f"a step must keep tokens whose keys and values are held, {self.limit} of {self._session.everything}, "
+                f"a step must keep tokens whose keys and values are held, {self.limit} of {self.run.budgeting.full}, "
                 f"got a budget of {counts}"
             )
 
@@ -78,7 +76,7 @@ class KeptCache:
         Rows that are needed no more are given back once they are a quarter of what is held. With
         `release` the model's own cache is needed no more either.
         """
-        now, most = needs[0], _most(needs)
+        now, most = needs[0], covering(needs)
         self.check(most)
         if self.ranked is None:
             self.released = release
@@ -88,7 +86,8 @@ class KeptCache:
         assert self.ranked is not None
         moved = self.ranked.reserve(room)
         shrinks = 4 * sum(most) <= 3 * sum(self._most)
-        if self._version != self._session.version or now not in self._nested or (shrinks and most not in self._nested):
+        stale = self._ordered_by is not self.run.ranking
+        if stale or now not in self._nested or (shrinks and most not in self._nested):
             held = self._most
             self._order([*needs, held])
             if now not in self._nested:
@@ -107,17 +106,17 @@ class KeptCache:
 
     def _order(self, needs: Sequence[Counts]) -> None:
         """Put tokens in an order of which each of `needs`, as far as they are nested, is a prefix."""
-        most = _most(needs)
+        most = covering(needs)
         nested = {*needs, most}
         self._orders = {}
         for i in range(self._layers):
             if self._factor(i) not in self._orders:
                 scaled = {counts: self.scaled(counts, i) for counts in nested}
-                self._orders[self._factor(i)], prefixes = self._session.rank_order(
+                self._orders[self._factor(i)], prefixes = self.run.ranking.prefixes(
                     [self.scaled(counts, i) for counts in (*needs, most)]
                 )
                 nested = {counts for counts in nested if scaled[counts] in prefixes}
-        self._most, self._nested, self._version = most, tuple(nested), self._session.version
+        self._most, self._nested, self._ordered_by = most, tuple(nested), self.run.ranking
 
     def _rows(self) -> list[int]:
         return [sum(self.scaled(self._most, i)) for i in range(self._layers)]
@@ -135,10 +134,5 @@ class KeptCache:
         return torch.searchsorted(self.tokens, order)
 
     def _factor(self, i: int) -> float:
-        layers = self._session.config.layers
+        layers = self.run.config.layers
         return 1.0 if layers is None else layers[i]
-
-
-def _most(counts: Sequence[Counts]) -> Counts:
-    """The counts that hold each of `counts`."""
-    return tuple(max(each) for each in zip(*counts, strict=True))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
-from .functional import attention_mass
-from .record import BlockAttention, RunRecord
-from .selection import Probe
+from ..config import SparseRef
+from ..errors import ConfigError
+from ..functional import attention_mass
+from ..record import BlockAttention, RunRecord
+from ..selection import Probe
 
-__all__ = ["AttentionView", "Profile", "block_indices", "first_blocks", "top_quarter"]
+__all__ = ["AttentionView", "Probing", "Profile", "block_indices", "first_blocks", "top_quarter"]
 
 
 @dataclass(frozen=True)
@@ -81,47 +82,71 @@ def block_indices(blocks: str | Sequence[int], kinds: Sequence[str]) -> frozense
     return out
 
 
+@dataclass(frozen=True)
+class Probing:
+    """Where the attention that a configuration asks for is measured on one model.
+
+    Parameters
+    ----------
+    kinds : tuple of str
+        Kind of each attention block in order ("double", "single", ...).
+    probes : tuple of Probe
+        What is measured, each once.
+    where : mapping of Probe to frozenset of int
+        Blocks in which each is measured.
+    first : int
+        With an in-flight profile the number of first blocks that all tokens run through; 0 without.
+    """
+
+    kinds: tuple[str, ...]
+    probes: tuple[Probe, ...]
+    where: Mapping[Probe, frozenset[int]]
+    first: int = 0
+
+    @classmethod
+    def of(cls, config: SparseRef, kinds: Sequence[str]) -> Probing:
+        """What every run of a patched model measures.
+
+        Raises
+        ------
+        ConfigError
+            If a setting names a block that the model does not have, or one beyond the first ones of an in-flight
+            profile.
+        """
+        asked = config.probes()
+        first = first_blocks(asked, kinds, config.profile_blocks) if config.profile == "in_flight" else 0
+        if config.from_block and config.from_block >= len(kinds):
+            raise ConfigError(f"from_block must lie below the model's {len(kinds)} blocks, got {config.from_block}")
+        plain = [replace(p, value_norm=False) for p in asked if p.value_norm]
+        probes = tuple(dict.fromkeys([*asked, *plain]))
+        where = {probe: block_indices(probe.blocks, kinds) for probe in probes}
+        if first:
+            where = {probe: _early(probe, found, first) for probe, found in where.items()}
+        return cls(tuple(kinds), probes, where, first)
+
+    @property
+    def steps(self) -> frozenset[int]:
+        """Steps that the probes name."""
+        return frozenset(step for probe in self.probes for step in probe.steps)
+
+
 class Profile:
     """Sums of the attention that each probe asks for, over the blocks and steps of one run.
 
     Parameters
     ----------
-    probes : sequence of Probe
-        Repeated ones count once.
-    kinds : sequence of str
-        Kind of each attention block in order ("double", "single", ...).
-    first : int, optional
-        Measure among the first blocks alone: of those that a probe names, or all of them where it
-        names none of them. Default anywhere.
-
-    Raises
-    ------
-    ConfigError
-        If a probe's blocks do not exist, or its indices reach beyond the first ones.
+    probing : Probing
     """
 
-    def __init__(self, probes: Sequence[Probe], kinds: Sequence[str], first: int | None = None) -> None:
-        self.probes = tuple(dict.fromkeys(probes))
-        self.steps = frozenset(step for probe in self.probes for step in probe.steps)
-        self._blocks = {probe: block_indices(probe.blocks, kinds) for probe in self.probes}
-        if first is not None:
-            self._blocks = {probe: _early(probe, found, first) for probe, found in self._blocks.items()}
-        self.clear()
-
-    def blocks(self, probe: Probe) -> frozenset[int]:
-        """The blocks in which `probe` is measured."""
-        return self._blocks[probe]
-
-    def clear(self) -> None:
-        """Forget what was measured."""
+    def __init__(self, probing: Probing) -> None:
+        self._probing = probing
         self._sums: dict[Probe, Tensor] = {}
         self._terms: dict[Probe, int] = {}
         self._again: int | None = None
 
     def repeat(self, step: int) -> None:
         """Forget what was measured, and measure everything in `step`."""
-        self.clear()
-        self._again = step
+        self._sums, self._terms, self._again = {}, {}, step
 
     def mass(self) -> dict[Probe, Tensor]:
         """What was measured, (R,) float32 each: mean over items, heads, blocks and steps."""
@@ -129,15 +154,15 @@ class Profile:
 
     def measures(self, step: int, block: int) -> bool:
         """Whether any probe looks at a block in a step."""
-        return any(self._looks(probe, step, block) for probe in self.probes)
+        return any(self._looks(probe, step, block) for probe in self._probing.probes)
 
     def _looks(self, probe: Probe, step: int, block: int) -> bool:
-        return step in (*probe.steps, self._again) and block in self._blocks[probe]
+        return step in (*probe.steps, self._again) and block in self._probing.where[probe]
 
     def observe(self, step: int, block: int, view: AttentionView, record: RunRecord) -> None:
         """Measure one attention call; its work and its diagnostics go to `record`."""
         measured: dict[tuple[str, int], list[Tensor]] = {}
-        for probe in self.probes:
+        for probe in self._probing.probes:
             queries = view.generation if probe.queries == "generation" else view.reference
             if queries is None or not self._looks(probe, step, block):
                 continue

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SparseRefError
-from .patching import PatchHandle
+from ..patching.handle import PatchHandle
 
 __all__ = ["BatchResult"]
 

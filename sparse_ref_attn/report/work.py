@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..cost import Flops, ModelShape, StepTokens, layered_flops, step_flops
 from ..record import RunRecord, StepRecord
-from ..report import FlopSummary
+from .numbers import FlopSummary
 
 __all__ = ["dense_flops", "recorded_flops", "summarise"]
 

@@ -1,12 +1,10 @@
-"""The two verbs of the library: `patch` and `patched`."""
+"""What a patched pipeline's owner holds: the report of the last run, and the way back."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 from torch import nn
@@ -14,24 +12,16 @@ from torch import nn
 from ..config import SparseRef
 from ..errors import ConfigError, HandleRemovedError, IncompatibleError, SparseRefError, UnsupportedModelError
 from ..overlay import save_budget_strip, save_overlay
-from ..presets import ReCAST
 from ..record import RunRecord
 from ..reference_cache import ReferenceCache
 from ..report import FlopSummary, attention_table, summary
+from ..report.work import summarise
 from ..selection import Ranking
 from ..selection.ranking import fingerprint
-from . import seams
-from .base import Adapter, adapter_for, full_name
-from .flops import summarise
-from .handle import Patch
-from .hooks import check_free
+from .generations import Generations
 from .reuse import CacheReuse
 
-__all__ = ["PatchHandle", "patch", "patch_of", "patched", "resolve"]
-
-logger = logging.getLogger("sparse_ref_attn")
-
-_PATCHES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Patch]] = weakref.WeakKeyDictionary()
+__all__ = ["PatchHandle"]
 
 
 class PatchHandle:
@@ -42,18 +32,19 @@ class PatchHandle:
     See `patch`.
     """
 
-    def __init__(self, patch: Patch, name: str) -> None:
-        self._patch = patch
-        self._name = name
+    def __init__(self, generations: Generations, transformer: nn.Module, remove: Callable[[], None]) -> None:
+        self._generations, self._remove = generations, remove
+        self._transformer = weakref.ref(transformer)
+        self._name = generations.adapter.name
 
     def __repr__(self) -> str:
-        state = "removed" if self._patch.removed else self._patch.config.describe()
+        state = "removed" if self._generations.removed else self.config.describe()
         return f"PatchHandle({self._name}: {state})"
 
     @property
     def config(self) -> SparseRef:
         """The configuration the pipeline was patched with."""
-        return self._patch.config
+        return self._generations.config
 
     @property
     def record(self) -> RunRecord:
@@ -64,7 +55,7 @@ class PatchHandle:
         SparseRefError
             If no run with references has taken place.
         """
-        record = self._patch.record
+        record = self._generations.record
         if record is None or not record.steps:
             raise SparseRefError("a run with reference images must have taken place; got none since the patch")
         return record
@@ -84,19 +75,19 @@ class PatchHandle:
         ------
         HandleRemovedError, ConfigError
         """
-        self._patch.begin(steps)
+        self._generations.begin(steps)
 
     def step(self, index: int) -> None:
         """Say that the next calls belong to step `index`, 0 first."""
-        self._patch.step(index)
+        self._generations.step(index)
 
     def flops(self) -> FlopSummary | None:
         """Work of the last run, dense and as it ran; None when the model's shape is not known."""
-        transformer = self._patch.transformer()
+        transformer = self._transformer()
         if transformer is None:
             return None
         try:
-            return summarise(self._patch.adapter.shape(transformer), self.record)
+            return summarise(self._generations.adapter.shape(transformer), self.record)
         except (ConfigError, UnsupportedModelError):  # such as a layer that somebody added, of no known stream
             return None
 
@@ -152,16 +143,16 @@ class PatchHandle:
             If the last run made none.
         HandleRemovedError
         """
-        if self._patch.removed:
+        if self._generations.removed:
             raise HandleRemovedError("the ranking must be read before remove(), which forgets the references")
-        record, references = self.record, self._patch.session.references
-        if record.scores is None or references is None:
+        record, run = self.record, self._generations.run
+        if record.scores is None or run is None:
             raise SparseRefError("the last run must have ranked its references; it ran dense or with a rival")
         return Ranking(
             scores=tuple(s.detach().cpu() for s in record.scores),
             grids=tuple(r.grid for r in record.layout.references),
             model=self._name,
-            fingerprint=fingerprint(references.tokens),
+            fingerprint=fingerprint(run.references.tokens),
         )
 
     def capture(self, on: bool = True) -> None:
@@ -212,127 +203,16 @@ class PatchHandle:
         self._reuse().given = cache
 
     def _reuse(self) -> CacheReuse:
-        if self._patch.removed:
+        if self._generations.removed:
             raise HandleRemovedError("a handle must not be used after remove(); patch again")
-        transformer, seam = self._patch.transformer(), self._patch.adapter.cache
-        if self._patch.cache is None or seam is None or transformer is None or not seam.kept_by(transformer):
+        transformer, cache = self._transformer(), self._generations.cache
+        if cache is None or transformer is None or not cache.seam.kept_by(transformer):
             raise IncompatibleError(
                 "a reference cache needs a model that computes its references' keys and values once and keeps them "
                 f"(FLUX.2 Klein-KV), got {self._name}"
             )
-        return self._patch.cache.reuse
+        return cache.reuse
 
     def remove(self) -> None:
         """Take the patch off: the pipeline is bit for bit what it was. Calling it again does nothing."""
-        self._patch.remove()
-
-
-def patch(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None = None) -> PatchHandle:
-    """Run a pipeline on the reference tokens that matter.
-
-    Parameters
-    ----------
-    pipe : diffusers pipeline or torch.nn.Module
-        A pipeline with a supported transformer, or the transformer itself.
-    config : SparseRef, optional
-        Default ``ReCAST()``: training-free, one dense profiling step, then 1/16 to 1/4 of each
-        reference.
-    adapter : Adapter, optional
-        For a model that is not registered; see `register_adapter`.
-
-    Returns
-    -------
-    PatchHandle
-        `summary()` after a run, `save_overlay(path)`, `remove()`.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If nothing can be patched.
-    VersionError
-        If diffusers is outside the supported range.
-    IncompatibleError
-        If the transformer was compiled as a whole, or its attention cannot be measured.
-    ConfigError
-        If the configuration does not fit the model, or the adapter is none.
-
-    Notes
-    -----
-    Only this instance is changed, by torch's own forward hooks, and only while the handle lives on
-    it: patching again replaces the patch. Pipelines that share the transformer (``from_pipe``)
-    share the patch. Items of a batch share one selection: their scores are averaged. One host sync
-    a run for the layout and one for the ranking, none a step.
-
-    Examples
-    --------
-    >>> import sparse_ref_attn as sra
-    >>> from sparse_ref_attn.eval.embedded import kontext_pipeline
-    >>> pipe = kontext_pipeline(size="tiny")
-    >>> handle = sra.patch(pipe, sra.SparseContext(0.25, "grid"))
-    >>> handle
-    PatchHandle(FLUX.1 Kontext: Grid, Constant(keep=0.25, per='reference'), tokens)
-    >>> handle.remove()
-    """
-    config = ReCAST() if config is None else config
-    if not isinstance(config, SparseRef):
-        raise ConfigError(f"config must be a SparseRef (ReCAST(...), SparseContext(...)), got {type(config).__name__}")
-    transformer, adapter = resolve(pipe, adapter)
-    check_free(transformer, "inference")
-    state = Patch(transformer, None if isinstance(pipe, nn.Module) else pipe, config, adapter)
-    replaced = patch_of(transformer)
-    state.install()
-    if replaced is not None:
-        replaced.remove()
-    _PATCHES[transformer] = weakref.ref(state)
-    logger.info("patched %s: %s", adapter.name, config.describe())
-    return PatchHandle(state, adapter.name)
-
-
-def resolve(pipe: Any, adapter: Adapter | None = None) -> tuple[nn.Module, Adapter]:
-    """The transformer of a pipeline, or out of its wrappers, and the adapter that serves it.
-
-    Raises
-    ------
-    UnsupportedModelError, VersionError, IncompatibleError, ConfigError
-        As `patch` does.
-    """
-    model = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "transformer", None)
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"there must be a pipeline with a transformer, or a transformer, got {full_name(type(pipe))}"
-        )
-    seams.check_not_compiled(model)
-    transformer = seams.unwrap(model)
-    seams.check_not_compiled(transformer)
-    adapter = adapter_for(transformer) if adapter is None else adapter
-    if not isinstance(adapter, Adapter):
-        raise ConfigError(f"adapter must be an Adapter, such as PlainAdapter(...), got {adapter!r}")
-    if full_name(type(transformer)).startswith("diffusers.") or not isinstance(pipe, nn.Module):
-        seams.check_diffusers()
-    return transformer, adapter
-
-
-def patch_of(transformer: nn.Module) -> Patch | None:
-    """The patch that a transformer has, if any."""
-    known = _PATCHES.get(transformer)
-    living = None if known is None else known()
-    return None if living is None or living.removed else living
-
-
-@contextlib.contextmanager
-def patched(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None = None) -> Iterator[PatchHandle]:
-    """As `patch`, taken off at the end of the block, also after an exception.
-
-    Examples
-    --------
-    >>> import sparse_ref_attn as sra
-    >>> from sparse_ref_attn.eval.embedded import kontext_pipeline
-    >>> with sra.patched(kontext_pipeline(size="tiny"), sra.SparseContext(0.5, "grid")) as handle:
-    ...     handle.config.budget.keep
-    0.5
-    """
-    handle = patch(pipe, config, adapter=adapter)
-    try:
-        yield handle
-    finally:
-        handle.remove()
+        self._remove()

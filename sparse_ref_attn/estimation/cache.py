@@ -21,7 +21,7 @@ def with_cache(
     others read those that they keep.
     """
     total, text, generation = layout.reference_tokens, layout.text, layout.generation[1]
-    first = max(kept) if kinds[0] == "sparse" and config.execute == "both" else total
+    first = max(kept) if kinds[0] == "sparse" and config.execute.name == "both" else total
     start = kinds[0] if kinds[0] == "profile" else "sparse" if first < total else "dense"
     tokens = [StepTokens(text, generation, first, split=True)]
     tokens += [StepTokens(text, generation, 0, cached=n) for n in kept[1:]]

@@ -1,0 +1,5 @@
+"""What a run will cost, before it runs."""
+
+from .estimate import Estimate, RunMemory, estimate
+
+__all__ = ["Estimate", "RunMemory", "estimate"]

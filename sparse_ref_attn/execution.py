@@ -1,0 +1,192 @@
+"""Where the saving happens: rows dropped at the transformer's input or at a block, or a cache of reference K/V."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .checks import is_one_of, numbers
+from .errors import ConfigError
+
+__all__ = ["CACHE_ROWS", "EXECUTIONS", "PROFILES", "Cache", "Execution", "Tokens", "execution"]
+
+EXECUTIONS = ("tokens", "cache", "both")
+PROFILES = ("step", "in_flight")
+CACHE_ROWS = ("budget", "all")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Dropped rows leave the sequence, so that blocks run on a shorter one.
+
+    Parameters
+    ----------
+    from_block : int
+        Block from which on the dropped tokens are gone: all tokens run through the blocks before it, at every step.
+        0, the default, is the transformer's input. Below the number of blocks.
+    in_flight : bool or int
+        Measure attention in the first blocks of step 0, after which the dropped tokens leave that very step, instead of
+        in whole dense steps; for models of few steps, where a dense step is a large part of the run. An int is the
+        number of first blocks that all tokens run through and that are measured, at least 1 and below the number of
+        blocks. True: as many as the block indices of the selector reach; where it gives none, a quarter of all,
+        rounded up (15 of Kontext's 57, 8 of klein-9b's 32, 15 of Qwen-Image-Edit's 60). Blocks that a selector names
+        ("single", "double", "all") are those among the first; where none is, all the first ones.
+    rerank_every : int, optional
+        Measure and rank again in a dense step every n steps after the last profiling step. Default never.
+
+    Raises
+    ------
+    ConfigError
+        For a value outside its range, and for `in_flight` with `rerank_every`.
+
+    Examples
+    --------
+    >>> import sparse_ref_attn as sra
+    >>> sra.SparseRef("mass", 0.25, execute=Tokens(in_flight=True)).describe()
+    "AttentionMass, Constant(keep=0.25, per='reference'), tokens, profiled in flight"
+    """
+
+    from_block: int = 0
+    in_flight: bool | int = False
+    rerank_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.from_block, bool) or not isinstance(self.from_block, int) or self.from_block < 0:
+            raise ConfigError(f"from_block must be an int of at least 0, got {self.from_block!r}")
+        if not isinstance(self.in_flight, bool) and (not isinstance(self.in_flight, int) or self.in_flight < 1):
+            raise ConfigError(f"in_flight must be a bool or an int of at least 1, got {self.in_flight!r}")
+        _check_every(self.rerank_every)
+        if self.in_flight and self.rerank_every is not None:
+            raise ConfigError(
+                'profile="in_flight" goes with execute="tokens" and without rerank_every, got '
+                f"'tokens' and {self.rerank_every}"
+            )
+
+    @property
+    def name(self) -> str:
+        return "tokens"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Steps read stored reference keys and values, on a model that computes them once (FLUX.2 Klein-KV).
+
+    Parameters
+    ----------
+    first : {"all", "kept"}
+        Reference tokens whose keys and values the first step computes: every one, of which each later step reads the
+        ranked ones that its budget keeps, or only those that the budget keeps.
+    rows : {"budget", "all"}
+        Which rows are held between steps: those of the largest budget still to come, or all.
+    layers : tuple of float, optional
+        Factors in (0, 1] on the budget, one for each attention layer in order of execution: a layer reads that share of
+        the step's kept keys and values, its best ones, rounded up. Not with `rerank_every`.
+    rerank_every : int, optional
+        Measure and rank again every n steps after the last profiling step: such a step reads all stored keys, at the
+        cost of the scoring alone (see ``query_stride`` of the selector), and all rows are held. Only with
+        ``first="all"``. Default never.
+
+    Raises
+    ------
+    ConfigError
+        For a value outside its range, and for two that exclude one another.
+
+    Examples
+    --------
+    >>> import sparse_ref_attn as sra
+    >>> sra.SparseRef("mass", 0.25, execute="both").execute
+    Cache(first='kept', rows='budget', layers=None, rerank_every=None)
+    """
+
+    first: str = "all"
+    rows: str = "budget"
+    layers: tuple[float, ...] | None = None
+    rerank_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if not is_one_of(self.first, ("all", "kept")):
+            raise ConfigError(f'first must be "all" or "kept", got {self.first!r}')
+        if not is_one_of(self.rows, CACHE_ROWS):
+            raise ConfigError(f'cache_rows must be "budget" or "all", got {self.rows!r}')
+        if self.layers is not None:
+            layers = numbers(self.layers)
+            if not layers or not all(0 < factor <= 1 for factor in layers):
+                raise ConfigError(_LAYERS.format(self.layers, self.name))
+            object.__setattr__(self, "layers", layers)
+        _check_every(self.rerank_every)
+        if self.rerank_every is None:
+            return
+        if self.layers is not None:
+            raise ConfigError(
+                "rerank_every measures every stored key in every layer, of which layers holds a share, got "
+                f"{self.rerank_every} and {self.layers}"
+            )
+        if self.first == "kept":
+            raise ConfigError(
+                'rerank_every needs the keys of every reference token, which execute="both" never computes; use "cache"'
+            )
+
+    @property
+    def name(self) -> str:
+        return "cache" if self.first == "all" else "both"
+
+
+Execution = Tokens | Cache
+
+_LAYERS = 'layers must be factors in (0, 1], one an attention layer, with execute="cache" or "both", got {!r} with {!r}'
+
+
+def execution(way: object, settings: Mapping[str, Any]) -> Execution:
+    """The execution that ``SparseRef(execute=way, **settings)`` means.
+
+    Parameters
+    ----------
+    way : Tokens, Cache, or {"tokens", "cache", "both"}
+    settings : mapping
+        from_block, profile, profile_blocks, cache_rows, layers, rerank_every, as far as they are given (not None).
+
+    Examples
+    --------
+    >>> execution("both", {"layers": (1.0, 0.5)}).first
+    'kept'
+    """
+    if not isinstance(way, (Tokens, Cache)):
+        if not is_one_of(way, EXECUTIONS):
+            raise ConfigError(f"execute must be one of {', '.join(EXECUTIONS)}, a Tokens or a Cache, got {way!r}")
+        way = Tokens() if way == "tokens" else Cache("all" if way == "cache" else "kept")
+    given = {name: value for name, value in settings.items() if value is not None}
+    profile, blocks = given.pop("profile", None), given.pop("profile_blocks", None)
+    if profile is not None and not is_one_of(profile, PROFILES):
+        raise ConfigError(f'profile must be "step" or "in_flight", got {profile!r}')
+    if isinstance(way, Cache):
+        from_block = given.pop("from_block", 0)
+        if from_block != 0:
+            raise ConfigError(
+                f'from_block goes with execute="tokens" only, got {way.name!r} and from_block={from_block}'
+            )
+        if profile == "in_flight":
+            raise ConfigError(
+                'profile="in_flight" goes with execute="tokens" and without rerank_every, got '
+                f"{way.name!r} and {given.get('rerank_every')}"
+            )
+        given |= {"rows": given.pop("cache_rows")} if "cache_rows" in given else {}
+    else:
+        if "layers" in given:
+            raise ConfigError(_LAYERS.format(given["layers"], way.name))
+        if given.pop("cache_rows", "budget") != "budget":
+            raise ConfigError('cache_rows goes with execute="cache" or "both" only, got it with \'tokens\'')
+        if profile is not None:
+            way = replace(way, in_flight=profile == "in_flight")
+    if blocks is not None:
+        if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+            raise ConfigError(f"profile_blocks must be an int of at least 1, got {blocks!r}")
+        if isinstance(way, Cache) or not way.in_flight:
+            raise ConfigError(f'profile_blocks counts blocks with profile="in_flight" only, got {blocks}')
+        way = replace(way, in_flight=blocks)
+    return replace(way, **given)
+
+
+def _check_every(every: object) -> None:
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ConfigError(f"rerank_every must be an int of at least 1, got {every!r}")

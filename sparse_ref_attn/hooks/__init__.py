@@ -1,0 +1,1 @@
+"""Torch's module hooks for one instance, and every touch of diffusers' internals."""

@@ -1,0 +1,103 @@
+"""The hooks of one patched transformer."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from typing import Any, Protocol
+
+from torch import nn
+
+from ..adapters.base import Adapter, Kwargs
+from ..adapters.shortened import Shortened
+from ..hooks.instance import InstanceHook
+from .call import Call
+
+__all__ = ["Patch", "Planner"]
+
+
+class Planner(Protocol):
+    """Who says what becomes of a call."""
+
+    def call(self, module: nn.Module, kwargs: Kwargs) -> Call | None:
+        """The call as it is to run; None where it runs as it is."""
+
+    def install(self, transformer: nn.Module, undo: contextlib.ExitStack) -> None:
+        """Hooks of its own, beside the patch's."""
+
+    def forget(self) -> None:
+        """The patch is off: let go of what belongs to a run."""
+
+
+class Patch:
+    """Hooks that ask a planner what becomes of each call, and give the caller the output that it expects.
+
+    Holds the model weakly, so that a patched pipeline can be freed.
+
+    Parameters
+    ----------
+    transformer : nn.Module
+    adapter : Adapter
+    planner : Planner
+    purpose : str
+        A transformer is patched for one purpose at a time.
+    """
+
+    def __init__(self, transformer: nn.Module, adapter: Adapter, planner: Planner, purpose: str) -> None:
+        self.transformer = weakref.ref(transformer)
+        self.adapter, self.planner, self.purpose = adapter, planner, purpose
+        self.removed = False
+        self._running = threading.local()
+        self._undo = contextlib.ExitStack()
+
+    def install(self) -> None:
+        """Put the hooks on; everything that can be refused was refused before."""
+        transformer = self.transformer()
+        assert transformer is not None
+        before, after = (InstanceHook(transformer, hook, self.purpose) for hook in (self._before, self._after))
+        with contextlib.ExitStack() as undo:
+            undo.callback(before.disarm)
+            undo.callback(after.disarm)
+            undo.callback(transformer.register_forward_pre_hook(before, with_kwargs=True).remove)
+            undo.callback(transformer.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
+            for off in self.adapter.hooks(transformer, self._shortened):
+                undo.callback(off)
+            self.planner.install(transformer, undo)
+            self._undo = undo.pop_all()
+
+    def remove(self) -> None:
+        """Take everything off again. Safe to call twice, and in the middle of a run, between two calls."""
+        self.removed = True
+        self._close()
+        self._undo.close()
+        self.planner.forget()
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
+    ) -> tuple[tuple[Any, ...], Kwargs] | None:
+        self._close()
+        call = self.planner.call(module, self.adapter.bind(module, args, kwargs))
+        if call is None:
+            return None
+        self._running.call = call
+        return (), call.enter()
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> Any:
+        call = self._take()
+        return None if call is None else call.leave(output)
+
+    def _shortened(self) -> Shortened | None:
+        call: Call | None = getattr(self._running, "call", None)
+        return None if call is None else call.shortened
+
+    def _take(self) -> Call | None:
+        call: Call | None = getattr(self._running, "call", None)
+        self._running.call = None
+        return call
+
+    def _close(self) -> None:
+        """Undo what a call that was broken off has left."""
+        call = self._take()
+        if call is not None:
+            call.contexts.close()

@@ -1,0 +1,42 @@
+"""What one step does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..selection import Reduced
+from ..types import RefSelection, TokenLayout
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step does.
+
+    Parameters
+    ----------
+    kind : {"dense", "profile", "in_flight", "sparse"}
+        "in_flight" is dense and measured before `from_block`, sparse from there on.
+    selection : RefSelection, optional
+        The kept tokens of a sparse step, of a profiling step that reads stored keys, and of an
+        in-flight one when it has ranked.
+    reduced : sequence of Reduced, optional
+        The changed tokens of a sparse step, when a rival runs instead of a selector.
+    from_block : int
+        Block from which on only the kept tokens take part.
+    """
+
+    kind: str
+    selection: RefSelection | None = None
+    reduced: Sequence[Reduced] | None = None
+    from_block: int = 0
+
+    def kept(self, layout: TokenLayout) -> int:
+        """Reference tokens that take part."""
+        if self.selection is not None:
+            return self.selection.kept
+        if self.reduced is not None:
+            return sum(r.positions.shape[0] for r in self.reduced)
+        return layout.reference_tokens

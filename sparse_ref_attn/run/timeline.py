@@ -1,0 +1,111 @@
+"""What each step of a run does, as far as the configuration and the probes say it before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..config import SparseRef
+from ..errors import ConfigError
+from ..execution import Cache
+from ..schedules import Clock
+from .budgeting import Budgeting
+from .profile import Probing
+
+__all__ = ["PlannedStep", "Timeline"]
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step: its kind as in `run.Plan`, the reference tokens that take part, and from which block on."""
+
+    kind: str
+    kept: int
+    from_block: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What the steps of a run do.
+
+    Parameters
+    ----------
+    measured : frozenset of int
+        Steps in which the probes ask for attention; the run ranks after the last of them.
+    in_flight : int
+        Number of first blocks after which the dropped tokens leave a measured step; 0: they stay in it.
+    from_block : int
+        Block from which on dropped tokens are gone in the other steps.
+    rerank_every : int, optional
+        Measures again every so many steps after the last measured one.
+    reads : bool
+        Whether a step that measures again reads stored keys, and drops tokens all the same.
+
+    Examples
+    --------
+    >>> from sparse_ref_attn.presets import ReCAST
+    >>> from sparse_ref_attn.run import Probing
+    >>> config = ReCAST(rerank_every=2)
+    >>> line = Timeline.of(config, Probing.of(config, ["double", "single", "single"]))
+    >>> [line.kind(step) for step in range(4)]
+    ['profile', 'sparse', 'profile', 'sparse']
+    """
+
+    measured: frozenset[int]
+    in_flight: int = 0
+    from_block: int = 0
+    rerank_every: int | None = None
+    reads: bool = False
+
+    @classmethod
+    def of(cls, config: SparseRef, probing: Probing) -> Timeline:
+        """Of every run with a configuration and what it measures."""
+        return cls(
+            probing.steps, probing.first, config.from_block, config.rerank_every, isinstance(config.execute, Cache)
+        )
+
+    @property
+    def last(self) -> int:
+        """The last step that must be measured before the run can rank; -1 without any."""
+        return max(self.measured, default=-1)
+
+    def check(self, steps: int) -> None:
+        """Raise ConfigError where a run of `steps` steps would end before all is measured."""
+        late = sorted(step for step in self.measured if step >= steps)
+        if late:
+            raise ConfigError(f"profiling steps must lie within the run's {steps} steps, got {late}")
+
+    def reranks(self, step: int) -> bool:
+        """Whether the attention is measured again in step `step`."""
+        every, last = self.rerank_every, max(self.last, 0)
+        return every is not None and step > last and (step - last) % every == 0
+
+    def kind(self, step: int) -> str:
+        """ "dense", "profile", "in_flight" or "sparse"."""
+        if step in self.measured:
+            return "in_flight" if self.in_flight else "profile"
+        if step < self.last:
+            return "dense"
+        return "profile" if self.reranks(step) else "sparse"
+
+    def in_flight_of(self, step: int) -> int:
+        """Block after which the dropped tokens leave a measured step; 0 where they stay."""
+        return self.in_flight if step in self.measured else 0
+
+    def planned(self, steps: int, budgeting: Budgeting, clock: Callable[[int], Clock]) -> list[PlannedStep]:
+        """Each of a run's steps in numbers; the budget must not look at the mass."""
+        total, out = budgeting.layout.reference_tokens, []
+        for step in range(steps):
+            kind, kept, first = self.kind(step), total, 0
+            if kind in ("sparse", "in_flight") or (kind == "profile" and self.reads and self.reranks(step)):
+                kept = sum(budgeting.counts(clock(step)))
+                drops = kept < total
+                first = (self.in_flight if kind == "in_flight" else self.from_block) if drops else 0
+                kind = ("in_flight" if kind == "in_flight" else "sparse") if drops else _whole(kind)
+            out.append(PlannedStep(kind, kept, first))
+        return out
+
+
+def _whole(kind: str) -> str:
+    """What a step is called that turns out to keep every token."""
+    return "profile" if kind == "in_flight" else "dense"

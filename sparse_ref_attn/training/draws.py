@@ -1,0 +1,123 @@
+"""The planner of a training patch: each call in training mode drops tokens drawn at random."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..adapters.base import Adapter, Kwargs
+from ..errors import IncompatibleError
+from ..hooks.diffusers import compiled_blocks, splits_the_sequence
+from ..packing import kept_rows
+from ..patching.call import Call
+from ..patching.execution.ragged import PerItem, Ragged
+from ..patching.execution.tokens import AtInput
+from ..patching.layouts import Layouts
+from ..run import Plan
+from ..types import RefSelection, TokenLayout
+from .random_drop import RandomDrop
+
+__all__ = ["Draws"]
+
+logger = logging.getLogger("sparse_ref_attn")
+
+
+class Draws:
+    """Draws one selection a call, or one for each item of its batch.
+
+    A draw follows from the seed, the rank and its number alone.
+
+    Parameters
+    ----------
+    transformer : nn.Module
+    drop : RandomDrop
+    adapter : Adapter
+    rank : int, optional
+        Default the process's rank in ``torch.distributed``.
+
+    Raises
+    ------
+    IncompatibleError
+        If items are to have draws of their own and attention cannot tell them apart.
+    """
+
+    def __init__(self, transformer: nn.Module, drop: RandomDrop, adapter: Adapter, rank: int | None) -> None:
+        self.drop, self.adapter, self._rank = drop, adapter, rank
+        self.drawn = 0
+        self.kept: tuple[RefSelection, ...] = ()
+        self._ragged = Ragged(transformer, adapter) if drop.per_sample else None
+        self._layouts = Layouts(adapter, self._unknown)
+        self._said: set[str] = set()
+
+    def install(self, transformer: nn.Module, undo: contextlib.ExitStack) -> None:
+        """The hooks that let items differ in length."""
+        if self._ragged is not None:
+            undo.callback(self._ragged.remove)
+            self._ragged.install()
+
+    def forget(self) -> None:
+        """Nothing belongs to a run."""
+
+    def call(self, module: nn.Module, kwargs: Kwargs) -> Call | None:
+        """A training call with its draw; None where nothing is dropped."""
+        self.kept = ()
+        if not module.training:
+            if torch.is_grad_enabled():
+                self._say("nothing is dropped while the transformer is in eval mode: call transformer.train()")
+            return None
+        if torch._C._current_graph_task_id() != -1:
+            raise IncompatibleError(
+                "a transformer patched for training must not be checkpointed as a whole, as its second forward would "
+                "draw other tokens: checkpoint its blocks, transformer.enable_gradient_checkpointing()"
+            )
+        draw, self.drawn = self.drawn, self.drawn + 1
+        layout = None if self.adapter.cached(kwargs) else self._layouts.of(kwargs)
+        if layout is None or not layout.references:
+            return None
+        tokens, generator = kwargs[self.adapter.tokens], _generator(self.drop.seed, self._stream(), draw)
+        draws = tokens.shape[0] if self.drop.per_sample else 1
+        self.kept = tuple(self.drop.draw(layout.sizes, generator) for _ in range(draws))
+        if all(selection.kept == layout.reference_tokens for selection in self.kept):
+            return None
+        here = [RefSelection(s.indices.to(tokens.device), s.sizes) for s in self.kept]
+        if len(here) == 1:
+            return Call(self.adapter, module, kwargs, layout, Plan("sparse", here[0]), AtInput())
+        return Call(self.adapter, module, kwargs, layout, Plan("sparse"), self._per_item(module, layout, here))
+
+    def _per_item(self, module: nn.Module, layout: TokenLayout, selections: list[RefSelection]) -> PerItem:
+        assert self._ragged is not None
+        if compiled_blocks(module):
+            raise IncompatibleError(
+                "items with counts of their own need blocks that are not compiled, got compiled ones: leave them "
+                "uncompiled, or draw once for the batch (per_sample=False)"
+            )
+        if splits_the_sequence(module):
+            raise IncompatibleError(
+                "items with counts of their own need the whole sequence in one process, got context parallelism: "
+                "draw once for the batch (per_sample=False)"
+            )
+        return PerItem(self._ragged, [kept_rows(layout, selection) for selection in selections])
+
+    def _stream(self) -> int:
+        """The number of this process, asked late: a process group may be made after the patch."""
+        if self._rank is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank()
+        return self._rank or 0
+
+    def _unknown(self, what: str) -> None:
+        self._say(f"nothing is dropped: the layout of a call is not one that the {self.adapter.name} adapter knows")
+
+    def _say(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            logger.warning("%s", what)
+
+
+def _generator(*key: int) -> torch.Generator:
+    """A CPU generator whose stream depends on all of `key`."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed))
