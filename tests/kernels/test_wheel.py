@@ -83,6 +83,17 @@ def test_a_wheel_without_nvcc_is_pure_python_and_says_so_once(tmp_path: Path) ->
     assert wheel.name.endswith("-py3-none-any.whl")
     assert "sparse_ref_attn/lib/libsra_kernels.so" not in members(wheel)
     assert carried() <= members(wheel)  # for `sra build-kernels`
+    assert {"sparse_ref_attn/py.typed", "sparse_ref_attn/__init__.pyi"} <= members(wheel)
+    code = "import sparse_ref_attn as sra; print(sra.__file__, sra.ConfigError, sra.config.UniformGuard)"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(wheel)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.startswith(str(wheel))  # the public names are found in an archive, too
     assert said.count("the CUDA C++ kernels are left out (ninja_build.md)") == 1
 
 

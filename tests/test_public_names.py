@@ -1,0 +1,161 @@
+"""The public names as a type checker sees them, and as the documentation writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparse_ref_attn as sra
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {module.name for module in pkgutil.iter_modules(sra.__path__)}
+PUBLIC_MODULES = {"config", "errors", "functional", "schedules", "selection"}
+
+# A user's script; what follows ## is a part of mypy's error there, and no other line has one.
+SCRIPT = """\
+import sparse_ref_attn as sra
+from sparse_ref_attn import pach ## has no attribute "pach"
+
+sra.patch(1, frobnicate=3) ## Unexpected keyword argument "frobnicate" for "patch"
+sra.patch(1, 0.25) ## incompatible type "float"; expected "SparseRef | None"
+sra.not_there ## Module has no attribute "not_there"
+sra.import_module ## Module has no attribute "import_module"
+sra.cli ## Module has no attribute "cli"
+sra.errors.ConfigEror ## Module has no attribute "ConfigEror"
+sra.functional.not_there ## Module has no attribute "not_there"
+sra.SparseRef(buget=0.25) ## Unexpected keyword argument "buget" for "SparseRef"
+sra.Cosine(low=0.1) ## Unexpected keyword argument "low" for "Cosine"
+sra.schedules.Cosine(sign="near") ## Unexpected keyword argument "sign" for "Cosine"
+sra.patch(1).summary("dict").title() ## "dict[str, Any]" has no attribute "title"
+sra.batch(1, ["a cup"], [[2]]).pictures ## "BatchResult" has no attribute "pictures"
+sra.estimate(1) ## Argument 1 to "estimate" has incompatible type "int"
+
+handle: sra.PatchHandle = sra.patch(1, sra.SparseContext(0.25, "edges"))
+guarded: sra.SparseRef = sra.SparseRef("mass", sra.schedules.Cosine(0.1, 0.5), guard=sra.config.UniformGuard())
+score: sra.selection.Selector = sra.Cosine()
+attend = sra.functional.gather_attention
+text: str = sra.patch(1).summary() + sra.__version__
+with sra.patched(1, sra.ReCAST()) as entered:
+    entered.remove()
+try:
+    handle.remove()
+except (sra.ConfigError, sra.errors.SparseRefError):
+    pass
+"""
+
+
+def mypy(script: Path, cache: Path) -> list[str]:
+    """What ``mypy --strict`` prints of a script that stands apart from the package, so that ``py.typed`` is needed."""
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--cache-dir", str(cache), script.name]
+    environment = {**os.environ, "PYTHONPATH": str(Path(sra.__path__[0]).parent)}
+    run = subprocess.run(
+        command, cwd=script.parent, env=environment, capture_output=True, text=True, timeout=580, check=False
+    )
+    assert run.returncode in (0, 1), run.stdout + run.stderr
+    return run.stdout.splitlines()
+
+
+def test_a_type_checker_knows_every_public_name(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """One run for both halves: mypy reads all of torch, once, into pytest's own cache."""
+    lines = SCRIPT.splitlines()
+    names = [name for name in sra.__all__ if name not in PUBLIC_MODULES]
+    script = tmp_path / "script.py"
+    script.write_text("\n".join([*lines, *(f"reveal_type(sra.{name})" for name in names)]) + "\n")
+    said: dict[int, str] = {}
+    for line in mypy(script, pytestconfig.cache.mkdir("mypy")):
+        number, kind, message = re.fullmatch(r"script\.py:(\d+): (error|note): (.*)", line).groups()
+        if kind == "error" or message.startswith("Revealed type"):
+            assert int(number) not in said, line
+            said[int(number)] = message
+
+    refused = {number: line.split(" ## ")[1] for number, line in enumerate(lines, 1) if " ## " in line}
+    assert {number for number in said if number <= len(lines)} == set(refused)
+    for number, message in refused.items():
+        assert message in said[number], f"{lines[number - 1]}: {said[number]}"
+
+    types = [re.fullmatch(r'Revealed type is "(.*)"', said[len(lines) + 1 + i]).group(1) for i in range(len(names))]
+    assert "Any" not in types
+    # Any stands where any library's pipeline or mask may, and where arguments go on to another call.
+    free = {argument for type_ in types for argument in re.findall(r"(\w+): Any\b", type_)}
+    assert free == {"pipe", "transformer", "mask", "arguments", "settings"}
+
+
+def test_public_names_alone_are_listed() -> None:
+    import sparse_ref_attn.cli  # noqa: F401 -- Python makes it an attribute, which is no public name
+
+    listed = [name for name in dir(sra) if not re.fullmatch(r"__\w+__", name)]
+    assert set(listed) == set(sra.__all__) - {"__version__"}
+    assert {"patch", "SparseRef", "UniformGuard", "cli", "import_module"} & set(listed) == {"patch", "SparseRef"}
+
+
+def test_no_module_takes_the_place_of_a_public_name() -> None:
+    """Importing ``sparse_ref_attn.batch`` would make ``sra.batch`` that module, for everybody in the process."""
+    assert MODULES & set(sra.__all__) == PUBLIC_MODULES
+
+
+def documentation() -> str:
+    patterns = ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "csrc/**/*", "examples/*.py", "sparse_ref_attn/**/*.py",
+                "sparse_ref_attn/**/*.md")  # fmt: skip
+    paths = sorted({path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()})
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths if "__pycache__" not in path.parts)
+
+
+RESOLVE = """
+import functools, json, pkgutil, sys
+import sparse_ref_attn as sra
+public, missing = set(dir(sra)), []
+typed, full = json.load(sys.stdin)
+for name in typed + full:
+    head, *rest = name.split(".")[1:]
+    try:
+        if name in full:
+            pkgutil.resolve_name(name)
+        elif head not in public:
+            missing.append(name)  # or it is there only because something has imported it by now
+        else:
+            functools.reduce(getattr, rest, getattr(sra, head))
+    except (ImportError, AttributeError):
+        missing.append(name)
+print(json.dumps(missing))
+"""
+
+
+def missing_names(text: str) -> list[str]:
+    """Dotted names in `text` that a fresh interpreter does not find.
+
+    ``sra.a.b`` is what a reader types, so a bare import must be enough. ``sparse_ref_attn.a.b``, and `a.b` of a module
+    of the package, say where something is.
+    """
+
+    def found(start: str) -> set[str]:
+        names = re.findall(rf"{start}(?:\.[A-Za-z_]\w*)+", text)
+        return {name for name in names if name.rpartition(".")[2] not in ("h", "json", "jsonl", "py")}  # files
+
+    typed, full = found(r"(?<![\w./])sra"), found(r"(?<![\w./])sparse_ref_attn")
+    short = found(rf"(?<=`)(?:{'|'.join(MODULES)})")
+    names = json.dumps([sorted(typed), sorted(full | {f"sparse_ref_attn.{name}" for name in short})])
+    run = subprocess.run(
+        [sys.executable, "-c", RESOLVE], input=names, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return json.loads(run.stdout)
+
+
+def test_every_dotted_name_of_the_documentation_exists() -> None:
+    text = documentation()
+    assert text.count("sra.") > 50
+    assert "sra.config.UniformGuard" in text
+    assert missing_names(text) == []
+
+
+def test_a_dotted_name_that_is_nowhere_is_found_out() -> None:
+    wrong = ["sparse_ref_attn.toy.word", "sra.adapters.patch", "sra.config.Guard", "sra.pach"]
+    right = "sra.patch(pipe) sra.config.UniformGuard sparse_ref_attn.toy.words `types.TokenLayout`"
+    missing = missing_names(f"{right} {' '.join(wrong)} `types.X` [sra.h] `eval.json`")
+    assert sorted(missing) == sorted([*wrong, "sparse_ref_attn.types.X"])
