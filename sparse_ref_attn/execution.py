@@ -153,7 +153,9 @@ def execution(way: object, settings: Mapping[str, Any]) -> Execution:
     """
     if not isinstance(way, (Tokens, Cache)):
         if not is_one_of(way, EXECUTIONS):
-            raise ConfigError(f"execute must be one of {', '.join(EXECUTIONS)}, a Tokens or a Cache, got {way!r}")
+            raise ConfigError(
+                f"execute must be one of {', '.join(EXECUTIONS)}, got {way!r}, which is no Tokens or Cache either"
+            )
         way = Tokens() if way == "tokens" else Cache("all" if way == "cache" else "kept")
     given = {name: value for name, value in settings.items() if value is not None}
     profile, blocks = given.pop("profile", None), given.pop("profile_blocks", None)

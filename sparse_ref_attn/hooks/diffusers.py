@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -228,11 +229,14 @@ def routed_attention(sites: Sequence[AttentionSite], attend: Route) -> Iterator[
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Attention], Tensor]
 
+_ENTERING = threading.Lock()
+
 
 class PrivateBackend:
     """An attention backend for one processor, in force from `enter` to `leave`.
 
-    It is an unlisted ``AttentionBackendName``, so the public enum stays as it is. Those of one processor may leave in
+    It is an unlisted ``AttentionBackendName``, so the public enum stays as it is. It answers the thread that entered
+    it; calls of other threads go on to what was there before. Those of one processor may leave in
     any order: a call that was broken off leaves when the next one comes, which may have entered by then.
 
     Parameters
@@ -249,6 +253,7 @@ class PrivateBackend:
         self._processor = processor
         self._inner: Any = None
         self._own: bool | None = None
+        self._thread: int | None = None
         value = f"sparse_ref_attn_{id(processor)}_{id(self)}"
         self._member = str.__new__(self._dispatch.AttentionBackendName, value)
         self._member._name_, self._member._value_, self._member.owner = value.upper(), value, self
@@ -278,21 +283,26 @@ class PrivateBackend:
                     parallel_config=_parallel_config,
                 )
 
-            return attend(query, key, value, attn_mask, user)
+            return user() if self._thread != threading.get_ident() else attend(query, key, value, attn_mask, user)
 
         self._dispatch._AttentionBackendRegistry.register(self._member)(backend)
 
     def enter(self) -> None:
         """Serve the processor's attention from now on."""
-        if self._own is None:
-            self._own = "_attention_backend" in vars(self._processor)
-            self._inner = self._processor._attention_backend
-            self._processor._attention_backend = self._member
+        with _ENTERING:
+            self._thread = threading.get_ident()
+            if self._own is None:
+                self._own = "_attention_backend" in vars(self._processor)
+                self._inner = self._processor._attention_backend
+                self._processor._attention_backend = self._member
 
     def leave(self) -> None:
         """Give the processor its own backend back."""
-        if self._own is None:
-            return
+        with _ENTERING:
+            if self._own is not None:
+                self._leave()
+
+    def _leave(self) -> None:
         later = self._entered_on_top()
         if later is not None:
             later._own, later._inner = self._own, self._inner

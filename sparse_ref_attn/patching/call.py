@@ -24,6 +24,9 @@ __all__ = ["Call", "Execution", "GenerationCall"]
 class Execution(Protocol):
     """A way to save work in one call; made for the call, so it may keep what `after` needs."""
 
+    alone: bool
+    """Whether the model's modules are changed meanwhile, so that no other call may run."""
+
     def before(self, call: Any) -> Kwargs:
         """The arguments that the transformer gets. What must be undone goes to ``call.contexts``."""
 

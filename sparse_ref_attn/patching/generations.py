@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters.base import Adapter, Kwargs
 from ..config import SparseRef
@@ -25,30 +24,19 @@ from .call import Execution, GenerationCall
 from .execution.cache import CacheKeeper, check_cache
 from .execution.depth import ByDepth, check_call
 from .execution.tokens import AtInput
-from .identity import RunIdentity
-from .layouts import Layouts
+from .ownership import Generation, Ownership, Where
 from .pixels import PixelTap, encoder
-from .steps import ManualSteps, ObservedSteps, PipelineSteps, RunStep
 
 __all__ = ["Generations"]
 
 logger = logging.getLogger("sparse_ref_attn")
 
-Steps = PipelineSteps | ManualSteps | ObservedSteps
-
-
-@dataclass
-class _Generation:
-    """A run, and how its calls are known."""
-
-    run: Run
-    key: object
-    identity: RunIdentity
-    last_kept: int | None = None
-
 
 class Generations:
-    """The generations of one patched transformer, one after another.
+    """The generations of one patched transformer: one after another, within another's callback, or in threads.
+
+    A call belongs to the generation of its thread that has its text, or its references. Nothing of another
+    generation is ever read for it.
 
     Parameters
     ----------
@@ -76,14 +64,11 @@ class Generations:
         keeps = adapter.cache is not None and adapter.cache.kept_by(transformer)
         check_cache(config, adapter, len(sites), keeps)
         self.cache = None if adapter.cache is None else CacheKeeper(adapter, config)
-        reads = pipe is not None and PipelineSteps.reads(pipe)
-        self._steps = PipelineSteps(pipe, config.clock) if reads else ObservedSteps()
-        self._manual: tuple[ManualSteps, object] | None = None
-        self._layouts, self._warned = Layouts(adapter, self._unknown), False
-        self._current: _Generation | None = None
+        self._owners = Ownership(pipe, adapter, config.clock)
+        self._latest: Generation | None = None
         self.record: RunRecord | None = None
         self.pixels: PixelTap | None = None
-        self._paused = False
+        self._rests_for: int | None = None
         self.removed = False
 
     def install(self, transformer: nn.Module, undo: contextlib.ExitStack) -> None:
@@ -94,47 +79,40 @@ class Generations:
             undo.callback(self.pixels.remove)
 
     def forget(self) -> None:
-        """Let go of the last run, but keep its record; nothing may follow."""
+        """Let go of all runs, but keep the record; nothing may follow."""
         self.removed = True
-        self._current = None
+        self._latest = None
+        self._owners.forget()
         if self.cache is not None:
             self.cache.forget()
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
-        """Inside, calls run as they are, and encoded images are not heard."""
-        self._paused = True
+        """Inside, calls of this thread run as they are, and encoded images are not heard."""
+        self._rests_for = threading.get_ident()
         try:
             yield
         finally:
-            self._paused = False
+            self._rests_for = None
             if self.pixels is not None:
                 self.pixels.handed_over()
 
     @property
     def run(self) -> Run | None:
         """The run that the last call with references belonged to."""
-        return None if self._current is None else self._current.run
+        return None if self._latest is None else self._latest.run
 
     # -- steps -------------------------------------------------------------------------------
 
     def begin(self, steps: int) -> None:
         """The user tells the steps of a run from now on."""
         self._alive()
-        self._manual = (ManualSteps(steps), self._steps.run())
+        self._owners.begin(steps)
 
     def step(self, index: int) -> None:
         """The next calls belong to step `index`."""
         self._alive()
-        if self._manual is None:
-            raise IncompatibleError("handle.begin(steps=...) must be called before handle.step(i)")
-        self._manual[0].set(index)
-
-    def _leader(self) -> Steps:
-        """Who tells the step: the user since `begin`, until the pipeline's own scheduler runs again."""
-        if self._manual is not None and self._manual[1] is self._steps.run():
-            return self._manual[0]
-        return self._steps
+        self._owners.step(index)
 
     def _alive(self) -> None:
         if self.removed:
@@ -143,33 +121,44 @@ class Generations:
     # -- one call ----------------------------------------------------------------------------
 
     def call(self, module: nn.Module, kwargs: Kwargs) -> GenerationCall | None:
-        """A call with the plan of its step; None where it has no references, or no known layout."""
-        began, steps = time.perf_counter(), self._leader()
-        if self._paused:
+        """A call with the plan of its step; None where it has no references, or no known layout.
+
+        Raises
+        ------
+        IncompatibleError
+            If a batch runs on the transformer in another thread, or it cannot be told whose call this is.
+        """
+        began = time.perf_counter()
+        if self._rests_for is not None:
+            if self._rests_for != threading.get_ident():
+                raise IncompatibleError(
+                    "a transformer must not be called while a batch runs on it in another thread: wait for the batch, "
+                    "or give each thread a transformer of its own (copy.deepcopy)"
+                )
             return None
         reads = self.adapter.cached(kwargs)
-        layout = None if reads else self._layouts.of(kwargs, steps.run())
-        at: RunStep | None = None
-        if layout is not None and layout.references:
-            at = self._enter(module, steps, layout, kwargs)
-        elif reads and self._current is not None:
-            at = steps.current(kwargs.get("timestep"))
-        generation = self._current
-        if at is None or generation is None or at.key is not generation.key:
+        layout = None if reads else self._owners.layout(kwargs)
+        if not reads and (layout is None or not layout.references):
             return None
-        run, plan = generation.run, generation.run.plan(at.step)
+        where = self._owners.find(kwargs, layout)
+        if where is None:
+            return None
+        generation, at = where.generation, where.at
+        if generation is None:
+            assert layout is not None
+            generation = self._begin(module, where, layout, kwargs)
+        self._latest, run = generation, generation.run
+        self.record = run.record
+        plan = run.plan(at.step)
         stores = self.cache is not None and layout is not None and self.adapter.extracts(kwargs)
-        kind, execution = plan.kind, self._execution(plan.from_block)
-        kept = plan.kept(run.layout)
+        execution: Execution = ByDepth() if plan.from_block else AtInput()
+        kind, kept = plan.kind, plan.kept(run.layout)
         if self.cache is not None and (reads or stores):
             execution = self.cache.execution(reads)
             reads = reads or self.cache.reuse.given is not None
             plan, kept = self.cache.plan(run, at, plan, reads)
             kind = "cached" if reads else plan.kind
         step = run.step_record(at.step, kind, kept, plan)
-        if not at.observed and not self._belongs(generation, step.calls, kwargs, layout):
-            steps.restart()
-            return self.call(module, kwargs)
         if generation.last_kept not in (None, kept) and step_cache_active(module):
             reset_step_cache(module)
         generation.last_kept = kept
@@ -187,26 +176,10 @@ class Generations:
             measures=plan.kind in ("profile", "in_flight") and step.calls == 0,
         )
 
-    def _execution(self, from_block: int) -> Execution:
-        return ByDepth() if from_block else AtInput()
-
-    def _unknown(self, what: str) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning("running dense: the layout of a call is not known (%s)", what)
-
-    # -- which run ---------------------------------------------------------------------------
-
-    def _enter(self, module: nn.Module, steps: Steps, layout: TokenLayout, kwargs: Kwargs) -> RunStep:
-        """The step of a call with references; begins a run at its first call."""
-        at, known = steps.current(kwargs.get("timestep")), self._current
-        same = known is not None and at.key is known.key and known.run.layout.sizes == layout.sizes
-        if known is not None and same and (not at.observed or self._same_references(known.run, kwargs, layout)):
-            return at
-        if at.observed and (at.step > 0 or (known is not None and at.key is known.key)):
-            steps.restart()
-            at = steps.current(kwargs.get("timestep"))
-        self._current = self.record = None
+    def _begin(self, module: nn.Module, where: Where, layout: TokenLayout, kwargs: Kwargs) -> Generation:
+        """Begin a generation at its first call."""
+        self.record = self._latest = None
+        self._owners.make_room(where)
         if step_cache_active(module) and self._varies == "every step":
             raise IncompatibleError(
                 "a step cache needs a kept count that seldom changes, got a budget that changes at every step: "
@@ -214,13 +187,8 @@ class Generations:
             )
         if self.config.from_block or self._probing.first:
             check_call(self.adapter, module, kwargs)
-        run = self._begin(module, at, layout, kwargs)
-        self.record = run.record
-        self._current = _Generation(run, at.key, RunIdentity(timed=isinstance(steps, PipelineSteps)))
-        return at
-
-    def _begin(self, module: nn.Module, at: RunStep, layout: TokenLayout, kwargs: Kwargs) -> Run:
-        tokens = self._reference_rows(kwargs, layout)
+        x, at = kwargs[self.adapter.tokens], where.at
+        tokens = pack_rows(x, layout.reference_rows(x.device))
         pixels = [None] * len(layout.references) if self.pixels is None else self.pixels.take(layout, tokens)
         encode = None if self._pipe is None or self.pixels is None else encoder(self._pipe, self.adapter.encode)
         reuse = self.cache.reuse if self.cache is not None and self.adapter.extracts(kwargs) else None
@@ -228,29 +196,10 @@ class Generations:
         run = Run(self.config, self._probing, layout, tokens, pixels, at.total, at.clock, encode, scores)
         if reuse is not None:
             reuse.note(run.record)
-        return run
+        return self._owners.add(where, run, kwargs)
 
     @property
     def _varies(self) -> str:
         """How the number of kept tokens changes over a run: "never", "pieces" or "every step"."""
         varies = self.config.budget.varies
         return "pieces" if varies == "never" and self._probing.probes else varies
-
-    def _reference_rows(self, kwargs: Kwargs, layout: TokenLayout) -> Tensor:
-        x = kwargs[self.adapter.tokens]
-        return pack_rows(x, layout.reference_rows(x.device))
-
-    def _same_references(self, run: Run, kwargs: Kwargs, layout: TokenLayout) -> bool:
-        """Whether the call's reference rows are the run's (syncs)."""
-        rows, known = self._reference_rows(kwargs, layout), run.references.tokens
-        return rows.shape == known.shape and torch.equal(rows, known)
-
-    def _belongs(self, known: _Generation, calls: int, kwargs: Kwargs, layout: TokenLayout | None) -> bool:
-        """Whether a call is of the run that began, and not of another one that nobody announced."""
-        text = None if self.adapter.text_tokens is None else kwargs.get(self.adapter.text_tokens)
-        return known.identity.agrees(
-            calls,
-            kwargs.get("timestep"),
-            text,
-            lambda: layout is None or self._same_references(known.run, kwargs, layout),
-        )

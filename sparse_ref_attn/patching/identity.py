@@ -1,4 +1,4 @@
-"""Whether a call belongs to the run that the scheduler tells of: seen without a sync in each step."""
+"""Whether a call belongs to a run: seen without a sync in each step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["RunIdentity"]
 class RunIdentity:
     """What the calls of one run have in common.
 
-    Another pipeline may run on the same transformer with a scheduler of its own, after a run of the
-    patched one that was broken off: then the scheduler being read stands still in the middle of a run.
+    Other pipelines may run on the same transformer, before a run is over or after it was broken off.
+    A run's text tokens are one tensor for all steps and one for each branch of guidance, so they tell its calls.
 
     Parameters
     ----------
@@ -28,33 +28,39 @@ class RunIdentity:
         self._timed = timed
         self._branches = 0
         self._timestep: Any = None
-        self._text: weakref.ref[Tensor] | None = None
-        self._begun = False
+        self._texts: list[weakref.ref[Tensor]] = []
+        self._stable = True
+
+    def knows(self, text: Tensor | None) -> bool:
+        """Whether a call of the run had this very text."""
+        return text is not None and any(known() is text for known in self._texts)
+
+    @property
+    def alive(self) -> bool:
+        """Whether somebody still holds a text of the run, as its pipeline does to its end."""
+        return any(known() is not None for known in self._texts)
 
     def agrees(self, calls: int, timestep: Any, text: Tensor | None, same_references: Callable[[], bool]) -> bool:
         """Whether a call is of this run, where its step has had `calls` so far.
 
-        A run's text tokens are one tensor for all steps, so another tensor calls for a comparison of
-        the references; where they are made anew in each step, they are not looked at again. Timestep
-        and references are compared too when a step has more calls than any before it: one sync a run
-        under sequential guidance, none without.
+        Another text calls for a comparison of the references; where texts are made anew in each step, they are not
+        looked at again. Timestep and references are compared too when a step has more calls than any before it: one
+        sync a run under sequential guidance, none without.
         """
         if calls == 0:
             self._timestep = timestep
-            return self._is_text(text) or same_references()
-        if calls <= self._branches:
-            return True
-        timed = self._timed and timestep is not None
-        if timed and not torch.equal(torch.as_tensor(timestep), torch.as_tensor(self._timestep)):
-            return False
-        self._branches = calls
-        return same_references()
-
-    def _is_text(self, text: Tensor | None) -> bool:
-        if not self._begun:
-            self._begun = True
-            self._text = None if text is None else weakref.ref(text)
-        same = self._text is None or self._text() is text
-        if not same:
-            self._text = None
-        return same
+            if text is None or not self._stable or self.knows(text):
+                return True
+            if self._texts and not same_references():
+                return False
+            self._stable = not self._texts
+        elif calls > self._branches:
+            timed = self._timed and timestep is not None
+            if timed and not torch.equal(torch.as_tensor(timestep), torch.as_tensor(self._timestep)):
+                return False
+            if not same_references():
+                return False
+            self._branches = calls
+        if text is not None and not self.knows(text):
+            self._texts = [known for known in self._texts if known() is not None] + [weakref.ref(text)]
+        return True

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..adapters.base import Adapter, Kwargs
 from ..adapters.shortened import Shortened
+from ..errors import IncompatibleError
 from ..hooks.instance import InstanceHook
 from .call import Call
 
@@ -49,6 +50,7 @@ class Patch:
         self.adapter, self.planner, self.purpose = adapter, planner, purpose
         self.removed = False
         self._running = threading.local()
+        self._inside: dict[int, bool] = {}  # threads inside a call -> whether it must be alone
         self._undo = contextlib.ExitStack()
 
     def install(self) -> None:
@@ -77,13 +79,28 @@ class Patch:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
     ) -> tuple[tuple[Any, ...], Kwargs] | None:
         self._close()
+        self._enter(alone=False)
         call = self.planner.call(module, self.adapter.bind(module, args, kwargs))
         if call is None:
             return None
         self._running.call = call
+        self._enter(call.execution.alone)
         return (), call.enter()
 
+    def _enter(self, alone: bool) -> None:
+        """Note that this thread is inside a call; refuse where blocks are, or would be, changed for another thread."""
+        me = threading.get_ident()
+        self._inside[me] = alone
+        others = [flag for thread, flag in list(self._inside.items()) if thread != me]
+        if any(others) or (alone and others):
+            raise IncompatibleError(
+                "where references leave by depth, a transformer must be in one call at a time, got calls of two "
+                "threads: give each a transformer of its own (copy.deepcopy), or drop at the input: from_block=0, "
+                'profile="step"'
+            )
+
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> Any:
+        self._inside.pop(threading.get_ident(), None)
         call = self._take()
         return None if call is None else call.leave(output)
 

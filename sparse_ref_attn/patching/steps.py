@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,14 +15,7 @@ from ..schedules import Clock
 
 __all__ = ["ManualSteps", "ObservedSteps", "PipelineSteps", "RunStep"]
 
-logger = logging.getLogger("sparse_ref_attn")
-
 _MOST_STEPS = 100_000  # a budget is asked for each of them
-
-_SYNCS = (
-    "the step is read from the timestep, one device sync a call; "
-    "call handle.begin(steps=...) and handle.step(i) to avoid it"
-)
 
 
 @dataclass(frozen=True)
@@ -56,9 +48,7 @@ def _uniform(total: int) -> Callable[[int], Clock]:
 class PipelineSteps:
     """Reads the pipeline's scheduler: host integers only, and right under classifier-free guidance.
 
-    Every run sets new timesteps, so the identity of that tensor is the identity of the run. Where
-    the scheduler turns out not to be the one that runs (a pipeline made by ``from_pipe`` may have
-    another), the timestep is observed instead, until it runs again.
+    Every run sets new timesteps, so the identity of that tensor is the identity of the run.
     """
 
     def __init__(self, pipe: Any, clock: str) -> None:
@@ -66,11 +56,6 @@ class PipelineSteps:
         self._scheduler = pipe.scheduler
         self._clock = clock
         self._run: tuple[object, Callable[[int], Clock]] | None = None
-        self._frozen: object = None
-        self._observed = ObservedSteps(
-            "the patched pipeline's scheduler does not run with the transformer (another pipeline drives it): "
-            "the step is read from the timestep, one device sync a call"
-        )
 
     @staticmethod
     def reads(pipe: Any) -> bool:
@@ -78,20 +63,17 @@ class PipelineSteps:
         return hasattr(getattr(pipe, "scheduler", None), "step_index")
 
     def run(self) -> object:
-        """The identity of the scheduler's run, None where it is idle (never set, at its end) or distrusted."""
+        """The identity of the scheduler's run, None where it is idle (never set, or at its end)."""
         pipe = self._pipe()
         if pipe is not None:
             self._scheduler = pipe.scheduler
         scheduler = self._scheduler
         timesteps, index = scheduler.timesteps, scheduler.step_index
         idle = getattr(scheduler, "num_inference_steps", None) is None or (index or 0) >= len(timesteps)
-        return None if idle or timesteps is self._frozen else timesteps
+        return None if idle else timesteps
 
     def current(self, timestep: Tensor | None) -> RunStep:
-        key = self.run()
-        if key is None:
-            return self._observed.current(timestep)
-        scheduler = self._scheduler
+        key, scheduler = self.run(), self._scheduler
         first = getattr(scheduler, "begin_index", None) or 0
         total = len(scheduler.timesteps) - first
         index = scheduler.step_index
@@ -99,10 +81,16 @@ class PipelineSteps:
             self._run = (key, self._make_clock(scheduler, first, total))
         return RunStep(key, 0 if index is None else index - first, total, self._run[1])
 
-    def restart(self) -> None:
-        """The next call begins a run; where the scheduler told otherwise, it is distrusted until its next run."""
-        self._frozen = self._scheduler.timesteps
-        self._observed.restart()
+    def tells(self, timestep: Tensor | None) -> bool:
+        """Whether a call's timestep is the scheduler's (one sync); pipelines pass it as it is, or as a share."""
+        if timestep is None:
+            return True
+        scheduler = self._scheduler
+        index = scheduler.step_index
+        at = (getattr(scheduler, "begin_index", None) or 0) if index is None else index
+        given = torch.as_tensor(timestep).flatten()[:1]
+        wanted = torch.as_tensor(scheduler.timesteps)[at].to(given.device, given.dtype)
+        return bool((given == wanted) | (given == wanted / 1000))
 
     def _make_clock(self, scheduler: Any, first: int, total: int) -> Callable[[int], Clock]:
         if self._clock == "steps":
@@ -144,36 +132,24 @@ class ManualSteps:
 
 
 class ObservedSteps:
-    """Watches the timestep of a bare transformer: one sync a call, said once.
+    """Watches the timestep of one generation's calls: one sync a call.
 
     A lower timestep is the next step, the same one another branch of guidance, a higher one a new
     run. Progress is 1 - t / t_0.
     """
 
-    def __init__(self, warning: str = _SYNCS) -> None:
-        self._warning = warning
+    def __init__(self) -> None:
         self._key: object = object()
         self._step = 0
         self._first = self._last = 0.0
         self._progress: dict[int, float] = {}
-        self._told = False
 
-    def run(self) -> object:
-        """Nobody knows before the call's timestep and references are seen."""
-        return None
-
-    def restart(self) -> None:
-        """The next call begins a run, whatever its timestep."""
-        self._last = 0.0
-        self._first = 0.0
+    def rises(self, timestep: Tensor | None) -> bool:
+        """Whether a call's timestep begins a run."""
+        return self._first == 0.0 or _number(timestep) > self._last
 
     def current(self, timestep: Tensor | None) -> RunStep:
-        if timestep is None:
-            raise ConfigError("a bare transformer must be called with a timestep, or driven by handle.begin and step")
-        if not self._told:
-            self._told = True
-            logger.warning(self._warning)
-        t = float(torch.as_tensor(timestep).flatten()[0])
+        t = _number(timestep)
         if self._first == 0.0 or t > self._last:
             self._key, self._step, self._first, self._progress = object(), 0, t, {}
         elif t < self._last:
@@ -188,3 +164,9 @@ class ObservedSteps:
             lambda step: Clock(step, 1000, min(1.0, max(0.0, progress.get(step, 1.0)))),
             observed=True,
         )
+
+
+def _number(timestep: Tensor | None) -> float:
+    if timestep is None:
+        raise ConfigError("a bare transformer must be called with a timestep, or driven by handle.begin and step")
+    return float(torch.as_tensor(timestep).flatten()[0])

@@ -140,6 +140,11 @@ class Run:
             steps.append(StepRecord(step, kind, kept, selection=plan.selection, from_block=plan.from_block))
         return steps[-1]
 
+    def calls(self, step: int) -> int:
+        """Calls of `step` so far."""
+        steps = self.record.steps
+        return steps[-1].calls if steps and steps[-1].index == step else 0
+
     # -- how many ------------------------------------------------------------------------------
 
     def counts(self, step: int) -> Counts:

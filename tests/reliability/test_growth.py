@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import sparse_ref_attn as sra
+from sparse_ref_attn.run import Run
 from tests.pipelines import CASES
 from tests.reliability.memory import Held
 
@@ -76,12 +77,12 @@ def test_a_thousand_generations(mode: str, record_property: Callable[[str, objec
 
 def test_a_handle_that_kept_its_references_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
-    begin = sra.adapters.handle.Session.begin
+    begin = Run.__init__
 
-    def hoards(session: Any, layout: Any, tokens: Any, *arguments: Any) -> None:
+    def hoards(run: Any, config: Any, probing: Any, layout: Any, tokens: Any, *arguments: Any) -> None:
         kept.append(tokens)
-        begin(session, layout, tokens, *arguments)
+        begin(run, config, probing, layout, tokens, *arguments)
 
-    monkeypatch.setattr(sra.adapters.handle.Session, "begin", hoards)
+    monkeypatch.setattr(Run, "__init__", hoards)
     with pytest.raises(AssertionError):
         check(*generate("tokens", WARM))

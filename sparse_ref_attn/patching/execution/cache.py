@@ -52,6 +52,8 @@ def check_cache(config: SparseRef, adapter: Adapter, attention_layers: int, keep
 class Storing:
     """A call that runs the reference rows and fills a cache."""
 
+    alone = False
+
     def __init__(self, keeper: CacheKeeper) -> None:
         self._keeper, self._rows = keeper, AtInput()
 
@@ -66,6 +68,8 @@ class Storing:
 
 class Reading:
     """A call on text and generation rows that attends to stored K/V; `resumes`: to those of an earlier run."""
+
+    alone = False
 
     def __init__(self, keeper: CacheKeeper, resumes: bool) -> None:
         self._keeper, self._resumes = keeper, resumes

@@ -33,6 +33,8 @@ class ByDepth:
     In flight, the plan's selection is made when the block is reached, of what the blocks before it showed.
     """
 
+    alone = True
+
     def before(self, call: GenerationCall) -> Kwargs:
         listen(call)
         adapter, run, step = call.adapter, call.run, call.at.step

@@ -320,6 +320,8 @@ class PerItem:
         Rows of the image stream that each item keeps, ascending.
     """
 
+    alone = False
+
     def __init__(self, ragged: Ragged, rows: Sequence[Tensor]) -> None:
         self._ragged, self._rows = ragged, rows
 

@@ -18,6 +18,8 @@ __all__ = ["AtInput"]
 class AtInput:
     """Runs a call on the rows of its plan: the kept ones, a rival's, or all."""
 
+    alone = False
+
     def before(self, call: Call) -> Kwargs:
         if isinstance(call, GenerationCall):
             listen(call)

@@ -1,0 +1,247 @@
+"""Which generation a transformer call belongs to, and which step of it the call is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.base import Adapter, Kwargs
+from ..errors import IncompatibleError
+from ..functional import pack_rows
+from ..run import Run
+from ..types import TokenLayout
+from .identity import RunIdentity
+from .layouts import Layouts
+from .steps import ManualSteps, ObservedSteps, PipelineSteps, RunStep
+
+__all__ = ["Generation", "Ownership", "Where"]
+
+logger = logging.getLogger("sparse_ref_attn")
+
+Steps = PipelineSteps | ManualSteps | ObservedSteps
+
+_MOST = 4  # generations that one thread may have begun and not ended, one within another's callback
+
+_SYNCS = (
+    "the step is read from the timestep, one device sync a call; "
+    "call handle.begin(steps=...) and handle.step(i) to avoid it"
+)
+_ANOTHERS = (
+    "the patched pipeline's scheduler does not run with the transformer (another pipeline drives it): "
+    "the step is read from the timestep, one device sync a call"
+)
+
+
+@dataclass
+class Generation:
+    """A run, who tells its steps, and how its calls are known.
+
+    Parameters
+    ----------
+    run : Run
+    leader : PipelineSteps, ManualSteps or ObservedSteps
+    key : object
+        Its identity, as the leader tells it.
+    identity : RunIdentity
+    last_kept : int, optional
+        Reference tokens that took part in its last call.
+    """
+
+    run: Run
+    leader: Steps
+    key: object
+    identity: RunIdentity
+    last_kept: int | None = None
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a call stands: the step as `leader` tells it, and the generation; None where one begins.
+
+    `replaced` is the leader's last one, which is over then.
+    """
+
+    at: RunStep
+    leader: Steps
+    generation: Generation | None = None
+    replaced: Generation | None = None
+
+
+class _Thread(threading.local):
+    """What belongs to the generations of one thread."""
+
+    def __init__(self, adapter: Adapter, unknown: Callable[[str], None]) -> None:
+        self.live: list[Generation] = []
+        self.layouts = Layouts(adapter, unknown)
+
+
+class Ownership:
+    """Tells the generations of one patched transformer apart: in turn, within another's callback, or in threads.
+
+    A call belongs to the generation of its thread that has its text, or its references.
+
+    Parameters
+    ----------
+    pipe : diffusers pipeline, optional
+        Whose scheduler tells the step of its own calls.
+    adapter : Adapter
+    clock : {"steps", "sigma"}
+    """
+
+    def __init__(self, pipe: Any, adapter: Adapter, clock: str) -> None:
+        self._adapter = adapter
+        self._scheduler = PipelineSteps(pipe, clock) if PipelineSteps.reads(pipe) else None
+        self._manual: tuple[ManualSteps, object] | None = None
+        self._said: set[str] = set()
+        self._begun: list[weakref.ref[Generation]] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of all generations, those of other threads too."""
+        self._here = _Thread(self._adapter, self._unknown)
+
+    def begin(self, steps: int) -> None:
+        """The user tells the steps of a run from now on."""
+        self._manual = (ManualSteps(steps), self._scheduled())
+
+    def step(self, index: int) -> None:
+        """The next calls belong to step `index`."""
+        if self._manual is None:
+            raise IncompatibleError("handle.begin(steps=...) must be called before handle.step(i)")
+        self._manual[0].set(index)
+
+    def layout(self, kwargs: Kwargs) -> TokenLayout | None:
+        """The layout of a call, looked up once a run; None, with one warning, where it is not known."""
+        return self._here.layouts.of(kwargs, self._scheduled())
+
+    def find(self, kwargs: Kwargs, layout: TokenLayout | None) -> Where | None:
+        """Where a call stands; `layout` is None for one without reference rows, of which None is known if none began.
+
+        Raises
+        ------
+        IncompatibleError
+            If it cannot be told: the scheduler is another thread's by now.
+        """
+        if layout is None and not self._here.live:
+            return None
+        timestep = kwargs.get("timestep")
+        leader, known = self._leader(kwargs, layout)
+        at = leader.current(timestep)
+        if isinstance(leader, PipelineSteps) and self._others() and not leader.tells(timestep):
+            if known is not None and at.key is known.key and known.identity.knows(self._text(kwargs)):
+                raise IncompatibleError(
+                    "it must be clear whose call this is, got one of a run that the patched pipeline's scheduler does "
+                    "not tell any more, with another thread on the same transformer: give each thread a transformer of "
+                    "its own (copy.deepcopy)"
+                )
+            leader, known = self._observe(), None
+            at = leader.current(timestep)
+        if known is not None and known.key is at.key:
+            if self._is_of(known, at, kwargs, layout):
+                return Where(at, leader, known)
+            if isinstance(leader, ManualSteps):
+                leader.restart()
+            else:
+                leader, known = self._observe(), None
+            at = leader.current(timestep)
+        return None if layout is None else Where(at, leader, replaced=known)
+
+    def make_room(self, where: Where) -> None:
+        """Before a generation begins: what is over goes, so that its references are not held any longer."""
+        scheduled, live = self._scheduled(), self._here.live
+        kept = [g for g in live if g is not where.replaced and self._goes_on(g, scheduled)]
+        live[:] = kept[1 - _MOST :]
+
+    def add(self, where: Where, run: Run, kwargs: Kwargs) -> Generation:
+        """The generation that begins with a call."""
+        identity = RunIdentity(timed=isinstance(where.leader, PipelineSteps))
+        identity.agrees(0, kwargs.get("timestep"), self._text(kwargs), lambda: True)
+        generation = Generation(run, where.leader, where.at.key, identity)
+        self._here.live.append(generation)
+        self._begun = [ref for ref in self._begun if ref() is not None] + [weakref.ref(generation)]
+        return generation
+
+    # -- who tells the step --------------------------------------------------------------------
+
+    def _leader(self, kwargs: Kwargs, layout: TokenLayout | None) -> tuple[Steps, Generation | None]:
+        """Who tells the step of a call, and the generation that it may be of."""
+        live, scheduled, text, timestep = self._here.live, self._scheduled(), self._text(kwargs), kwargs.get("timestep")
+        if self._manual is not None and self._manual[1] is scheduled:  # until the pipeline's own scheduler runs again
+            leader = self._manual[0]
+            return leader, next((g for g in reversed(live) if g.leader is leader), None)
+        known = next((g for g in reversed(live) if g.identity.knows(text)), None)
+        if scheduled is not None and self._scheduler is not None:
+            owner = next((g for g in self._all() if g.key is scheduled), None)
+            own = any(g is owner for g in live)
+            if known is None or isinstance(known.leader, PipelineSteps):
+                follows = owner is None or (own and known in (None, owner))
+            else:
+                begins = not isinstance(known.leader, ObservedSteps) or known.leader.rises(timestep)
+                follows = owner is None and begins
+            if follows:
+                return self._scheduler, owner
+        for g in sorted(reversed(live), key=lambda g: g is not known):
+            if isinstance(g.leader, ObservedSteps) and (layout is None or self._same_references(g.run, kwargs, layout)):
+                nested = g is not known and g.identity.alive and g.leader.rises(timestep)
+                if not nested:
+                    return g.leader, g
+        return self._observe(), None
+
+    def _scheduled(self) -> object:
+        """The run of the pipeline's scheduler; None where it is idle, or there is none."""
+        return None if self._scheduler is None else self._scheduler.run()
+
+    def _observe(self) -> ObservedSteps:
+        self._say(_SYNCS if self._scheduler is None else _ANOTHERS, "observed")
+        return ObservedSteps()
+
+    # -- whose call ----------------------------------------------------------------------------
+
+    def _is_of(self, known: Generation, at: RunStep, kwargs: Kwargs, layout: TokenLayout | None) -> bool:
+        """Whether a call is of a generation, and not of another one that nobody announced."""
+        if layout is not None and known.run.layout.sizes != layout.sizes:
+            return False
+
+        def same() -> bool:  # of an observed run they were compared already
+            return layout is None or at.observed or self._same_references(known.run, kwargs, layout)
+
+        return known.identity.agrees(known.run.calls(at.step), kwargs.get("timestep"), self._text(kwargs), same)
+
+    def _all(self) -> list[Generation]:
+        """The generations of all threads."""
+        return [g for ref in self._begun if (g := ref()) is not None]
+
+    def _others(self) -> bool:
+        """Whether another thread has a generation on this transformer that goes on."""
+        scheduled, own = self._scheduled(), self._here.live
+        return any(self._goes_on(g, scheduled) and not any(g is mine for mine in own) for g in self._all())
+
+    def _goes_on(self, generation: Generation, scheduled: object) -> bool:
+        """Whether further calls may come: of the scheduler's run, or while somebody holds the text."""
+        if isinstance(generation.leader, PipelineSteps):
+            return generation.key is scheduled
+        return generation.identity.alive
+
+    def _text(self, kwargs: Kwargs) -> Tensor | None:
+        return None if self._adapter.text_tokens is None else kwargs.get(self._adapter.text_tokens)
+
+    def _same_references(self, run: Run, kwargs: Kwargs, layout: TokenLayout) -> bool:
+        """Whether the call's reference rows are the run's (syncs)."""
+        x, known = kwargs[self._adapter.tokens], run.references.tokens
+        rows = pack_rows(x, layout.reference_rows(x.device))
+        return rows.shape == known.shape and torch.equal(rows, known)
+
+    def _unknown(self, what: str) -> None:
+        self._say(f"running dense: the layout of a call is not known ({what})", "layout")
+
+    def _say(self, what: str, once: str) -> None:
+        if once not in self._said:
+            self._said.add(once)
+            logger.warning("%s", what)
