@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter, Kwargs
 from ..adapters.joining import with_sample
 from ..config import SparseRef
-from ..errors import BatchError, ConfigError
+from ..errors import BatchError, ConfigError, IncompatibleError
 from ..hooks.diffusers import check_no_step_cache, eager_blocks, unwrap
 from ..hooks.instance import check_free
 from ..patching.api import PURPOSE, generations_of, resolve
@@ -34,6 +35,9 @@ from .progress import SharedBar
 from .result import BatchResult
 
 __all__ = ["batch"]
+
+_BUSY: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Transformers on which a batch runs."""
 
 
 class _Frozen(Stopwatch):
@@ -328,11 +332,15 @@ def batch(
         )
     check_free(transformer, PURPOSE)
     check_no_step_cache(transformer)
+    if transformer in _BUSY:
+        raise IncompatibleError("a batch must not begin on a transformer on which another batch runs: wait for its end")
     run = _Run(pipe, pipe.transformer, adapter, config, len(calls))
     bar = SharedBar(pipe.progress_bar)
     for item, kwargs in zip(run.items, calls, strict=True):
         item.start(pipe.transformer, bar, kwargs)
     with contextlib.ExitStack() as undo:
+        _BUSY.add(transformer)
+        undo.callback(_BUSY.discard, transformer)
         undo.callback(pipe.maybe_free_model_hooks)
         undo.callback(bar.close)
         if own is not None:

@@ -26,6 +26,7 @@ from .execution.depth import ByDepth, check_call
 from .execution.tokens import AtInput
 from .ownership import Generation, Ownership, Where
 from .pixels import PixelTap, encoder
+from .steps import ObservedSteps
 
 __all__ = ["Generations"]
 
@@ -72,7 +73,8 @@ class Generations:
         self.removed = False
 
     def install(self, transformer: nn.Module, undo: contextlib.ExitStack) -> None:
-        """Listen to what the pipeline's VAE encodes."""
+        """Listen to what the pipeline's VAE encodes, and to which thread its scheduler runs in."""
+        self._owners.listen(undo)
         vae = getattr(None if self._pipe is None else self._pipe(), "vae", None)
         if isinstance(vae, nn.Module) and hasattr(vae, "encode"):
             self.pixels = PixelTap(vae)
@@ -149,6 +151,10 @@ class Generations:
             generation = self._begin(module, where, layout, kwargs)
         self._latest, run = generation, generation.run
         self.record = run.record
+        if at.observed:
+            run.retime(at.total, at.clock)
+        if isinstance(where.leader, ObservedSteps) and where.leader.rising:
+            run.give_up("every step runs dense: the timesteps rise, as those of an inversion do")
         plan = run.plan(at.step)
         stores = self.cache is not None and layout is not None and self.adapter.extracts(kwargs)
         execution: Execution = ByDepth() if plan.from_block else AtInput()

@@ -27,7 +27,8 @@ class RunIdentity:
     def __init__(self, timed: bool) -> None:
         self._timed = timed
         self._branches = 0
-        self._timestep: Any = None
+        self.timestep: Any = None
+        """Of the last step that began."""
         self._texts: list[weakref.ref[Tensor]] = []
         self._stable = True
 
@@ -48,7 +49,7 @@ class RunIdentity:
         sync a run under sequential guidance, none without.
         """
         if calls == 0:
-            self._timestep = timestep
+            self.timestep = timestep
             if text is None or not self._stable or self.knows(text):
                 return True
             if self._texts and not same_references():
@@ -56,7 +57,7 @@ class RunIdentity:
             self._stable = not self._texts
         elif calls > self._branches:
             timed = self._timed and timestep is not None
-            if timed and not torch.equal(torch.as_tensor(timestep), torch.as_tensor(self._timestep)):
+            if timed and not torch.equal(torch.as_tensor(timestep), torch.as_tensor(self.timestep)):
                 return False
             if not same_references():
                 return False

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +37,10 @@ _ANOTHERS = (
     "the patched pipeline's scheduler does not run with the transformer (another pipeline drives it): "
     "the step is read from the timestep, one device sync a call"
 )
+_STANDS = (
+    "the pipeline's scheduler stands still while the transformer runs (a loop that integrates by itself): "
+    "the step is read from the timestep, one device sync a call; call handle.begin(steps=...) and handle.step(i)"
+)
 
 
 @dataclass
@@ -52,6 +56,8 @@ class Generation:
     identity : RunIdentity
     last_kept : int, optional
         Reference tokens that took part in its last call.
+    left : object
+        The scheduler's run that it followed until the scheduler was seen to stand still.
     """
 
     run: Run
@@ -59,6 +65,7 @@ class Generation:
     key: object
     identity: RunIdentity
     last_kept: int | None = None
+    left: object = None
 
 
 @dataclass(frozen=True)
@@ -100,12 +107,16 @@ class Ownership:
         self._scheduler = PipelineSteps(pipe, clock) if PipelineSteps.reads(pipe) else None
         self._manual: tuple[ManualSteps, object] | None = None
         self._said: set[str] = set()
-        self._begun: list[weakref.ref[Generation]] = []
         self.forget()
 
     def forget(self) -> None:
         """Let go of all generations, those of other threads too."""
         self._here = _Thread(self._adapter, self._unknown)
+
+    def listen(self, undo: contextlib.ExitStack) -> None:
+        """Note from now on which thread the pipeline runs in."""
+        if self._scheduler is not None:
+            undo.callback(self._scheduler.listen())
 
     def begin(self, steps: int) -> None:
         """The user tells the steps of a run from now on."""
@@ -122,36 +133,38 @@ class Ownership:
         return self._here.layouts.of(kwargs, self._scheduled())
 
     def find(self, kwargs: Kwargs, layout: TokenLayout | None) -> Where | None:
-        """Where a call stands; `layout` is None for one without reference rows, of which None is known if none began.
-
-        Raises
-        ------
-        IncompatibleError
-            If it cannot be told: the scheduler is another thread's by now.
-        """
+        """Where a call stands; None for one without reference rows, `layout` None, that no generation can be of."""
         if layout is None and not self._here.live:
             return None
         timestep = kwargs.get("timestep")
         leader, known = self._leader(kwargs, layout)
-        at = leader.current(timestep)
-        if isinstance(leader, PipelineSteps) and self._others() and not leader.tells(timestep):
-            if known is not None and at.key is known.key and known.identity.knows(self._text(kwargs)):
-                raise IncompatibleError(
-                    "it must be clear whose call this is, got one of a run that the patched pipeline's scheduler does "
-                    "not tell any more, with another thread on the same transformer: give each thread a transformer of "
-                    "its own (copy.deepcopy)"
-                )
-            leader, known = self._observe(), None
-            at = leader.current(timestep)
+        at = self._current(leader, known, kwargs)
         if known is not None and known.key is at.key:
             if self._is_of(known, at, kwargs, layout):
                 return Where(at, leader, known)
+            if self._stands_still(known, kwargs, layout):
+                known.leader = leader = ObservedSteps(known.identity.timestep, at.step)
+                known.left, known.key = known.key, leader.key
+                self._say(_STANDS, "stands")
+                return Where(self._current(leader, known, kwargs), leader, known)
             if isinstance(leader, ManualSteps):
                 leader.restart()
             else:
                 leader, known = self._observe(), None
             at = leader.current(timestep)
         return None if layout is None else Where(at, leader, replaced=known)
+
+    def _current(self, leader: Steps, known: Generation | None, kwargs: Kwargs) -> RunStep:
+        if isinstance(leader, ObservedSteps):
+            return leader.current(
+                kwargs.get("timestep"), goes_on=known is not None and known.identity.knows(self._text(kwargs))
+            )
+        return leader.current(kwargs.get("timestep"))
+
+    def _stands_still(self, known: Generation, kwargs: Kwargs, layout: TokenLayout | None) -> bool:
+        """Whether a call is the next step of a run whose loop does not step the scheduler."""
+        same = isinstance(known.leader, PipelineSteps) and known.identity.knows(self._text(kwargs))
+        return same and layout is not None and self._same_references(known.run, kwargs, layout)
 
     def make_room(self, where: Where) -> None:
         """Before a generation begins: what is over goes, so that its references are not held any longer."""
@@ -165,7 +178,6 @@ class Ownership:
         identity.agrees(0, kwargs.get("timestep"), self._text(kwargs), lambda: True)
         generation = Generation(run, where.leader, where.at.key, identity)
         self._here.live.append(generation)
-        self._begun = [ref for ref in self._begun if ref() is not None] + [weakref.ref(generation)]
         return generation
 
     # -- who tells the step --------------------------------------------------------------------
@@ -177,11 +189,10 @@ class Ownership:
             leader = self._manual[0]
             return leader, next((g for g in reversed(live) if g.leader is leader), None)
         known = next((g for g in reversed(live) if g.identity.knows(text)), None)
-        if scheduled is not None and self._scheduler is not None:
-            owner = next((g for g in self._all() if g.key is scheduled), None)
-            own = any(g is owner for g in live)
+        if scheduled is not None and self._scheduler is not None and self._scheduler.is_here():
+            owner = next((g for g in live if g.key is scheduled or g.left is scheduled), None)
             if known is None or isinstance(known.leader, PipelineSteps):
-                follows = owner is None or (own and known in (None, owner))
+                follows = owner is None or (known in (None, owner) and owner.left is None)
             else:
                 begins = not isinstance(known.leader, ObservedSteps) or known.leader.rises(timestep)
                 follows = owner is None and begins
@@ -213,15 +224,6 @@ class Ownership:
             return layout is None or at.observed or self._same_references(known.run, kwargs, layout)
 
         return known.identity.agrees(known.run.calls(at.step), kwargs.get("timestep"), self._text(kwargs), same)
-
-    def _all(self) -> list[Generation]:
-        """The generations of all threads."""
-        return [g for ref in self._begun if (g := ref()) is not None]
-
-    def _others(self) -> bool:
-        """Whether another thread has a generation on this transformer that goes on."""
-        scheduled, own = self._scheduled(), self._here.live
-        return any(self._goes_on(g, scheduled) and not any(g is mine for mine in own) for g in self._all())
 
     def _goes_on(self, generation: Generation, scheduled: object) -> bool:
         """Whether further calls may come: of the scheduler's run, or while somebody holds the text."""

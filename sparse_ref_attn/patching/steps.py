@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -45,6 +47,31 @@ def _uniform(total: int) -> Callable[[int], Clock]:
     return lambda step: Clock.uniform(min(step, total - 1), total)
 
 
+class _SetTimesteps:
+    """Stands in for ``scheduler.set_timesteps``; in a copy or a pickle of the scheduler it is what it stood in for."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = weakref.ref(scheduler)
+        self.earlier = vars(scheduler).get("set_timesteps")
+        self.thread: int | None = None
+        functools.update_wrapper(self, scheduler.set_timesteps)  # pipelines look at its signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        scheduler: Any = self.scheduler()
+        self.thread = get_ident()
+        if self.earlier is not None:
+            return self.earlier(*args, **kwargs)
+        return type(scheduler).set_timesteps(scheduler, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # A copy is asked for its method before it has a state of its own: that is the class's.
+        return (getattr, (self.scheduler(), "set_timesteps")) if self.earlier is None else (_same, (self.earlier,))
+
+
+def _same(call: Callable[..., Any]) -> Callable[..., Any]:
+    return call
+
+
 class PipelineSteps:
     """Reads the pipeline's scheduler: host integers only, and right under classifier-free guidance.
 
@@ -56,6 +83,7 @@ class PipelineSteps:
         self._scheduler = pipe.scheduler
         self._clock = clock
         self._run: tuple[object, Callable[[int], Clock]] | None = None
+        self._begun: _SetTimesteps | None = None
 
     @staticmethod
     def reads(pipe: Any) -> bool:
@@ -81,16 +109,26 @@ class PipelineSteps:
             self._run = (key, self._make_clock(scheduler, first, total))
         return RunStep(key, 0 if index is None else index - first, total, self._run[1])
 
-    def tells(self, timestep: Tensor | None) -> bool:
-        """Whether a call's timestep is the scheduler's (one sync); pipelines pass it as it is, or as a share."""
-        if timestep is None:
-            return True
-        scheduler = self._scheduler
-        index = scheduler.step_index
-        at = (getattr(scheduler, "begin_index", None) or 0) if index is None else index
-        given = torch.as_tensor(timestep).flatten()[:1]
-        wanted = torch.as_tensor(scheduler.timesteps)[at].to(given.device, given.dtype)
-        return bool((given == wanted) | (given == wanted / 1000))
+    def is_here(self) -> bool:
+        """Whether the scheduler's run was begun in this thread, as far as is known."""
+        begun = self._begun
+        return begun is None or begun.scheduler() is not self._scheduler or begun.thread in (None, get_ident())
+
+    def listen(self) -> Callable[[], None]:
+        """Note from now on which thread begins each run; returns what ends it."""
+        self._begun = begun = _SetTimesteps(self._scheduler)
+        self._scheduler.set_timesteps = begun
+
+        def stop() -> None:
+            scheduler = begun.scheduler()
+            if scheduler is not None and vars(scheduler).get("set_timesteps") is begun:
+                if begun.earlier is None:
+                    del scheduler.set_timesteps
+                else:
+                    scheduler.set_timesteps = begun.earlier
+            self._begun = None
+
+        return stop
 
     def _make_clock(self, scheduler: Any, first: int, total: int) -> Callable[[int], Clock]:
         if self._clock == "steps":
@@ -136,23 +174,41 @@ class ObservedSteps:
 
     A lower timestep is the next step, the same one another branch of guidance, a higher one a new
     run. Progress is 1 - t / t_0.
+
+    Parameters
+    ----------
+    timestep : Tensor, optional
+        Of the last call of a run that somebody else told the steps of so far.
+    step : int
+        Its step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timestep: Tensor | None = None, step: int = 0) -> None:
         self._key: object = object()
-        self._step = 0
-        self._first = self._last = 0.0
+        self._step = step
+        self._first = None if timestep is None else _number(timestep)
+        self._last = self._first or 0.0
         self._progress: dict[int, float] = {}
+        self.rising = False
+        """Whether the run's timesteps rise, as an inversion's do."""
+
+    @property
+    def key(self) -> object:
+        """The identity of the run."""
+        return self._key
 
     def rises(self, timestep: Tensor | None) -> bool:
-        """Whether a call's timestep begins a run."""
-        return self._first == 0.0 or _number(timestep) > self._last
+        """Whether a call's timestep lies above the last one."""
+        return self._first is None or _number(timestep) > self._last
 
-    def current(self, timestep: Tensor | None) -> RunStep:
+    def current(self, timestep: Tensor | None, goes_on: bool = False) -> RunStep:
+        """The step of a call; `goes_on`: it is known to have the text and references of the one before."""
         t = _number(timestep)
-        if self._first == 0.0 or t > self._last:
-            self._key, self._step, self._first, self._progress = object(), 0, t, {}
-        elif t < self._last:
+        if self._first is not None and goes_on and self._step == 0 and t > self._last:
+            self.rising = True
+        if self._first is None or (t != self._last and (t > self._last) != self.rising):
+            self._key, self._step, self._first, self._progress, self.rising = object(), 0, t, {}, False
+        elif t != self._last:
             self._step += 1
         self._last = t
         self._progress[self._step] = 1.0 - t / self._first if self._first else 0.0

@@ -87,6 +87,7 @@ class Run:
         self.ranking = Order(self.references)
         self._step: tuple[int, Plan] = (-1, Plan("dense"))
         self._measured_again: int | None = None
+        self._given_up = False
         if scores is not None or not probing.probes:
             self._rank(scores)
 
@@ -94,6 +95,8 @@ class Run:
 
     def plan(self, step: int) -> Plan:
         """What step `step` does; asked again within the step, the same."""
+        if self._given_up:
+            return Plan("dense")
         if self._step[0] != step:
             if self._measured_again is not None:
                 self._rank_again(self._measured_again)
@@ -144,6 +147,16 @@ class Run:
         """Calls of `step` so far."""
         steps = self.record.steps
         return steps[-1].calls if steps and steps[-1].index == step else 0
+
+    def retime(self, steps: int, clock: Callable[[int], Clock]) -> None:
+        """Go by another number of steps and another clock from now on."""
+        self.record.total_steps, self.clock = steps, clock
+
+    def give_up(self, note: str) -> None:
+        """Every step to come runs dense."""
+        self._given_up = True
+        if note not in self.record.notes:
+            self.record.notes.append(note)
 
     # -- how many ------------------------------------------------------------------------------
 

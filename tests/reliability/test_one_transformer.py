@@ -1,0 +1,177 @@
+"""Several generations on one patched transformer at a time: in threads, or one within another's callback."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sparse_ref_attn as sra
+from tests.contract.state import state
+from tests.pipelines import CASES, Case
+from tests.reliability.test_threads import together
+
+CONFIGS = {
+    "mass": ("klein", sra.SparseRef("mass", sra.Linear(0.2, 0.6))),
+    "edges": ("klein", sra.SparseRef("edges", 0.25)),
+    "reranked": ("qwen_edit_plus", sra.SparseRef("mass", 0.3, rerank_every=2)),
+    "cache": ("klein_kv", sra.SparseRef("mass", sra.Linear(0.2, 0.6), "cache")),
+    "kontext": ("kontext", sra.SparseRef("mass", 0.3)),
+}
+
+
+def beside(pipe: Any) -> Any:
+    """Another pipeline on the same transformer, with a scheduler of its own."""
+    other = type(pipe).from_pipe(pipe, scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config))
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def request(case: Case, pipe: Any, i: int, **arguments: Any) -> np.ndarray:
+    return case.call(pipe, first=7 * i, seed=i, steps=4, **arguments)
+
+
+@pytest.mark.parametrize("mine", [False, True], ids=["two others", "the patched one and another"])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_two_requests_in_two_threads(name: str, mine: bool) -> None:
+    """Each gets the picture that it gets alone; without the thread's own state half of them were wrong."""
+    case, config = CASES[CONFIGS[name][0]], CONFIGS[name][1]
+    pipe = case.build()
+    handle = sra.patch(pipe, config)
+    pipes = [pipe if mine else beside(pipe), beside(pipe)]
+    alone = [request(case, each, i) for i, each in enumerate(pipes)]
+    for _ in range(3):
+        found = together(*(lambda i=i, each=each: request(case, each, i) for i, each in enumerate(pipes)))
+        for got, wanted in zip(found, alone, strict=True):
+            assert np.array_equal(got, wanted)
+    handle.remove()
+
+
+def within(case: Case, outer: Any, inner: Any, at: int, **arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures of a run of `outer`, and of one of `inner` that its callback makes after step `at`."""
+    made = []
+
+    def callback(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == at:
+            made.append(request(case, inner, 1, **arguments))
+        return {}
+
+    return request(case, outer, 0, callback=callback, **arguments), made[0]
+
+
+@pytest.mark.parametrize("cfg", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("order", ["the patched one first", "the other one first", "two others"])
+@pytest.mark.parametrize("name", ["mass", "reranked", "kontext"])
+def test_a_run_within_anothers_callback(name: str, order: str, cfg: bool) -> None:
+    """Both pictures are those that they are alone, at whichever step the other one came in."""
+    case, config = CASES[CONFIGS[name][0]], CONFIGS[name][1]
+    pipe = case.build()
+    sra.patch(pipe, config)
+    outer, inner = {
+        "the patched one first": (pipe, beside(pipe)),
+        "the other one first": (beside(pipe), pipe),
+        "two others": (beside(pipe), beside(pipe)),
+    }[order]
+    guided = {"cfg": cfg} if case.cfg else {}
+    alone = request(case, outer, 0, **guided), request(case, inner, 1, **guided)
+    for at in (0, 2):
+        for got, wanted in zip(within(case, outer, inner, at, **guided), alone, strict=True):
+            assert np.array_equal(got, wanted)
+
+
+def test_a_run_of_the_same_references_within_anothers_callback() -> None:
+    case = CASES["klein"]
+    pipe = case.build()
+    sra.patch(pipe, CONFIGS["mass"][1])
+    outer, inner = beside(pipe), beside(pipe)
+    alone = case.call(outer, seed=0, steps=4), case.call(inner, seed=1, steps=3)
+    made = []
+
+    def callback(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            made.append(case.call(inner, seed=1, steps=3))
+        return {}
+
+    assert np.array_equal(case.call(outer, seed=0, steps=4, callback=callback), alone[0])
+    assert np.array_equal(made[0], alone[1])
+
+
+def test_the_report_is_that_of_the_last_call() -> None:
+    case = CASES["klein"]
+    pipe = case.build()
+    handle = sra.patch(pipe, CONFIGS["mass"][1])
+    within(case, pipe, beside(pipe), 1)
+    assert [step.index for step in handle.record.steps] == [0, 1, 2, 3]
+    assert handle.record.total_steps == 4
+
+
+def busy(pipe: Any, call: Callable[[], Any], other: Callable[[], Any]) -> Any:
+    """What `other` gives, or its error, while a call of the transformer is stopped in the middle in another thread."""
+    reached, go_on = threading.Event(), threading.Event()
+    blocks = getattr(pipe.transformer, "single_transformer_blocks", pipe.transformer.transformer_blocks)
+    waiting = threading.get_ident()
+
+    def stop(*_: Any) -> None:
+        if threading.get_ident() != waiting and not reached.is_set():
+            reached.set()
+            go_on.wait(60)
+
+    hook = blocks[-1].register_forward_pre_hook(stop)
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        assert reached.wait(60)
+        return other()
+    finally:
+        go_on.set()
+        thread.join()
+        hook.remove()
+
+
+@pytest.mark.parametrize("references", [0, 1])
+def test_leaving_by_depth_wants_the_transformer_for_itself(references: int) -> None:
+    """Blocks are changed for the time of a call: a second one is refused, and the first is as if alone."""
+    case = CASES["kontext"]
+    pipe = case.build()
+    handle = sra.patch(pipe, sra.SparseRef("edges", 0.3, from_block=1))
+    other = beside(pipe)
+    alone = request(case, pipe, 0), case.call(other, references=references, steps=2)
+    found: list[np.ndarray] = []
+    before = state(pipe)
+
+    def refused() -> None:
+        with pytest.raises(sra.IncompatibleError, match=r"calls of two threads.*from_block=0"):
+            case.call(other, references=references, steps=2)
+
+    busy(pipe, lambda: found.append(request(case, pipe, 0)), refused)
+    assert np.array_equal(found[0], alone[0])
+    assert np.array_equal(case.call(other, references=references, steps=2), alone[1])
+    assert state(pipe) == before
+    handle.remove()
+
+
+def test_a_batch_wants_the_transformer_for_itself() -> None:
+    case = CASES["klein"]
+    pipe = case.build()
+    handle = sra.patch(pipe, CONFIGS["edges"][1])
+    other = beside(pipe)
+    alone = request(case, other, 1)
+    call = {"num_inference_steps": 2, "height": 64, "width": 64, "max_sequence_length": 48}
+    call |= {"text_encoder_out_layers": (1, 2, 3), "output_type": "np"}
+    from tests.pictures import picture
+
+    def batch() -> Any:
+        return sra.batch(pipe, ["a", "b"], [[picture(64, 64)], [picture(96, 64)]], **call)
+
+    def refused() -> None:
+        with pytest.raises(sra.IncompatibleError, match="while a batch runs on it in another thread"):
+            request(case, other, 1)
+        with pytest.raises(sra.IncompatibleError, match="on which another batch runs"):
+            batch()
+
+    busy(pipe, batch, refused)
+    assert np.array_equal(request(case, other, 1), alone)
+    assert handle.record.steps
