@@ -31,6 +31,7 @@ __all__ = [
     "dispatches",
     "eager_blocks",
     "internal",
+    "note_thread",
     "reset_step_cache",
     "rotate_pairs",
     "rotate_qwen",
@@ -229,7 +230,26 @@ def routed_attention(sites: Sequence[AttentionSite], attend: Route) -> Iterator[
 
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Attention], Tensor]
 
-_ENTERING = threading.Lock()
+_LOCK = threading.RLock()
+_INSIDE: set[int] = set()  # threads inside a call of a patched transformer
+_RETIRED: list[PrivateBackend] = []  # off, but another thread may just be looking one up
+
+
+def note_thread(inside: bool) -> None:
+    """This thread enters or leaves a call of a patched transformer."""
+    with _LOCK:
+        (_INSIDE.add if inside else _INSIDE.discard)(threading.get_ident())
+        _clear_tables()
+
+
+def _clear_tables() -> None:
+    """Take private backends that nobody can use any more out of diffusers' tables."""
+    if _RETIRED and not _INSIDE - {threading.get_ident()}:
+        registry = _dispatch()._AttentionBackendRegistry
+        while _RETIRED:
+            member = _RETIRED.pop()._member
+            for table in (registry._backends, registry._constraints, registry._supported_arg_names):
+                table.pop(member, None)
 
 
 class PrivateBackend:
@@ -289,7 +309,7 @@ class PrivateBackend:
 
     def enter(self) -> None:
         """Serve the processor's attention from now on."""
-        with _ENTERING:
+        with _LOCK:
             self._thread = threading.get_ident()
             if self._own is None:
                 self._own = "_attention_backend" in vars(self._processor)
@@ -298,7 +318,7 @@ class PrivateBackend:
 
     def leave(self) -> None:
         """Give the processor its own backend back."""
-        with _ENTERING:
+        with _LOCK:
             if self._own is not None:
                 self._leave()
 
@@ -321,10 +341,10 @@ class PrivateBackend:
 
     def remove(self) -> None:
         """Leave for good."""
-        self.leave()
-        registry = self._dispatch._AttentionBackendRegistry
-        for table in (registry._backends, registry._constraints, registry._supported_arg_names):
-            table.pop(self._member, None)
+        with _LOCK:
+            self.leave()
+            _RETIRED.append(self)
+            _clear_tables()
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -149,9 +149,12 @@ class Ownership:
                 return Where(self._current(leader, known, kwargs), leader, known)
             if isinstance(leader, ManualSteps):
                 leader.restart()
+                at = leader.current(timestep)
             else:
-                leader, known = self._observe(), None
-            at = leader.current(timestep)
+                leader, known = self._watched(kwargs, layout)
+                at = self._current(leader, known, kwargs)
+                if known is not None and known.key is at.key and self._is_of(known, at, kwargs, layout):
+                    return Where(at, leader, known)
         return None if layout is None else Where(at, leader, replaced=known)
 
     def _current(self, leader: Steps, known: Generation | None, kwargs: Kwargs) -> RunStep:
@@ -198,10 +201,15 @@ class Ownership:
                 follows = owner is None and begins
             if follows:
                 return self._scheduler, owner
-        for g in sorted(reversed(live), key=lambda g: g is not known):
+        return self._watched(kwargs, layout)
+
+    def _watched(self, kwargs: Kwargs, layout: TokenLayout | None) -> tuple[ObservedSteps, Generation | None]:
+        """As `_leader`, among the generations whose timesteps are watched."""
+        text = self._text(kwargs)
+        for g in sorted(reversed(self._here.live), key=lambda g: not g.identity.knows(text)):
             if isinstance(g.leader, ObservedSteps) and (layout is None or self._same_references(g.run, kwargs, layout)):
-                nested = g is not known and g.identity.alive and g.leader.rises(timestep)
-                if not nested:
+                another = g.identity.alive and not g.identity.knows(text) and g.leader.rises(kwargs.get("timestep"))
+                if not another:
                     return g.leader, g
         return self._observe(), None
 

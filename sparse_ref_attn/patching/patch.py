@@ -12,6 +12,7 @@ from torch import nn
 from ..adapters.base import Adapter, Kwargs
 from ..adapters.shortened import Shortened
 from ..errors import IncompatibleError
+from ..hooks.diffusers import note_thread
 from ..hooks.instance import InstanceHook
 from .call import Call
 
@@ -91,6 +92,7 @@ class Patch:
         """Note that this thread is inside a call; refuse where blocks are, or would be, changed for another thread."""
         me = threading.get_ident()
         self._inside[me] = alone
+        note_thread(inside=True)
         others = [flag for thread, flag in list(self._inside.items()) if thread != me]
         if any(others) or (alone and others):
             raise IncompatibleError(
@@ -101,8 +103,11 @@ class Patch:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> Any:
         self._inside.pop(threading.get_ident(), None)
-        call = self._take()
-        return None if call is None else call.leave(output)
+        try:
+            call = self._take()
+            return None if call is None else call.leave(output)
+        finally:
+            note_thread(inside=False)
 
     def _shortened(self) -> Shortened | None:
         call: Call | None = getattr(self._running, "call", None)
