@@ -63,7 +63,8 @@ def patch(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None
     Only this instance is changed, by torch's own forward hooks, and only while the handle lives on
     it: patching again replaces the patch. Pipelines that share the transformer (``from_pipe``)
     share the patch. Items of a batch share one selection: their scores are averaged. One host sync
-    a run for the layout and one for the ranking, none a step.
+    a run for the layout, one to match its references to what the VAE encoded, and one for the
+    ranking; none a step.
 
     Examples
     --------

@@ -102,8 +102,9 @@ class References:
             rows = self.split(self.tokens)[i].float()
             return rows.transpose(1, 2).reshape(rows.shape[0], -1, height, width)
         raise PixelsUnavailableError(
-            f"this selector looks at pixels, and reference {i} has none: the pipeline was given latents, or a bare "
-            'transformer was patched. Patch the pipeline, pass images, or say on_latents="use"'
+            f"this selector looks at pixels, and reference {i} has none: the pipeline was given latents, a bare "
+            "transformer was patched, or no image that this call encoded is surely the one that the tokens are of. "
+            'Patch the pipeline, pass images, or say on_latents="use"'
         )
 
     def split(self, rows: Tensor) -> list[Tensor]:

@@ -182,13 +182,18 @@ def truth(problem: Problem) -> tuple[Tensor, Tensor]:
     return out, torch.where(total == 0, float("-inf"), safe.log()).t()
 
 
+def grad_out(out: Tensor, seed: int = 1) -> Tensor:
+    """The weights of `gradients`: of eight bits, so that they are the same numbers in every precision."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(out.shape, generator=generator).bfloat16().to(out)
+
+
 def gradients(problem: Problem, out: Tensor, lse: Tensor | None, seed: int = 1) -> dict[str, Tensor]:
     """Gradients of a random weighting of out, and of lse where given (finite entries only)."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+    weight = grad_out(out, seed)
     loss = (out * weight).sum()
     if lse is not None:
-        weight = torch.randn(lse.shape, generator=generator, dtype=torch.float64).to(lse)
+        weight = grad_out(lse, seed + 1)
         loss = loss + (torch.where(lse.isinf(), 0.0, lse) * weight).sum()
     if not loss.requires_grad:  # the definition of nothing attended to is a constant
         return {n: torch.zeros_like(x) for n, x in problem.operands.items()}
