@@ -129,9 +129,13 @@ class TrainingHandle:
                 "a transformer patched for training must not be checkpointed as a whole, as its second forward would "
                 "draw other tokens: checkpoint its blocks, transformer.enable_gradient_checkpointing()"
             )
-        draw, self._draws = self._draws, self._draws + 1
         kwargs = self._adapter.bind(module, args, kwargs)
         layout = self._layout(kwargs)
+        drops = layout is not None and bool(layout.references)
+        why = self._adapter.cannot_join(kwargs) if drops and self._drop.per_sample else None
+        if why is not None:
+            raise IncompatibleError(f"{why}. Draw once for the batch (per_sample=False)")
+        draw, self._draws = self._draws, self._draws + 1
         if layout is None or not layout.references:
             return None
         tokens, generator = kwargs[self._adapter.tokens], _generator(self._drop.seed, self._stream(), draw)
