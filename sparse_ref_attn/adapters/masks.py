@@ -98,6 +98,7 @@ def cut_rows(mask: Tensor, batch: int, text: int, rows: Tensor, before: int) -> 
     """
     check_mask(mask, batch, text + before)
     joint = torch.cat([torch.arange(text, device=rows.device), rows + text]).to(mask.device)
+    mask = mask if mask.ndim == 2 and _by_item(mask, batch) else _collapsed(mask)
     for axis in _row_axes(mask, batch, text + before):
         mask = mask.index_select(axis, joint)
     return mask
@@ -178,11 +179,7 @@ def as_scores(mask: Tensor, batch: int) -> Tensor:
     """The mask as (B or 1, H or 1, N or 1, S or 1); an expanded axis of heads or queries is 1 again."""
     if mask.ndim == 2 and _by_item(mask, batch):
         mask = mask[:, None, None]
-    mask = mask[(None,) * (4 - mask.ndim)]
-    for axis in (1, 2):
-        if mask.shape[axis] > 1 and mask.stride(axis) == 0:
-            mask = mask.narrow(axis, 0, 1)
-    return mask
+    return _collapsed(mask[(None,) * (4 - mask.ndim)])
 
 
 def not_of_keys(mask: Any, batch: int, rows: int) -> str | None:
@@ -213,6 +210,14 @@ def viewed(mask: Tensor | None, batch: int, rows: int, queries: Mapping[str, sli
     scores = as_scores(mask, batch)
     scores = scores if scores.shape[0] == 1 else scores[items]
     return {"masks": {name: scores[:, :, at] if scores.shape[2] > 1 else scores for name, at in queries.items()}}
+
+
+def _collapsed(mask: Tensor) -> Tensor:
+    """Of an expanded axis of queries or heads one entry: what is copied would not show that its entries are alike."""
+    for axis in range(max(0, mask.ndim - 3), mask.ndim - 1):
+        if mask.shape[axis] > 1 and mask.stride(axis) == 0:
+            mask = mask.narrow(axis, 0, 1)
+    return mask
 
 
 def _by_item(mask: Tensor, batch: int) -> bool:
