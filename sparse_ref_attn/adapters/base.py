@@ -17,6 +17,7 @@ from ..hooks.diffusers import AttentionSite, Tap, attention_sites, check_measura
 from ..run import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
+from . import masks
 from .cache_seam import CacheSeam
 from .depth import Block, DepthCut, blocks_of
 from .joining import sample_of, split_items, with_sample
@@ -85,17 +86,52 @@ class Adapter:
         Raises
         ------
         LayoutError
-            If the generation or a reference lies outside the rows, or they overlap.
+            If the generation or a reference lies outside the rows, or they overlap; or if the call's attention mask
+            is not of its rows.
+        IncompatibleError
+            If rows of its attention mask cannot be taken.
         """
-        given = None if self.text_tokens is None else kwargs.get(self.text_tokens)
-        rows, ((first, length), references) = kwargs[self.tokens].shape[1], found
+        (batch, rows), text = kwargs[self.tokens].shape[:2], self._text(kwargs)
+        (first, length), references = found
         overlaps = any(r.start < first + length and first < r.start + r.length for r in references)
         if first < 0 or length < 1 or first + length > rows or overlaps:
             raise LayoutError(
                 f"the generation must be one or more of the {rows} rows and none of a reference's, "
                 f"got rows {first} to {first + length} beside {references}"
             )
-        return TokenLayout(rows, 0 if given is None else given.shape[1], (first, length), references)
+        masks.check_mask(self.mask(kwargs), batch, text + rows)
+        return TokenLayout(rows, text, (first, length), references)
+
+    def _text(self, kwargs: Kwargs) -> int:
+        """Text rows of a call's joint sequence."""
+        given = None if self.text_tokens is None else kwargs.get(self.text_tokens)
+        return 0 if given is None else given.shape[1]
+
+    def mask(self, kwargs: Kwargs) -> Any:
+        """The caller's mask of joint attention (see `masks`), or None; None too where the model does not read it."""
+        return masks.mask_in(kwargs, self.attention_arguments)
+
+    def _cut_mask(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
+        """The arguments with the mask of the text and of `rows` of the image stream."""
+        mask = self.mask(kwargs)
+        if mask is None:
+            return kwargs
+        batch = kwargs[self.tokens].shape[0]
+        mask = masks.cut_rows(mask, batch, layout.text, rows, layout.rows)
+        return masks.with_mask(kwargs, self.attention_arguments, mask)
+
+    def _reduce_mask(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
+        """The arguments with the mask of a call whose references are changed tokens."""
+        mask = self.mask(kwargs)
+        if mask is None:
+            return kwargs
+        mask = masks.reduce_rows(mask, kwargs[self.tokens].shape[0], layout, reduced)
+        return masks.with_mask(kwargs, self.attention_arguments, mask)
+
+    def _not_of_keys(self, kwargs: Kwargs) -> str | None:
+        """Why the call's mask cannot be honoured in calls that run together, in words (see `masks.not_of_keys`)."""
+        batch, rows = kwargs[self.tokens].shape[:2]
+        return masks.not_of_keys(self.mask(kwargs), batch, self._text(kwargs) + rows)
 
     def cached(self, kwargs: Kwargs) -> bool:
         """Whether this call attends to reference K/V of an earlier call and has no reference rows."""
@@ -129,7 +165,8 @@ class Adapter:
 
     def items(self, kwargs: Kwargs) -> list[Kwargs]:
         """A call taken apart into calls with a batch of one."""
-        return split_items(kwargs, self.tokens, self.per_item)
+        parts = split_items(kwargs, self.tokens, self.per_item)
+        return [masks.of_item(part, self.attention_arguments, len(parts), i) for i, part in enumerate(parts)]
 
     def join(self, items: Sequence[Kwargs], shared_time: bool | None = None) -> Kwargs:
         """One call for all `items`, each with a batch of one: padded (B, ...), or packed (1, ...) end to end.
@@ -139,8 +176,16 @@ class Adapter:
         raise IncompatibleError(f"the {self.name} adapter cannot put calls together")
 
     def key_masks(self, items: Sequence[Kwargs]) -> list[Tensor | None]:
-        """Of each item's text rows, those that may be attended to, (text,) bool; None for all."""
-        return [None] * len(items)
+        """Of each item's rows (text first), those that may be attended to, (rows,) bool; None for all (may sync)."""
+        return [self._keys(item) for item in items]
+
+    def _keys(self, item: Kwargs) -> Tensor | None:
+        mask, rows = self.mask(item), self._text(item) + item[self.tokens].shape[1]
+        if mask is None:
+            return None
+        masks.check_mask(mask, 1, rows)
+        keys = masks.key_mask(mask, 1, rows)
+        return None if keys is None else keys[0]
 
     def rotary(self, transformer: nn.Module, kwargs: Kwargs) -> tuple[Tensor, ...]:
         """Rotary tables of one item's rows, text first; not asked where calls are packed."""
@@ -202,25 +247,14 @@ class Adapter:
             )
         spans = tuple((at + r.start, at + r.start + r.length) for r in layout.references)
         item = layout.conditional or slice(None)
-        kept = key_mask(mask, q.shape[0])
-        q, k, v, kept = q[item], k[item], v[item], None if kept is None else kept[item]
-        return AttentionView(
-            k, v, q[:, at + first : at + first + length], q[:, spans[0][0] : spans[-1][1]], spans, kept
-        )
+        rows = {"generation": slice(at + first, at + first + length), "reference": slice(spans[0][0], spans[-1][1])}
+        kept = masks.viewed(mask, q.shape[0], q.shape[1], rows, item)
+        q, k, v = q[item], k[item], v[item]
+        return AttentionView(k, v, q[:, rows["generation"]], q[:, rows["reference"]], spans, **kept)
 
     def encode(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Reference tokens (b, R, D) and grid of an image (b, 3, H, W), by the pipeline's own VAE."""
         raise IncompatibleError(f"the {self.name} adapter cannot encode images; rivals work on latents there")
-
-
-def key_mask(mask: Tensor | None, batch: int) -> Tensor | None:
-    """A (B, S) bool mask of keys out of an attention mask (B or 1, 1, 1, S)."""
-    if mask is None:
-        return None
-    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != 1:
-        raise LayoutError(f"an attention mask must be a mask of keys, (B, 1, 1, S), got {tuple(mask.shape)}")
-    keep = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return keep[:, 0, 0].expand(batch, -1)
 
 
 def references_from_ids(ids: Tensor) -> Found | None:

@@ -14,6 +14,7 @@ from ..types import TokenLayout
 from .base import Adapter, Found, Kwargs, references_from_ids, take_rows
 from .depth import DepthCut
 from .joining import flat_ids, pad, same, stack
+from .masks import cut_in_block
 from .streams import FLUX_STREAMS
 
 __all__ = ["FluxAdapter", "place_by_ids"]
@@ -60,14 +61,15 @@ class FluxAdapter(Adapter):
         return references_from_ids(kwargs["img_ids"])
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
-        return take_rows(kwargs, {"hidden_states": 1, "img_ids": -2}, rows)
+        return take_rows(self._cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)
 
     def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
-        return place_by_ids(kwargs, layout, reduced)
+        return place_by_ids(self._reduce_mask(kwargs, layout, reduced), layout, reduced)
 
     def cannot_join(self, kwargs: Kwargs) -> str | None:
         named = ("controlnet_block_samples", "controlnet_single_block_samples")
-        return next((f"{name} cannot be padded" for name in named if kwargs.get(name) is not None), None)
+        unpadded = (f"{name} cannot be padded" for name in named if kwargs.get(name) is not None)
+        return next(unpadded, None) or self._not_of_keys(kwargs)
 
     def join(self, items: Sequence[Kwargs], shared_time: bool | None = None) -> Kwargs:
         own = {name: stack(items, name) for name in ("pooled_projections", "timestep", "guidance")}
@@ -83,8 +85,10 @@ class FluxAdapter(Adapter):
         return rotate_pairs(x, *rotary)
 
     def drop_in_block(self, kind: str, kwargs: Kwargs, cut: DepthCut) -> Kwargs:
-        rotary = tuple(cut.table(part, joint=True) for part in kwargs["image_rotary_emb"])
-        return {**kwargs, "hidden_states": cut.rows(kwargs["hidden_states"]), "image_rotary_emb": rotary}
+        x, (cos, sin) = kwargs["hidden_states"], kwargs["image_rotary_emb"]
+        kwargs = cut_in_block(kwargs, "joint_attention_kwargs", x.shape[0], cos.shape[0], cut)
+        rotary = cut.table(cos, joint=True), cut.table(sin, joint=True)
+        return {**kwargs, "hidden_states": cut.rows(x), "image_rotary_emb": rotary}
 
     def encode(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
         latents = pipe._encode_vae_image(image=pixels, generator=None)

@@ -20,6 +20,7 @@ from .depth import DepthCut
 from .flux import place_by_ids
 from .flux2_cache import Flux2CacheSeam
 from .joining import flat_ids, same, stack
+from .masks import cut_in_block
 from .modulation import per_row_modulation
 from .streams import FLUX2_STREAMS
 
@@ -68,12 +69,17 @@ class Flux2Adapter(Adapter):
     def extracts(self, kwargs: Kwargs) -> bool:
         return kwargs.get("kv_cache_mode") == "extract"
 
+    def mask(self, kwargs: Kwargs) -> Any:
+        """Attention that stores or reads reference K/V takes no mask: the model leaves one unread there."""
+        stores = self.extracts(kwargs) and kwargs.get("num_ref_tokens")
+        return None if stores or self.cached(kwargs) else super().mask(kwargs)
+
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
-        kwargs = take_rows(kwargs, {"hidden_states": 1, "img_ids": -2}, rows)
+        kwargs = take_rows(self._cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)
         return self._count(kwargs, layout, rows.shape[0])
 
     def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
-        kwargs = place_by_ids(kwargs, layout, reduced)
+        kwargs = place_by_ids(self._reduce_mask(kwargs, layout, reduced), layout, reduced)
         return self._count(kwargs, layout, kwargs["hidden_states"].shape[1])
 
     def _count(self, kwargs: Kwargs, layout: TokenLayout, rows: int) -> Kwargs:
@@ -83,7 +89,9 @@ class Flux2Adapter(Adapter):
 
     def cannot_join(self, kwargs: Kwargs) -> str | None:
         mode = kwargs.get("kv_cache_mode")
-        return None if mode is None else f"a call that keeps reference K/V runs alone (kv_cache_mode={mode!r})"
+        if mode is not None:
+            return f"a call that keeps reference K/V runs alone (kv_cache_mode={mode!r})"
+        return self._not_of_keys(kwargs)
 
     def join(self, items: Sequence[Kwargs], shared_time: bool | None = None) -> Kwargs:
         times = {name: stack(items, name) for name in ("timestep", "guidance")}
@@ -102,7 +110,9 @@ class Flux2Adapter(Adapter):
 
     def drop_in_block(self, kind: str, kwargs: Kwargs, cut: DepthCut) -> Kwargs:
         """The single blocks get text and image as one stream."""
-        rotary = tuple(cut.table(part, joint=True) for part in kwargs["image_rotary_emb"])
+        cos, sin = kwargs["image_rotary_emb"]
+        kwargs = cut_in_block(kwargs, "joint_attention_kwargs", kwargs["hidden_states"].shape[0], cos.shape[0], cut)
+        rotary = cut.table(cos, joint=True), cut.table(sin, joint=True)
         rows = cut.rows(kwargs["hidden_states"], joint=kind == "single")
         return {**kwargs, "hidden_states": rows, "image_rotary_emb": rotary}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..hooks.diffusers import internal
 from ..types import TokenLayout
 from .cache_seam import CacheSeam, Kwargs, LayerCache
+from .masks import without_mask
 
 __all__ = ["Flux2CacheSeam"]
 
@@ -48,6 +49,8 @@ class Flux2CacheSeam(CacheSeam):
         return {**kwargs, "kv_cache": cache, "kv_cache_mode": "cached"}
 
     def alone(self, kwargs: Kwargs) -> Kwargs:
+        # The model's own attention to a cache reads no mask, so this must not either.
+        kwargs = without_mask(kwargs, "joint_attention_kwargs")
         return {**kwargs, "kv_cache": None, "kv_cache_mode": None}
 
     def resumed(self, kwargs: Kwargs, layout: TokenLayout, cache: Any) -> Kwargs:

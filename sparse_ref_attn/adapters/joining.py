@@ -6,7 +6,7 @@ An item is a call with a batch of one. Items are padded to one length, or laid e
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,9 +54,16 @@ def same(items: Sequence[Kwargs], differing: Collection[str]) -> Kwargs:
 
 
 def _equal(a: Any, b: Any) -> bool:
+    """Tensors are equal to themselves alone, also inside of dictionaries and lists."""
     if a is b:
         return True
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and type(a) is type(b) and bool(a == b)
+    if isinstance(a, Tensor) or type(a) is not type(b):
+        return False
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_equal(value, b[name]) for name, value in a.items())
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b)
 
 
 def _show(value: Any) -> str:

@@ -14,6 +14,7 @@ from ..errors import ConfigError, IncompatibleError, LayoutError
 from ..hooks.diffusers import AttentionSite, Tap
 from ..selection import Reduced
 from ..types import TokenLayout
+from . import masks
 from .base import Adapter, Found, Kwargs, take_rows
 from .flux import place_by_ids
 
@@ -48,7 +49,8 @@ class _SdpaTap(TorchFunctionMode):
             k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
         if named.get("scale") is not None:  # the mass is measured at the default scale C ** -0.5
             q = q * (named["scale"] * q.shape[-1] ** 0.5)
-        self._tap(call, q, k, v, named.get("attn_mask"))
+        mask = named.get("attn_mask")
+        self._tap(call, q, k, v, None if mask is None else mask[(None,) * (4 - mask.ndim)])
 
 
 class PlainAdapter(Adapter):
@@ -73,6 +75,9 @@ class PlainAdapter(Adapter):
         measured. Selectors that look at attention need it.
     conditional : callable, optional
         From the arguments to the batch items that are scored, where guidance is batched.
+    mask : str, optional
+        Argument that holds a mask of joint attention, text first, or whose entry ``attention_mask`` does: bool or
+        floating, (B, S) for keys or as ``scaled_dot_product_attention`` takes it. It is cut with the tokens.
     positions : str, optional
         Which of `rows` holds (frame, y, x) ids, so that rivals can place changed tokens.
     shape : callable, optional
@@ -97,6 +102,7 @@ class PlainAdapter(Adapter):
         text: str | None = None,
         attention: Sequence[str] = (),
         conditional: Callable[[Kwargs], slice] | None = None,
+        mask: str | None = None,
         positions: str | None = None,
         shape: Callable[[nn.Module], ModelShape] | None = None,
         name: str = "plain",
@@ -111,24 +117,41 @@ class PlainAdapter(Adapter):
         self._find, self._rows = find, dict(rows or {})
         self._attention, self._conditional, self._positions = tuple(attention), conditional, positions
         self._shape = shape
+        self.attention_arguments = mask or ""
 
     def find(self, kwargs: Kwargs) -> Found | None:
         return self._find(kwargs)
 
     def layout(self, kwargs: Kwargs, found: Found) -> TokenLayout:
         layout = super().layout(kwargs, found)
+        self._check_unnamed(kwargs, layout)
         if self._conditional is None:
             return layout
         return TokenLayout(layout.rows, layout.text, layout.generation, layout.references, self._conditional(kwargs))
 
+    def _check_unnamed(self, kwargs: Kwargs, layout: TokenLayout) -> None:
+        """Raise where an argument that calls itself a mask is as long as the sequence, and would not be cut with it."""
+        known = {self.tokens, self.attention_arguments, *self._rows}
+        given = {**kwargs, **{n: v for part in kwargs.values() if isinstance(part, dict) for n, v in part.items()}}
+        if self.attention_arguments:
+            known.add(masks.MASK)
+        for name, value in given.items():
+            lengths = (layout.rows, layout.text + layout.rows)
+            if "mask" in name and name not in known and isinstance(value, Tensor) and value.shape[-1] in lengths:
+                raise LayoutError(
+                    f"a mask of the {lengths[1]} joint rows must be named to the {self.name} adapter "
+                    f"(mask={name!r}), and one of the {lengths[0]} image rows in rows, got {name} {tuple(value.shape)}"
+                )
+
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
-        return take_rows(kwargs, {self.tokens: 1, **self._rows}, rows)
+        return take_rows(self._cut_mask(kwargs, layout, rows), {self.tokens: 1, **self._rows}, rows)
 
     def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
         if self._positions is None or set(self._rows) != {self._positions}:
             return super().replace(kwargs, layout, reduced)
         named = {"hidden_states": kwargs[self.tokens], "img_ids": kwargs[self._positions]}
         placed = place_by_ids(named, layout, reduced)
+        kwargs = self._reduce_mask(kwargs, layout, reduced)
         return {**kwargs, self.tokens: placed["hidden_states"], self._positions: placed["img_ids"]}
 
     def sites(self, transformer: nn.Module) -> list[AttentionSite]:

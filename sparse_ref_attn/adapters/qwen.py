@@ -77,6 +77,20 @@ class QwenImageAdapter(Adapter):
             return None
         return (0, prod(generation)), tuple(references)
 
+    def layout(self, kwargs: Kwargs, found: Found) -> TokenLayout:
+        why = self._foreign_mask(kwargs)
+        if why is not None:
+            raise LayoutError(why)
+        return super().layout(kwargs, found)
+
+    def _foreign_mask(self, kwargs: Kwargs) -> str | None:
+        if self.mask(kwargs) is None:
+            return None
+        return (
+            "Qwen-Image's attention makes its mask of encoder_hidden_states_mask (the pipeline's prompt_embeds_mask) "
+            "and takes no other, got an attention_mask in attention_kwargs"
+        )
+
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
         return self._count({**kwargs, "hidden_states": pack_rows(kwargs["hidden_states"], rows)}, layout)
 
@@ -122,7 +136,8 @@ class QwenImageAdapter(Adapter):
 
     def cannot_join(self, kwargs: Kwargs) -> str | None:
         named = ("controlnet_block_samples", "additional_t_cond")
-        return next((f"{name} cannot be padded" for name in named if kwargs.get(name) is not None), None)
+        unpadded = (f"{name} cannot be padded" for name in named if kwargs.get(name) is not None)
+        return next(unpadded, None) or self._foreign_mask(kwargs)
 
     def join(self, items: Sequence[Kwargs], shared_time: bool | None = None) -> Kwargs:
         own = {name: stack(items, name) for name in ("timestep", "guidance")}
@@ -138,8 +153,18 @@ class QwenImageAdapter(Adapter):
         }
 
     def key_masks(self, items: Sequence[Kwargs]) -> list[Tensor | None]:
-        masks = [item.get("encoder_hidden_states_mask") for item in items]
-        return [None if mask is None else mask[0].bool() for mask in masks]
+        return [self._text_keys(item) for item in items]
+
+    def _text_keys(self, item: Kwargs) -> Tensor | None:
+        mask, (text, rows) = item.get("encoder_hidden_states_mask"), (self._text(item), item["hidden_states"].shape[1])
+        if mask is None:
+            return None
+        if tuple(mask.shape) != (1, text):
+            raise LayoutError(
+                f"encoder_hidden_states_mask must be (B, text), an entry for each of an item's {text} text rows, got "
+                f"{tuple(mask.shape)}"
+            )
+        return torch.cat([mask[0].bool(), mask.new_ones(rows, dtype=torch.bool)])
 
     def rotary(self, transformer: nn.Module, kwargs: Kwargs) -> tuple[Tensor, ...]:
         text, device = kwargs["encoder_hidden_states"].shape[1], kwargs["hidden_states"].device

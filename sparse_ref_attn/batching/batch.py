@@ -294,8 +294,11 @@ def batch(
     of them runs at a time, in the order given, so text encoder and VAE see one item after another.
     A profiling step is a dense one in the same joined call, each item measured on its own rows.
 
-    Some calls run by themselves: those that keep or read reference K/V (Klein-KV), and the last item
-    when the others are done. Attention of joined calls is `functional.gather_attention`, whatever
+    Some calls run by themselves: those that keep or read reference K/V (Klein-KV), those whose attention
+    mask is not of keys alone (one between rows, one for each head, a bias), and the last item when the
+    others are done. An attention mask of keys is each item's own.
+
+    Attention of joined calls is `functional.gather_attention`, whatever
     attention backend the pipeline was set to, and compiled blocks run eagerly in them.
 
     Activations of all items are held at once, and their latents until the end.

@@ -62,9 +62,10 @@ def patch(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None
     -----
     Only this instance is changed, by torch's own forward hooks, and only while the handle lives on
     it: patching again replaces the patch. Pipelines that share the transformer (``from_pipe``)
-    share the patch. Items of a batch share one selection: their scores are averaged. One host sync
-    a run for the layout, one to match its references to what the VAE encoded, and one for the
-    ranking; none a step.
+    share the patch. Items of a batch share one selection: their scores are averaged. A mask of joint
+    attention in the call's attention arguments loses the rows that are dropped; one that is not of the
+    call's rows is a LayoutError, one that is no tensor an IncompatibleError. One host sync a run for the
+    layout, one to match its references to what the VAE encoded, and one for the ranking; none a step.
 
     Examples
     --------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import SparseRef
 from ..errors import ConfigError
 from ..functional import attention_mass
+from ..ops.attention_mass.masked import attention_mass_masked
 from ..record import BlockAttention, RunRecord
 from ..selection import Probe
 
@@ -37,6 +38,9 @@ class AttentionView:
         not lie in order.
     sizes : tuple of int
         Tokens of each reference, with `order`.
+    masks : mapping of str to Tensor, shape (B or 1, H or 1, N or 1, S), bool or floating
+        In place of `key_mask`, where the call has a mask that says more: the rows of the "generation" and of the
+        "reference" queries. Floating ones are added to the scores.
     """
 
     keys: Tensor
@@ -47,6 +51,7 @@ class AttentionView:
     key_mask: Tensor | None = None
     order: Tensor | None = None
     sizes: tuple[int, ...] = ()
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def in_order(self, rows: Tensor) -> list[Tensor]:
         """Split (..., R), one entry a key of the spans, over the references, tokens in order."""
@@ -214,16 +219,18 @@ def _early(probe: Probe, found: frozenset[int], first: int) -> frozenset[int]:
 def _measure(probe: Probe, queries: Tensor, view: AttentionView) -> list[Tensor]:
     """Mass (B, H, R_i) that the probe's queries pay to each reference."""
     first, last = view.spans[0][0], view.spans[-1][1]
-    mask = view.key_mask
     if probe.queries == "generation":
-        mass = attention_mass(queries, view.keys, (first, last), key_mask=mask, query_stride=probe.query_stride)
-        return view.in_order(mass)
-    return [
-        attention_mass(
-            queries[:, a - first : b - first], view.keys, (a, b), key_mask=mask, query_stride=probe.query_stride
-        )
-        for a, b in view.spans
-    ]
+        return view.in_order(_mass(probe, slice(None), queries, view, (first, last)))
+    return [_mass(probe, slice(a - first, b - first), queries, view, (a, b)) for a, b in view.spans]
+
+
+def _mass(probe: Probe, rows: slice, queries: Tensor, view: AttentionView, span: tuple[int, int]) -> Tensor:
+    """Mass (B, H, R) that `rows` of the probe's queries pay to the keys of `span`."""
+    queries, mask = queries[:, rows], view.masks.get(probe.queries)
+    if mask is None:
+        return attention_mass(queries, view.keys, span, key_mask=view.key_mask, query_stride=probe.query_stride)
+    mask = mask[:, :, rows] if mask.shape[2] > 1 else mask
+    return attention_mass_masked(queries, view.keys, span, mask, probe.query_stride)
 
 
 def top_quarter(mass: Tensor) -> Tensor:

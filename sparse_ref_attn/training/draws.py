@@ -74,8 +74,12 @@ class Draws:
                 "a transformer patched for training must not be checkpointed as a whole, as its second forward would "
                 "draw other tokens: checkpoint its blocks, transformer.enable_gradient_checkpointing()"
             )
-        draw, self.drawn = self.drawn, self.drawn + 1
         layout = None if self.adapter.cached(kwargs) else self._layouts.of(kwargs)
+        drops = layout is not None and bool(layout.references)
+        why = self.adapter.cannot_join(kwargs) if drops and self.drop.per_sample else None
+        if why is not None:
+            raise IncompatibleError(f"{why}. Draw once for the batch (per_sample=False)")
+        draw, self.drawn = self.drawn, self.drawn + 1
         if layout is None or not layout.references:
             return None
         tokens, generator = kwargs[self.adapter.tokens], _generator(self.drop.seed, self._stream(), draw)

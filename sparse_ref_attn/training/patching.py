@@ -60,8 +60,10 @@ def patch_for_training(
     IncompatibleError
         If the transformer was compiled as a whole, is patched for inference, or with ``per_sample=True``
         has attention that cannot tell items apart; or if it is in ``DataParallel``. At a call: if the
-        transformer is checkpointed as a whole, or ``per_sample=True`` meets compiled blocks or
-        context parallelism.
+        transformer is checkpointed as a whole, or ``per_sample=True`` meets compiled blocks,
+        context parallelism or an attention mask that is not of keys alone.
+    LayoutError
+        At a call, if its attention mask is not of its rows.
     ConfigError
         If `drop` is no RandomDrop.
 

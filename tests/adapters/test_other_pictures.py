@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.pixels import PixelTap
 from sparse_ref_attn.errors import PixelsUnavailableError
+from sparse_ref_attn.patching.pixels import PixelTap
 from sparse_ref_attn.types import Reference, TokenLayout
 from tests.pictures import generator, picture
 from tests.pipelines import CASES, Case

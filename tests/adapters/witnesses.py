@@ -17,7 +17,7 @@ GENERATION = 64  # output tokens of every case at its default side
 
 @dataclass
 class Attention:
-    """One attention call: q, k, v (B, S, H, C), and its mask (B, 1, 1, S) or None."""
+    """One attention call: q, k, v (B, S, H, C), and its mask as scaled_dot_product_attention got it, or None."""
 
     q: Tensor
     k: Tensor
@@ -29,7 +29,8 @@ class Attention:
         q, k = self.q.double().transpose(1, 2), self.k.double().transpose(1, 2)
         scores = q @ k.mT * q.shape[-1] ** -0.5
         if self.mask is not None:
-            scores = scores.masked_fill(~self.mask.bool(), -torch.inf)
+            bool_mask = self.mask.dtype == torch.bool
+            scores = scores.masked_fill(~self.mask, -torch.inf) if bool_mask else scores + self.mask.double()
         return scores.softmax(-1)
 
 
@@ -118,7 +119,10 @@ class HiddenKeys(TorchFunctionMode):
             kwargs = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
             args, seen = (), self.seen[kwargs["key"].shape[-2]]
             mask = kwargs.get("attn_mask")
-            kwargs["attn_mask"] = seen.expand(1, 1, 1, -1) if mask is None else mask.bool() & seen
+            if mask is not None and mask.dtype != torch.bool:
+                kwargs["attn_mask"] = mask.masked_fill(~seen, -torch.inf)
+            else:
+                kwargs["attn_mask"] = seen.expand(1, 1, 1, -1) if mask is None else mask & seen
         return func(*args, **kwargs)
 
 

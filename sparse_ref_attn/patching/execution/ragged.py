@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ...adapters.base import Adapter, Kwargs
 from ...adapters.joining import sample_of, with_sample
+from ...adapters.masks import without_mask
 from ...adapters.shortened import Shortened
 from ...errors import IncompatibleError, LayoutError
 from ...functional import gather_attention, pack_rows, unpack_rows
@@ -253,10 +254,10 @@ class Ragged:
                 raise IncompatibleError(why)
         images = [kwargs[adapter.tokens].shape[1] for kwargs in calls]
         text = [0 if adapter.text_tokens is None else kwargs[adapter.text_tokens].shape[1] for kwargs in calls]
-        kwargs = adapter.join(calls, shared_time)
+        kwargs = adapter.join([without_mask(call, adapter.attention_arguments) for call in calls], shared_time)
         device = kwargs[adapter.tokens].device
         if adapter.packs:
-            rows = _packed(text, images, device, tap)
+            rows = _packed(text, images, adapter.key_masks(calls), device, tap)
         else:
             rotary = [torch.cat(tables) for tables in zip(*map(self._rotary, items), strict=True)]
             rows = _padded(text, images, adapter.key_masks(calls), partial(adapter.rotate, rotary), device, tap)
@@ -367,9 +368,27 @@ def _offsets(lengths: Sequence[int], first: int = 0) -> list[int]:
     return list(accumulate(lengths, initial=first))
 
 
-def _packed(text: Sequence[int], images: Sequence[int], device: torch.device, tap: ItemTap | None) -> RaggedRows:
+def _packed(
+    text: Sequence[int],
+    images: Sequence[int],
+    masks: Sequence[Tensor | None],
+    device: torch.device,
+    tap: ItemTap | None,
+) -> RaggedRows:
     stretches = [_offsets(text), _offsets(images, sum(text))]
-    return RaggedRows(torch.tensor(stretches, dtype=torch.int32, device=device), tap=tap)
+    cu_seqlens = torch.tensor(stretches, dtype=torch.int32, device=device)
+    if all(mask is None for mask in masks):
+        return RaggedRows(cu_seqlens, tap=tap)
+    spans = [[torch.arange(row[i], row[i + 1]) for row in stretches] for i in range(len(text))]
+    keys, cu_seqlens_k = _keys([torch.cat(span) for span in spans], masks, device)
+    return RaggedRows(cu_seqlens, None, keys, cu_seqlens_k, tap=tap)
+
+
+def _keys(rows: Sequence[Tensor], masks: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each item's `rows`, on the CPU, those that may be attended to, item by item, and their offsets."""
+    kept = [own if mask is None else own[mask.cpu()] for own, mask in zip(rows, masks, strict=True)]
+    offsets = torch.tensor(_offsets([len(own) for own in kept]), dtype=torch.int32, device=device)
+    return torch.cat(kept).to(device), offsets
 
 
 def _padded(
@@ -391,13 +410,5 @@ def _padded(
     live = torch.cat(spans).to(device)
     if all(mask is None for mask in masks):
         return RaggedRows(cu_seqlens, live, rotate=rotate, tap=tap)
-    keep = [
-        torch.cat(
-            [torch.ones(words, dtype=torch.bool) if mask is None else mask.cpu(), torch.ones(cells, dtype=torch.bool)]
-        )
-        for mask, words, cells in zip(masks, text, images, strict=True)
-    ]
-    counts = [int(k.sum()) for k in keep]
-    cu_seqlens_k = torch.tensor(_offsets(counts), dtype=torch.int32, device=device)
-    keys = torch.cat(keep).nonzero().flatten().to(device)
+    keys, cu_seqlens_k = _keys(list(torch.arange(sum(lengths)).split(lengths)), masks, device)
     return RaggedRows(cu_seqlens, live, keys, cu_seqlens_k, rotate, tap)
