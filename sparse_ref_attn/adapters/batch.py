@@ -302,8 +302,7 @@ def batch(
 
     Activations of all items are held at once, and their latents until the end.
 
-    One timestep for all is found by comparing them: on CUDA a sync a call, beside those of the
-    attention backend.
+    One timestep for all is found by comparing them: on CUDA a sync a call. No attention layer makes one.
 
     Examples
     --------

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IncompatibleError, LayoutError
-from ..functional import gather_attention, pack_rows, unpack_rows
+from ..functional import HostOffsets, gather_attention, pack_rows, unpack_rows
 from ..session import Plan
 from ..types import TokenLayout
 from .base import Adapter, Kwargs
@@ -71,6 +71,8 @@ class RaggedRows:
         Turns (1, T, H, C), the live rows, where the model's own rotary embedding does not apply.
     tap : callable, optional
         ``tap(item, site, q, k, v, mask)`` sees each item's attention, (1, S, H, C) after RoPE.
+    host : HostOffsets, optional
+        What `cu_seqlens` and the keys' offsets hold: no layer reads them from the device.
     """
 
     cu_seqlens: Tensor
@@ -79,6 +81,7 @@ class RaggedRows:
     cu_seqlens_k: Tensor | None = None
     rotate: Any = None
     tap: ItemTap | None = None
+    host: HostOffsets | None = None
 
     def attend(self, site: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention (batch, S, H, C) within each item; rows of no item are zero."""
@@ -96,7 +99,7 @@ class RaggedRows:
         if self.keys is not None and self.cu_seqlens_k is not None:
             k, v = pack_rows((k, v), self.keys, 0)
             cu_seqlens_k = self.cu_seqlens_k
-        out = gather_attention(q, k, v, cu_seqlens_q=self.cu_seqlens, cu_seqlens_k=cu_seqlens_k)
+        out = gather_attention(q, k, v, cu_seqlens_q=self.cu_seqlens, cu_seqlens_k=cu_seqlens_k, host=self.host)
         if self.live is not None:
             out = unpack_rows(out, self.live, shape[0] * shape[1], 0)
         return out.view(shape)
@@ -106,12 +109,18 @@ class RaggedRows:
         mask = None
         if self.keys is not None:
             mask = torch.zeros(q.shape[0], dtype=torch.bool, device=q.device).index_fill_(0, self.keys, True)
-        stretches = self.cu_seqlens.reshape(-1, self.cu_seqlens.shape[-1]).tolist()
+        stretches = self._stretches()
         for item in range(len(stretches[0]) - 1):
             at = [slice(row[item], row[item + 1]) for row in stretches]
             item_q, item_k, item_v = (torch.cat([x[span] for span in at])[None] for x in (q, k, v))
             kept = None if mask is None else torch.cat([mask[span] for span in at])[None, None, None]
             self.tap(item, site, item_q, item_k, item_v, kept)
+
+    def _stretches(self) -> list[list[int]]:
+        """Items' offsets, one row for each part."""
+        if self.host is None:
+            return self.cu_seqlens.reshape(-1, self.cu_seqlens.shape[-1]).tolist()
+        return [list(row) for row in self.host.cu_seqlens_q]  # type: ignore[union-attr, arg-type]
 
 
 class RaggedCall:
@@ -345,7 +354,8 @@ def _offsets(lengths: Sequence[int], first: int = 0) -> list[int]:
 
 def _packed(text: Sequence[int], images: Sequence[int], device: torch.device, tap: ItemTap | None) -> RaggedRows:
     stretches = [_offsets(text), _offsets(images, sum(text))]
-    return RaggedRows(torch.tensor(stretches, dtype=torch.int32, device=device), tap=tap)
+    cu_seqlens = torch.tensor(stretches, dtype=torch.int32, device=device)
+    return RaggedRows(cu_seqlens, tap=tap, host=HostOffsets(stretches, stretches))
 
 
 def _padded(
@@ -363,17 +373,18 @@ def _padded(
         for start, length in ((i * size, words), (i * size + most, cells))
     ]
     lengths = [a + b for a, b in zip(text, images, strict=True)]
-    cu_seqlens = torch.tensor(_offsets(lengths), dtype=torch.int32, device=device)
+    offsets = _offsets(lengths)
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
     live = torch.cat(spans).to(device)
     if all(mask is None for mask in masks):
-        return RaggedRows(cu_seqlens, live, rotate=rotate, tap=tap)
+        return RaggedRows(cu_seqlens, live, rotate=rotate, tap=tap, host=HostOffsets([offsets], [offsets]))
     keep = [
         torch.cat(
             [torch.ones(words, dtype=torch.bool) if mask is None else mask.cpu(), torch.ones(cells, dtype=torch.bool)]
         )
         for mask, words, cells in zip(masks, text, images, strict=True)
     ]
-    counts = [int(k.sum()) for k in keep]
-    cu_seqlens_k = torch.tensor(_offsets(counts), dtype=torch.int32, device=device)
+    kept = _offsets([int(k.sum()) for k in keep])
+    cu_seqlens_k = torch.tensor(kept, dtype=torch.int32, device=device)
     keys = torch.cat(keep).nonzero().flatten().to(device)
-    return RaggedRows(cu_seqlens, live, keys, cu_seqlens_k, rotate, tap)
+    return RaggedRows(cu_seqlens, live, keys, cu_seqlens_k, rotate, tap, HostOffsets([offsets], [kept]))

@@ -12,10 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...errors import LayoutError
 from .._tuning import capability_of, config_for
 from .backends import choose
 from .chunked import attention_mass_chunked
-from .offsets import check_offsets
+from .offsets import check_offsets, split_offsets
 from .ragged import Ragged
 from .reference import attention_mass_reference
 from .tuning import LSE, MASS
@@ -32,7 +33,7 @@ library.define(
 library.define(
     "attention_mass_varlen(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor cu_seqlens_ref, "
     "Tensor ref_starts, SymInt total_ref, SymInt max_seqlen_q, SymInt max_seqlen_ref, float scale, Tensor? lse, "
-    "SymInt query_stride, str backend, bool check=False) -> Tensor"
+    "SymInt query_stride, str backend, bool check=False, SymInt[]? host=None) -> Tensor"
 )
 
 
@@ -78,10 +79,14 @@ def _mass_varlen(
     query_stride: int,
     backend: str,
     check: bool = False,
+    host: list[int] | None = None,
 ) -> Tensor:
     chosen = choose(backend, q, k, scale)
-    if check or chosen not in KERNELS or not q.is_cuda:
-        at_q, at_k, at_ref, starts = (x.tolist() for x in (cu_seqlens_q, cu_seqlens_k, cu_seqlens_ref, ref_starts))
+    given = (cu_seqlens_q, cu_seqlens_k, cu_seqlens_ref, ref_starts)
+    if check or host is not None or chosen not in KERNELS or not q.is_cuda:
+        at_q, at_k, at_ref, starts = (x.tolist() for x in given) if host is None else split_offsets(host)
+        if check and host is not None and [x.tolist() for x in given] != [at_q, at_k, at_ref, starts]:
+            raise LayoutError(f"host must say what the offsets hold, {[x.tolist() for x in given]}, got {host}")
         check_offsets(
             {
                 "cu_seqlens_q": (at_q, q.shape[0]),

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import LayoutError
 from .._support import Call, choose, has_16_byte_rows
-from .arguments import Arguments, HostLayout, check_values
+from .arguments import Arguments, HostLayout, check_ranges, check_values
 from .gradients import Gradients, Wanted
 
 __all__ = ["gather_attention_op"]
@@ -30,11 +31,12 @@ DIFFERENTIABLE = 7  # q, k, v, k2, v2, k_ref, v_ref come first
 
 library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
 library.define(
-    f"gather_attention({TENSORS}, float scale, bool distinct, str backend, bool check) -> (Tensor out, Tensor lse)"
+    f"gather_attention({TENSORS}, float scale, bool distinct, SymInt[]? host, str backend, bool check) "
+    "-> (Tensor out, Tensor lse)"
 )
 library.define(
     f"gather_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {TENSORS}, "
-    "float scale, bool distinct, str backend, bool[] wanted) -> Tensor[]"
+    "float scale, bool distinct, SymInt[]? host, str backend, bool[] wanted) -> Tensor[]"
 )
 
 
@@ -58,9 +60,11 @@ def _implementation(backend: str) -> Any:
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     *given, backend, check = arguments
     a = Arguments(*given)
-    layout = HostLayout.of(a) if check or a.q.device.type == "cpu" else None
+    layout = HostLayout.of(a) if check or a.host is not None or a.q.device.type == "cpu" else None
     if layout is not None:
-        check_values(a, layout)
+        (check_values if check or a.q.device.type == "cpu" else check_ranges)(a, layout)
+    if check and a.host is not None and HostLayout.read(a) != layout:
+        raise LayoutError(f"host must say what the offsets hold, {HostLayout.read(a)}, got {layout}")
     chosen = choose(backend, _call(a))
     if chosen == "sdpa":  # the only one that needs the ranges on the host
         return _implementation(chosen).forward(a, layout)
@@ -105,7 +109,7 @@ def _each(wanted: Sequence[bool]) -> list[bool]:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:11], *output)
-    ctx.rest = inputs[11:-1]  # scale, distinct, backend
+    ctx.rest = inputs[11:-1]  # scale, distinct, host, backend
     ctx.inputs = len(inputs)
 
 
