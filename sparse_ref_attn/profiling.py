@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .functional import attention_mass
+from .ops.attention_mass.backends import keys_read
 from .record import BlockAttention, RunRecord
 from .selection import Probe
 
@@ -36,6 +37,9 @@ class AttentionView:
         not lie in order.
     sizes : tuple of int
         Tokens of each reference, with `order`.
+    lse, reference_lse : Tensor, shape (B, H, N) and (B, H, R'), float32, optional
+        Natural-log LSE of the queries of `generation` and `reference` over all keys that they may attend to, where the
+        call's own attention gave it.
     """
 
     keys: Tensor
@@ -46,6 +50,8 @@ class AttentionView:
     key_mask: Tensor | None = None
     order: Tensor | None = None
     sizes: tuple[int, ...] = ()
+    lse: Tensor | None = None
+    reference_lse: Tensor | None = None
 
     def in_order(self, rows: Tensor) -> list[Tensor]:
         """Split (..., R), one entry a key of the spans, over the references, tokens in order."""
@@ -144,7 +150,7 @@ class Profile:
             key = (probe.queries, probe.query_stride)
             if key not in measured:
                 measured[key] = _measure(probe, queries, view)
-                record.scoring_flops += 2.0 * queries[:, :: probe.query_stride].numel() * view.keys.shape[1]
+                record.scoring_flops += _work(probe, queries, view)
                 if probe.queries == "generation":
                     record.attention.append(_statistics(step, block, [part.mean(dim=0) for part in measured[key]]))
             parts = measured[key]
@@ -189,16 +195,31 @@ def _early(probe: Probe, found: frozenset[int], first: int) -> frozenset[int]:
 def _measure(probe: Probe, queries: Tensor, view: AttentionView) -> list[Tensor]:
     """Mass (B, H, R_i) that the probe's queries pay to each reference."""
     first, last = view.spans[0][0], view.spans[-1][1]
-    mask = view.key_mask
+    mask, stride = view.key_mask, probe.query_stride
     if probe.queries == "generation":
-        mass = attention_mass(queries, view.keys, (first, last), key_mask=mask, query_stride=probe.query_stride)
+        mass = attention_mass(queries, view.keys, (first, last), key_mask=mask, query_stride=stride, lse=view.lse)
         return view.in_order(mass)
-    return [
-        attention_mass(
-            queries[:, a - first : b - first], view.keys, (a, b), key_mask=mask, query_stride=probe.query_stride
-        )
-        for a, b in view.spans
-    ]
+    lse, parts = view.reference_lse, []
+    for a, b in view.spans:
+        rows = slice(a - first, b - first)
+        own = None if lse is None else lse[..., rows]
+        parts.append(attention_mass(queries[:, rows], view.keys, (a, b), key_mask=mask, query_stride=stride, lse=own))
+    return parts
+
+
+def _work(probe: Probe, queries: Tensor, view: AttentionView) -> float:
+    """FLOPs of `_measure`: products with the references' own keys; with every key where the LSE had to be computed."""
+    batch, _, heads, channels = queries.shape
+    first, last = view.spans[0][0], view.spans[-1][1]
+    if probe.queries == "generation":
+        parts, lse = [(queries.shape[1], last - first)], view.lse
+    else:
+        parts, lse = [(b - a, b - a) for a, b in view.spans], view.reference_lse
+    products = sum(
+        -(-rows // probe.query_stride) * (keys if lse is not None else keys_read(queries, view.keys, keys))
+        for rows, keys in parts
+    )
+    return 2.0 * batch * heads * channels * products
 
 
 def top_quarter(mass: Tensor) -> Tensor:

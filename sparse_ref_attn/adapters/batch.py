@@ -26,6 +26,7 @@ from .batch_result import BatchResult
 from .handle import Patch
 from .hooks import check_free
 from .joining import with_sample
+from .listening import view_with_lse
 from .patching import PatchHandle, patch_of, resolve
 from .pixels import PixelTap
 from .progress import SharedBar
@@ -72,13 +73,15 @@ class _ItemPatch(Patch):
         else:
             super()._listen(call, module, layout, step)
 
-    def look(self, block: int, parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]]) -> None:
+    def look(self, block: int, parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]) -> None:
         """Measure one attention call of a profiling step, all of the item's pictures."""
         assert self.profiled is not None
         layout, step = self.profiled
         q, k, v = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
         masks = [part[3] for part in parts if part[3] is not None]
-        view = self.adapter.view(layout, q, k, v, torch.cat(masks) if masks else None)
+        lses = [part[4] for part in parts if part[4] is not None]
+        mask, lse = (torch.cat(given) if given else None for given in (masks, lses))
+        view = view_with_lse(self.adapter, layout, q, k, v, mask, lse)
         if view is not None:
             self.session.observe(step, block, view)
 
@@ -201,14 +204,14 @@ class _Run:
                 own = item.patch.before(self.transformer, calls[item.index][0], together=True)
             parts += [(item, len(own))] * len(own)
             flat += own
-        seen: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor | None]]] = {}
+        seen: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]] = {}
 
-        def tap(at: int, block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        def tap(at: int, block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor | None) -> None:
             item, count = parts[at]
             if item.patch.profiled is None:
                 return
             own = seen.setdefault(item.index, [])
-            own.append((q, k, v, mask))
+            own.append((q, k, v, mask, lse))
             if len(own) == count:
                 with item.named():
                     item.patch.look(block, seen.pop(item.index))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import SparseRef
 from ..errors import ConfigError, IncompatibleError, LayoutError
+from ..ops.with_lse import attention_with_lse
 from ..profiling import AttentionView
 from ..record import StepRecord
 from ..reference_cache import RankedCache
@@ -195,9 +196,13 @@ class CacheKeeper:
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: seams.Attention) -> Tensor:
             every = torch.arange(span[1] - span[0], device=k.device)
-            view = AttentionView(k, v, q[:, text:], None, (span,), order=every, sizes=self._layout.sizes)
+            out, lse = (
+                attention_with_lse(own, q, k, mask) if self._session.profile.measures(measured, i) else (own(), None)
+            )
+            lse = None if lse is None else lse[..., text:]
+            view = AttentionView(k, v, q[:, text:], None, (span,), order=every, sizes=self._layout.sizes, lse=lse)
             self._session.observe(measured, i, view)
-            return own()
+            return out
 
         return attend
 

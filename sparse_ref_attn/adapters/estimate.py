@@ -32,6 +32,7 @@ from ..types import Reference, TokenLayout
 from .base import Adapter, adapter_for
 from .caching import check_cache
 from .estimate_cache import run_work, with_cache
+from .listening import gives_lse
 
 __all__ = ["Estimate", "RunMemory", "estimate"]
 
@@ -244,7 +245,8 @@ def estimate(
     session, kinds, kept, from_block = _plan(transformer, adapter, config, layout, steps, batch)
     tokens = [StepTokens.of(layout, n, first) for n, first in zip(kept, from_block, strict=True)]
     full = StepTokens.of(layout)
-    scoring = _scoring(shape, session, layout, batch, steps)
+    given = all(gives_lse(site.processor) for site in adapter.sites(transformer))
+    scoring = _scoring(shape, session, layout, batch, steps, given)
     cached = config.execute in ("cache", "both")
     kept_sparse = [n for n, kind in zip(kept, kinds, strict=True) if kind == "sparse"]
     if cached:
@@ -350,8 +352,13 @@ def _plan(
     return session, kinds, kept, from_block
 
 
-def _scoring(shape: ModelShape, session: Session, layout: TokenLayout, batch: int, steps: int) -> Flops:
-    """Work of measuring attention: probes that share queries and stride are measured once a block."""
+def _scoring(
+    shape: ModelShape, session: Session, layout: TokenLayout, batch: int, steps: int, lse_given: bool
+) -> Flops:
+    """Work of measuring attention: probes that share queries and stride are measured once a block.
+
+    `lse_given`: the model's own attention gives its LSE. That of a step on stored keys is of other keys.
+    """
     measured = {
         (step, block, probe.queries, probe.query_stride)
         for probe in session.profile.probes
@@ -360,9 +367,14 @@ def _scoring(shape: ModelShape, session: Session, layout: TokenLayout, batch: in
     }
     keys = layout.text + layout.rows
     total = Flops(0, 0)
-    for _, _, queries, stride in measured:
-        rows = layout.generation[1] if queries == "generation" else layout.reference_tokens
-        total = total + scoring_flops(shape, -(-rows // stride), keys, 1, batch)
+    for step, _, queries, stride in measured:
+        stored = session.reranks(step) and session.config.execute != "tokens"
+        parts = [(size, size) for size in layout.sizes]
+        if queries == "generation":
+            parts = [(layout.generation[1], layout.reference_tokens)]
+        for rows, own in parts:
+            read = own if lse_given and not stored else keys
+            total = total + scoring_flops(shape, -(-rows // stride), read, 1, batch)
     return total
 
 

@@ -25,6 +25,7 @@ from .base import Adapter, Found, Kwargs
 from .caching import CachedCall, CacheKeeper, check_cache
 from .depth import DepthCut, leaving
 from .hooks import InstanceHook
+from .listening import Listener
 from .pixels import PixelTap, encoder
 from .steps import ManualSteps, ObservedSteps, PipelineSteps, RunStep
 from .witness import RunWitness
@@ -351,13 +352,7 @@ class Patch:
                 "process), or call disable_parallelism()"
             )
 
-        def tap(block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-            if not self.session.profile.measures(step, block):
-                return
-            view = self.adapter.view(layout, q.detach(), k.detach(), v.detach(), mask)
-            if view is not None:
-                self.session.observe(step, block, view)
-
+        tap = Listener(self.session, self.adapter, layout, step)
         call.contexts.enter_context(call.listening)
         call.listening.enter_context(seams.eager_blocks(module))
         call.listening.enter_context(self.adapter.listen(module, tap))

@@ -34,7 +34,7 @@ __all__ = ["Item", "Ragged", "RaggedCall", "RaggedRows"]
 
 _SLOT = "attention_mask"  # every processor has it, and refuses what is not a mask should these hooks be gone
 
-ItemTap = Callable[[int, int, Tensor, Tensor, Tensor, "Tensor | None"], None]
+ItemTap = Callable[[int, int, Tensor, Tensor, Tensor, "Tensor | None", Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class RaggedRows:
     rotate : callable, optional
         Turns (1, T, H, C), the live rows, where the model's own rotary embedding does not apply.
     tap : callable, optional
-        ``tap(item, site, q, k, v, mask)`` sees each item's attention, (1, S, H, C) after RoPE.
+        ``tap(item, site, q, k, v, mask, lse)`` sees each item's attention, (1, S, H, C) after RoPE, and its LSE,
+        (1, H, S) float32.
     host : HostOffsets, optional
         What `cu_seqlens` and the keys' offsets hold: no layer reads them from the device.
     """
@@ -93,18 +94,21 @@ class RaggedRows:
             q, k = (self.rotate(x[None])[0] for x in (q, k))
         if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention casts
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-        if self.tap is not None:
-            self._show(site, q.detach(), k.detach(), v.detach())
+        seen = (q.detach(), k.detach(), v.detach())
         cu_seqlens_k = self.cu_seqlens
         if self.keys is not None and self.cu_seqlens_k is not None:
             k, v = pack_rows((k, v), self.keys, 0)
             cu_seqlens_k = self.cu_seqlens_k
-        out = gather_attention(q, k, v, cu_seqlens_q=self.cu_seqlens, cu_seqlens_k=cu_seqlens_k, host=self.host)
+        out, lse = gather_attention(
+            q, k, v, cu_seqlens_q=self.cu_seqlens, cu_seqlens_k=cu_seqlens_k, host=self.host, return_lse=True
+        )
+        if self.tap is not None:
+            self._show(site, *seen, lse.detach().float())
         if self.live is not None:
             out = unpack_rows(out, self.live, shape[0] * shape[1], 0)
         return out.view(shape)
 
-    def _show(self, site: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _show(self, site: int, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> None:
         assert self.tap is not None
         mask = None
         if self.keys is not None:
@@ -114,7 +118,8 @@ class RaggedRows:
             at = [slice(row[item], row[item + 1]) for row in stretches]
             item_q, item_k, item_v = (torch.cat([x[span] for span in at])[None] for x in (q, k, v))
             kept = None if mask is None else torch.cat([mask[span] for span in at])[None, None, None]
-            self.tap(item, site, item_q, item_k, item_v, kept)
+            item_lse = torch.cat([lse[:, span] for span in at], dim=1)[None]
+            self.tap(item, site, item_q, item_k, item_v, kept, item_lse)
 
     def _stretches(self) -> list[list[int]]:
         """Items' offsets, one row for each part."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IncompatibleError, VersionError
+from ..ops.with_lse import attention_with_lse
 
 __all__ = [
     "DIFFUSERS_RANGE",
@@ -188,12 +189,18 @@ def tapped_attention(
 ) -> Iterator[None]:
     """Inside, `tap(i, q, k, v, mask)` sees every attention call of site i, q, k, v (B, S, H, C) after RoPE.
 
-    `after(i)` is called when the attention itself is done.
+    `after(i)` is called when the attention itself is done. A tap with a method ``wants_lse(i)`` is called with the LSE
+    (B, H, S) of the attention as well, or None, at the sites where it says so.
     """
+    wants = getattr(tap, "wants_lse", None)
 
     def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
-        tap(i, q, k, v, mask)
-        out = own()
+        if wants is None or not wants(i):
+            tap(i, q, k, v, mask)
+            out = own()
+        else:
+            out, lse = attention_with_lse(own, q, k, mask)
+            tap(i, q, k, v, mask, lse)  # type: ignore[call-arg]
         after(i)
         return out
 

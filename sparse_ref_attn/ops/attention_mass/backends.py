@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._support import Call, cuda_reasons, has_16_byte_rows, pick, ranked, triton_reasons
 
-__all__ = ["ORDER", "choose", "explain"]
+__all__ = ["ORDER", "choose", "explain", "keys_read"]
 
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("chunked",),
@@ -31,6 +31,15 @@ def choose(backend: str, q: Tensor, k: Tensor, scale: float) -> str:
 def explain(q: Tensor, k: Tensor, scale: float) -> dict[str, list[str]]:
     """Every backend with the reasons against it, the one that "auto" takes first."""
     return ranked(_order(q), _predicates(q, k, scale))
+
+
+def keys_read(q: Tensor, k: Tensor, span: int) -> int:
+    """Keys that each query is multiplied with where the LSE is not given, by the backend that "auto" takes.
+
+    Plain PyTorch goes over all keys S once; the kernels compute the LSE first and then go over the span again, S + R.
+    """
+    chosen = choose("auto", q, k, q.shape[-1] ** -0.5)
+    return k.shape[1] + (span if chosen in ("triton", "cuda") else 0)
 
 
 def _order(q: Tensor) -> tuple[str, ...]:
