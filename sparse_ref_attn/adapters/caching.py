@@ -23,6 +23,7 @@ from . import seams
 from .base import Adapter, Kwargs
 from .hooks import InstanceHook
 from .kept import KeptCache
+from .proving import attend_to_bank, prefers_bank
 from .reuse import CacheReuse
 from .steps import RunStep
 
@@ -186,7 +187,9 @@ class CacheKeeper:
             return self._seam.reading(kwargs, self._seam.make(module, views))
         if measures:
             contexts.enter_context(seams.eager_blocks(module))
-        route = self._route(kept.ranked, reads, self._text(kwargs), run.step if measures else None)
+        own = self._text(kwargs) + kwargs[self._adapter.tokens].shape[1]
+        by_bank = [prefers_bank(site.processor, kept.ranked, i, own, reads[i]) for i, site in enumerate(sites)]
+        route = self._route(kept.ranked, reads, by_bank, self._text(kwargs), run.step if measures else None)
         contexts.enter_context(seams.routed_attention(sites, route))
         return self._seam.alone(kwargs)
 
@@ -206,10 +209,14 @@ class CacheKeeper:
 
         return attend
 
-    def _route(self, ranked: RankedCache, reads: Sequence[int], text: int, measured: int | None) -> seams.Route:
+    def _route(
+        self, ranked: RankedCache, reads: Sequence[int], by_bank: Sequence[bool], text: int, measured: int | None
+    ) -> seams.Route:
         sizes = self._layout.sizes
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: seams.Attention) -> Tensor:
+            if by_bank[i] and mask is None and measured is None:
+                return attend_to_bank(ranked, i, reads[i], q, k, v)
             keys, values = ranked.join(i, k, v, reads[i])
             if measured is not None:
                 stored, vectors, span, order = ranked.all_of(i, k.shape[1])

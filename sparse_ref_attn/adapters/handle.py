@@ -27,6 +27,7 @@ from .depth import DepthCut, leaving
 from .hooks import InstanceHook
 from .listening import Listener
 from .pixels import PixelTap, encoder
+from .proving import prepare_run
 from .steps import ManualSteps, ObservedSteps, PipelineSteps, RunStep
 from .witness import RunWitness
 
@@ -280,6 +281,7 @@ class Patch:
         session.begin(layout, tokens, pixels, run.total, run.clock, encode, ranked)
         if reuse is not None and session.record is not None:
             reuse.note(session.record)
+        prepare_run(self.adapter, module, layout, kwargs, session)
         self._key = run.key
         return run
 

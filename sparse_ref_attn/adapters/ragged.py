@@ -28,6 +28,7 @@ from ..types import TokenLayout
 from .base import Adapter, Kwargs
 from .hooks import InstanceHook
 from .joining import sample_of, with_sample
+from .proving import prepare_joined
 from .seams import PrivateBackend, splits_the_sequence
 
 __all__ = ["Item", "Ragged", "RaggedCall", "RaggedRows"]
@@ -274,6 +275,9 @@ class Ragged:
             rotary = [torch.cat(tables) for tables in zip(*map(self._rotary, items), strict=True)]
             rows = _padded(text, images, adapter.key_masks(calls), partial(adapter.rotate, rotary), device, tap)
         handed = kwargs.get(adapter.attention_arguments) or {}
+        lengths = [a + b for a, b in zip(text, images, strict=True)]
+        padded = None if adapter.packs else len(images) * (max(text) + max(images))
+        prepare_joined(adapter, self._transformer, kwargs, lengths, padded)
         call = RaggedCall({**kwargs, adapter.attention_arguments: {**handed, _SLOT: rows}}, text, images, adapter.packs)
         self._running = call
         try:

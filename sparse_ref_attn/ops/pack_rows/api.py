@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LayoutError
-from .library import ORDER, pack_op, unpack_op
+from .library import fixed, pack_op, unpack_op
 from .reference import pack_reference, unpack_reference
 
 __all__ = ["pack_rows", "unpack_rows"]
@@ -154,7 +154,7 @@ def unpack_rows(
 def _is_reference(backend: str, x: Tensor) -> bool:
     """Whether the definition computes the call, so that no op of ours stands between torch and it."""
     if backend == "auto":
-        return ORDER.get(x.device.type, ORDER["cpu"])[0] == "reference"
+        return fixed(x.device) == "reference"
     return backend == "reference"
 
 
