@@ -255,6 +255,7 @@ def pick(backend: str, order: Sequence[str], predicates: Mapping[str, Callable[[
         if not tried[name]:
             return name
     told = "; ".join(f"{name}: {', '.join(why)}" for name, why in tried.items())
+    told = told or "none that agrees with the definition on this device (`sra doctor --verify` prints the figures)"
     raise ConfigError(f"the backend must be able to do the call, got {told}")
 
 

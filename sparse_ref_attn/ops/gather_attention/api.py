@@ -129,8 +129,9 @@ def gather_attention(
     return_lse : bool
         Return the log-sum-exp too. Default False.
     backend : {"auto", "reference", "sdpa", "triton", "flash", "flex", "cuda"}
-        Who computes it. A name that cannot do the call raises, with its reasons; "auto" takes the first
-        that can, in the order of ``ops/_support.py``. "reference" is the definition. "cuda" computes the
+        Who computes it. A name that cannot do the call raises, with its reasons. "auto" is "sdpa" on a CPU; on a
+        card it is the fastest that agreed with float64 there, for this kind of call: found once, in a second or two,
+        and kept (``sra doctor --verify``). "reference" is the definition. "cuda" computes the
         forward with the kernels of csrc, float16 or bfloat16 with C in {64, 128}, and leaves the backward
         to "triton", whose reasons then count too.
     check : bool
@@ -173,9 +174,6 @@ def gather_attention(
     copy of the kept keys and values. "triton", "cuda" and "flash" never wait for the device, so a CUDA graph can hold
     them; "sdpa" does, to read offsets that neither `host` nor the shapes tell. Selections per key/value head need
     "triton", "cuda", "sdpa" or "reference".
-
-    What has not yet run on a card: every path on CUDA. The Triton kernels are proved under the interpreter, those of
-    csrc under their emulator, and both are compiled ahead of time for compute capabilities 8.0, 9.0 and 10.0.
 
     References
     ----------
