@@ -43,8 +43,8 @@ def pack_rows(
     dim : int
         The token axis. Default 1, as in (B, S, D).
     backend : {"auto", "reference", "triton", "cuda"}
-        "reference" is ``index_select``, and "auto" on a CPU; on a card "auto" is the fastest whose copies agreed there. A
-        named backend never falls back.
+        "reference" is ``index_select``, and "auto" on a CPU; on a card "auto" is the fastest whose copies agreed there.
+        A named backend never falls back.
     check : bool
         Check that rows lie within the tensor and are distinct, which on CUDA waits for the device. On the CPU the
         first is always checked (but under `torch.compile`, where torch itself checks it). Default False.
