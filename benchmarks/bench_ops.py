@@ -21,6 +21,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from statistics import median
 from typing import Any, NamedTuple
@@ -69,10 +70,17 @@ def attention_methods(call: Attention) -> dict[str, Method]:
 
 
 def mass_methods(call: Mass) -> dict[str, Method]:
-    """Ours, with all queries and with every fourth, and our rivals."""
+    """Ours, alone and with the LSE of the step's own attention, with every fourth query, and our rivals."""
     out = {HAND[call.op]: Method(mass_by_hand(call), call, call.flops)}
     for backend in ("auto", "triton", "cuda"):
         out[f"ours ({backend})"] = Method(lambda backend=backend: call.ours(backend), call, call.flops)
+    lse = call.lse()
+    if lse is None:
+        print("  ours, LSE given: PyTorch's attention says none here")
+    else:
+        for backend in ("auto", "triton", "cuda"):
+            run = partial(call.ours, backend, lse=lse)
+            out[f"ours ({backend}), LSE given"] = Method(run, call, call.flops_with_lse)
     out["ours (auto), every 4th query"] = Method(lambda: call.ours("auto", 4), None, call.flops / 4)
     return out | _rivals(MASS, call)
 

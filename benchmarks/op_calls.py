@@ -6,8 +6,10 @@ from copy import copy
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_ref_attn.functional import attention_mass, gather_attention
+from sparse_ref_attn.ops.with_lse import attention_with_lse
 
 from .op_shapes import OpShape
 
@@ -99,12 +101,28 @@ class Mass:
 
     @property
     def flops(self) -> float:
-        """Of the one matrix product that every method needs."""
-        return 2.0 * self.q.shape[1] * self.keys.shape[1] * self.shape.heads * self.shape.channels
+        """Of the one matrix product with all keys that a method needs which is not given the LSE."""
+        return self._product(self.keys.shape[1])
 
-    def ours(self, backend: str, query_stride: int = 1) -> Tensor:
-        """This library, (1, H, R)."""
-        return attention_mass(self.q, self.keys, self.span, backend=backend, query_stride=query_stride)
+    @property
+    def flops_with_lse(self) -> float:
+        """Of the product with the references' own keys, which is left where the LSE is given."""
+        return self._product(self.span[1] - self.span[0])
+
+    def _product(self, keys: int) -> float:
+        return 2.0 * self.q.shape[1] * keys * self.shape.heads * self.shape.channels
+
+    def ours(self, backend: str, query_stride: int = 1, lse: Tensor | None = None) -> Tensor:
+        """This library, (1, H, R); with the LSE (1, H, N) of the step's own attention, or without."""
+        return attention_mass(self.q, self.keys, self.span, backend=backend, query_stride=query_stride, lse=lse)
+
+    def lse(self) -> Tensor | None:
+        """What the step's own attention, PyTorch's, says beside its output, (1, H, N); None where it does not."""
+        q, k = self.q.transpose(1, 2), self.keys.transpose(1, 2)
+        with torch.no_grad():
+            return attention_with_lse(lambda: scaled_dot_product_attention(q, k, k).transpose(1, 2), self.q, self.keys)[
+                1
+            ]
 
     def plain(self) -> Tensor:
         """The formula in the operands' precision, for the first head, (1, 1, R)."""

@@ -196,6 +196,7 @@ def scoring_seconds(record: RunRecord, shape: ModelShape, like: torch.Tensor) ->
     """What measuring the run's attention takes by itself: `attention_mass` at its shapes, best of three.
 
     It runs in float32 whatever the model's dtype, so its work is not charged at the rate of the model's attention.
+    It is given an LSE where the run was, which the FLOPs that were charged tell.
     """
     if not record.attention:
         return 0.0
@@ -205,5 +206,8 @@ def scoring_seconds(record: RunRecord, shape: ModelShape, like: torch.Tensor) ->
     q = torch.randn(record.batch, layout.generation[1], *heads, device=like.device).to(like.dtype)
     k = torch.randn(record.batch, layout.text + layout.rows, *heads, device=like.device).to(like.dtype)
     span = (first, first + layout.reference_tokens)
-    best = min(timed(lambda: attention_mass(q, k, span), like.device)[0] for _ in range(3))
+    items = len(range(record.batch)[layout.conditional or slice(None)])
+    alone = 2.0 * items * q[0].numel() * k.shape[1] * len(record.attention)
+    lse = None if record.scoring_flops >= alone else q.new_zeros(q.shape[0], q.shape[2], q.shape[1]).float()
+    best = min(timed(lambda: attention_mass(q, k, span, lse=lse), like.device)[0] for _ in range(3))
     return best * len(record.attention)

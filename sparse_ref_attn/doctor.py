@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,13 @@ from .hooks.diffusers import DIFFUSERS_RANGE, check_diffusers
 from .ops import _support
 from .ops.attention_mass.backends import explain as explain_mass
 from .ops.pack_rows.library import explain as explain_rows
+from .ops.verdicts import JUDGED
+from .ops.verdicts.table import verify as verify_kinds
 from .selection.names import NAMES
 
-__all__ = ["Ability", "backends", "device", "diagnose", "missing", "report", "versions"]
+__all__ = [
+    "Ability", "backends", "device", "diagnose", "missing", "report", "verdict_lines", "verify", "versions",
+]  # fmt: skip
 
 PACKAGES = {
     "torch": "core",
@@ -216,6 +220,52 @@ def report() -> str:
         lines += [f"  {op}"]
         lines += [f"    {name:<14} {'yes, auto takes it' if name == here['auto'] else 'yes'}" for name in here["can"]]
         lines += [f"    {name:<14} no: {why}" for name, why in here["cannot"].items()]
+    if _plain_call().device.type in JUDGED:
+        lines += ["  auto goes by what was measured here: sra doctor --verify"]
     lines += ["", "Modules with FlashAttention (flash calls the first that can)"]
     lines += [f"  {name:<20} {f'no: {why}' if why else 'yes'}" for name, why in found["flash_packages"].items()]
     return "\n".join(lines)
+
+
+def verify(name: str | None = None) -> Iterator[dict[str, Any]]:
+    """Compare every backend of every op with float64, and time those that agree, on a device; see `ops.verdicts`.
+
+    Parameters
+    ----------
+    name : str, optional
+        A torch device. Default: the GPU if there is one.
+
+    Yields
+    ------
+    dict
+        ``kind`` in words, and as JSON types what `ops.verdicts.Verdict` holds: ``order``, ``milliseconds``, ``errors``
+        (over what is allowed), ``unusable``, ``unable``.
+    """
+    for kind, verdict in verify_kinds(_where(name)):
+        yield {"kind": kind.name, **verdict._asdict()}
+
+
+def verdict_lines(name: str | None = None) -> Iterator[str]:
+    """What `verify` finds, as the lines of a table, each as soon as it is known."""
+    where = _where(name)
+    yield f"{device(name)}"
+    if where.type in JUDGED:
+        yield "auto takes the first of each kind, from now on"
+    else:
+        yield f"auto does not go by these times on {where.type}: it is fixed there, so that results repeat"
+    yield f"  {'backend':<12}{'ms':>10}  error, of what is allowed"
+    for row in verify(name):
+        yield row["kind"]
+        for backend in row["order"]:
+            took = row["milliseconds"][backend]
+            yield f"  {backend:<12}{f'{took:.3f}' if took else 'alone':>10}  {row['errors'][backend]:.2f}"
+        for backend, why in row["unusable"].items():
+            yield f"  {backend:<12}  UNUSABLE  {why}"
+        for backend, why in row["unable"].items():
+            yield f"  {backend:<12}{'-':>10}  {why}"
+
+
+def _where(name: str | None) -> torch.device:
+    if name is not None:
+        return torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -121,7 +121,8 @@ class RunRecord:
     attention : list of BlockAttention
         The paper's diagnostics, one entry per profiled step and block.
     scoring_flops : float
-        Work of measuring attention in the profiling steps, beyond the dense steps themselves.
+        Work of measuring attention in the profiling steps, beyond the dense steps themselves: a product with the
+        references' own keys where the step's attention gave its log-sum-exp, with every key where it did not.
     notes : list of str
         What the library decided on its own, in words (the guard, a fallback).
     config : dict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from ..cost import ModelShape
 from ..errors import ConfigError, IncompatibleError, LayoutError
 from ..hooks.diffusers import AttentionSite, Tap
+from ..ops.with_lse import attention_with_lse
 from ..selection import Reduced
 from ..types import TokenLayout
 from . import masks
@@ -38,19 +40,27 @@ class _SdpaTap(TorchFunctionMode):
             if call >= len(self._kinds):
                 raise LayoutError(f"attention must name each of a forward's attention calls, got {self._kinds}")
             if self._kinds[call] != "other":
-                self._look(call, {**dict(zip(_SDPA, args, strict=False)), **kwargs})
+                return self._look(
+                    call, {**dict(zip(_SDPA, args, strict=False)), **kwargs}, partial(func, *args, **kwargs)
+                )
         return func(*args, **kwargs)
 
-    def _look(self, call: int, named: dict[str, Any]) -> None:
+    def _look(self, call: int, named: dict[str, Any], own: Callable[[], Tensor]) -> Tensor:
         if named.get("is_causal"):
             raise LayoutError(f"measured attention must look at all keys, got a causal call {call}")
         q, k, v = (named[n].transpose(1, 2) for n in ("query", "key", "value"))
+        mask, given = named.get("attn_mask"), list[Tensor | None]()
+        wants = getattr(self._tap, "wants_lse", None)
+        if wants is not None and wants(call):
+            out, *given = attention_with_lse(own, q, k, mask)
+        else:
+            out = own()
         if k.shape[2] != q.shape[2]:  # grouped-query attention
             k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
         if named.get("scale") is not None:  # the mass is measured at the default scale C ** -0.5
             q = q * (named["scale"] * q.shape[-1] ** 0.5)
-        mask = named.get("attn_mask")
-        self._tap(call, q, k, v, None if mask is None else mask[(None,) * (4 - mask.ndim)])
+        self._tap(call, q, k, v, None if mask is None else mask[(None,) * (4 - mask.ndim)], *given)
+        return out
 
 
 class PlainAdapter(Adapter):

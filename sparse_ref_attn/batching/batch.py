@@ -26,6 +26,7 @@ from ..patching.call import GenerationCall
 from ..patching.execution.ragged import Item, Ragged
 from ..patching.generations import Generations
 from ..patching.handle import PatchHandle
+from ..patching.measuring import view_with_lse
 from ..patching.pixels import PixelTap
 from ..presets import ReCAST
 from ..timing import Stopwatch
@@ -111,12 +112,14 @@ class _BatchItem:
             call.watch = _Frozen(watch)
         return call.leave(output)
 
-    def look(self, block: int, parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]]) -> None:
+    def look(self, block: int, parts: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]) -> None:
         """Measure one attention call of a profiling step, all of the item's pictures."""
         assert self._call is not None
         q, k, v = (torch.cat([part[i] for part in parts]) for i in range(3))  # type: ignore[misc]
         masks = [part[3] for part in parts if part[3] is not None]
-        view = self._adapter.view(self._call.layout, q, k, v, torch.cat(masks) if masks else None)
+        lses = [part[4] for part in parts if part[4] is not None]
+        mask, lse = (torch.cat(given) if given else None for given in (masks, lses))
+        view = view_with_lse(self._adapter, self._call.layout, q, k, v, mask, lse)
         if view is not None:
             self._call.run.observe(self._call.at.step, block, view)
 
@@ -199,14 +202,14 @@ class _Run:
                 own = item.before(self.transformer, calls[item.index][0], together=True)
             parts += [(item, len(own))] * len(own)
             flat += own
-        seen: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor | None]]] = {}
+        seen: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]] = {}
 
-        def tap(at: int, block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        def tap(at: int, block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor | None) -> None:
             item, count = parts[at]
             if not item.looks:
                 return
             own = seen.setdefault(item.index, [])
-            own.append((q, k, v, mask))
+            own.append((q, k, v, mask, lse))
             if len(own) == count:
                 with item.named():
                     item.look(block, seen.pop(item.index))
@@ -303,8 +306,7 @@ def batch(
 
     Activations of all items are held at once, and their latents until the end.
 
-    One timestep for all is found by comparing them: on CUDA a sync a call, beside those of the
-    attention backend.
+    One timestep for all is found by comparing them: on CUDA a sync a call. No attention layer makes one.
 
     Examples
     --------

@@ -195,6 +195,9 @@ def parser() -> argparse.ArgumentParser:
 
     check = kinds.add_parser("doctor", help="what is installed, and what is possible here")
     check.add_argument("--json", action="store_true")
+    check.add_argument(
+        "--verify", action="store_true", help="compare every backend with float64 on this device, time them, keep that"
+    )
     check.set_defaults(run=commands.diagnose)
     return top
 

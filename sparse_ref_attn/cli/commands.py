@@ -198,7 +198,14 @@ def build(options: argparse.Namespace) -> None:
 
 
 def diagnose(options: argparse.Namespace) -> None:
-    """What is installed, and what is possible here."""
+    """What is installed, and what is possible here; or what each backend of the ops does here."""
+    if options.verify:
+        if options.json:
+            print(json.dumps(list(doctor.verify()), indent=2))
+            return
+        for line in doctor.verdict_lines():
+            print(line, flush=True)
+        return
     print(json.dumps(doctor.diagnose(), indent=2) if options.json else doctor.report())
 
 

@@ -24,6 +24,7 @@ from ..cost import (
 )
 from ..errors import ConfigError
 from ..execution import Cache
+from ..hooks.diffusers import gives_lse
 from ..patching.execution.cache import check_cache
 from ..presets import ReCAST
 from ..record import mean_over_blocks
@@ -251,7 +252,8 @@ def estimate(
     from_block = [step.from_block for step in planned]
     tokens = [StepTokens.of(layout, n, first) for n, first in zip(kept, from_block, strict=True)]
     full = StepTokens.of(layout)
-    scoring = _scoring(shape, probing, line, layout, batch, steps)
+    given = all(gives_lse(site.processor) for site in adapter.sites(transformer))
+    scoring = _scoring(shape, probing, line, layout, batch, steps, given)
     cached = isinstance(config.execute, Cache)
     kept_sparse = [n for n, kind in zip(kept, kinds, strict=True) if kind == "sparse"]
     if cached:
@@ -322,8 +324,13 @@ def _grid(name: str, size: Size, cell: int) -> tuple[int, int]:
     return size[1] // cell, size[0] // cell
 
 
-def _scoring(shape: ModelShape, probing: Probing, line: Timeline, layout: TokenLayout, batch: int, steps: int) -> Flops:
-    """Work of measuring attention: probes that share queries and stride are measured once a block."""
+def _scoring(
+    shape: ModelShape, probing: Probing, line: Timeline, layout: TokenLayout, batch: int, steps: int, lse_given: bool
+) -> Flops:
+    """Work of measuring attention: probes that share queries and stride are measured once a block.
+
+    `lse_given`: the model's own attention gives its LSE. That of a step on stored keys is of other keys.
+    """
     measured = {
         (step, block, probe.queries, probe.query_stride)
         for probe in probing.probes
@@ -332,9 +339,14 @@ def _scoring(shape: ModelShape, probing: Probing, line: Timeline, layout: TokenL
     }
     keys = layout.text + layout.rows
     total = Flops(0, 0)
-    for _, _, queries, stride in measured:
-        rows = layout.generation[1] if queries == "generation" else layout.reference_tokens
-        total = total + scoring_flops(shape, -(-rows // stride), keys, 1, batch)
+    for step, _, queries, stride in measured:
+        stored = line.reads and line.reranks(step)
+        parts = [(size, size) for size in layout.sizes]
+        if queries == "generation":
+            parts = [(layout.generation[1], layout.reference_tokens)]
+        for rows, own in parts:
+            read = own if lse_given and not stored else keys
+            total = total + scoring_flops(shape, -(-rows // stride), read, 1, batch)
     return total
 
 

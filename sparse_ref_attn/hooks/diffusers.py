@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IncompatibleError, VersionError
+from ..ops.with_lse import attention_with_lse
 
 __all__ = [
     "DIFFUSERS_RANGE",
@@ -27,9 +28,11 @@ __all__ = [
     "check_measurable",
     "check_no_step_cache",
     "check_not_compiled",
+    "chosen_backend",
     "compiled_blocks",
     "dispatches",
     "eager_blocks",
+    "gives_lse",
     "internal",
     "note_thread",
     "reset_step_cache",
@@ -44,6 +47,9 @@ __all__ = [
 
 DIFFUSERS_RANGE = ((0, 42), (0, 43))
 """First supported and first unsupported (major, minor) of diffusers."""
+
+# Backends under which `ops.with_lse.attention_with_lse` finds the LSE of a call without a mask.
+_LSE_BACKENDS = ("native", "_native_flash", "flash", "_flash_3")
 
 Tap = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None"], None]
 Attention = Callable[..., Tensor]
@@ -180,6 +186,17 @@ def dispatches(processor: object) -> bool:
     return hasattr(processor, "_attention_backend")
 
 
+def chosen_backend(processor: object) -> object:
+    """The attention backend that a processor was set to, None where it goes by diffusers' default."""
+    return getattr(processor, "_attention_backend", None)
+
+
+def gives_lse(processor: object) -> bool:
+    """Whether a processor's attention is of a kind that says its LSE; None stands for PyTorch's own."""
+    backend = chosen_backend(processor)
+    return backend is None or str(getattr(backend, "value", backend)) in _LSE_BACKENDS
+
+
 def check_measurable(sites: Sequence[AttentionSite], model: str) -> None:
     """Raise IncompatibleError when attention cannot be measured on this model."""
     blind = [type(site.processor).__name__ for site in sites if not dispatches(site.processor)]
@@ -196,12 +213,18 @@ def tapped_attention(
 ) -> Iterator[None]:
     """Inside, `tap(i, q, k, v, mask)` sees every attention call of site i, q, k, v (B, S, H, C) after RoPE.
 
-    `after(i)` is called when the attention itself is done.
+    `after(i)` is called when the attention itself is done. A tap with a method ``wants_lse(i)`` is called with the LSE
+    (B, H, S) of the attention as well, or None, at the sites where it says so.
     """
+    wants = getattr(tap, "wants_lse", None)
 
     def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
-        tap(i, q, k, v, mask)
-        out = own()
+        if wants is None or not wants(i):
+            tap(i, q, k, v, mask)
+            out = own()
+        else:
+            out, lse = attention_with_lse(own, q, k, mask)
+            tap(i, q, k, v, mask, lse)  # type: ignore[call-arg]
         after(i)
         return out
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ._cuda import CHANNELS, DTYPES, against
+from .verdicts import JUDGED, order_of
 
 __all__ = [
     "ORDER",
@@ -36,10 +37,8 @@ __all__ = [
     "triton_reasons",
 ]
 
-# The order in which "auto" tries them. It may pick only what needs no kernel of ours that no card has run: "triton",
-# "flash", "flex" and "cuda" stand in no row until `pytest -m gpu` has passed on a card, and `benchmarks/bench_ops.py`
-# printed which of them is faster there. Published figures let one expect "flash" first on compute capability 9.0 with
-# flash-attn 3, and "triton" or "flash" for several items, which "sdpa" runs one by one.
+# What "auto" tries where it has no verdict: on a CPU always, on a card where nothing can be measured (see `verdicts`).
+# So it holds only what needs no proof.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("sdpa",),
     "cuda": ("sdpa",),
@@ -51,6 +50,7 @@ class Call(NamedTuple):
 
     ``items`` is the batch size, ``per_head`` whether key/value heads have selections of their own, ``aligned`` whether
     every row of every operand starts at a multiple of 16 bytes, ``gradients`` whether an operand requires any.
+    ``queries``, dense ``keys`` and ``kept`` rows are those of all items together; verdicts go by them.
     """
 
     device: torch.device
@@ -60,6 +60,11 @@ class Call(NamedTuple):
     per_head: bool = False
     aligned: bool = True
     gradients: bool = False
+    heads: int = 1
+    key_heads: int = 1
+    queries: int = 0
+    keys: int = 0
+    kept: int = 0
 
 
 def _sdpa(call: Call) -> list[str]:
@@ -209,20 +214,29 @@ def explain(call: Call) -> dict[str, list[str]]:
     return ranked(order_for(call), {name: partial(reasons, name, call) for name in (*_PREDICATES, "reference")})
 
 
-def order_for(call: Call) -> tuple[str, ...]:
-    """The row of `ORDER` for a call; devices other than CUDA take the CPU's."""
-    return ORDER.get(call.device.type, ORDER["cpu"])
+def order_for(call: Call, measure: bool = False) -> tuple[str, ...]:
+    """What "auto" tries, in order: the verdict's, or the row of `ORDER`; devices other than CUDA take the CPU's.
+
+    With `measure` a verdict that is not known is got.
+    """
+    safe = ORDER.get(call.device.type, ORDER["cpu"])
+    if call.device.type not in JUDGED:
+        return safe
+    from .gather_attention.trial import kind_of
+
+    return order_of(kind_of(call), safe, measure)
 
 
 def choose(backend: str, call: Call) -> str:
-    """The backend to use: `backend` itself, or for "auto" the first that can.
+    """The backend to use: `backend` itself, or for "auto" the first that can, in the order of the verdict.
 
     Raises
     ------
     ConfigError
         If it cannot do the call (each backend tried, with its reasons).
     """
-    return pick(backend, order_for(call), {name: partial(reasons, name, call) for name in _PREDICATES})
+    order = order_for(call, measure=True) if backend == "auto" else ()
+    return pick(backend, order, {name: partial(reasons, name, call) for name in _PREDICATES})
 
 
 def pick(backend: str, order: Sequence[str], predicates: Mapping[str, Callable[[], list[str]]]) -> str:
@@ -241,6 +255,7 @@ def pick(backend: str, order: Sequence[str], predicates: Mapping[str, Callable[[
         if not tried[name]:
             return name
     told = "; ".join(f"{name}: {', '.join(why)}" for name, why in tried.items())
+    told = told or "none that agrees with the definition on this device (`sra doctor --verify` prints the figures)"
     raise ConfigError(f"the backend must be able to do the call, got {told}")
 
 

@@ -26,6 +26,7 @@ from .execution.depth import ByDepth, check_call
 from .execution.tokens import AtInput
 from .ownership import Generation, Ownership, Where
 from .pixels import PixelTap, encoder
+from .proving import prepare_run
 from .steps import ObservedSteps
 
 __all__ = ["Generations"]
@@ -202,6 +203,7 @@ class Generations:
         run = Run(self.config, self._probing, layout, tokens, pixels, at.total, at.clock, encode, scores)
         if reuse is not None:
             reuse.note(run.record)
+        prepare_run(self.adapter, module, layout, kwargs, run)
         return self._owners.add(where, run, kwargs)
 
     @property

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
+from ..adapters.base import Adapter
 from ..errors import IncompatibleError
 from ..hooks.diffusers import eager_blocks, splits_the_sequence
+from ..run import AttentionView
+from ..types import TokenLayout
 from .call import GenerationCall
 
-__all__ = ["listen"]
+__all__ = ["listen", "view_with_lse"]
+
+
+class _Listener:
+    """A tap that measures the blocks and steps which the run asks for."""
+
+    def __init__(self, call: GenerationCall) -> None:
+        self._call = call
+
+    def wants_lse(self, block: int) -> bool:
+        """Whether the call of `block` is measured, so that its LSE is worth asking for."""
+        return self._call.run.profile.measures(self._call.at.step, block)
+
+    def __call__(
+        self, block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor | None = None
+    ) -> None:
+        call = self._call
+        if not self.wants_lse(block):
+            return
+        view = view_with_lse(call.adapter, call.layout, q.detach(), k.detach(), v.detach(), mask, lse)
+        if view is not None:
+            call.run.observe(call.at.step, block, view)
 
 
 def listen(call: GenerationCall) -> None:
@@ -27,13 +53,23 @@ def listen(call: GenerationCall) -> None:
             "rows: use a selector and a budget that need none (edges, grid, a SavedRanking of a run in one "
             "process), or call disable_parallelism()"
         )
-
-    def tap(block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        if not call.run.profile.measures(call.at.step, block):
-            return
-        view = call.adapter.view(call.layout, q.detach(), k.detach(), v.detach(), mask)
-        if view is not None:
-            call.run.observe(call.at.step, block, view)
-
     call.listening.enter_context(eager_blocks(call.module))
-    call.listening.enter_context(call.adapter.listen(call.module, tap))
+    call.listening.enter_context(call.adapter.listen(call.module, _Listener(call)))
+
+
+def view_with_lse(
+    adapter: Adapter, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor | None
+) -> AttentionView | None:
+    """The adapter's view of a call (B, S, H, C), with each query's LSE (B, H, S) where there is one.
+
+    The rows of the LSE are found as those of the queries are: it stands in their place with one channel.
+    """
+    view = adapter.view(layout, q, k, v, mask)
+    if view is None or lse is None:
+        return view
+    rows = adapter.view(layout, lse.detach().transpose(1, 2)[..., None], k, v, mask)
+    assert rows is not None
+    generation, reference = (
+        None if x is None else x[..., 0].transpose(1, 2) for x in (rows.generation, rows.reference)
+    )
+    return replace(view, lse=generation, reference_lse=reference)

@@ -126,6 +126,21 @@ class RankedCache:
         first = self.rows[layer] - count if layer % 2 == 0 else 0
         return k[:, first : first + count], v[:, first : first + count]
 
+    def bank(self, layer: int, count: int) -> tuple[Tensor, Tensor, int]:
+        """The layer's whole buffers of k and v (B, T, H, C), and the first of its best `count` rows in them.
+
+        They hold another layer's rows too, and the room.
+
+        Raises
+        ------
+        BudgetError
+            If the layer holds fewer rows.
+        """
+        if not 0 <= count <= self.rows[layer]:
+            raise BudgetError(f"layer {layer} holds {self.rows[layer]} reference rows, got a budget of {count}")
+        left, _ = self._sides(layer)
+        return *self._buffers[layer // 2], (left - count if layer % 2 == 0 else left + self._room)
+
     def reserve(self, room: int) -> bool:
         """Room for calls of `room` own rows; whether the buffers are others now."""
         if room <= self._room:

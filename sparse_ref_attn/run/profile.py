@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import SparseRef
 from ..errors import ConfigError
 from ..functional import attention_mass
+from ..ops.attention_mass.backends import keys_read
 from ..ops.attention_mass.masked import attention_mass_masked
 from ..record import BlockAttention, RunRecord
 from ..selection import Probe
@@ -41,6 +42,9 @@ class AttentionView:
     masks : mapping of str to Tensor, shape (B or 1, H or 1, N or 1, S), bool or floating
         In place of `key_mask`, where the call has a mask that says more: the rows of the "generation" and of the
         "reference" queries. Floating ones are added to the scores.
+    lse, reference_lse : Tensor, shape (B, H, N) and (B, H, R'), float32, optional
+        Natural-log LSE of the queries of `generation` and `reference` over all keys that they may attend to, where the
+        call's own attention gave it.
     """
 
     keys: Tensor
@@ -52,6 +56,12 @@ class AttentionView:
     order: Tensor | None = None
     sizes: tuple[int, ...] = ()
     masks: Mapping[str, Tensor] = field(default_factory=dict)
+    lse: Tensor | None = None
+    reference_lse: Tensor | None = None
+
+    def lse_of(self, queries: str) -> Tensor | None:
+        """The LSE of the "generation" or the "reference" queries."""
+        return self.lse if queries == "generation" else self.reference_lse
 
     def in_order(self, rows: Tensor) -> list[Tensor]:
         """Split (..., R), one entry a key of the spans, over the references, tokens in order."""
@@ -149,6 +159,11 @@ class Profile:
         self._terms: dict[Probe, int] = {}
         self._again: int | None = None
 
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        """What is measured."""
+        return self._probing.probes
+
     def repeat(self, step: int) -> None:
         """Forget what was measured, and measure everything in `step`."""
         self._sums, self._terms, self._again = {}, {}, step
@@ -174,7 +189,7 @@ class Profile:
             key = (probe.queries, probe.query_stride)
             if key not in measured:
                 measured[key] = _measure(probe, queries, view)
-                record.scoring_flops += 2.0 * queries[:, :: probe.query_stride].numel() * view.keys.shape[1]
+                record.scoring_flops += _work(probe, queries, view)
                 if probe.queries == "generation":
                     record.attention.append(_statistics(step, block, [part.mean(dim=0) for part in measured[key]]))
             parts = measured[key]
@@ -226,11 +241,31 @@ def _measure(probe: Probe, queries: Tensor, view: AttentionView) -> list[Tensor]
 
 def _mass(probe: Probe, rows: slice, queries: Tensor, view: AttentionView, span: tuple[int, int]) -> Tensor:
     """Mass (B, H, R) that `rows` of the probe's queries pay to the keys of `span`."""
-    queries, mask = queries[:, rows], view.masks.get(probe.queries)
+    queries, mask, lse = queries[:, rows], view.masks.get(probe.queries), view.lse_of(probe.queries)
     if mask is None:
-        return attention_mass(queries, view.keys, span, key_mask=view.key_mask, query_stride=probe.query_stride)
+        own = None if lse is None else lse[..., rows]
+        stride = probe.query_stride
+        return attention_mass(queries, view.keys, span, key_mask=view.key_mask, query_stride=stride, lse=own)
     mask = mask[:, :, rows] if mask.shape[2] > 1 else mask
     return attention_mass_masked(queries, view.keys, span, mask, probe.query_stride)
+
+
+def _work(probe: Probe, queries: Tensor, view: AttentionView) -> float:
+    """FLOPs of `_measure`: products with the references' own keys; with every key where the LSE had to be computed."""
+    batch, _, heads, channels = queries.shape
+    first, last = view.spans[0][0], view.spans[-1][1]
+    parts = [(b - a, b - a) for a, b in view.spans]
+    if probe.queries == "generation":
+        parts = [(queries.shape[1], last - first)]
+    masked, given = probe.queries in view.masks, view.lse_of(probe.queries) is not None
+
+    def read(own: int) -> int:
+        if masked:
+            return view.keys.shape[1]
+        return own if given else keys_read(queries, view.keys, own)
+
+    products = sum(-(-rows // probe.query_stride) * read(own) for rows, own in parts)
+    return 2.0 * batch * heads * channels * products
 
 
 def top_quarter(mass: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from sparse_ref_attn import doctor
 from sparse_ref_attn.adapters.geometries import named_model
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.ops.gather_attention.api import BACKENDS
+from sparse_ref_attn.ops.verdicts import table
 from tests.cli.commands import run
+from tests.stand_in_backend import judged, spoiled
 
 
 def test_estimate_is_that_of_the_library(models: Path) -> None:
@@ -104,3 +107,31 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert exit_.value.code == 0
     assert capsys.readouterr().out.strip() == f"sparse_ref_attn {sra.__version__}"
+
+
+def test_doctor_verifies_every_backend_and_prints_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    usual = table.usual_kinds
+    monkeypatch.setattr(table, "usual_kinds", lambda device: usual(device)[::8])
+    rows = json.loads(run("doctor", "--verify", "--json"))
+    assert {row["kind"].split(",")[0] for row in rows} == {"gather_attention", "attention_mass", "pack_rows"}
+    assert all(row["order"] and not row["unusable"] for row in rows)
+    text = run("doctor", "--verify")
+    for row in rows:
+        section = text.partition(row["kind"] + "\n")[2]
+        assert section.startswith("  ")
+        assert all(f"\n  {name:<12}" in "\n" + section for name in (*row["order"], *row["unable"]))
+    if not torch.cuda.is_available():
+        assert "it is fixed there, so that results repeat" in text
+        assert list(tmp_path.iterdir()) == []  # a CPU's times decide nothing, and nothing is kept
+
+
+def test_doctor_names_an_unusable_backend_with_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = table.usual_kinds
+    monkeypatch.setattr(table, "usual_kinds", lambda device: usual(device)[:1])
+    with judged(tmp_path, ("stand_in", "plain")):
+        spoiled["forward"] = lambda r: (r[0] * 2, r[1])
+        text = run("doctor", "--verify")
+    assert re.search(
+        r"\n  sdpa +(alone|\d+\.\d+) +0\.\d+\n  stand_in +UNUSABLE  out: error \S+ where \S+ is allowed\n", text
+    )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparse_ref_attn.errors import LayoutError
 from sparse_ref_attn.functional import attention_mass, attention_mass_varlen, pack_rows, unpack_rows
+from sparse_ref_attn.ops import verdicts
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
 
 from ..ops.guards import in_nan
@@ -172,10 +173,15 @@ def test_rows_that_need_int64_offsets(backend: str):
     assert torch.equal(pack_rows(far, rows, backend=backend), far[:, [2, 0]])
 
 
-def test_the_table_of_auto_is_what_this_card_was_proved_for():
-    # auto stays with plain PyTorch until these tests have passed on a card and the rows of ORDER were changed by hand
+def test_auto_takes_what_was_proved_here(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    verdicts.forget()
     q, k = draw(33, 65)
-    assert torch.equal(attention_mass(q, k, (0, 65)), attention_mass(q, k, (0, 65), backend="chunked"))
+    got = attention_mass(q, k, (0, 65))
+    (verdict,) = verdicts.store.known().values()
+    assert {"triton", "chunked"} <= set(verdict.order)
+    assert torch.equal(got, attention_mass(q, k, (0, 65), backend=verdict.order[0]))
+    verdicts.forget()
 
 
 def test_checking_mode_names_a_bad_row():

@@ -50,7 +50,8 @@ def attention_mass(
         Use every n-th query only. Default 1, all.
     lse : Tensor, shape (B, H, N), float32, optional
         Natural-log LSE of every query's scaled scores over all keys that it may attend, as
-        `gather_attention` returns it. Then only the span's keys are read. Default: computed here.
+        `gather_attention` returns it. Then only the span's keys are read: at R of S keys, R / S of the work in plain
+        PyTorch and R / (S + R) of it in the kernels. Default: computed here.
     value : Tensor, shape (B, S, H, C), floating, optional
         Values; each mass is multiplied by the Euclidean norm of its value.
     reduce_heads : bool
@@ -60,6 +61,7 @@ def attention_mass(
         "triton" takes float16 and bfloat16, C in {32, 64, 128}, a scale above 0, and tensors with a
         contiguous last dim whose pointers and strides are multiples of 16 bytes and elements; "cuda" (the
         kernels of csrc) the same with C in {64, 128} and 16 bytes for both. A named backend never falls back.
+        "auto" is "chunked" on a CPU, and on a card the fastest that agreed with float64 there.
 
     Returns
     -------

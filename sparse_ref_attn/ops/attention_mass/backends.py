@@ -1,19 +1,21 @@
 """Who computes the mass: one predicate per backend, and the order in which "auto" tries them.
 
-`reference` is the definition, `chunked` plain PyTorch in bounded memory, `triton` and `cuda` the kernels. No card has
-run them yet, so "auto" does not pick them: they wait in no row of `ORDER` until `pytest -m gpu` has passed on one.
+`reference` is the definition, `chunked` plain PyTorch in bounded memory, `triton` and `cuda` the kernels. On a card
+"auto" goes by the verdict of `verdicts`; `ORDER` is what it takes without one, on a CPU always.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .._support import Call, cuda_reasons, has_16_byte_rows, pick, ranked, triton_reasons
+from ..verdicts import JUDGED, order_of
 
-__all__ = ["ORDER", "choose", "explain"]
+__all__ = ["ORDER", "PREDICATES", "choose", "explain", "keys_read"]
 
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("chunked",),
@@ -23,27 +25,44 @@ CHANNELS = (32, 64, 128)
 HALF = (torch.float16, torch.bfloat16)
 
 
-def choose(backend: str, q: Tensor, k: Tensor, scale: float) -> str:
-    """`backend`, or for "auto" the first that can; ConfigError with everyone's reasons where none can."""
-    return pick(backend, _order(q), _predicates(q, k, scale))
+def choose(backend: str, q: Tensor, k: Tensor, scale: float, references: int, lse_given: bool = False) -> str:
+    """`backend`, or for "auto" the first that can, in the order of the verdict on q (B, N, H, C), k (B, S, H, C).
+
+    ConfigError with everyone's reasons where none can.
+    """
+    order = _order(q, k, references, lse_given, measure=True) if backend == "auto" else ()
+    return pick(backend, order, _predicates(q, k, scale))
 
 
 def explain(q: Tensor, k: Tensor, scale: float) -> dict[str, list[str]]:
     """Every backend with the reasons against it, the one that "auto" takes first."""
-    return ranked(_order(q), _predicates(q, k, scale))
+    return ranked(_order(q, k, k.shape[1], False, measure=False), _predicates(q, k, scale))
 
 
-def _order(q: Tensor) -> tuple[str, ...]:
-    return ORDER.get(q.device.type, ORDER["cpu"])
+def keys_read(q: Tensor, k: Tensor, span: int) -> int:
+    """Keys that each query is multiplied with where the LSE is not given, by the backend that "auto" takes.
+
+    Plain PyTorch goes over all keys S once; the kernels compute the LSE first and then go over the span again, S + R.
+    """
+    chosen = choose("auto", q, k, q.shape[-1] ** -0.5, span)
+    return k.shape[1] + (span if chosen in ("triton", "cuda") else 0)
+
+
+def _order(q: Tensor, k: Tensor, references: int, lse_given: bool, measure: bool) -> tuple[str, ...]:
+    safe = ORDER.get(q.device.type, ORDER["cpu"])
+    if q.device.type not in JUDGED:
+        return safe
+    from .trial import kind_of
+
+    return order_of(kind_of(q, k, references, lse_given), safe, measure)
 
 
 def _predicates(q: Tensor, k: Tensor, scale: float) -> dict[str, Callable[[], list[str]]]:
-    return {
-        "reference": list,
-        "chunked": list,
-        "triton": lambda: _triton(q, k, scale),
-        "cuda": lambda: _cuda(q, k, scale),
-    }
+    return {name: partial(against, q, k, scale) for name, against in PREDICATES.items()}
+
+
+def _always(q: Tensor, k: Tensor, scale: float) -> list[str]:
+    return []
 
 
 def _cuda(q: Tensor, k: Tensor, scale: float) -> list[str]:
@@ -64,3 +83,12 @@ def _triton(q: Tensor, k: Tensor, scale: float) -> list[str]:
     if not scale > 0:
         why.append(f"needs scale > 0, got {scale}")
     return why
+
+
+PREDICATES: dict[str, Callable[[Tensor, Tensor, float], list[str]]] = {
+    "reference": _always,
+    "chunked": _always,
+    "triton": _triton,
+    "cuda": _cuda,
+}
+"""Why a backend cannot do a call with q, k and a scale; empty when it can."""

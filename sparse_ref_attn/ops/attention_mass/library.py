@@ -12,17 +12,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...errors import LayoutError
 from .._tuning import capability_of, config_for
 from .backends import choose
 from .chunked import attention_mass_chunked
-from .offsets import check_offsets
+from .offsets import check_offsets, split_offsets
 from .ragged import Ragged
 from .reference import attention_mass_reference
 from .tuning import LSE, MASS
 
-__all__ = ["mass_op", "mass_varlen_op"]
+__all__ = ["LAUNCHERS", "compute", "mass_op", "mass_varlen_op"]
 
-KERNELS = ("triton", "cuda")
+PLAIN = ("reference", "chunked")
 
 library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
 library.define(
@@ -32,7 +33,7 @@ library.define(
 library.define(
     "attention_mass_varlen(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor cu_seqlens_ref, "
     "Tensor ref_starts, SymInt total_ref, SymInt max_seqlen_q, SymInt max_seqlen_ref, float scale, Tensor? lse, "
-    "SymInt query_stride, str backend, bool check=False) -> Tensor"
+    "SymInt query_stride, str backend, bool check=False, SymInt[]? host=None) -> Tensor"
 )
 
 
@@ -47,9 +48,24 @@ def _mass(
     query_stride: int,
     backend: str,
 ) -> Tensor:
-    chosen = choose(backend, q, k, scale)
-    if chosen in KERNELS:
-        launch_lse, launch_mass = _kernels(chosen, q)
+    chosen = choose(backend, q, k, scale, stop - start, lse is not None)
+    return compute(q, k, start, stop, scale, key_mask, lse, query_stride, chosen)
+
+
+def compute(
+    q: Tensor,
+    k: Tensor,
+    start: int,
+    stop: int,
+    scale: float,
+    key_mask: Tensor | None,
+    lse: Tensor | None,
+    query_stride: int,
+    chosen: str,
+) -> Tensor:
+    """The op by the backend `chosen`, which can do the call."""
+    if chosen not in PLAIN:
+        launch_lse, launch_mass = LAUNCHERS[chosen](q)
         if key_mask is not None:
             key_mask = key_mask.contiguous()
         if lse is None:
@@ -78,10 +94,16 @@ def _mass_varlen(
     query_stride: int,
     backend: str,
     check: bool = False,
+    host: list[int] | None = None,
 ) -> Tensor:
-    chosen = choose(backend, q, k, scale)
-    if check or chosen not in KERNELS or not q.is_cuda:
-        at_q, at_k, at_ref, starts = (x.tolist() for x in (cu_seqlens_q, cu_seqlens_k, cu_seqlens_ref, ref_starts))
+    items = max(ref_starts.shape[0], 1)  # the kind of call goes by the mean item
+    one = (q[None, : -(-q.shape[0] // items)], k[None, : -(-k.shape[0] // items)])
+    chosen = choose(backend, *one, scale, -(-total_ref // items), lse is not None)
+    given = (cu_seqlens_q, cu_seqlens_k, cu_seqlens_ref, ref_starts)
+    if check or host is not None or chosen in PLAIN or not q.is_cuda:
+        at_q, at_k, at_ref, starts = (x.tolist() for x in given) if host is None else split_offsets(host)
+        if check and host is not None and [x.tolist() for x in given] != [at_q, at_k, at_ref, starts]:
+            raise LayoutError(f"host must say what the offsets hold, {[x.tolist() for x in given]}, got {host}")
         check_offsets(
             {
                 "cu_seqlens_q": (at_q, q.shape[0]),
@@ -94,8 +116,8 @@ def _mass_varlen(
                 "max_seqlen_ref": (max_seqlen_ref, "cu_seqlens_ref"),
             },
         )
-    if chosen in KERNELS:
-        launch_lse, launch_mass = _kernels(chosen, q)
+    if chosen not in PLAIN:
+        launch_lse, launch_mass = LAUNCHERS[chosen](q)
         ragged = Ragged(cu_seqlens_q, cu_seqlens_k, cu_seqlens_ref, ref_starts, max_seqlen_q, max_seqlen_ref)
         q, k, lse = q[None], k[None], None if lse is None else lse[None]
         if lse is None:
@@ -108,7 +130,7 @@ def _mass_varlen(
         if queries.start == queries.stop or out.start == out.stop:
             continue
         start = first - keys.start
-        mass[:, out] = _mass(
+        mass[:, out] = compute(
             q[None, queries],
             k[None, keys],
             start,
@@ -152,14 +174,22 @@ mass_op = torch.ops.sparse_ref_attn.attention_mass.default
 mass_varlen_op = torch.ops.sparse_ref_attn.attention_mass_varlen.default
 
 
-def _kernels(chosen: str, q: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """The launchers of the LSE and of the mass."""
-    if chosen == "cuda":
-        from .cuda import launch_lse, launch_mass
+Launchers = tuple[Callable[..., Tensor], Callable[..., Tensor]]
 
-        return launch_lse, launch_mass
+
+def _cuda(q: Tensor) -> Launchers:
+    from .cuda import launch_lse, launch_mass
+
+    return launch_lse, launch_mass
+
+
+def _triton(q: Tensor) -> Launchers:
     from . import triton_mass
 
     tables = ((triton_mass.launch_lse, LSE), (triton_mass.launch_mass, MASS))
     of_lse, of_mass = (partial(f, config=config_for(table, capability_of(q), q.shape[-1])) for f, table in tables)
     return of_lse, of_mass
+
+
+LAUNCHERS: dict[str, Callable[[Tensor], Launchers]] = {"triton": _triton, "cuda": _cuda}
+"""The launchers of the LSE and of the mass, for these queries."""

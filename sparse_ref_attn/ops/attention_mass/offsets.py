@@ -6,7 +6,13 @@ from itertools import pairwise
 
 from ...errors import LayoutError
 
-__all__ = ["check_offsets"]
+__all__ = ["check_offsets", "split_offsets"]
+
+
+def split_offsets(host: list[int]) -> tuple[list[int], list[int], list[int], list[int]]:
+    """cu_seqlens_q, cu_seqlens_k, cu_seqlens_ref (B + 1 each) and ref_starts (B), which lie end to end in `host`."""
+    one = (len(host) + 1) // 4
+    return host[:one], host[one : 2 * one], host[2 * one : 3 * one], host[3 * one :]
 
 
 def check_offsets(

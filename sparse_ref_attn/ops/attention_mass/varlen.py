@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ def attention_mass_varlen(
     reduce_heads: bool = False,
     backend: str = "auto",
     check: bool = False,
+    host: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     r"""`attention_mass` of a ragged batch: each item its own queries, keys and references.
 
@@ -62,6 +65,9 @@ def attention_mass_varlen(
     check : bool
         Check the values of offsets and bounds with "triton" and "cuda" on CUDA too, which waits for the device. Every
         other call checks them anyway. Unchecked, a wrong one reads outside the tensors. Default False.
+    host : four sequences of int, optional
+        What cu_seqlens_q, cu_seqlens_k, cu_seqlens_ref and ref_starts hold, where the host knows it: then no backend
+        reads them from the device. They are believed, unless `check` is set.
 
     Returns
     -------
@@ -79,7 +85,7 @@ def attention_mass_varlen(
     Notes
     -----
     Not differentiable. Deterministic. "triton" and "cuda" make no host sync, unless asked to check. The other backends
-    sync once to read the offsets.
+    sync once to read the offsets, unless `host` tells them.
 
     Examples
     --------
@@ -119,6 +125,10 @@ def attention_mass_varlen(
             f"lse must be (H, T) = {rows_of_lse}, float32 on {q.device}, "
             f"got {tuple(lse.shape)}, {lse.dtype} on {lse.device}"
         )
+    if host is not None and [len(x) for x in host] != [items + 1] * 3 + [items]:
+        raise LayoutError(
+            f"host must hold three times {items + 1} and {items} numbers, got {' and '.join(str(len(x)) for x in host)}"
+        )
     mass = mass_varlen_op(
         q.detach(),
         k.detach(),
@@ -134,5 +144,6 @@ def attention_mass_varlen(
         query_stride,
         backend,
         check,
+        None if host is None else [int(number) for numbers in host for number in numbers],
     )
     return mass.mean(dim=0) if reduce_heads else mass

@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from ...errors import ConfigError
+from .host_offsets import HostOffsets
 from .normal_form import normalise
 
 __all__ = ["BACKENDS", "gather_attention"]
@@ -30,6 +31,7 @@ def gather_attention(
     cu_seqlens_k: Tensor | None = ...,
     scale: float | None = ...,
     distinct: bool = ...,
+    host: HostOffsets | None = ...,
     return_lse: Literal[False] = ...,
     backend: str = ...,
     check: bool = ...,
@@ -52,6 +54,7 @@ def gather_attention(
     cu_seqlens_k: Tensor | None = ...,
     scale: float | None = ...,
     distinct: bool = ...,
+    host: HostOffsets | None = ...,
     return_lse: Literal[True],
     backend: str = ...,
     check: bool = ...,
@@ -73,6 +76,7 @@ def gather_attention(
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     distinct: bool = False,
+    host: HostOffsets | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     check: bool = False,
@@ -119,11 +123,15 @@ def gather_attention(
         Promise that no bank row is named twice (per head), not even by two items. Gradients of the
         bank are then stored directly instead of summed. Default False. A broken promise gives wrong
         gradients of the bank.
+    host : HostOffsets, optional
+        What the offsets hold, where the host knows it: then no backend reads them from the device, forward or
+        backward. They are believed, unless `check` is set.
     return_lse : bool
         Return the log-sum-exp too. Default False.
     backend : {"auto", "reference", "sdpa", "triton", "flash", "flex", "cuda"}
-        Who computes it. A name that cannot do the call raises, with its reasons; "auto" takes the first
-        that can, in the order of ``ops/_support.py``. "reference" is the definition. "cuda" computes the
+        Who computes it. A name that cannot do the call raises, with its reasons. "auto" is "sdpa" on a CPU; on a
+        card it is the fastest that agreed with float64 there, for this kind of call: found once, in a second or two,
+        and kept (``sra doctor --verify``). "reference" is the definition. "cuda" computes the
         forward with the kernels of csrc, float16 or bfloat16 with C in {64, 128}, and leaves the backward
         to "triton", whose reasons then count too.
     check : bool
@@ -164,10 +172,8 @@ def gather_attention(
 
     The score matrix is never stored (but by "reference", and by "flex" on a CPU). "sdpa", "flash" and "flex" hold one
     copy of the kept keys and values. "triton", "cuda" and "flash" never wait for the device, so a CUDA graph can hold
-    them; "sdpa" does, to read the offsets. Selections per key/value head need "triton", "cuda", "sdpa" or "reference".
-
-    What has not yet run on a card: every path on CUDA. The Triton kernels are proved under the interpreter, those of
-    csrc under their emulator, and both are compiled ahead of time for compute capabilities 8.0, 9.0 and 10.0.
+    them; "sdpa" does, to read offsets that neither `host` nor the shapes tell. Selections per key/value head need
+    "triton", "cuda", "sdpa" or "reference".
 
     References
     ----------
@@ -194,7 +200,9 @@ def gather_attention(
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    a = normalise(q, k, v, k2, v2, k_ref, v_ref, ref_indices, ref_offsets, cu_seqlens_q, cu_seqlens_k, scale, distinct)
+    a = normalise(
+        q, k, v, k2, v2, k_ref, v_ref, ref_indices, ref_offsets, cu_seqlens_q, cu_seqlens_k, scale, distinct, host
+    )
     if backend == "reference":
         from .reference import gather_attention_reference
 

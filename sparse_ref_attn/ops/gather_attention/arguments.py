@@ -7,21 +7,22 @@ v_ref (R, G, C). Item b's rows of a packed tensor are ``cu_seqlens[p, b]`` up to
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ...errors import LayoutError
 
-__all__ = ["Arguments", "HostLayout", "check_values"]
+__all__ = ["Arguments", "HostLayout", "check_ranges", "check_values"]
 
 
 class Arguments(NamedTuple):
     """Operands after validation, in the order of the registered op.
 
     ``cu_seqlens_q`` (P, B+1); ``cu_seqlens_k`` (P, B+1): row 1 counts in `k2` where there is one, else in `k`;
-    ``ref_offsets`` (1, B+1), or (G, B+1) for one selection per key/value head.
+    ``ref_offsets`` (1, B+1), or (G, B+1) for one selection per key/value head. ``host``: every number of these three,
+    row after row, where the host knows them all.
     """
 
     q: Tensor
@@ -37,6 +38,7 @@ class Arguments(NamedTuple):
     ref_offsets: Tensor | None
     scale: float
     distinct: bool
+    host: list[int] | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -71,7 +73,7 @@ class Arguments(NamedTuple):
 
 
 class HostLayout(NamedTuple):
-    """Row ranges as host integers: reading them waits for the device."""
+    """Row ranges as host integers. Where the caller did not say them, reading them waits for the device."""
 
     queries: list[list[int]]
     segments: list[list[list[int]]]
@@ -79,12 +81,35 @@ class HostLayout(NamedTuple):
 
     @classmethod
     def of(cls, a: Arguments) -> HostLayout:
-        """Read the ranges of `a`."""
+        """The ranges of `a`: as the caller said them, else read from the device."""
+        if a.host is None:
+            return cls.read(a)
+        tables = [a.cu_seqlens_q, *(cu for _, _, cu in a.segments)]
+        tables += [] if a.ref_offsets is None else [a.ref_offsets]
+        length, numbers = a.items + 1, iter(a.host)
+        nested = [[[next(numbers) for _ in range(length)] for _ in range(cu.shape[0])] for cu in tables]
+        segments = nested[1:] if a.ref_offsets is None else nested[1:-1]
+        return cls(nested[0], segments, [] if a.ref_offsets is None else nested[-1])
+
+    @classmethod
+    def read(cls, a: Arguments) -> HostLayout:
+        """Read the ranges of `a` from the device."""
         return cls(
             a.cu_seqlens_q.tolist(),
             [cu.tolist() for _, _, cu in a.segments],
             [] if a.ref_offsets is None else a.ref_offsets.tolist(),
         )
+
+    @property
+    def most_queries(self) -> int:
+        """Queries of the item that has the most."""
+        return max(sum(row[i + 1] - row[i] for row in self.queries) for i in range(len(self.queries[0]) - 1))
+
+    @property
+    def most_keys(self) -> int:
+        """Keys of the item that has the most; one selection for all heads."""
+        rows = [*chain(*self.segments), *self.offsets[:1]]
+        return max(sum(row[i + 1] - row[i] for row in rows) for i in range(len(self.queries[0]) - 1))
 
     def query_rows(self, item: int) -> list[tuple[int, int]]:
         """Row ranges of an item's queries, empty ones left out."""
@@ -106,14 +131,20 @@ def _ranges(parts: list[list[int]], item: int) -> list[tuple[int, int]]:
     return [(part[item], part[item + 1]) for part in parts if part[item] < part[item + 1]]
 
 
-def check_values(a: Arguments, layout: HostLayout) -> None:
-    """Raise a LayoutError unless every range tiles its tensor and every index lies in the bank."""
+def check_ranges(a: Arguments, layout: HostLayout) -> None:
+    """Raise a LayoutError unless every range tiles its tensor."""
     _check_tiling("cu_seqlens_q", layout.queries, a.q.shape[0], "q")
     for n, ((k, _, _), parts) in enumerate(zip(a.segments, layout.segments, strict=True)):
         _check_tiling("cu_seqlens_k", parts, k.shape[0], f"k{n + 1}" if n else "k")
+    if a.ref_indices is not None:
+        _check_tiling("ref_offsets", layout.offsets, a.ref_indices.shape[0], "ref_indices")
+
+
+def check_values(a: Arguments, layout: HostLayout) -> None:
+    """As `check_ranges`, and every index lies in the bank, which only reading them can tell."""
+    check_ranges(a, layout)
     if a.ref_indices is None or a.k_ref is None:
         return
-    _check_tiling("ref_offsets", layout.offsets, a.ref_indices.shape[0], "ref_indices")
     if a.ref_indices.numel():
         low, high = (int(x) for x in a.ref_indices.aminmax())
         if low < 0 or high >= a.k_ref.shape[0]:

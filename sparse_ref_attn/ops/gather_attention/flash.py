@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._dense import EXTRA, carry_lse
 from .._support import Call, flash_packages
-from .arguments import Arguments
+from .arguments import Arguments, HostLayout
 from .flash_packages import BACKWARD, FORWARD, Backward, Forward, Lengths
 from .gradients import Gradients, Wanted
 from .packed import Packed, pack, unpack_gradients
@@ -37,7 +37,7 @@ def forward_by(attend: Forward, a: Arguments) -> tuple[Tensor, Tensor]:
     if not p.q.shape[0] or not p.k.shape[0]:
         lse = a.q.new_full(a.q.shape[1::-1], float("-inf"), dtype=torch.promote_types(a.q.dtype, torch.float32))
         return torch.zeros_like(a.q, memory_format=torch.contiguous_format), lse
-    out, lse = attend(p.q, p.k, p.v, _lengths(p), a.scale)
+    out, lse = attend(p.q, p.k, p.v, _lengths(a, p), a.scale)
     # without keys, some packages say +inf and others -inf
     lse = torch.where(lse.isinf(), float("-inf"), lse)
     return p.put_back(out), p.put_back(lse.t()).t().contiguous()
@@ -62,14 +62,17 @@ def backward_by(
     if grad_lse is not None:
         grad_out, out = carry_lse(grad_out, out, p.take(grad_lse.t()).t())
         q, k, v = (torch.nn.functional.pad(x, (0, EXTRA)) for x in (q, k, v))
-    grads = attend(grad_out, q, k, v, out, lse, _lengths(p), a.scale)
+    grads = attend(grad_out, q, k, v, out, lse, _lengths(a, p), a.scale)
     dq, dk, dv = (x[..., : a.q.shape[2]] for x in grads)
     return unpack_gradients(a, p, dq, dk, dv, wanted)
 
 
-def _lengths(p: Packed) -> Lengths:
-    """Bounds that need no look at the offsets: an item has no more rows than there are."""
-    return Lengths(p.cu_q, p.cu_k, p.q.shape[0], p.k.shape[0])
+def _lengths(a: Arguments, p: Packed) -> Lengths:
+    """The longest item's rows where the host knows them; else all rows, which no item can pass."""
+    if a.host is None:
+        return Lengths(p.cu_q, p.cu_k, p.q.shape[0], p.k.shape[0])
+    layout = HostLayout.of(a)
+    return Lengths(p.cu_q, p.cu_k, layout.most_queries, layout.most_keys)
 
 
 def _package(a: Arguments, backward: bool = False) -> str:

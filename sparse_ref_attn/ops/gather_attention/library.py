@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import LayoutError
 from .._support import Call, choose, has_16_byte_rows
-from .arguments import Arguments, HostLayout, check_values
+from .arguments import Arguments, HostLayout, check_ranges, check_values
 from .gradients import Gradients, Wanted
 
-__all__ = ["gather_attention_op"]
+__all__ = ["BACKWARD", "MODULES", "gather_attention_op", "implementation"]
 
 TENSORS = (
     "Tensor q, Tensor? k, Tensor? v, Tensor? k2, Tensor? v2, Tensor? k_ref, Tensor? v_ref, "
@@ -30,11 +31,12 @@ DIFFERENTIABLE = 7  # q, k, v, k2, v2, k_ref, v_ref come first
 
 library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
 library.define(
-    f"gather_attention({TENSORS}, float scale, bool distinct, str backend, bool check) -> (Tensor out, Tensor lse)"
+    f"gather_attention({TENSORS}, float scale, bool distinct, SymInt[]? host, str backend, bool check) "
+    "-> (Tensor out, Tensor lse)"
 )
 library.define(
     f"gather_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {TENSORS}, "
-    "float scale, bool distinct, str backend, bool[] wanted) -> Tensor[]"
+    "float scale, bool distinct, SymInt[]? host, str backend, bool[] wanted) -> Tensor[]"
 )
 
 
@@ -46,11 +48,15 @@ def gather_attention_op(a: Arguments, backend: str, check: bool) -> tuple[Tensor
 def _call(a: Arguments) -> Call:
     aligned = all(has_16_byte_rows(x) for x in a.tensors if x is not None)
     gradients = any(x is not None and x.requires_grad for x in a.tensors)
-    return Call(a.q.device, a.q.dtype, a.q.shape[2], a.items, a.per_head, aligned, gradients)
+    kept = 0 if a.ref_indices is None or a.ref_offsets is None else a.ref_indices.shape[0] // a.ref_offsets.shape[0]
+    return Call(
+        a.q.device, a.q.dtype, a.q.shape[2], a.items, a.per_head, aligned, gradients, a.q.shape[1], a.key_heads,
+        a.q.shape[0], sum(k.shape[0] for k, _, _ in a.segments), kept,
+    )  # fmt: skip
 
 
 @cache
-def _implementation(backend: str) -> Any:
+def implementation(backend: str) -> Any:
     """The module of a backend: `forward(a)` and `backward(a, ...)`; imported when it is first called."""
     return import_module(MODULES[backend], __package__)
 
@@ -58,20 +64,22 @@ def _implementation(backend: str) -> Any:
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     *given, backend, check = arguments
     a = Arguments(*given)
-    layout = HostLayout.of(a) if check or a.q.device.type == "cpu" else None
+    layout = HostLayout.of(a) if check or a.host is not None or a.q.device.type == "cpu" else None
     if layout is not None:
-        check_values(a, layout)
+        (check_values if check or a.q.device.type == "cpu" else check_ranges)(a, layout)
+    if check and a.host is not None and HostLayout.read(a) != layout:
+        raise LayoutError(f"host must say what the offsets hold, {HostLayout.read(a)}, got {layout}")
     chosen = choose(backend, _call(a))
     if chosen == "sdpa":  # the only one that needs the ranges on the host
-        return _implementation(chosen).forward(a, layout)
-    return _implementation(chosen).forward(a)
+        return implementation(chosen).forward(a, layout)
+    return implementation(chosen).forward(a)
 
 
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
     *given, backend, wanted = arguments
     a = Arguments(*given)
-    chosen = choose(backend, _call(a))
-    differentiate = _implementation(BACKWARD.get(chosen, chosen)).backward
+    chosen = choose(backend, _call(a)._replace(gradients=True))  # as its forward was, though nothing records now
+    differentiate = implementation(BACKWARD.get(chosen, chosen)).backward
     grads: Gradients = differentiate(a, grad_out, grad_lse, out, lse, Wanted(*wanted))
     return [a.q.new_empty(0) if g is None else g for g in grads]
 
@@ -105,7 +113,7 @@ def _each(wanted: Sequence[bool]) -> list[bool]:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:11], *output)
-    ctx.rest = inputs[11:-1]  # scale, distinct, backend
+    ctx.rest = inputs[11:-1]  # scale, distinct, host, backend
     ctx.inputs = len(inputs)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import ConfigError, LayoutError
 from .arguments import Arguments
+from .host_offsets import HostOffsets, flatten_offsets
 
 __all__ = ["normalise"]
 
@@ -28,6 +29,7 @@ def normalise(
     cu_seqlens_k: Tensor | None,
     scale: float | None,
     distinct: bool,
+    host: HostOffsets | None = None,
 ) -> Arguments:
     """Check structure, pack (B, N, H, C) operands, fill in the offsets that shapes imply."""
     if q.ndim not in (3, 4) or q.shape[-1] == 0 or q.shape[-2] == 0:
@@ -53,6 +55,7 @@ def normalise(
     if (k_ref is None) != (ref_indices is None):
         raise LayoutError("k_ref and ref_indices go together, got one without the other")
 
+    implied = (cu_seqlens_q is None, cu_seqlens_k is None, ref_offsets is None)
     batched = q.ndim == 4
     if batched:
         if cu_seqlens_q is not None or cu_seqlens_k is not None:
@@ -84,9 +87,36 @@ def normalise(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not 0 < scale < float("inf"):
         raise ConfigError(f"scale must be positive and finite, got {scale}")
+    flat = None
+    if not torch.compiler.is_compiling():
+        known = _known(host or HostOffsets(), implied, items, q, (k, k2), ref_indices)
+        flat = flatten_offsets(known, cu_seqlens_q, cu_seqlens_k, ref_offsets)
     return Arguments(
-        q, k, v, k2, v2, k_ref, v_ref, cu_seqlens_q, cu_seqlens_k, ref_indices, ref_offsets, scale, bool(distinct)
+        q, k, v, k2, v2, k_ref, v_ref, cu_seqlens_q, cu_seqlens_k, ref_indices, ref_offsets, scale, bool(distinct), flat
     )
+
+
+def _known(
+    host: HostOffsets,
+    implied: tuple[bool, bool, bool],
+    items: int,
+    q: Tensor,
+    keys: tuple[Tensor | None, Tensor | None],
+    ref_indices: Tensor | None,
+) -> HostOffsets:
+    """`host`, and the offsets that the shapes of packed operands imply."""
+
+    def even(rows: int) -> list[int]:
+        return [rows // max(items, 1) * item for item in range(items + 1)]
+
+    of_q, of_k, of_ref = host
+    if implied[0]:
+        of_q = [even(q.shape[0])]
+    if implied[1] and keys[0] is not None:
+        of_k = [even(x.shape[0]) for x in keys if x is not None]
+    if implied[2] and ref_indices is not None:
+        of_ref = [even(ref_indices.shape[0])]
+    return HostOffsets(of_q, of_k, of_ref)
 
 
 def _check_pair(q: Tensor, name: str, key: Tensor | None, value_name: str, value: Tensor | None) -> None:

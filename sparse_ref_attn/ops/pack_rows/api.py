@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LayoutError
-from .library import ORDER, pack_op, unpack_op
+from .library import fixed, pack_op, unpack_op
 from .reference import pack_reference, unpack_reference
 
 __all__ = ["pack_rows", "unpack_rows"]
@@ -43,7 +43,8 @@ def pack_rows(
     dim : int
         The token axis. Default 1, as in (B, S, D).
     backend : {"auto", "reference", "triton", "cuda"}
-        "reference" is ``index_select``. A named backend never falls back.
+        "reference" is ``index_select``, and "auto" on a CPU; on a card "auto" is the fastest whose copies agreed there.
+        A named backend never falls back.
     check : bool
         Check that rows lie within the tensor and are distinct, which on CUDA waits for the device. On the CPU the
         first is always checked (but under `torch.compile`, where torch itself checks it). Default False.
@@ -154,7 +155,7 @@ def unpack_rows(
 def _is_reference(backend: str, x: Tensor) -> bool:
     """Whether the definition computes the call, so that no op of ours stands between torch and it."""
     if backend == "auto":
-        return ORDER.get(x.device.type, ORDER["cpu"])[0] == "reference"
+        return fixed(x.device) == "reference"
     return backend == "reference"
 
 

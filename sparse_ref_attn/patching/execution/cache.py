@@ -23,10 +23,12 @@ from ...hooks.diffusers import (
     splits_the_sequence,
 )
 from ...hooks.instance import InstanceHook
+from ...ops.with_lse import attention_with_lse
 from ...reference_cache import RankedCache
 from ...run import AttentionView, Plan, Run, covering
 from ...selection import Reducer
 from ..call import Execution, GenerationCall
+from ..proving import attend_to_bank, prefers_bank
 from ..reuse import CacheReuse
 from ..steps import RunStep
 from .held import HeldRows
@@ -223,7 +225,10 @@ class CacheKeeper:
             return self.seam.reading(kwargs, self.seam.make(module, views))
         if call.measures:
             call.contexts.enter_context(eager_blocks(module))
-        route = self._route(call, held.ranked, reads, self._text(kwargs))
+        text = self._text(kwargs)
+        own = text + kwargs[self._adapter.tokens].shape[1]
+        by_bank = [prefers_bank(site.processor, held.ranked, i, own, reads[i]) for i, site in enumerate(sites)]
+        route = self._route(call, held.ranked, reads, by_bank, text)
         call.contexts.enter_context(routed_attention(sites, route))
         return self.seam.alone(kwargs)
 
@@ -234,16 +239,23 @@ class CacheKeeper:
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
             every = torch.arange(span[1] - span[0], device=k.device)
-            view = AttentionView(k, v, q[:, text:], None, (span,), order=every, sizes=layout.sizes)
+            measured = call.run.profile.measures(call.at.step, i)
+            out, lse = attention_with_lse(own, q, k, mask) if measured else (own(), None)
+            lse = None if lse is None else lse[..., text:]
+            view = AttentionView(k, v, q[:, text:], None, (span,), order=every, sizes=layout.sizes, lse=lse)
             call.run.observe(call.at.step, i, view)
-            return own()
+            return out
 
         return attend
 
-    def _route(self, call: GenerationCall, ranked: RankedCache, reads: Sequence[int], text: int) -> Route:
+    def _route(
+        self, call: GenerationCall, ranked: RankedCache, reads: Sequence[int], by_bank: Sequence[bool], text: int
+    ) -> Route:
         sizes = call.run.layout.sizes
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
+            if by_bank[i] and mask is None and not call.measures:
+                return attend_to_bank(ranked, i, reads[i], q, k, v)
             keys, values = ranked.join(i, k, v, reads[i])
             if call.measures:
                 stored, vectors, span, order = ranked.all_of(i, k.shape[1])
