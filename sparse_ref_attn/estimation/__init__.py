@@ -1,5 +1,5 @@
 """What a run will cost, before it runs."""
 
-from .estimate import Estimate, RunMemory, estimate
+from .api import Estimate, RunMemory, estimate
 
 __all__ = ["Estimate", "RunMemory", "estimate"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters import proving
+from sparse_ref_attn.patching import proving
 from sparse_ref_attn.eval.embedded import kontext_pipeline
 from sparse_ref_attn.ops.verdicts import dispatch, store
 from tests.pipelines import CASES
