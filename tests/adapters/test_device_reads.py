@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparse_ref_attn.patching.execution.ragged import Item
 from torch import Tensor
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.patching.execution import ragged
+from sparse_ref_attn.patching.execution.ragged import Item
 from tests.adapters.test_ragged import TRANSFORMERS, install, items_for, transformer_of
 from tests.device_reads import device_reads
 from tests.training.batches import MODELS, Batch, build, lora
