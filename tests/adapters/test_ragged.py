@@ -178,7 +178,7 @@ def test_masked_text_is_not_attended_to() -> None:
     ragged.remove()
     for mine, want in zip(got, alone, strict=True):
         torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)
-    masks = [mask for item, site, q, k, v, mask in seen if item == 0]
+    masks = [mask for item, site, q, k, v, mask, lse in seen if item == 0]
     assert len(masks) == 2
     assert masks[0].flatten().tolist()[:6] == [True, True, False, True, False, True]
 
@@ -213,7 +213,7 @@ def test_items_that_see_each_other_are_noticed(monkeypatch: pytest.MonkeyPatch) 
     transformer = transformer_of("klein")
     items = items_for(transformer)
     true = module.gather_attention
-    monkeypatch.setattr(module, "gather_attention", lambda q, k, v, **cu: true(q, k, v))
+    monkeypatch.setattr(module, "gather_attention", lambda q, k, v, **cu: true(q, k, v, return_lse=True))
     ragged = install(transformer)
     with torch.no_grad():
         with ragged.joined([Item(kwargs) for kwargs in items]) as joined:
