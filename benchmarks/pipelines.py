@@ -13,6 +13,7 @@ import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 
 from sparse_ref_attn.adapters.geometries import named_model
+from sparse_ref_attn.pictures import open_image
 
 from .shapes import TEXT_TOKENS, PipelineCase
 
@@ -134,7 +135,7 @@ def _references_of(side: int) -> Iterator[None]:
 def photos(count: int, side: int) -> list[PIL.Image.Image]:
     """The bundled photo in `count` orientations, of which there are eight."""
     with resources.files("sparse_ref_attn").joinpath("assets/photo.jpg").open("rb") as file:
-        photo = PIL.Image.open(file).convert("RGB").resize((side, side))
+        photo = open_image(file).resize((side, side))
     turns = (None, *PIL.Image.Transpose)
     if count > len(turns):
         raise ValueError(f"there are {len(turns)} different references, got {count}")

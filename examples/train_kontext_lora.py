@@ -31,7 +31,8 @@ from torch import Tensor
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.adapters.base import adapter_for
-from sparse_ref_attn.eval.loading import load_pipeline, open_image
+from sparse_ref_attn.eval.loading import load_pipeline
+from sparse_ref_attn.pictures import open_image
 
 TARGETS = [
     "to_q",

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
-from ..eval import loading
 from ..eval.embedded import SIZES, kontext_pipeline
+from ..pictures import open_image
 from ..toy.calls import call_arguments
 from ..toy.pipeline import toy_pipeline
 from ..toy.scenes import TOKEN, Scene, scene
@@ -111,7 +111,7 @@ def builtin(options: argparse.Namespace, image: str | None) -> Builtin:
 
 def photo_of(path: str | None) -> Any:
     """The image at `path`, or the bundled photo."""
-    return loading.open_image(path or str(importlib.resources.files("sparse_ref_attn") / "assets" / "photo.jpg"))
+    return open_image(path or str(importlib.resources.files("sparse_ref_attn") / "assets" / "photo.jpg"))
 
 
 def _pair(task: str, seed: int, photo: Any) -> Scene:

@@ -21,6 +21,7 @@ from ..eval.compare import Comparison, compare
 from ..eval.geometry import meta_transformer
 from ..kernels import toolchain
 from ..kernels.build import build_kernels
+from ..pictures import open_image
 from ..presets import ReCAST, SparseContext
 from ..toy.scenes import Scene
 from . import builtin, execution
@@ -103,7 +104,7 @@ def loaded(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any]]:
     if (options.height is None) != (options.width is None):
         raise ConfigError("--height and --width must be given together, got one of them")
     size = None if options.height is None else (options.height, options.width)
-    images = [loading.open_image(path) for path in options.image]
+    images = [open_image(path) for path in options.image]
     quiet(pipelines_too=False)
     pipe, device = loading.load_pipeline(
         options.model, device=options.device, dtype=options.dtype, offload=options.offload

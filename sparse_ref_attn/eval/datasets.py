@@ -12,8 +12,8 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..metadata import read_lines
+from ..pictures import check_image, open_image
 from .examples import Example, Examples, Mask
-from .loading import open_image
 
 __all__ = ["LAYOUTS", "load_examples"]
 
@@ -171,17 +171,12 @@ def _listed(value: Any) -> list[Any]:
 
 def _check(paths: Sequence[Path]) -> None:
     """All are pictures: told before anything is generated."""
-    from PIL import Image, UnidentifiedImageError
-
     for path in paths:
-        try:
-            Image.open(path).close()
-        except (UnidentifiedImageError, OSError) as error:
-            raise ConfigError(f"{path} must be a readable picture, got: {error}") from error
+        check_image(path)
 
 
 def _mask(path: Path) -> Mask:
-    return np.asarray(open_image(path).convert("L"), dtype=np.float32) / 255
+    return np.asarray(open_image(path, "L"), dtype=np.float32) / 255
 
 
 def _runs(runs: Sequence[int], side: int = 512) -> Mask:

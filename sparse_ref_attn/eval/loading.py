@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, UnsupportedModelError, VersionError
+from ..pictures import open_image
 
 __all__ = ["DTYPES", "OFFLOADS", "call_arguments", "load_pipeline", "open_image"]
 
@@ -136,27 +137,6 @@ def call_arguments(
             arguments["max_area"] = size[0] * size[1]
     arguments["num_inference_steps"] = parameters["num_inference_steps"].default if steps is None else steps
     return arguments | dict(more or {})
-
-
-def open_image(path: str | os.PathLike[str]) -> Any:
-    """An image file as an upright RGB ``PIL.Image.Image``.
-
-    Raises
-    ------
-    ConfigError
-        If it cannot be read.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError as error:
-        raise ConfigError(f"an image must be a file, got {path}, which does not exist") from error
-    except UnidentifiedImageError as error:
-        raise ConfigError(f"an image must be in a format that Pillow reads, got {path}") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"an image must be a readable file, got {path}: {error}") from error
 
 
 def _check_class(pipe: Any) -> str:

@@ -17,6 +17,7 @@ from .loading import SEVERAL_REFERENCES, call_arguments, load_pipeline
 __all__ = ["EvalModel"]
 
 _END = 1 << 20  # bytes of each end of a file of weights that its id is made from
+_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
 
 
 class EvalModel:
@@ -138,7 +139,8 @@ def _weights_id(folders: list[Path]) -> str:
     """A digest of the weights' names, sizes, beginnings and ends."""
     digest = hashlib.sha256()
     for folder in folders:
-        for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("config.json")]):
+        files = (path for path in folder.rglob("*") if path.is_file())
+        for path in sorted(path for path in files if path.suffix in _SUFFIXES or path.name == "config.json"):
             size = path.stat().st_size
             digest.update(f"{path.relative_to(folder)} {size}".encode())
             with path.open("rb") as file:

@@ -380,3 +380,17 @@ def rotate_qwen(x: Tensor, table: Tensor) -> Tensor:
     """Qwen-Image's rotary embedding of x (B, S, H, C) by a complex table (S, C / 2)."""
     module = importlib.import_module("diffusers.models.transformers.transformer_qwenimage")
     return module.apply_rotary_emb_qwen(x, table, use_real=False)
+
+
+def tensors_on_disk(module: nn.Module) -> dict[int, tuple[str, str]]:
+    """Weights that group offloading keeps in files: (safetensors file, key) by the tensor's id.
+
+    What the module then has in their place is memory that nobody filled.
+    """
+    found = {}
+    for each in module.modules():
+        hook = getattr(getattr(each, "_diffusers_hook", None), "hooks", {}).get("group_offloading")
+        group = getattr(hook, "group", None)
+        if group is not None and getattr(group, "_is_offloaded_to_disk", False):
+            found |= {id(x): (group.safetensors_file_path, key) for x, key in group.tensor_to_key.items()}
+    return found

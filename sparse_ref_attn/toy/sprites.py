@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
+from ..pictures import open_image
 
 __all__ = ["SUBJECTS", "Sprites", "held_out", "load_sprites"]
 
@@ -88,12 +89,9 @@ def load_sprites(folder: str, split: str) -> Sprites:
 
 
 def _read(path: Path) -> dict[int, NDArray[np.uint8]] | None:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        picture = Image.open(path).convert("RGBA")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ConfigError(f"{path} must be a readable picture, got: {error}") from error
+    picture = open_image(path, "RGBA")
     box = picture.getchannel("A").getbbox()
     if box is None:
         return None

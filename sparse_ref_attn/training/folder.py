@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..metadata import read_lines
+from ..pictures import open_image
 from .batches import Batch, encode
 
 __all__ = ["FolderBatches"]
@@ -27,7 +28,8 @@ class FolderBatches:
     """Batches of (reference, prompt, target) from a folder.
 
     Each line of ``metadata.jsonl`` is a JSON object with ``reference`` and ``target``, files of the folder, and
-    ``prompt``. Every pass over the folder takes the pairs in a new order.
+    ``prompt``. Every pass over the folder takes the pairs in a new order. Pictures are turned upright, as their EXIF
+    orientation says.
 
     Parameters
     ----------
@@ -57,7 +59,7 @@ class FolderBatches:
         self.pairs = _pairs(self.root)
         for pair in self.pairs:
             for name in _FIELDS[:2]:
-                _open(self.root / pair[name]).close()
+                open_image(self.root / pair[name])
 
     def check(self, pipe: Any) -> None:
         """Raise ConfigError if the pictures do not fit the pipeline's cells, or are larger than it makes any."""
@@ -86,7 +88,7 @@ class FolderBatches:
         return int(np.random.default_rng((self.seed, turn)).permutation(len(self.pairs))[place])
 
     def _pixels(self, name: str) -> Tensor:
-        picture = _open(self.root / name).resize((self.side, self.side))
+        picture = open_image(self.root / name).resize((self.side, self.side))
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -95,12 +97,3 @@ def _pairs(root: Path) -> list[dict[str, str]]:
     if not index.is_file():
         raise ConfigError(f"a folder of pairs must hold metadata.jsonl, got {root}")
     return read_lines(index, _FIELDS, "pair")
-
-
-def _open(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{path} must be a readable picture, got: {error}") from error
