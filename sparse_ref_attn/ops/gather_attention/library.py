@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._support import Call, choose, has_16_byte_rows
+from .._support import Call, choose, has_16_byte_rows, is_aligned
 from .arguments import Arguments, HostLayout, check_values
 from .gradients import Gradients, Wanted
 
@@ -44,9 +44,11 @@ def gather_attention_op(a: Arguments, backend: str, check: bool) -> tuple[Tensor
 
 
 def _call(a: Arguments) -> Call:
-    aligned = all(has_16_byte_rows(x) for x in a.tensors if x is not None)
-    gradients = any(x is not None and x.requires_grad for x in a.tensors)
-    return Call(a.q.device, a.q.dtype, a.q.shape[2], a.items, a.per_head, aligned, gradients)
+    given = [x for x in a.tensors if x is not None]
+    return Call(
+        a.q.device, a.q.dtype, a.q.shape[2], a.items, a.per_head, all(map(has_16_byte_rows, given)),
+        any(x.requires_grad for x in given), all(map(is_aligned, given)),
+    )  # fmt: skip
 
 
 @cache
