@@ -7,7 +7,7 @@
 // tiles are one loop, and differ only in how a lane finds its row. While a tile is worked on, the copies of the next ones
 // are in flight, and the indices of the one after those are on their way to registers: nothing waits for an index.
 //
-// The backward is Triton's. Run under the emulator and compiled for sm_80, sm_90a and sm_100a; not yet run on a card.
+// The backward is Triton's.
 
 #include "host.h"
 #include "tiles.cuh"

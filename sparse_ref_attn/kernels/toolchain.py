@@ -117,8 +117,7 @@ def parse_archs(text: str) -> tuple[str, ...]:
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}(a|\+PTX)?", arch):
             raise BuildError(
-                "an architecture must be digits and perhaps a letter or +PTX, such as 80, 90a or 80+PTX, "
-                f"got {arch!r}"
+                f"an architecture must be digits and perhaps a letter or +PTX, such as 80, 90a or 80+PTX, got {arch!r}"
             )
     return archs
 

@@ -166,8 +166,8 @@ def gather_attention(
     copy of the kept keys and values. "triton", "cuda" and "flash" never wait for the device, so a CUDA graph can hold
     them; "sdpa" does, to read the offsets. Selections per key/value head need "triton", "cuda", "sdpa" or "reference".
 
-    What has not yet run on a card: every path on CUDA. The Triton kernels are proved under the interpreter, those of
-    csrc under their emulator, and both are compiled ahead of time for compute capabilities 8.0, 9.0 and 10.0.
+    The Triton kernels are proved under the interpreter, those of csrc under their emulator, and both are compiled ahead
+    of time for compute capabilities 8.0, 9.0 and 10.0; docs/configurations.md says what a card has run.
 
     References
     ----------

@@ -18,7 +18,7 @@ from .reference import pack_reference, unpack_reference
 
 __all__ = ["ORDER", "explain", "pack_op", "unpack_op"]
 
-# The order in which "auto" tries the backends. No card has run the kernels yet, so "auto" does not pick them.
+# The order in which "auto" tries the backends. "auto" does not pick our kernels.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("reference",),
     "cuda": ("reference",),
