@@ -1,44 +1,36 @@
-"""Everything that needs a card, in parts of at most eight minutes; each writes its rows before the next begins.
+"""Everything that needs a card: the first ten minutes in one command, and the long runs in parts.
 
-    python -m benchmarks card --list              # the parts, what each does, and how long it should take
-    python -m benchmarks card --part 6            # one part
+    python -m benchmarks card                     # ten minutes, JSON lines: `first` says what
+    python -m benchmarks card --list              # the long parts, what each does, and how long it should take
+    python -m benchmarks card --part 6            # one of them, at most eight minutes
     python -m benchmarks card --part next         # the first that is not done for this commit
-    python -m benchmarks card --part 6 --cut      # on a CPU, cut small: shows that it runs
+    python -m benchmarks card --cut --out DIR     # on a CPU, cut small: shows that it runs; so does --part 6 --cut
 
 A part that runs out of time is stopped; the cases that it measured are written, and the same command goes on with the
-others. What a part prints is also in ``part_<n>.log`` beside its rows, how it ended in ``parts.csv``. Not yet run on a
-card: the minutes of whole pipelines are arithmetic, their FLOPs at `RATE`.
+others. What a part prints is also in ``part_<n>.log`` beside its rows, how it ended in ``parts.csv``. The minutes of
+whole pipelines are arithmetic, their FLOPs at `RATE`.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 
 from sparse_ref_attn.errors import ConfigError
 
-from . import results
+from . import first, results
+from .runner import carry_out
 from .shapes import SUITES
 
-__all__ = ["LATE", "PARTS", "Part", "add_arguments", "carry_out", "run"]
+__all__ = ["PARTS", "Part", "add_arguments", "run"]
 
 RATE = 4e14  # FLOP/s; a figure to plan with, not one that was measured
-LATE = 124
-"""Exit code of a part that ran out of time, as `timeout` has it."""
-MISSING = 127
-"""Exit code of a part whose program is not installed, as a shell has it."""
 COLUMNS = ("date", "commit", "device", "part", "cut", "exit_code", "seconds")
 
 Command = tuple[str, ...]
@@ -157,61 +149,6 @@ PARTS = (
 )  # fmt: skip
 
 
-def carry_out(lines: Sequence[Sequence[str]], seconds: float, log: IO[str], **variables: str) -> int:
-    """Run commands one after another until one fails or the time is over; the exit code.
-
-    What they print is printed, and written to `log`. At the end of the time the running command gets SIGTERM, with all
-    that it started, and SIGKILL ten seconds later.
-    """
-    ends = time.monotonic() + seconds
-    for line in lines:
-        _tell(f"$ {shlex.join(line)}", log)
-        try:
-            running = subprocess.Popen(
-                line, cwd=results.RESULTS.parent.parent, env={**os.environ, **variables}, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        except FileNotFoundError:
-            _tell(f"{line[0]} must be installed for this part, and is not on the PATH", log)
-            return MISSING
-        late = _stopped_at(running, ends, log)
-        if late or running.returncode:
-            why = f"stopped after {seconds:.0f} s" if late else f"exit code {running.returncode}"
-            _tell(f"{why}; rows of finished cases are written, and the same part goes on with the others", log)
-            return LATE if late else running.returncode
-    return 0
-
-
-def _stopped_at(running: subprocess.Popen[str], ends: float, log: IO[str]) -> bool:
-    """Copy what a process prints until it ends; True if it had to be stopped."""
-    assert running.stdout is not None
-    late = threading.Event()
-
-    def stop(number: int) -> None:
-        late.set()
-        if running.poll() is None:
-            os.killpg(running.pid, number)
-
-    left = max(0.0, ends - time.monotonic())
-    alarms = [threading.Timer(left, stop, (signal.SIGTERM,)), threading.Timer(left + 10, stop, (signal.SIGKILL,))]
-    for alarm in alarms:
-        alarm.start()
-    try:
-        for text in running.stdout:
-            _tell(text.rstrip("\n"), log)
-        running.wait()
-    finally:
-        for alarm in alarms:
-            alarm.cancel()
-    return late.is_set()
-
-
-def _tell(text: str, log: IO[str]) -> None:
-    print(text, flush=True)
-    log.write(text + "\n")
-    log.flush()
-
-
 def done(state: Path, commit: str, device: str) -> set[int]:
     """The parts that ended well for this commit and device."""
     rows = results.read(state) if state.exists() else []
@@ -223,18 +160,21 @@ def done(state: Path, commit: str, device: str) -> set[int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which part, and where its rows go."""
-    what = parser.add_mutually_exclusive_group(required=True)
+    """Which part (default: the first ten minutes), and where its rows go."""
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="the parts and how long each should take")
     what.add_argument("--part", metavar="N", help='a number of --list, or "next"')
     parser.add_argument("--cut", action="store_true", help="on a CPU at cut size: shows that the part runs")
-    parser.add_argument("--minutes", type=float, default=8.0, help="the part is stopped then (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="it is stopped then (default: 8 for a part, 10 for all checks)")
+    parser.add_argument(
+        "--wheels", type=Path, metavar="DIR", help="of what is missing; default: wheels, here or beside"
+    )
     parser.add_argument("--out", type=Path, default=results.RESULTS, metavar="DIR", help="rows and logs")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """One part; its exit code."""
+    """One part, or the ten minutes; the exit code."""
     if options.list:
         for number, part in enumerate(PARTS):
             planned = part.minutes()
@@ -245,6 +185,9 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("a part needs a CUDA device, got none; --cut shows on a CPU that it runs")
     if options.cut and options.out == results.RESULTS:
         raise ConfigError("--cut measures nothing: --out must name a folder other than benchmarks/results")
+    options.minutes = options.minutes or (10.0 if options.part is None else 8.0)
+    if options.part is None:
+        return first.run_all(options)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     here = results.environment(torch.device("cpu" if options.cut else "cuda"))

@@ -20,6 +20,7 @@ LEVELS = {
     "steps": ("bench_steps", "one transformer call, and one of its blocks"),
     "pipeline": ("bench_pipeline", "whole pipe() calls by every method; suites of cases, the real size among them"),
     "batch": ("bench_batch", "items with references of their own: one by one, as one batch, padded"),
+    "configurations": ("configurations", "what the compiler makes of the Triton kernels' tables; needs no card"),
     "tune": ("tune", "every candidate configuration of the Triton kernels, on a card"),
     "check": ("check", "has anything got slower: CSV files of fresh rows beside the committed ones"),
     "plots": ("plots", "pictures of the rows"),
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmar
     ConfigError
         If the level needs a package that is not installed.
     """
-    told = "\n".join(f"  {name:<10} {about}" for name, (_, about) in LEVELS.items())
+    told = "\n".join(f"  {name:<15} {about}" for name, (_, about) in LEVELS.items())
     top = argparse.ArgumentParser(prog=prog, description=f"{__doc__}\n{told}", add_help=True)
     top.formatter_class = argparse.RawDescriptionHelpFormatter
     top.add_argument("level", choices=LEVELS, metavar="LEVEL")

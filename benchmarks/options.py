@@ -18,7 +18,7 @@ __all__ = ["Output", "add_cuts", "add_shared", "prepare"]
 
 def add_shared(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
     """Where it runs, how often, and where the rows go."""
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda (not yet proved on a card)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--dtype", choices=["auto", "bfloat16", "float16", "float32"], default=dtype,
         help="auto: the faster of bfloat16 and float32 here (default: %(default)s)",

@@ -19,9 +19,9 @@ from .results import RESULTS, read
 
 ROOT = RESULTS.parent.parent
 
-__all__ = ["EVALUATIONS", "PAGES", "findings", "insert", "learned", "pipeline"]
+__all__ = ["EVALUATIONS", "PAGES", "configurations", "findings", "insert", "learned", "pipeline", "write"]
 
-PAGES = ("README.md", "benchmarks/README.md")
+PAGES = ("README.md", "benchmarks/README.md", "docs/configurations.md")
 
 UNITS = {"side": "{} px", "batch": "batch {}"}
 
@@ -132,6 +132,23 @@ def findings(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def configurations(path: Path, card: str) -> str:
+    """Markdown of what the compiler made of one card's configurations."""
+    rows = [row for row in read(path) if row["card"] == card]
+    hopper = card == "sm_90"
+    fences, rule = (" fences / HGMMA |", "--:|") if hopper else ("", "")
+    lines = [
+        f"| kernel | C | configuration | registers | stack | shared, KiB | programs | matrix steps |{fences} copies |",
+        f"|---|--:|---|--:|--:|--:|--:|---|{rule}--:|",
+    ]
+    for row in rows:
+        cells = [row["kernel"], row["channels"], row["config"], row["registers"], row["stack"]]
+        cells += [f"{int(row['shared']) / 1024:.0f}", row["programs"], row["steps"].replace(" ", ", ")]
+        cells += [f"{row['fences']} / {row['matrix']}"] if hopper else []
+        lines.append(f"| {' | '.join([*cells, row['copies']])} |")
+    return "\n".join([*lines, "", f"Triton {rows[0]['triton']}, its ptxas."])
+
+
 def _environment(row: dict[str, str]) -> str:
     return (
         f"{row['device']}, {row['threads']} threads, {row['dtype']}, torch {row['torch']}, diffusers "
@@ -140,12 +157,15 @@ def _environment(row: dict[str, str]) -> str:
 
 
 def insert(text: str) -> str:
-    """`text` with every ``<!-- table:NAME -->`` block filled from ``results/NAME.csv`` or ``results/eval``."""
+    """`text` with every ``<!-- table:NAME -->`` block filled from ``results/NAME.csv``, of ``configurations_CARD``
+    from ``results/configurations.csv``, or from ``results/eval``."""
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
         if name == "findings":
             made = findings(RESULTS / "eval")
+        elif name.startswith("configurations_"):
+            made = configurations(RESULTS / "configurations.csv", name.removeprefix("configurations_"))
         elif name in EVALUATIONS:
             made = learned(RESULTS / "eval/summary.csv", *EVALUATIONS[name])
         else:
@@ -155,11 +175,16 @@ def insert(text: str) -> str:
     return re.sub(r"<!-- table:(\w+) -->\n.*?<!-- /table -->", fill, text, flags=re.DOTALL)
 
 
+def write(page: str) -> None:
+    """Fill the tables of a page, a path from the repository's root."""
+    path = ROOT / page
+    path.write_text(insert(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 if __name__ == "__main__":
     if "--write" in sys.argv[1:]:
         for page in PAGES:
-            path = ROOT / page
-            path.write_text(insert(path.read_text(encoding="utf-8")), encoding="utf-8")
+            write(page)
     else:
         for csv_path in sorted(RESULTS.glob("pipeline_*.csv")):
             print(f"{csv_path.stem}\n\n{pipeline(csv_path)}\n")

@@ -5,7 +5,7 @@
 
 The tables are ``tuning.py`` of gather_attention and of attention_mass. A candidate that does not fit the card is passed
 over; one that gives another result than the table's own configuration stops the sweep. Every time goes to
-``results/tune_<device>.csv``; ``of_table`` is the table's own time over the candidate's. Not yet run on a card. With
+``results/tune_<device>.csv``; ``of_table`` is the table's own time over the candidate's. With
 ``TRITON_INTERPRET=1`` in the environment it also runs on a CPU, which shows that it runs.
 """
 

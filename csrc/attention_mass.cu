@@ -9,8 +9,6 @@
 // reference row's sum stays within four lanes. No atomics: the same bits every time.
 //
 // Dense items lie `item` strides apart; ragged ones begin where the offsets say.
-//
-// Run under the emulator and compiled for sm_80, sm_90a and sm_100a; not yet run on a card.
 
 #include <initializer_list>
 #include <type_traits>

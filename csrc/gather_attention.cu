@@ -7,7 +7,7 @@
 // tiles are one loop, and differ only in how a lane finds its row. While a tile is worked on, the copies of the next ones
 // are in flight, and the indices of the one after those are on their way to registers: nothing waits for an index.
 //
-// The backward is Triton's. Run under the emulator and compiled for sm_80, sm_90a and sm_100a; not yet run on a card.
+// The backward is Triton's.
 
 #include "host.h"
 #include "tiles.cuh"
@@ -19,7 +19,9 @@ constexpr int BLOCK_M = 128, BLOCK_N = 64;
 constexpr int MOST_SEGMENTS = 3;
 
 // Two strips a warp halve what it reads of k and v from shared memory; with 128 channels their sums would not fit its
-// registers. Stages as many as leave room for two blocks on a multiprocessor of 228 KB.
+// registers. With 64 channels a multiprocessor holds two blocks: 218 registers a thread, 64 KB of 163 or more. With 128 it
+// holds one, since 190 registers (196 on sm_90) times 256 threads are more than half of all; two stages are 96 KB, which
+// cards with 99 KB have too.
 template <int C>
 constexpr int STRIPS = C == 64 ? 2 : 1;
 template <int C>

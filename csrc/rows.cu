@@ -9,8 +9,6 @@
 //
 // A block owns the runs of one tensor: LANES threads side by side on one run, 16 bytes each where the layout allows it,
 // and STEPS runs in flight for each of them.
-//
-// Run under the emulator and compiled for sm_80, sm_90a and sm_100a; not yet run on a card.
 
 #include <limits.h>
 

@@ -11,9 +11,7 @@
    All pointers are device pointers, but those to the argument structs and to `copies`. Nothing that lies on the device is
    read on the host: a wrong offset or index there reads foreign memory. Strides and offsets are 64 bit, in elements where
    nothing else is said; a tensor has fewer than 2^31 rows. Results are the same bits every time: no atomics, sums in a
-   fixed order.
-
-   Run under the emulator on a CPU and compiled for sm_80, sm_90a and sm_100a; not yet run on a card. */
+   fixed order. */
 #ifndef SRA_H
 #define SRA_H
 

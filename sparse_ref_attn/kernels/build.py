@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import BuildError
 from .places import LIBRARY, cached_library, source_directory, source_files
-from .toolchain import Toolchain, find_toolchain
+from .toolchain import PTX, Toolchain, find_toolchain
 
 __all__ = ["build_kernels", "build_library", "ninja_file"]
 
@@ -28,11 +28,11 @@ STAMP = 'extern "C" __attribute__((visibility("default"))) const char* const sra
 
 
 def ninja_file(tools: Toolchain, archs: Sequence[str], sources: Path) -> str:
-    """The text of build.ninja: one object for each source file, holding machine code for every architecture.
+    """The text of build.ninja: one object for each source file, holding code for every architecture.
 
     nvcc's version stands among the flags, so that another nvcc in the same place compiles everything again.
     """
-    targets = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
+    targets = " ".join(f"-gencode arch=compute_{a.removesuffix(PTX)},code={code}" for a in archs for code in _code(a))
     stamp = f'-DSRA_BUILD="{" ".join(archs)}, nvcc {tools.version}"'
     flags = [*FLAGS, f"-I{sources}/include", stamp, "--threads", str(len(archs))]
     lines = [
@@ -55,6 +55,12 @@ def ninja_file(tools: Toolchain, archs: Sequence[str], sources: Path) -> str:
     lines += [f"build {name}: compile {path}" for name, path in inputs.items()]
     lines += [f"build {LIBRARY}: link {' '.join(inputs)}", f"default {LIBRARY}", ""]
     return "\n".join(lines)
+
+
+def _code(arch: str) -> list[str]:
+    """What nvcc makes for an architecture: machine code, and PTX where it is asked for."""
+    digits = arch.removesuffix(PTX)
+    return [f"sm_{digits}", f"compute_{digits}"][: 1 + arch.endswith(PTX)]
 
 
 def build_library(

@@ -15,6 +15,7 @@ from ..errors import BuildError
 
 __all__ = [
     "DEFAULT_ARCHS",
+    "PTX",
     "Toolchain",
     "arch_for",
     "find_nvcc",
@@ -24,7 +25,9 @@ __all__ = [
     "serves",
 ]
 
-DEFAULT_ARCHS = ("80", "90a", "100a")
+#: The PTX of the first serves every card without machine code of its own, 10.3 and 12.x among them.
+DEFAULT_ARCHS = ("80+PTX", "90a", "100a")
+PTX = "+PTX"
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,13 @@ class Toolchain:
         """
         if asked is None:
             asked = requested_archs()
-        unknown = [arch for arch in asked if arch not in self.knows]
+        unknown = [arch for arch in asked if arch.removesuffix(PTX) not in self.knows]
         if unknown:
             raise BuildError(
                 f"nvcc {self.version} must know every architecture that is asked for, got {';'.join(unknown)}; "
                 f"it knows {';'.join(_sorted(self.knows))}"
             )
-        archs = tuple(asked) or tuple(arch for arch in DEFAULT_ARCHS if arch in self.knows)
+        archs = tuple(asked) or tuple(arch for arch in DEFAULT_ARCHS if arch.removesuffix(PTX) in self.knows)
         if not archs:
             raise BuildError(
                 f"nvcc must know one of the architectures {';'.join(DEFAULT_ARCHS)}, got nvcc {self.version}, "
@@ -99,18 +102,23 @@ def requested_archs() -> tuple[str, ...]:
 def parse_archs(text: str) -> tuple[str, ...]:
     """Architectures by the digits of their compute capability, separated by semicolons, commas or spaces.
 
+    ``+PTX`` adds code that the driver compiles for any later card when it first loads it.
+
     Examples
     --------
-    >>> parse_archs("80;90a")
-    ('80', '90a')
+    >>> parse_archs("80+PTX;90a")
+    ('80+PTX', '90a')
     >>> parse_archs("9.0")
     Traceback (most recent call last):
-    sparse_ref_attn.errors.BuildError: an architecture must be digits and perhaps a letter, such as 80 or 90a, got '9.0'
+    sparse_ref_attn.errors.BuildError: an architecture must be digits and perhaps a letter or +PTX, such as 80, 90a or
+    80+PTX, got '9.0'
     """
     archs = tuple(dict.fromkeys(filter(None, re.split(r"[;,\s]+", text))))
     for arch in archs:
-        if not re.fullmatch(r"\d{2,3}a?", arch):
-            raise BuildError(f"an architecture must be digits and perhaps a letter, such as 80 or 90a, got {arch!r}")
+        if not re.fullmatch(r"\d{2,3}(a|\+PTX)?", arch):
+            raise BuildError(
+                f"an architecture must be digits and perhaps a letter or +PTX, such as 80, 90a or 80+PTX, got {arch!r}"
+            )
     return archs
 
 
@@ -129,16 +137,19 @@ def arch_for(capability: tuple[int, int]) -> str:
 
 
 def serves(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether machine code for `arch` runs on a card: the same major version and no later minor one; exactly that
-    card where a letter is added.
+    """Whether code for `arch` runs on a card: the same major version and no later minor one; exactly that card where
+    a letter is added; that card and every later one where PTX is.
 
     Examples
     --------
     >>> serves("80", (8, 9)), serves("86", (8, 0)), serves("90a", (9, 0)), serves("100a", (10, 3))
     (True, False, True, False)
+    >>> serves("80+PTX", (12, 0))
+    True
     """
-    digits = int(arch.rstrip("a"))
-    major, minor = divmod(digits, 10)
+    major, minor = divmod(int(arch.removesuffix(PTX).rstrip("a")), 10)
+    if arch.endswith(PTX):
+        return capability >= (major, minor)
     if arch.endswith("a"):
         return capability == (major, minor)
     return capability[0] == major and capability[1] >= minor

@@ -1,7 +1,4 @@
-"""From tensors to the arguments of sra.h; who may launch, and why another call may not.
-
-No kernel of the library has run on a card yet.
-"""
+"""From tensors to the arguments of sra.h; who may launch, and why another call may not."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 A launch over P x B row ranges of T rows in all starts ``tiles_at_most(T, P * B, BLOCK)`` programs, known without
 reading the ranges; each finds its own range from the offsets, and the few left over return.
-
-Proved under the interpreter and compiled ahead of time; not yet run on a card.
 """
 
 import triton

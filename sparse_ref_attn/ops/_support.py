@@ -45,12 +45,16 @@ ORDER: dict[str, tuple[str, ...]] = {
 }
 
 
+_UNALIGNED = "needs a pointer at a multiple of 16 bytes and strides of multiples of 16 elements"
+
+
 class Call(NamedTuple):
     """What the choice depends on.
 
     ``items`` is the batch size, ``per_head`` whether key/value heads have selections of their own, ``aligned`` whether
     every row of every operand starts at a multiple of 16 bytes, ``gradients`` whether an operand requires any.
     ``queries``, dense ``keys`` and ``kept`` rows are those of all items together; verdicts go by them.
+    ``known_aligned``: whether Triton will know the alignment too (`is_aligned`).
     """
 
     device: torch.device
@@ -65,6 +69,7 @@ class Call(NamedTuple):
     queries: int = 0
     keys: int = 0
     kept: int = 0
+    known_aligned: bool = True
 
 
 def _sdpa(call: Call) -> list[str]:
@@ -88,8 +93,8 @@ def _triton(call: Call) -> list[str]:
         against.append(f"needs float16 or bfloat16, got {call.dtype}")
     if call.channels not in (32, 64, 128):
         against.append(f"needs a head dim of 32, 64 or 128, got {call.channels}")
-    if not call.aligned:
-        against.append("needs every row to start at a multiple of 16 bytes (strides and storage offset)")
+    if not (call.aligned and call.known_aligned):
+        against.append(_UNALIGNED)
     return against
 
 
@@ -272,6 +277,8 @@ def is_aligned(x: Tensor) -> bool:
     It asks that of the pointer, and 16 elements of every stride; otherwise it turns its 16-byte asynchronous copies
     into 2-byte loads, without a word.
     """
+    if not x.numel():
+        return True
     strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
     return x.data_ptr() % 16 == 0 and all(n == 1 or s % 16 == 0 for n, s in strides)
 
@@ -289,7 +296,7 @@ def triton_reasons(*tensors: Tensor) -> list[str]:
     if any(x.stride(-1) != 1 for x in tensors if x.numel()):
         why.append("needs a contiguous last dim")
     elif not all(is_aligned(x) for x in tensors if x.numel()):
-        why.append("needs a pointer at a multiple of 16 bytes and strides of multiples of 16 elements")
+        why.append(_UNALIGNED)
     return why
 
 

@@ -2,8 +2,6 @@
 
 Scores travel *raw* (before the scale) and exponents are of base 2: with ``scale2 = scale * log2(e)`` one fused
 multiply-add makes ``s * scale2 - pivot``. That needs ``scale > 0``, so that the largest raw score is the largest score.
-
-Proved under the interpreter and compiled ahead of time; not yet run on a card.
 """
 
 import triton

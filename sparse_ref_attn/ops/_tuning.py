@@ -1,8 +1,8 @@
 """Configurations of the Triton kernels: what one is, and which row of an op's table a card takes.
 
-The tables, in each op's ``tuning.py``, were chosen from what the compiler makes of them (no spills, shared memory
-within the card, the gather pipelined), not from timings: no card has run them yet. `tests/ops/test_*_compiled.py` hold
-the limits, and `benchmarks/tune.py` times the candidates on a card.
+The tables, in each op's ``tuning.py``, were chosen from what the compiler makes of the candidates; the page
+docs/configurations.md has the figures of every row. `tests/ops/test_*_compiled.py` hold them, and `benchmarks/tune.py`
+times the candidates on a card.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ Table = dict[tuple[int, int], Config]
 
 
 def config_for(table: Table, capability: int, channels: int) -> Config:
-    """The configuration of a card: its own row where there is one, else the next older one of its kind.
+    """The configuration of a card: its own row; 103 takes those of 100, and 942 has the rows of 80 beside its own.
 
-    86, 89 and 120 have 99 KiB of shared memory and no warp-group instructions: they take the rows of 80.
+    86, 89 and 120 have 99 KiB of shared memory and no warp-group instructions: they take the rows of 80. So does
+    what is not known here.
     """
-    older = {942: (942, 80), 90: (90,), 100: (100, 90), 103: (100, 90)}.get(capability, (80,))
+    older = {942: (942, 80), 90: (90,), 100: (100,), 103: (100,)}.get(capability, (80,))
     return next(table[row, channels] for row in older if (row, channels) in table)
 
 

@@ -131,8 +131,7 @@ def test_the_same_bits_every_time(name: str, backend: str) -> None:
             assert torch.equal(value, first[tensor]), tensor
 
 
-@pytest.mark.parametrize("backend", OWN)
-@pytest.mark.parametrize("gap", [8, 24])
+@pytest.mark.parametrize(("backend", "gap"), [("triton", 16), ("triton", 48), ("cuda", 8), ("cuda", 24)])
 def test_odd_strides_in_poisoned_memory(gap: int, backend: str) -> None:
     require(backend)
     rounded = PROBLEMS["ragged items, one bank"].to(torch.bfloat16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import triton
 
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.errors import BuildError
@@ -71,6 +73,16 @@ def test_only_what_changed_is_compiled(nvcc: str, tmp_path: Path, capsys: pytest
     assert "build_stamp.cpp" not in again
     build_library(target, work, ["86"], sources)
     assert Library(target).archs == ("86",)
+
+
+def test_ptx_for_later_cards_is_put_in(nvcc: str, tmp_path: Path) -> None:
+    target = tmp_path / "l.so"
+    build_library(target, tmp_path / "work", ["80+PTX", "90a"], stand_in.write(tmp_path / "csrc"))
+    assert Library(target).archs == ("80+PTX", "90a")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    for option, cards in (("--list-ptx", {"sm_80"}), ("--list-elf", {"sm_80", "sm_90a"})):
+        told = subprocess.run([tool, option, target], capture_output=True, text=True, check=True).stdout
+        assert set(re.findall(r"\.(sm_\w+)\.", told)) == cards
 
 
 def test_a_failed_build_says_why_and_leaves_what_was_there(small: Path, tmp_path: Path) -> None:

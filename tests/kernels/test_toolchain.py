@@ -8,7 +8,15 @@ import pytest
 
 from sparse_ref_attn.errors import BuildError
 from sparse_ref_attn.kernels import toolchain
-from sparse_ref_attn.kernels.toolchain import Toolchain, arch_for, find_nvcc, find_toolchain, parse_archs, serves
+from sparse_ref_attn.kernels.toolchain import (
+    DEFAULT_ARCHS,
+    Toolchain,
+    arch_for,
+    find_nvcc,
+    find_toolchain,
+    parse_archs,
+    serves,
+)
 
 OLD = Toolchain("nvcc", "12.4.131", "ninja", frozenset({"75", "80", "86", "90", "90a"}))
 
@@ -22,7 +30,7 @@ def program(path: Path, text: str) -> Path:
 
 def test_default_archs_are_those_that_nvcc_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SRA_CUDA_ARCHS", raising=False)
-    assert OLD.archs() == ("80", "90a")
+    assert OLD.archs() == ("80+PTX", "90a")
 
 
 def test_the_variable_says_which_archs_and_an_argument_overrules_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,11 +46,11 @@ def test_an_arch_that_nvcc_does_not_know_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_nvcc_without_any_default_arch() -> None:
-    with pytest.raises(BuildError, match=r"must know one of the architectures 80;90a;100a, got nvcc 10"):
+    with pytest.raises(BuildError, match=r"must know one of the architectures 80\+PTX;90a;100a, got nvcc 10"):
         Toolchain("nvcc", "10.0.1", "ninja", frozenset({"70"})).archs()
 
 
-@pytest.mark.parametrize("text", ["sm_80", "8.0", "native", "80+PTX", "90aa"])
+@pytest.mark.parametrize("text", ["sm_80", "8.0", "native", "90a+PTX", "90aa"])
 def test_a_list_that_cannot_be_read(text: str) -> None:
     with pytest.raises(BuildError, match=r"must be digits and perhaps a letter"):
         parse_archs(text)
@@ -61,6 +69,15 @@ def test_code_of_one_card_alone_serves_no_other() -> None:
     assert not serves("100a", (10, 3))
     assert not serves("80", (9, 0))
     assert not serves("89", (8, 6))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 3), (12, 0), (12, 1)])
+def test_every_card_is_served_by_what_is_built_by_default(capability: tuple[int, int]) -> None:
+    assert any(serves(arch, capability) for arch in DEFAULT_ARCHS)
+
+
+def test_ptx_serves_no_older_card() -> None:
+    assert not serves("80+PTX", (7, 5))
 
 
 def test_cuda_home_comes_before_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ round to nearest even, as the hardware does. fp16 and fp32 are right as they are
 The interpreter is chosen when ``@triton.jit`` decorates, so one process is either interpreted or not: tests that launch
 kernels live in ``tests/ops/interpreted`` (collected only under ``TRITON_INTERPRET=1``; `tests/ops/test_interpreted.py`
 runs each of its files in a process of its own). Beside this file: `guards` (canary borders, NaN poison), `tolerance`
-(how far off a result may be), `aot` (what the compiler makes of a kernel).
+(how far off a result may be). What the compiler makes of a kernel is for `benchmarks.aot`.
 """
 
 from __future__ import annotations

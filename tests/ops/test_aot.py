@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from .aot import SHARED_LIMIT, compiled_for
+from benchmarks.aot import SHARED_LIMIT, Launch, compiled_for
 
 
 @triton.jit
@@ -52,6 +55,32 @@ def test_spills_are_seen():
     with compiled_for("sm_80") as launches:
         launch(stride=256, N=256, warps=4, stages=1)
     assert launches[0].stack > 0
+
+
+@pytest.mark.parametrize(("fences", "serialized"), [(48, True), (25, True), (24, False), (8, False)])
+def test_a_fence_for_every_matrix_instruction_is_a_serialized_pipeline(fences: int, serialized: bool):
+    instructions = Counter({"WARPGROUP.ARRIVE": fences, "HGMMA.64x64x16.F32": 32, "HGMMA.64x128x16.F32": 16})
+    one = Launch("k", (1, 1, 1), "sm_90", registers=128, stack=0, shared=0, instructions=instructions)
+    assert one.serialized() == serialized
+    assert not replace(one, instructions=Counter({"HMMA.16816.F32": 8})).serialized()
+
+
+def test_programs_are_bounded_by_what_runs_out_first():
+    one = Launch("k", (1, 1, 1), "sm_90", registers=128, stack=0, shared=0, warps=8)
+    assert one.programs() == 2
+    assert replace(one, registers=129).programs() == 1  # of 65,536: 257 would need 132 a thread
+    assert replace(one, registers=32).programs() == 8
+    assert replace(one, registers=32, shared=115_712).programs() == 2
+    assert replace(one, registers=32, shared=115_713).programs() == 1
+    assert replace(one, registers=32, card="sm_100", columns=256).programs() == 2
+
+
+@pytest.mark.parametrize(("card", "step"), [("sm_80", "16x8x16"), ("sm_90", "64x64x16"), ("sm_100", "64x64x16")])
+def test_the_shape_of_a_matrix_step_is_read(card: str, step: str):
+    with compiled_for(card) as launches:
+        launch(stride=128)
+    assert set(launches[0].steps) == {step}
+    assert launches[0].warps == 4
 
 
 def test_too_much_shared_memory_is_refused():

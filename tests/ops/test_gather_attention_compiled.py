@@ -2,102 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor
 
-from sparse_ref_attn.ops._tuning import config_for
-from sparse_ref_attn.ops.gather_attention.arguments import Arguments
+from benchmarks import configurations
+from benchmarks.aot import Launch, compiled_for
+from benchmarks.configurations import KERNELS, arguments, compiled, faults, launches
+from sparse_ref_attn.ops._tuning import Config, config_for
+from sparse_ref_attn.ops.gather_attention import triton_backend
+from sparse_ref_attn.ops.gather_attention.gradients import Wanted
 from sparse_ref_attn.ops.gather_attention.triton_forward import launch_forward
-from sparse_ref_attn.ops.gather_attention.triton_grad_kv import launch_grad_kv, launch_grad_kv_gathered
+from sparse_ref_attn.ops.gather_attention.triton_grad_kv import launch_grad_kv_gathered
 from sparse_ref_attn.ops.gather_attention.triton_grad_q import launch_delta, launch_grad_q
 from sparse_ref_attn.ops.gather_attention.triton_sum_rows import launch_sum_rows
 from sparse_ref_attn.ops.gather_attention.tuning import FORWARD, GRAD_KV, GRAD_Q
 
-from .aot import Launch, compiled_for
-
-#: Registers are 255 at most by construction, and a spill shows on the stack. Bytes of shared memory for one program:
-SHARED_AT_MOST = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 942}
-MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC.*MMA", "gfx942": "v_mfma"}
+KERNEL_NAMES = ("forward", "grad_q", "grad_kv dense", "grad_kv gathered")
 
 
-def arguments(
-    channels: int,
-    *,
-    parts: int = 1,
-    dense: bool = True,
-    gathered: bool = True,
-    row: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Arguments:
-    """Meta tensors at FLUX sizes, 24 heads; `row` is the stride between rows where it is not heads x channels."""
-
-    def tensor(rows: int) -> Tensor:
-        x = torch.empty(rows, row or 24 * channels, dtype=dtype, device="meta")
-        return x[:, : 24 * channels].unflatten(1, (24, channels))
-
-    def integers(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device="meta")
-
-    k = tensor(4608) if dense else None
-    bank = tensor(4096) if gathered else None
-    return Arguments(
-        tensor(4608), k, k, None, None, bank, bank, integers(parts, 5), integers(parts, 5) if dense else None,
-        integers(2048) if gathered else None, integers(1, 5) if gathered else None, channels**-0.5, False,
-    )  # fmt: skip
+def shipped(card: str, kernel: str, channels: int) -> Config:
+    return config_for(KERNELS[kernel], CAPABILITY[card], channels)
 
 
-def kernels(
-    card: str, channels: int, parts: int, dtype: torch.dtype = torch.bfloat16
-) -> dict[str, Callable[[], object]]:
-    """Launches of the four attention kernels in their configuration for a card."""
-    a = arguments(channels, parts=parts, dtype=dtype)
-    assert a.k is not None
-    assert a.cu_seqlens_k is not None
-    rows = torch.empty(24, a.q.shape[0], device="meta")
-    forward, of_q, of_kv = (config_for(t, CAPABILITY[card], channels) for t in (FORWARD, GRAD_Q, GRAD_KV))
-    return {
-        "forward": lambda: launch_forward(a, forward),
-        "grad_q": lambda: launch_grad_q(a, a.q, rows, rows, of_q),
-        "grad_kv dense": lambda: launch_grad_kv(a, a.k, a.k, a.cu_seqlens_k, a.q, rows, rows, of_kv),
-        "grad_kv gathered": lambda: launch_grad_kv_gathered(a, a.q, rows, rows, of_kv),
-    }
+def of_table(card: str, kernel: str, channels: int = 128, **case: object) -> Launch:
+    return compiled(card, launches(arguments(channels, **case), shipped(card, kernel, channels))[kernel])
 
 
-def compiled(card: str, launch: Callable[[], object]) -> Launch:
-    with compiled_for(card) as launches:
-        launch()
-    return launches[-1]
-
-
-def check(card: str, seen: Launch) -> None:
-    assert seen.stack == 0
-    assert seen.shared <= SHARED_AT_MOST[card]
-    assert seen.count(MATRIX[card]) > 0
-    if card.startswith("sm_"):
-        assert seen.count(r"LDGSTS.*\.128") > 0
-        assert seen.count(r"LDGSTS") - seen.count(r"LDGSTS.*\.128") <= 8  # lse and delta only
-        assert seen.count(r"LDG\..*U16") == 0
-        assert seen.count("LDGDEPBAR") > 0
-
-
-@pytest.mark.parametrize("kernel", ["forward", "grad_q", "grad_kv dense", "grad_kv gathered"])
+@pytest.mark.parametrize("kernel", KERNEL_NAMES)
 @pytest.mark.parametrize("card", ["sm_80", "sm_90"])
-def test_head_dim_128_does_not_spill_and_copies_asynchronously(card: str, kernel: str) -> None:
-    check(card, compiled(card, kernels(card, 128, parts=1)[kernel]))
+def test_head_dim_128_is_what_the_page_says(card: str, kernel: str) -> None:
+    seen = of_table(card, kernel)
+    assert not faults(seen)
+    configurations.hold(card, kernel, 128, shipped(card, kernel, 128), seen)
+
+
+@pytest.mark.parametrize("kernel", KERNEL_NAMES)
+def test_a_batch_of_one(kernel: str) -> None:
+    """One range alone: the search for a program's range is then over a single number."""
+    assert not faults(of_table("sm_90", kernel, items=1))
+    assert not faults(of_table("sm_80", kernel, items=1, gathered=kernel.endswith("gathered")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNEL_NAMES)
+@pytest.mark.parametrize("channels", [32, 64, 128])
+@pytest.mark.parametrize("card", ["sm_80", "sm_90", "sm_100"])
+def test_every_row_is_what_the_page_says(card: str, channels: int, kernel: str) -> None:
+    configurations.hold(card, kernel, channels, shipped(card, kernel, channels), of_table(card, kernel, channels))
+
+
+def test_a_pipeline_that_ptxas_serializes_is_a_fault() -> None:
+    """One program of 4 warps on 128 x 128 scores does not fit its registers: every matrix step waits for the last."""
+    seen = compiled("sm_90", launches(arguments(64), Config(128, 128, 4, 3))["forward"])
+    assert seen.count("WARPGROUP.ARRIVE") == seen.count("HGMMA") > 0
+    assert any(fault.startswith("serialized") for fault in faults(seen))
+
+
+CASES = {
+    "joint": {},
+    "joint, batch of one": {"items": 1},
+    "two ranges": {"parts": 2},
+    "dense alone": {"gathered": False},
+    "bank alone": {"dense": False},
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("kernel", ["forward", "grad_q", "grad_kv dense", "grad_kv gathered"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kernel", KERNEL_NAMES)
 @pytest.mark.parametrize("channels", [32, 64, 128])
 @pytest.mark.parametrize("card", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_every_configuration(card: str, channels: int, kernel: str, parts: int, dtype: torch.dtype) -> None:
-    check(card, compiled(card, kernels(card, channels, parts, dtype)[kernel]))
+def test_every_configuration(card: str, channels: int, kernel: str, case: str, dtype: torch.dtype) -> None:
+    a = arguments(channels, dtype=dtype, **CASES[case])
+    launch = launches(a, shipped(card, kernel, channels)).get(kernel)
+    if launch is not None:
+        assert not faults(compiled(card, launch))
 
 
 @pytest.mark.slow
@@ -108,19 +89,26 @@ def test_second_dense_tensor_and_a_selection_per_head(card: str) -> None:
     a = a._replace(k2=a.k, v2=a.k, ref_offsets=per_head)
     rows = torch.empty(24, a.q.shape[0], device="meta")
     forward, of_q, of_kv = (config_for(t, CAPABILITY[card], 128) for t in (FORWARD, GRAD_Q, GRAD_KV))
-    check(card, compiled(card, lambda: launch_forward(a, forward)))
-    check(card, compiled(card, lambda: launch_grad_q(a, a.q, rows, rows, of_q)))
+    assert not faults(compiled(card, lambda: launch_forward(a, forward)))
+    assert not faults(compiled(card, lambda: launch_grad_q(a, a.q, rows, rows, of_q)))
     for one in (a, a._replace(distinct=True)):
-        check(card, compiled(card, lambda one=one: launch_grad_kv_gathered(one, one.q, rows, rows, of_kv)))
+        assert not faults(compiled(card, lambda one=one: launch_grad_kv_gathered(one, one.q, rows, rows, of_kv)))
+
+
+@pytest.mark.parametrize("table", [FORWARD, GRAD_Q, GRAD_KV], ids=["forward", "grad_q", "grad_kv"])
+def test_every_card_has_rows_of_its_own(table: dict[tuple[int, int], Config]) -> None:
+    """Blackwell must not take Hopper's: its accumulators lie elsewhere and its matrix steps have 128 rows."""
+    assert {(row, channels) for row in (80, 90, 100) for channels in (32, 64, 128)} <= set(table)
+    assert config_for(table, 103, 64) is table[100, 64]
+    assert config_for(table, 120, 64) is config_for(table, 89, 64) is table[80, 64]
 
 
 def test_the_gather_is_pipelined_as_deep_as_the_dense_loop() -> None:
     """Read where they are needed, indices halve the pipeline: two buffers, whatever num_stages says."""
     config = config_for(FORWARD, 90, 128)
     dense, gathered = (
-        compiled("sm_90", lambda a=a: launch_forward(a, config))
-        for a in (arguments(128, gathered=False), arguments(128, dense=False))
-    )
+        of_table("sm_90", "forward", **case) for case in (CASES["dense alone"], CASES["bank alone"])
+    )  # fmt: skip
     tile = 2 * config.block_n * 128
     queries = 2 * config.block_m * 128
     assert config.stages == 3
@@ -129,12 +117,27 @@ def test_the_gather_is_pipelined_as_deep_as_the_dense_loop() -> None:
     assert gathered.count(r"LDGSTS.*\.128") == dense.count(r"LDGSTS.*\.128")
 
 
-def test_a_row_stride_that_is_no_multiple_of_16_bytes_would_cost_the_copies() -> None:
-    """Why the backend refuses it."""
-    config = config_for(FORWARD, 90, 128)
-    seen = compiled("sm_90", lambda: launch_forward(arguments(128, row=24 * 128 + 1, dense=False), config))
+@pytest.mark.parametrize("more", [1, 8])
+def test_a_row_stride_that_is_no_multiple_of_16_elements_would_cost_the_copies(more: int) -> None:
+    """Why the backend refuses it, eight elements (16 bytes) included."""
+    seen = of_table("sm_90", "forward", row=24 * 128 + more, dense=False)
     assert seen.count(r"LDGSTS.*\.128") == 0
     assert seen.count(r"LDG\..*U16") > 0
+    assert "loads of 2 bytes" in faults(seen)
+
+
+def test_a_gradient_whose_rows_lie_eight_elements_off_is_copied_first() -> None:
+    """A row stride of 8 mod 16 elements is aligned to 16 bytes, but Triton does not see it."""
+    a = arguments(128)
+    grad_out = torch.empty(a.q.shape[0], 24 * 128 + 8, dtype=torch.bfloat16, device="meta")
+    grad_out = grad_out[:, : 24 * 128].unflatten(1, (24, 128))
+    rows = torch.empty(24, a.q.shape[0], device="meta")
+    configs = shipped("sm_90", "grad_q", 128), shipped("sm_90", "grad_kv dense", 128)
+    with compiled_for("sm_90") as seen:
+        triton_backend.backward(a, grad_out, None, a.q, rows, Wanted(True, False, False), configs)
+    assert [one.name for one in seen] == ["_delta", "_grad_q"]
+    assert all(one.count(r"LDG\..*U16") == 0 for one in seen)
+    assert not faults(seen[1])
 
 
 @pytest.mark.parametrize("card", ["sm_80", "sm_90"])

@@ -5,8 +5,6 @@ r"""Column means of the generation-to-reference block, and the LSE that they nee
 
 One program owns one block of reference rows (or, for the LSE, of queries) of one head of one item: no atomics, the same
 bits every time. Dense items lie `item` strides apart; ragged ones (RAGGED) begin where `cu_seqlens` says.
-
-Proved under the interpreter and compiled ahead of time; not yet run on a card.
 """
 
 from __future__ import annotations

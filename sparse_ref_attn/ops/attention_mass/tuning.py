@@ -1,4 +1,4 @@
-"""Configurations of the kernels, by row and head dim; `_tuning` says how they were chosen."""
+"""Configurations of the kernels, by row and head dim; docs/configurations.md says what each was chosen by."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ MASS: Table = {
     (90, 32): Config(128, 64, 4, 3),
     (90, 64): Config(128, 64, 4, 3),
     (90, 128): Config(128, 64, 4, 2),
+    (100, 32): Config(128, 128, 4, 3),
+    (100, 64): Config(128, 128, 4, 2),
+    (100, 128): Config(128, 128, 4, 2),
 }
 # A program owns block_m queries and walks over the keys.
 LSE: Table = {
@@ -23,4 +26,7 @@ LSE: Table = {
     (90, 32): Config(128, 128, 8, 2),
     (90, 64): Config(128, 128, 8, 2),
     (90, 128): Config(128, 128, 8, 2),
+    (100, 32): Config(128, 128, 4, 3),
+    (100, 64): Config(128, 128, 8, 3),
+    (100, 128): Config(128, 128, 8, 2),
 }

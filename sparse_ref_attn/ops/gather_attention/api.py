@@ -175,6 +175,9 @@ def gather_attention(
     them; "sdpa" does, to read offsets that neither `host` nor the shapes tell. Selections per key/value head need
     "triton", "cuda", "sdpa" or "reference".
 
+    The Triton kernels are proved under the interpreter, those of csrc under their emulator, and both are compiled ahead
+    of time for compute capabilities 8.0, 9.0 and 10.0; docs/configurations.md says what a card has run.
+
     References
     ----------
     .. [1] Dao, "FlashAttention-2", ICLR 2024: the online softmax and its backward.

@@ -1,7 +1,6 @@
 """Gather once, then FlashAttention for packed batches, by the best package that can; no host sync.
 
-Everything but the packages' own functions is proved on a CPU, with plain attention in their place. No call of theirs
-has run on a card.
+Everything but the packages' own functions is proved on a CPU, with plain attention in their place.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ out (T, H, C) and a natural-log lse (H, T), float32: what one computed forward, 
 `_support.flash_packages` says which of them can do a call.
 
 Written against the sources of flash-attn 2.7 to 2.8, of flash-attn 3 (hopper/), of fa3-fwd 0.0.3 and of PyTorch 2.13.
-None has run on a card.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Gather once, then FlexAttention with a mask that keeps items apart.
 
 Compiled on CUDA. On a CPU PyTorch runs it without compiling, which stores the scores, and without a backward pass: for
-comparison only. The forward pass is proved on a CPU; nothing of it has run on a card.
+comparison only. The forward pass is proved on a CPU.
 """
 
 from __future__ import annotations

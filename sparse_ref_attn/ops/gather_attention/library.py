@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LayoutError
-from .._support import Call, choose, has_16_byte_rows
+from .._support import Call, choose, has_16_byte_rows, is_aligned
 from .arguments import Arguments, HostLayout, check_ranges, check_values
 from .gradients import Gradients, Wanted
 
@@ -46,12 +46,12 @@ def gather_attention_op(a: Arguments, backend: str, check: bool) -> tuple[Tensor
 
 
 def _call(a: Arguments) -> Call:
-    aligned = all(has_16_byte_rows(x) for x in a.tensors if x is not None)
-    gradients = any(x is not None and x.requires_grad for x in a.tensors)
+    given = [x for x in a.tensors if x is not None]
     kept = 0 if a.ref_indices is None or a.ref_offsets is None else a.ref_indices.shape[0] // a.ref_offsets.shape[0]
     return Call(
-        a.q.device, a.q.dtype, a.q.shape[2], a.items, a.per_head, aligned, gradients, a.q.shape[1], a.key_heads,
-        a.q.shape[0], sum(k.shape[0] for k, _, _ in a.segments), kept,
+        a.q.device, a.q.dtype, a.q.shape[2], a.items, a.per_head, all(map(has_16_byte_rows, given)),
+        any(x.requires_grad for x in given), a.q.shape[1], a.key_heads, a.q.shape[0],
+        sum(k.shape[0] for k, _, _ in a.segments), kept, all(map(is_aligned, given)),
     )  # fmt: skip
 
 

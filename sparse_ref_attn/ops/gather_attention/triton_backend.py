@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._support import is_aligned
 from .._tuning import Config, capability_of, config_for
 from .arguments import Arguments
 from .gradients import Gradients, Wanted
@@ -33,7 +34,7 @@ def backward(
 ) -> Gradients:
     """Gradients from those of out (T, H, C) and lse (H, T)."""
     of_q, of_kv = configs or tuple(config_for(t, capability_of(a.q), a.q.shape[2]) for t in (GRAD_Q, GRAD_KV))
-    if grad_out.stride(-1) != 1 or any(s % 8 for s in grad_out.stride()[:2]) or grad_out.data_ptr() % 16:
+    if grad_out.stride(-1) != 1 or not is_aligned(grad_out):
         grad_out = grad_out.contiguous()
     delta = launch_delta(out, grad_out, grad_lse)
     dq = launch_grad_q(a, grad_out, lse, delta, of_q) if wanted.q else None

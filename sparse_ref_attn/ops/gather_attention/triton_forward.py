@@ -4,8 +4,6 @@ r"""The forward kernel: one online softmax over at most two dense segments and t
     out = acc / total    lse = a m + ln total
 
 One program owns BLOCK_M queries of one item and head, and walks over the item's keys (`triton_walk`).
-
-Proved under the interpreter and compiled ahead of time; not yet run on a card.
 """
 
 from __future__ import annotations

@@ -6,8 +6,6 @@ One program owns BLOCK_N keys of one item and key/value head, walks over the ite
 shares the key head, and stores once: no atomics. Dense keys are rows of their tensor; gathered keys are named by an
 index and stored packed (one row for each entry of the selection) or, where indices are distinct, straight into the
 bank.
-
-Proved under the interpreter and compiled ahead of time; not yet run on a card.
 """
 
 from __future__ import annotations
@@ -52,29 +50,41 @@ def _grad_kv(
     columns = tl.arange(0, BLOCK_M)
     q_tile = tile_offsets(columns, q_row, C)
     grad_tile = tile_offsets(columns, grad_row, C)
+    # The tiles of both of the item's ranges are one loop: the sums of a loop within a loop leave Blackwell's tensor
+    # memory at every turn of the outer one, and then do not fit the registers.
+    at = tl.load(CU_Q + item).to(tl.int32)
+    stop1 = tl.load(CU_Q + item + 1).to(tl.int32)
+    tiles = (stop1 - at + BLOCK_M - 1) // BLOCK_M
+    more = 0
+    if Q_PARTS > 1:
+        at2 = tl.load(CU_Q + items + 1 + item).to(tl.int32)
+        stop2 = tl.load(CU_Q + items + 1 + item + 1).to(tl.int32)
+        more = (stop2 - at2 + BLOCK_M - 1) // BLOCK_M
     for member in range(group):
         head = key_head * group + member
-        for part in range(Q_PARTS):
-            at = tl.load(CU_Q + part * (items + 1) + item).to(tl.int64)
-            count = (tl.load(CU_Q + part * (items + 1) + item + 1) - at).to(tl.int32)
-            q_part = Q + head * q_head + at * q_row
-            grad_part = GRAD_OUT + head * grad_head + at * grad_row
-            lse_part = LSE + head * queries + at
-            delta_part = DELTA + head * queries + at
-            for start in tl.range(0, count, BLOCK_M, num_stages=STAGES):
-                inside = start + columns < count
-                start64 = tl.cast(start, tl.int64)
-                q = tl.load(q_part + start64 * q_row + q_tile, mask=inside[:, None], other=0.0)
-                grad = tl.load(grad_part + start64 * grad_row + grad_tile, mask=inside[:, None], other=0.0)
-                # queries past the end weigh nothing: exp2(s - inf) = 0
-                pivot = base2_lse(tl.load(lse_part + start + columns, mask=inside, other=float("inf")))
-                delta = tl.load(delta_part + start + columns, mask=inside, other=0.0)
-                s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-                p = tl.math.exp2(s * scale2 - pivot[None, :])
-                dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
-                dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-                ds = p * (dp - delta[None, :])
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        q_at = Q + head * q_head
+        grad_at = GRAD_OUT + head * grad_head
+        for tile in tl.range(0, tiles + more, num_stages=STAGES):
+            if Q_PARTS > 1:
+                second = tile >= tiles
+                start = tl.where(second, at2 + (tile - tiles) * BLOCK_M, at + tile * BLOCK_M)
+                end = tl.where(second, stop2, stop1)
+            else:
+                start = at + tile * BLOCK_M
+                end = stop1
+            inside = start + columns < end
+            start64 = tl.cast(start, tl.int64)
+            q = tl.load(q_at + start64 * q_row + q_tile, mask=inside[:, None], other=0.0)
+            grad = tl.load(grad_at + start64 * grad_row + grad_tile, mask=inside[:, None], other=0.0)
+            # queries past the end weigh nothing: exp2(s - inf) = 0
+            pivot = base2_lse(tl.load(LSE + head * queries + start + columns, mask=inside, other=float("inf")))
+            delta = tl.load(DELTA + head * queries + start + columns, mask=inside, other=0.0)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            p = tl.math.exp2(s * scale2 - pivot[None, :])
+            dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     stored = rows if SCATTER else places
     dk_at = GRAD_K + key_head * dk_head + tile_offsets(stored, dk_row, C)
     dv_at = GRAD_V + key_head * dv_head + tile_offsets(stored, dv_row, C)

@@ -4,8 +4,6 @@ r"""Gradient of the queries, and the row sums that both backward kernels need.
     P = exp(a q k^T - lse)    dS = P * (dO v^T - delta)    dq = a dS k
 
 One program owns BLOCK_M queries of one item and head and walks over the item's keys as the forward kernel does.
-
-Proved under the interpreter and compiled ahead of time; not yet run on a card.
 """
 
 from __future__ import annotations

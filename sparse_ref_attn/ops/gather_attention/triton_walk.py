@@ -3,8 +3,6 @@
 A kernel brings the step of one tile; here is where the tiles lie. The dense loop and the gathered loop are one
 function; they differ only in how they find a row: the gathered one reads the *next* tile's indices while it works on
 this one, so that the rows' addresses are known in time for the asynchronous copies.
-
-Proved under the interpreter and compiled ahead of time; not yet run on a card.
 """
 
 import triton
@@ -41,11 +39,26 @@ def _keys(
 
 
 @triton.jit
+def _rest(
+    STEP: tl.constexpr, query, state, K, V, INDICES, start, count, k_row, v_row, scale2, C: tl.constexpr,
+    BLOCK_N: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The last keys of a segment, fewer than a tile."""
+    rows = start + tl.arange(0, BLOCK_N)
+    inside = rows < count
+    if GATHER:
+        rows = tl.load(INDICES + rows, mask=inside, other=0)
+    k_at = K + tile_offsets(rows, k_row, C)
+    v_at = V + tile_offsets(rows, v_row, C)
+    return STEP(query, state, k_at, v_at, inside, scale2, True, PRECISION)
+
+
+@triton.jit
 def _segment(
     STEP: tl.constexpr, query, state, K, V, INDICES, count, k_row, v_row, scale2, C: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`count` keys; with SPLIT the whole tiles first, in a loop that needs no mask."""
+    """`count` keys; with SPLIT the whole tiles in a loop that needs no mask, then the rest."""
     whole = 0
     if SPLIT:
         whole = (count // BLOCK_N) * BLOCK_N
@@ -53,9 +66,14 @@ def _segment(
             STEP, query, state, K, V, INDICES, 0, whole, k_row, v_row, scale2,
             C, BLOCK_N, STAGES, GATHER, False, PRECISION,
         )  # fmt: skip
-    # a loop even for one tile: its rows are copied asynchronously and take no registers on the way
+        # Not a second loop: of two that follow one another, ptxas serializes every matrix step on Hopper (C7515).
+        if whole < count:
+            state = _rest(
+                STEP, query, state, K, V, INDICES, whole, count, k_row, v_row, scale2, C, BLOCK_N, GATHER, PRECISION
+            )
+        return state
     return _keys(
-        STEP, query, state, K, V, INDICES, whole, count, k_row, v_row, scale2,
+        STEP, query, state, K, V, INDICES, 0, count, k_row, v_row, scale2,
         C, BLOCK_N, STAGES, GATHER, True, PRECISION,
     )  # fmt: skip
 

@@ -6,8 +6,6 @@
 A tensor is seen as (outer, rows, inner) with a contiguous inner run, its elements as plain integers of their size, so
 any dtype is copied bit for bit. `row` holds distinct indices: no two programs write the same place. An index outside
 the tensor reads as zeros and writes nothing.
-
-Proved under the interpreter and compiled ahead of time; not yet run on a card.
 """
 
 from __future__ import annotations

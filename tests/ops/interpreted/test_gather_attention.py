@@ -146,6 +146,7 @@ def test_the_same_bits_every_time() -> None:
         ({"channels": 48}, "needs a head dim of 32, 64 or 128, got 48"),
         ({"dtype": torch.float64}, "needs float16 or bfloat16"),
         ({"gap": 3}, "multiple of 16 bytes"),
+        ({"gap": 8}, "strides of multiples of 16 elements"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused(changes: dict[str, object], message: str) -> None:

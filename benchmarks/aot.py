@@ -19,15 +19,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-__all__ = ["SHARED_LIMIT", "Launch", "compiled_for"]
+__all__ = ["CARDS", "SHARED_LIMIT", "Launch", "compiled_for"]
 
+
+class Card(NamedTuple):
+    """One multiprocessor: bytes of shared memory for all programs, and warps."""
+
+    shared: int
+    warps: int
+
+
+CARDS = {"sm_80": Card(167_936, 64), "sm_90": Card(233_472, 64), "sm_100": Card(233_472, 64)}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -48,22 +57,54 @@ class Launch:
     name : str
         The kernel's.
     grid : (int, int, int)
+    card : str
+        What it was compiled for.
     registers, stack, shared : int
         Per thread; bytes per thread (spills land here); bytes per program.
+    warps, columns : int
+        Of one program; its columns of tensor memory (Blackwell).
+    steps : Counter
+        Matrix instructions by their shape, rows x columns x depth, e.g. ``"64x128x16"``; those of NVIDIA.
     instructions : Counter
         Full opcodes with their modifiers, e.g. ``"LDGSTS.E.BYPASS.128"``.
     """
 
     name: str
     grid: tuple[int, int, int]
+    card: str
     registers: int
     stack: int
     shared: int
-    instructions: Counter[str] = field(repr=False)
+    warps: int = 0
+    columns: int = 0
+    steps: Counter[str] = field(default_factory=Counter)
+    instructions: Counter[str] = field(repr=False, default_factory=Counter)
 
     def count(self, pattern: str) -> int:
         """Instructions whose opcode matches the regular expression from its start."""
         return sum(n for opcode, n in self.instructions.items() if re.match(pattern, opcode))
+
+    def serialized(self) -> bool:
+        """Whether every asynchronous matrix instruction of Hopper stands alone between a fence and a wait.
+
+        ptxas says so in a warning (C7515) that nobody sees: with the pipeline in order, one fence (ARRIVE) opens a
+        whole product of C / 16 instructions, of which there are two or more.
+        """
+        return 2 * self.count("WARPGROUP.ARRIVE") > self.count("HGMMA")
+
+    def programs(self) -> int:
+        """How many a multiprocessor holds at once, by registers, shared memory, warps and tensor memory."""
+        card = CARDS[self.card]
+        # registers are dealt out 256 at a time to a warp, and warps four at a time
+        a_warp = -(-32 * self.registers // 256) * 256
+        bounds = [
+            65_536 // a_warp // 4 * 4 // self.warps,
+            card.warps // self.warps,
+            card.shared // (self.shared + 1024),
+        ]
+        if self.columns:
+            bounds.append(512 // self.columns)
+        return min(bounds)
 
 
 @contextmanager
@@ -137,7 +178,9 @@ class _Launcher:
 
     def __call__(self, x: int, y: int, z: int, stream: int, measured: dict[str, Any], *arguments: Any) -> None:
         # A kernel is loaded once and launched often: the record belongs to the driver that is active now.
-        triton.runtime.driver.active.launches.append(Launch(grid=(x, y, z), **measured))
+        triton.runtime.driver.active.launches.append(
+            Launch(grid=(x, y, z), card=triton.runtime.driver.active.card, **measured)
+        )
 
 
 def _measure_cubin(cubin: bytes, files: dict[str, str]) -> dict[str, Any]:
@@ -149,8 +192,28 @@ def _measure_cubin(cubin: bytes, files: dict[str, str]) -> dict[str, Any]:
         assembly = _output(tools / "nvdisasm", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     # "/*0250*/  @!P0 LDGSTS.E.BYPASS.128 [R3], ..." after optional scheduling braces
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+[{]?\s*(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_.]*)", assembly)
-    return {"registers": registers, "stack": stack, "instructions": Counter(opcodes)}
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+[{]?\s*(?:@!?U?P[T\d]+\s+)?([A-Z][A-Za-z0-9_.]*)", assembly)
+    ptx = Path(next(path for name, path in files.items() if name.endswith(".ptx"))).read_text()
+    columns = re.findall(r"tcgen05\.alloc\S+ \[\S+\], (\d+);", ptx)
+    return {
+        "registers": registers, "stack": stack, "instructions": Counter(opcodes), "steps": _steps(opcodes, ptx),
+        "warps": int(re.search(r"\.reqntid (\d+)", ptx)[1]) // 32, "columns": sum(map(int, columns)),
+    }  # fmt: skip
+
+
+def _steps(opcodes: list[str], ptx: str) -> Counter[str]:
+    """Shapes of the matrix instructions: Ampere's and Hopper's say theirs, Blackwell's stands in a descriptor."""
+    found: Counter[str] = Counter()
+    for opcode in opcodes:
+        if opcode.startswith("HGMMA"):
+            found[opcode.split(".")[1]] += 1
+        elif opcode.startswith("HMMA.16816"):
+            found["16x8x16"] += 1
+    constants = dict(re.findall(r"mov\.b32\s+(%r\d+), (-?\d+);", ptx))
+    for register in re.findall(r"tcgen05\.mma\S+ \[[^]]*\], (?:\[[^]]*\]|\S+), \S+, (%r\d+),", ptx):
+        described = int(constants[register])
+        found[f"{16 * (described >> 24 & 31)}x{8 * (described >> 17 & 63)}x16"] += 1
+    return found
 
 
 def _measure_amdgcn(binary: bytes, files: dict[str, str]) -> dict[str, Any]:
