@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..cost import ModelShape
 from ..errors import IncompatibleError, LayoutError, UnsupportedModelError
 from ..functional import pack_rows, unpack_rows
-from ..hooks.diffusers import AttentionSite, Tap, attention_sites, check_measurable, tapped_attention
+from ..hooks.diffusers import AttentionSite, Tap, attention_sites, check_measurable, check_parts, tapped_attention
 from ..run import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
@@ -56,11 +56,15 @@ class Adapter:
     """Classes of attention processors with which calls can run together (see `ragged`)."""
     packs: ClassVar[bool] = False
     """Whether calls that run together lie end to end through whole blocks; otherwise they are padded."""
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Dotted names of attributes of the transformer that the family's hooks rely on; checked when it is patched."""
     cache: CacheSeam | None = None
     """How the family keeps its references' K/V between steps, if some of its pipelines do."""
 
     def check(self, transformer: nn.Module) -> None:
-        """Raise UnsupportedModelError for a variant of the class that this adapter cannot serve."""
+        """Raise UnsupportedModelError for a variant of the class that this adapter cannot serve, VersionError for one
+        that lacks its `parts`."""
+        check_parts(transformer, self.parts)
 
     def bind(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Kwargs:
         """All arguments by name."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..hooks.diffusers import rotate_pairs
+from ..hooks.diffusers import encoded_reference, packed_reference, rotate_pairs
 from ..selection import Reduced
 from ..types import TokenLayout
 from .base import Adapter, Found, Kwargs, references_from_ids, take_rows
@@ -53,6 +53,7 @@ class FluxAdapter(Adapter):
     streams = FLUX_STREAMS
     stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
     per_item = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+    parts = ("pos_embed",)
     processors = ("FluxAttnProcessor",)
 
     def find(self, kwargs: Kwargs) -> Found | None:
@@ -91,6 +92,6 @@ class FluxAdapter(Adapter):
         return {**kwargs, "hidden_states": cut.rows(x), "image_rotary_emb": rotary}
 
     def encode(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        latents = pipe._encode_vae_image(image=pixels, generator=None)
+        latents = encoded_reference(pipe, pixels)
         batch, channels, height, width = latents.shape
-        return pipe._pack_latents(latents, batch, channels, height, width), (height // 2, width // 2)
+        return packed_reference(pipe, latents, batch, channels, height, width), (height // 2, width // 2)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..hooks.diffusers import encoded_reference, packed_reference, per_row_modulation
 from ..run import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
@@ -21,7 +22,6 @@ from .flux import place_by_ids
 from .flux2_cache import Flux2CacheSeam
 from .joining import flat_ids, same, stack
 from .masks import cut_in_block
-from .modulation import per_row_modulation
 from .streams import FLUX2_STREAMS
 
 __all__ = ["Flux2Adapter"]
@@ -43,6 +43,12 @@ class Flux2Adapter(Adapter):
         "Flux2KVParallelSelfAttnProcessor",
     )
     packs = True
+    parts = (
+        "double_stream_modulation_img",
+        "double_stream_modulation_txt",
+        "single_stream_modulation",
+        "norm_out.linear",
+    )
     cache = Flux2CacheSeam()
 
     def layout_key(self, kwargs: Kwargs) -> object:
@@ -127,5 +133,5 @@ class Flux2Adapter(Adapter):
         return AttentionView(k, v, q[:, at:], None, spans)
 
     def encode(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        latents = pipe._encode_vae_image(image=pixels, generator=None)
-        return pipe._pack_latents(latents), (latents.shape[-2], latents.shape[-1])
+        latents = encoded_reference(pipe, pixels)
+        return packed_reference(pipe, latents), (latents.shape[-2], latents.shape[-1])

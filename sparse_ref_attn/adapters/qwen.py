@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..cost import ModelShape
 from ..errors import LayoutError, UnsupportedModelError
 from ..functional import pack_rows
-from ..hooks.diffusers import rotate_qwen
+from ..hooks.diffusers import encoded_reference, packed_reference, qwen_frequencies, rotate_qwen
 from ..hooks.instance import InstanceHook
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
@@ -49,12 +49,15 @@ class QwenImageAdapter(Adapter):
     )
     processors = ("QwenDoubleStreamAttnProcessor2_0",)
 
+    parts = ("pos_embed.axes_dim", "pos_embed.theta", "pos_embed.scale_rope", "pos_embed.rope_params")
+
     def check(self, transformer: nn.Module) -> None:
         if type(transformer.pos_embed).__name__ != "QwenEmbedRope":
             raise UnsupportedModelError(
                 "the Qwen-Image-Edit adapter needs the model's QwenEmbedRope position embedding, got "
                 f"{type(transformer.pos_embed).__name__} (Qwen-Image-Layered orders its images otherwise)"
             )
+        super().check(transformer)
 
     def layout_key(self, kwargs: Kwargs) -> object:
         return str(kwargs.get("img_shapes"))
@@ -124,7 +127,7 @@ class QwenImageAdapter(Adapter):
                 return pack_rows(image, call.rows, 0), text
             shape = call.kwargs["img_shapes"][0]
             moved = [
-                _frequencies(module, i, shape[i], r.positions).to(image.device)
+                qwen_frequencies(module, i, shape[i], r.positions).to(image.device)
                 for i, r in enumerate(call.reduced, start=1)
             ]
             return torch.cat([image[: prod(shape[0])], *moved]), text
@@ -198,24 +201,11 @@ class QwenImageAdapter(Adapter):
         return kwargs | {"image_rotary_emb": (cut.table(image), text)}
 
     def encode(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        latents = pipe._encode_vae_image(image=pixels[:, :, None], generator=None)
+        latents = encoded_reference(pipe, pixels[:, :, None])
         batch, channels, _, height, width = latents.shape
-        return pipe._pack_latents(latents, batch, channels, height, width), (height // 2, width // 2)
+        return packed_reference(pipe, latents, batch, channels, height, width), (height // 2, width // 2)
 
 
 def _filler(rows: int, item: Kwargs) -> list[tuple[int, int, int]]:
     """What an item's image stream has beyond its generation, as one shape."""
     return [(1, 1, rows - prod(item["img_shapes"][0][0]))]
-
-
-def _frequencies(pos_embed: Any, frame: int, shape: Sequence[int], positions: Tensor) -> Tensor:
-    """Rotations (K, C/2) complex at fractional cells (y, x) of a grid centred as the model centres it."""
-    if shape[0] != 1:
-        raise LayoutError(f"a reference must have one frame to be placed, got {tuple(shape)}")
-    parts = [torch.full_like(positions[:, 0], frame)]
-    for axis in (0, 1):
-        size = shape[1 + axis]
-        parts.append(positions[:, axis] - (size - size // 2 if pos_embed.scale_rope else 0))
-    dims = pos_embed.axes_dim
-    theta = pos_embed.theta
-    return torch.cat([pos_embed.rope_params(p.cpu(), d, theta) for p, d in zip(parts, dims, strict=True)], 1)

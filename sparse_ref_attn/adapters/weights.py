@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IncompatibleError
-from . import seams
+from ..hooks.diffusers import offload_hook, tensors_on_disk
 
 __all__ = ["weights_fingerprint"]
 
@@ -65,7 +65,7 @@ class _Offloaded:
 
     def __init__(self, module: nn.Module) -> None:
         self._modules = dict(module.named_modules())
-        self._files = seams.tensors_on_disk(module)
+        self._files = tensors_on_disk(module)
 
     def found(self, name: str, value: Any) -> Any:
         """The weight itself in place of a placeholder; `value` where it is one already or nobody has it."""
@@ -82,7 +82,7 @@ class _Offloaded:
         parts = name.split(".")
         for depth in range(len(parts) - 1, -1, -1):  # the hook of the nearest module that has one for it
             owner = self._modules.get(".".join(parts[:depth]))
-            hook = getattr(owner, "_hf_hook", None)
+            hook = offload_hook(owner)
             for each in getattr(hook, "hooks", (hook,)):
                 weights = getattr(each, "weights_map", None)
                 try:

@@ -19,7 +19,8 @@ from ..adapters.base import Adapter, Kwargs
 from ..adapters.joining import with_sample
 from ..config import SparseRef
 from ..errors import BatchError, ConfigError, IncompatibleError
-from ..hooks.diffusers import check_no_step_cache, eager_blocks, unwrap
+from ..hooks.compiled import eager_blocks, unwrap
+from ..hooks.diffusers import check_no_step_cache
 from ..hooks.instance import check_free
 from ..patching.api import PURPOSE, generations_of, resolve
 from ..patching.call import GenerationCall

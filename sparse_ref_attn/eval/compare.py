@@ -14,7 +14,8 @@ from ..adapters.base import Adapter, adapter_for
 from ..config import SparseRef
 from ..cost import Flops, bound_seconds
 from ..errors import ConfigError, IncompatibleError, SparseRefError
-from ..hooks.diffusers import AttentionSite, check_measurable, unwrap
+from ..hooks.compiled import unwrap
+from ..hooks.diffusers import AttentionSite, check_measurable, progress_bar_settings
 from ..patching import PatchHandle, patched
 from ..report import FlopSummary, summary
 from ..report.work import dense_flops, recorded_flops
@@ -284,7 +285,7 @@ def _sites(adapter: Adapter, transformer: Any) -> list[AttentionSite]:
 @contextmanager
 def _labelled(pipe: Any, text: str) -> Iterator[None]:
     """Inside, the pipeline's progress bar says `text`."""
-    settings = dict(getattr(pipe, "_progress_bar_config", {}))
+    settings = progress_bar_settings(pipe)
     pipe.set_progress_bar_config(**{**settings, "desc": text})
     try:
         yield

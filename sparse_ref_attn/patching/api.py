@@ -13,7 +13,8 @@ from torch import nn
 from ..adapters.base import Adapter, adapter_for, full_name
 from ..config import SparseRef
 from ..errors import ConfigError, UnsupportedModelError
-from ..hooks.diffusers import check_diffusers, check_not_compiled, unwrap
+from ..hooks.compiled import check_not_compiled, unwrap
+from ..hooks.diffusers import check_diffusers
 from ..hooks.instance import check_free
 from ..presets import ReCAST
 from .generations import Generations

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..adapters.base import Adapter
 from ..errors import IncompatibleError
-from ..hooks.diffusers import eager_blocks, splits_the_sequence
+from ..hooks.compiled import eager_blocks
+from ..hooks.diffusers import splits_the_sequence
 from ..run import AttentionView
 from ..types import TokenLayout
 from .call import GenerationCall

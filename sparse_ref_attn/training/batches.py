@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..hooks.diffusers import encoded_reference
 from ..toy.scenes import TOKEN, scene
 from ..toy.sprites import load_sprites
 from ..toy.words import LENGTH, TASKS
@@ -123,7 +124,7 @@ def encode(pipe: Any, targets: Tensor, references: Tensor, prompts: list[str], t
         Length that the prompts are padded or cut to.
     """
     with torch.no_grad():
-        latents = [pipe._encode_vae_image(x.to(pipe.vae.device, pipe.vae.dtype), None) for x in (targets, references)]
+        latents = [encoded_reference(pipe, x.to(pipe.vae.device, pipe.vae.dtype)) for x in (targets, references)]
         text, pooled, text_ids = pipe.encode_prompt(prompt=prompts, prompt_2=None, max_sequence_length=text_tokens)
     ids = [position_ids(z.shape[2] // 2, z.shape[3] // 2, i) for i, z in enumerate(latents)]
     target, reference = (pack(z.float()) for z in latents)

@@ -11,7 +11,8 @@ from torch import nn
 
 from ..adapters.base import Adapter, Kwargs
 from ..errors import IncompatibleError
-from ..hooks.diffusers import compiled_blocks, splits_the_sequence
+from ..hooks.compiled import compiled_blocks
+from ..hooks.diffusers import splits_the_sequence
 from ..packing import kept_rows
 from ..patching.call import Call
 from ..patching.execution.ragged import PerItem, Ragged

@@ -83,7 +83,7 @@ def test_cached_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = handle.record.steps[1].kept
     banks = [a.ref_indices.shape[0] for name, a in calls if name == "forward" and a.ref_indices is not None]
     cached = [n for n in banks if n == kept]
-    assert len(cached) == 3 * len(handle._patch.adapter.sites(handle._patch.transformer()))
+    assert len(cached) == 3 * len(handle._generations.adapter.sites(handle._transformer()))
     monkeypatch.setattr(proving, "JUDGED", set())
     want, _ = picture("klein_kv", config)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

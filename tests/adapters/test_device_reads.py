@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.patching.execution import ragged
+from sparse_ref_attn.patching.execution import ragged_rows
 from sparse_ref_attn.patching.execution.ragged import Item
 from tests.adapters.test_ragged import TRANSFORMERS, install, items_for, transformer_of
 from tests.device_reads import device_reads
@@ -52,7 +52,7 @@ def test_training_with_counts_of_each_item(name: str, checkpointing: bool) -> No
 
 def test_a_layer_without_them_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the counting sees when the lengths do not travel."""
-    monkeypatch.setattr(ragged, "HostOffsets", lambda *numbers: None)
+    monkeypatch.setattr(ragged_rows, "HostOffsets", lambda *numbers: None)
     transformer = transformer_of("kontext")
     hooks = install(transformer)
     items = [Item(kwargs) for kwargs in items_for(transformer)]

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparse_ref_attn as sra
-from sparse_ref_attn import profiling
 from sparse_ref_attn.adapters.base import adapter_for
 from sparse_ref_attn.eval.embedded import kontext_pipeline
 from sparse_ref_attn.ops.with_lse import forget_proofs
+from sparse_ref_attn.run import profile as profiling
 from tests.pipelines import CASES
 
 MODELS = ("kontext", "klein", "klein_kv", "qwen_edit", "qwen_edit_plus")

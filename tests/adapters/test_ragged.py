@@ -185,7 +185,7 @@ def test_masked_text_is_not_attended_to() -> None:
 
 @pytest.mark.parametrize("name", ["kontext", "klein"])
 def test_the_tap_sees_each_item_as_it_would_alone(name: str) -> None:
-    from sparse_ref_attn.hooks import diffusers as seams
+    from sparse_ref_attn.hooks.diffusers import tapped_attention
 
     transformer = transformer_of(name)
     items, adapter = items_for(transformer), adapter_for(transformer)
@@ -193,7 +193,7 @@ def test_the_tap_sees_each_item_as_it_would_alone(name: str) -> None:
     with torch.no_grad():
         for i, kwargs in enumerate(items):
             tap = lambda site, q, k, v, mask, i=i: alone.append((i, site, q, k, v))  # noqa: E731
-            with seams.tapped_attention(adapter.sites(transformer), tap):
+            with tapped_attention(adapter.sites(transformer), tap):
                 transformer(**kwargs)
         ragged = install(transformer)
         with ragged.joined([Item(kwargs) for kwargs in items], tap=lambda *of: joint.append(of[:5])) as joined:

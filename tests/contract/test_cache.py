@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.hooks import diffusers as seams
+from sparse_ref_attn.hooks.diffusers.versions import dispatcher
 from tests.contract.test_offload import by_model, sequential
 from tests.pipelines import CASES
 
@@ -29,7 +29,7 @@ each = pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETT
 def state(pipe: Any) -> list[Any]:
     """What a patch touches for a moment: hooks, backends, and the tables that backends are looked up in."""
     attentions = [b.attn for b in (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks)]
-    registry = seams._dispatch()._AttentionBackendRegistry
+    registry = dispatcher()._AttentionBackendRegistry
     return [
         [vars(attn.processor).get("_attention_backend", "inherited") for attn in attentions],
         [len(attn._forward_hooks) for attn in attentions],

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.hooks import diffusers as seams
+from sparse_ref_attn.hooks.diffusers import PrivateBackend
 from tests.contract.state import state
 from tests.contract.test_offload import by_model, sequential
 from tests.pipelines import CASES
@@ -203,6 +203,6 @@ def test_offloaded_at_many_points(
 def test_a_call_that_stays_half_on_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """With its way back taken out, a private attention backend stays on a processor."""
     bench = Bench("klein", "tokens")
-    monkeypatch.setattr(seams.PrivateBackend, "leave", lambda backend: None)
+    monkeypatch.setattr(PrivateBackend, "leave", lambda backend: None)
     with pytest.raises(AssertionError):
         bench.broken_off(Point("blocks.1", 0), ZeroDivisionError)

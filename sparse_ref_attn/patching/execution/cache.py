@@ -13,15 +13,8 @@ from ...adapters.base import Adapter, Kwargs
 from ...config import SparseRef
 from ...errors import ConfigError, IncompatibleError, LayoutError
 from ...execution import Cache
-from ...hooks.diffusers import (
-    Attention,
-    Route,
-    compiled_blocks,
-    dispatches,
-    eager_blocks,
-    routed_attention,
-    splits_the_sequence,
-)
+from ...hooks.compiled import compiled_blocks, eager_blocks
+from ...hooks.diffusers import Attention, Route, dispatches, routed_attention, splits_the_sequence
 from ...hooks.instance import InstanceHook
 from ...ops.with_lse import attention_with_lse
 from ...reference_cache import RankedCache

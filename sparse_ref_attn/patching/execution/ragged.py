@@ -12,10 +12,9 @@ run again for its gradient (gradient checkpointing) finds the same.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,18 +25,14 @@ from ...adapters.joining import sample_of, with_sample
 from ...adapters.masks import without_mask
 from ...adapters.shortened import Shortened
 from ...errors import IncompatibleError, LayoutError
-from ...functional import HostOffsets, gather_attention, pack_rows, unpack_rows
-from ...hooks.diffusers import PrivateBackend, dispatches, splits_the_sequence
-from ...hooks.instance import InstanceHook
+from ...functional import unpack_rows
+from ...hooks.diffusers import SLOT, answered_layer, layers_of, splits_the_sequence
 from ...types import TokenLayout
 from ..call import Call
 from ..proving import prepare_joined
+from .ragged_rows import ItemTap, RaggedRows, packed_rows, padded_rows
 
 __all__ = ["Item", "PerItem", "Ragged", "RaggedCall", "RaggedRows"]
-
-_SLOT = "attention_mask"  # every processor has it, and refuses what is not a mask should these hooks be gone
-
-ItemTap = Callable[[int, int, Tensor, Tensor, Tensor, "Tensor | None", Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -54,81 +49,6 @@ class Item:
 
     kwargs: Kwargs
     short: Shortened | None = None
-
-
-@dataclass(frozen=True)
-class RaggedRows:
-    """Whose row is whose in joint attention, B items.
-
-    Parameters
-    ----------
-    cu_seqlens : Tensor, shape (B + 1,) or (2, B + 1), int32
-        Items' stretches of the rows; two where text and image rows lie apart.
-    live : Tensor, shape (T,), int64, optional
-        Rows of the flattened (batch * S) sequence that belong to an item, item by item. None: all.
-    keys : Tensor, shape (T',), int64, optional
-        Of the live rows those that may be attended to. None: all.
-    cu_seqlens_k : Tensor, shape (B + 1,), int32, optional
-        Items' stretches of `keys`.
-    rotate : callable, optional
-        Turns (1, T, H, C), the live rows, where the model's own rotary embedding does not apply.
-    tap : callable, optional
-        ``tap(item, site, q, k, v, mask, lse)`` sees each item's attention, (1, S, H, C) after RoPE, and its LSE,
-        (1, H, S) float32.
-    host : HostOffsets, optional
-        What `cu_seqlens` and the keys' offsets hold: no layer reads them from the device.
-    """
-
-    cu_seqlens: Tensor
-    live: Tensor | None = None
-    keys: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    rotate: Any = None
-    tap: ItemTap | None = None
-    host: HostOffsets | None = None
-
-    def attend(self, site: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention (batch, S, H, C) within each item; rows of no item are zero."""
-        shape = q.shape
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        if self.live is not None:
-            q, k, v = pack_rows((q, k, v), self.live, 0)
-        if self.rotate is not None:
-            q, k = (self.rotate(x[None])[0] for x in (q, k))
-        if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention casts
-            q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-        seen = (q.detach(), k.detach(), v.detach())
-        cu_seqlens_k = self.cu_seqlens
-        if self.keys is not None and self.cu_seqlens_k is not None:
-            k, v = pack_rows((k, v), self.keys, 0)
-            cu_seqlens_k = self.cu_seqlens_k
-        out, lse = gather_attention(
-            q, k, v, cu_seqlens_q=self.cu_seqlens, cu_seqlens_k=cu_seqlens_k, host=self.host, return_lse=True
-        )
-        if self.tap is not None:
-            self._show(site, *seen, lse.detach().float())
-        if self.live is not None:
-            out = unpack_rows(out, self.live, shape[0] * shape[1], 0)
-        return out.view(shape)
-
-    def _show(self, site: int, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> None:
-        assert self.tap is not None
-        mask = None
-        if self.keys is not None:
-            mask = torch.zeros(q.shape[0], dtype=torch.bool, device=q.device).index_fill_(0, self.keys, True)
-        stretches = self._stretches()
-        for item in range(len(stretches[0]) - 1):
-            at = [slice(row[item], row[item + 1]) for row in stretches]
-            item_q, item_k, item_v = (torch.cat([x[span] for span in at])[None] for x in (q, k, v))
-            kept = None if mask is None else torch.cat([mask[span] for span in at])[None, None, None]
-            item_lse = torch.cat([lse[:, span] for span in at], dim=1)[None]
-            self.tap(item, site, item_q, item_k, item_v, kept, item_lse)
-
-    def _stretches(self) -> list[list[int]]:
-        """Items' offsets, one row for each part."""
-        if self.host is None:
-            return self.cu_seqlens.reshape(-1, self.cu_seqlens.shape[-1]).tolist()
-        return [list(row) for row in self.host.cu_seqlens_q]  # type: ignore[union-attr, arg-type]
 
 
 class RaggedCall:
@@ -211,10 +131,10 @@ class Ragged:
 
     def __init__(self, transformer: nn.Module, adapter: Adapter) -> None:
         self._transformer, self._adapter = transformer, adapter
-        self._sites = [m for m in transformer.modules() if dispatches(getattr(m, "processor", None))]
+        self._layers = layers_of(transformer)
         known = adapter.processors
-        other = sorted({type(m.processor).__name__ for m in self._sites} - set(known))
-        if other or not self._sites:
+        other = sorted({type(m.processor).__name__ for m in self._layers} - set(known))
+        if other or not self._layers:
             raise IncompatibleError(
                 f"to run calls together, the attention of {type(transformer).__name__} must go through "
                 f"{' or '.join(known) or 'processors that its adapter names'}, got {other or 'none'}"
@@ -226,8 +146,8 @@ class Ragged:
     def install(self) -> None:
         """Put the hooks on."""
         with contextlib.ExitStack() as undo:
-            for i, module in enumerate(self._sites):
-                for off in _listen(i, module):
+            for i, layer in enumerate(self._layers):
+                for off in answered_layer(layer, RaggedRows, partial(_attend, i)):
                     undo.callback(off)
             for off in self._adapter.joined_hooks(self._transformer, lambda: self._running):
                 undo.callback(off)
@@ -272,15 +192,15 @@ class Ragged:
         kwargs = adapter.join([without_mask(call, adapter.attention_arguments) for call in calls], shared_time)
         device = kwargs[adapter.tokens].device
         if adapter.packs:
-            rows = _packed(text, images, adapter.key_masks(calls), device, tap)
+            rows = packed_rows(text, images, adapter.key_masks(calls), device, tap)
         else:
             rotary = [torch.cat(tables) for tables in zip(*map(self._rotary, items), strict=True)]
-            rows = _padded(text, images, adapter.key_masks(calls), partial(adapter.rotate, rotary), device, tap)
+            rows = padded_rows(text, images, adapter.key_masks(calls), partial(adapter.rotate, rotary), device, tap)
         handed = kwargs.get(adapter.attention_arguments) or {}
         lengths = [a + b for a, b in zip(text, images, strict=True)]
         padded = None if adapter.packs else len(images) * (max(text) + max(images))
         prepare_joined(adapter, self._transformer, kwargs, lengths, padded)
-        call = RaggedCall({**kwargs, adapter.attention_arguments: {**handed, _SLOT: rows}}, text, images, adapter.packs)
+        call = RaggedCall({**kwargs, adapter.attention_arguments: {**handed, SLOT: rows}}, text, images, adapter.packs)
         self._running = call
         try:
             yield call
@@ -352,83 +272,5 @@ class PerItem:
         return self._joined.restore(output)
 
 
-def _listen(site: int, module: nn.Module) -> list[Callable[[], None]]:
-    """Hooks that give attention layer `site` its rows, as removers."""
-    current: list[RaggedRows] = []
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, user: Callable[[], Tensor]) -> Tensor:
-        return current[-1].attend(site, q, k, v)
-
-    backend = PrivateBackend(module.processor, attend)
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> tuple[tuple[Any, ...], Kwargs] | None:
-        rows = kwargs.get(_SLOT)
-        if not isinstance(rows, RaggedRows):
-            return None
-        current.append(rows)
-        backend.enter()
-        turned = {} if rows.rotate is None else {"image_rotary_emb": None}
-        return args, {**kwargs, _SLOT: None, **turned}
-
-    def after(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> None:
-        if current:
-            current.pop()
-            backend.leave()
-
-    return [
-        backend.remove,
-        module.register_forward_pre_hook(InstanceHook(module, before), with_kwargs=True).remove,
-        module.register_forward_hook(InstanceHook(module, after), with_kwargs=True, always_call=True).remove,
-    ]
-
-
-def _offsets(lengths: Sequence[int], first: int = 0) -> list[int]:
-    return list(accumulate(lengths, initial=first))
-
-
-def _packed(
-    text: Sequence[int],
-    images: Sequence[int],
-    masks: Sequence[Tensor | None],
-    device: torch.device,
-    tap: ItemTap | None,
-) -> RaggedRows:
-    stretches = [_offsets(text), _offsets(images, sum(text))]
-    cu_seqlens = torch.tensor(stretches, dtype=torch.int32, device=device)
-    if all(mask is None for mask in masks):
-        return RaggedRows(cu_seqlens, tap=tap, host=HostOffsets(stretches, stretches))
-    spans = [[torch.arange(row[i], row[i + 1]) for row in stretches] for i in range(len(text))]
-    keys, kept = _keys([torch.cat(span) for span in spans], masks, device)
-    cu_seqlens_k = torch.tensor(kept, dtype=torch.int32, device=device)
-    return RaggedRows(cu_seqlens, None, keys, cu_seqlens_k, tap=tap, host=HostOffsets(stretches, [kept]))
-
-
-def _keys(rows: Sequence[Tensor], masks: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor, list[int]]:
-    """Of each item's `rows`, on the CPU, those that may be attended to, item by item, and their offsets."""
-    kept = [own if mask is None else own[mask.cpu()] for own, mask in zip(rows, masks, strict=True)]
-    return torch.cat(kept).to(device), _offsets([len(own) for own in kept])
-
-
-def _padded(
-    text: Sequence[int],
-    images: Sequence[int],
-    masks: Sequence[Tensor | None],
-    rotate: Callable[[Tensor], Tensor],
-    device: torch.device,
-    tap: ItemTap | None,
-) -> RaggedRows:
-    most, size = max(text), max(text) + max(images)
-    spans = [
-        torch.arange(start, start + length)
-        for i, (words, cells) in enumerate(zip(text, images, strict=True))
-        for start, length in ((i * size, words), (i * size + most, cells))
-    ]
-    lengths = [a + b for a, b in zip(text, images, strict=True)]
-    offsets = _offsets(lengths)
-    cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
-    live = torch.cat(spans).to(device)
-    if all(mask is None for mask in masks):
-        return RaggedRows(cu_seqlens, live, rotate=rotate, tap=tap, host=HostOffsets([offsets], [offsets]))
-    keys, kept = _keys(list(torch.arange(sum(lengths)).split(lengths)), masks, device)
-    cu_seqlens_k = torch.tensor(kept, dtype=torch.int32, device=device)
-    return RaggedRows(cu_seqlens, live, keys, cu_seqlens_k, rotate, tap, HostOffsets([offsets], [kept]))
+def _attend(site: int, rows: RaggedRows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return rows.attend(site, q, k, v)

@@ -1,52 +1,41 @@
-"""Every touch of diffusers' internals, in one file, checked when a model is patched.
-
-The rest of the library uses torch's own module hooks and the public attributes of pipelines.
-"""
+"""Attention processors, and private backends that see or answer their calls."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.metadata
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..errors import IncompatibleError, VersionError
-from ..ops.with_lse import attention_with_lse
+from ...errors import IncompatibleError
+from ...ops.with_lse import attention_with_lse
+from ..instance import InstanceHook
+from .versions import dispatcher
 
 __all__ = [
-    "DIFFUSERS_RANGE",
+    "SLOT",
+    "Attention",
     "AttentionSite",
     "PrivateBackend",
+    "Route",
+    "Tap",
+    "answered_layer",
     "attention_sites",
-    "check_diffusers",
     "check_measurable",
-    "check_no_step_cache",
-    "check_not_compiled",
     "chosen_backend",
-    "compiled_blocks",
     "dispatches",
-    "eager_blocks",
     "gives_lse",
-    "internal",
+    "layers_of",
     "note_thread",
-    "reset_step_cache",
-    "rotate_pairs",
-    "rotate_qwen",
     "routed_attention",
-    "splits_the_sequence",
-    "step_cache_active",
     "tapped_attention",
-    "unwrap",
 ]
 
-DIFFUSERS_RANGE = ((0, 42), (0, 43))
-"""First supported and first unsupported (major, minor) of diffusers."""
+SLOT = "attention_mask"
+"""Argument of an attention layer that every processor has, and refuses what is no mask should the hooks be gone."""
 
 # Backends under which `ops.with_lse.attention_with_lse` finds the LSE of a call without a mask.
 _LSE_BACKENDS = ("native", "_native_flash", "flash", "_flash_3")
@@ -65,120 +54,50 @@ class AttentionSite:
     module: nn.Module | None = None
 
 
-def check_diffusers() -> None:
-    """Raise VersionError, with words, when the installed diffusers is outside `DIFFUSERS_RANGE`."""
-    (low, high) = DIFFUSERS_RANGE
-    wanted = f"diffusers >= {low[0]}.{low[1]}, < {high[0]}.{high[1]}"
-    try:
-        version = importlib.metadata.version("diffusers")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise VersionError(f"patching this model needs {wanted}, and diffusers is not installed") from error
-    major, minor = (int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:2])
-    if not low <= (major, minor) < high:
-        raise VersionError(
-            f"patching needs {wanted}, got {version}: the seams this library relies on were checked for that range only"
-        )
-    registry = getattr(_dispatch(), "_AttentionBackendRegistry", None)
-    missing = [n for n in ("_backends", "_constraints", "_supported_arg_names") if not hasattr(registry, n)]
-    if missing:
-        raise VersionError(f"diffusers {version} must keep the attention backend registry's {missing}; they are gone")
-
-
-def _dispatch() -> Any:
-    return importlib.import_module("diffusers.models.attention_dispatch")
-
-
-def internal(module: str, name: str) -> Any:
-    """A class of diffusers that its public interface does not name.
-
-    Raises
-    ------
-    VersionError
-        If it is gone.
-    """
-    found = getattr(importlib.import_module(f"diffusers.{module}"), name, None)
-    if found is None:
-        raise VersionError(f"diffusers {importlib.metadata.version('diffusers')} must have {module}.{name}; it is gone")
-    return found
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The model itself, out of DistributedDataParallel, PeftModel and the like."""
-    while True:
-        base: Any = getattr(module, "get_base_model", None)
-        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            module = module.module
-        elif base is not None:
-            module = base()
-        else:
-            return module
-
-
-def check_not_compiled(module: nn.Module) -> None:
-    """Raise IncompatibleError for a module compiled as a whole: hooks added to it never fire."""
-    compiled = getattr(module, "_compiled_call_impl", None) is not None
-    if compiled or type(module).__name__ == "OptimizedModule":
-        raise IncompatibleError(
-            "the transformer must not be compiled as a whole when it is patched (torch never calls hooks added "
-            f"later), got a compiled {type(module).__name__}. Patch first, then compile its blocks: "
-            "transformer.compile_repeated_blocks(fullgraph=True)"
-        )
-
-
-def compiled_blocks(module: nn.Module) -> bool:
-    """Whether the module or one inside it is compiled."""
-    return any(getattr(m, "_compiled_call_impl", None) is not None for m in module.modules())
-
-
-@contextlib.contextmanager
-def eager_blocks(module: nn.Module) -> Iterator[None]:
-    """Run compiled blocks eagerly inside, so that a profiling step neither recompiles nor breaks them."""
-    if not compiled_blocks(module):
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def step_cache_active(module: nn.Module) -> bool:
-    """Whether a cache that reuses activations of earlier steps is on (diffusers' own, or cache-dit's)."""
-    return bool(getattr(module, "is_cache_enabled", False) or getattr(module, "_is_cached", False))
-
-
-def splits_the_sequence(module: nn.Module) -> bool:
-    """Whether diffusers' context parallelism gives each process a part of the sequence."""
-    parallel = getattr(module, "_parallel_config", None)
-    return parallel is not None and getattr(parallel, "context_parallel_config", None) is not None
-
-
-def check_no_step_cache(module: nn.Module) -> None:
-    """Raise IncompatibleError where a step cache is on: it keeps activations of one call."""
-    if step_cache_active(module):
-        raise IncompatibleError(
-            "calls that run together must not go through a step cache, which keeps activations of one call; got one "
-            f"on {type(module).__name__}. Disable it"
-        )
-
-
-def reset_step_cache(module: nn.Module) -> None:
-    """Forget what an active step cache has stored; its next step computes in full.
-
-    It may run inside the pipeline's ``cache_context``, which the reset would end.
-    """
-    reset = getattr(module, "_reset_stateful_cache", None)
-    if reset is None:
-        return
-    hooks = [h for m in module.modules() for h in getattr(getattr(m, "_diffusers_hook", None), "hooks", {}).values()]
-    states = [state for hook in hooks for state in vars(hook).values() if hasattr(state, "set_context")]
-    contexts = [state._context for state in states]
-    reset()
-    for state, context in zip(states, contexts, strict=True):
-        state.set_context(context)
-
-
 def attention_sites(blocks: Sequence[tuple[nn.Module, str]]) -> list[AttentionSite]:
     """One site for each (attention module, kind), in order of execution."""
     return [AttentionSite(attn.processor, kind, attn) for attn, kind in blocks if hasattr(attn, "processor")]
+
+
+def layers_of(transformer: nn.Module) -> list[nn.Module]:
+    """The attention layers whose processors hand their attention to a backend, in the order of the modules."""
+    return [m for m in transformer.modules() if dispatches(getattr(m, "processor", None))]
+
+
+def answered_layer(
+    layer: nn.Module, kind: type[Any], attend: Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+) -> list[Callable[[], None]]:
+    """Hooks that answer a layer's attention where its mask argument (`SLOT`) is a `kind`, as removers.
+
+    ``attend(value, q, k, v)`` gets that argument's value. Where the value has a ``rotate``, the layer does not turn q
+    and k itself.
+    """
+    current: list[Any] = []
+
+    def answer(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, user: Attention) -> Tensor:
+        return attend(current[-1], q, k, v)
+
+    backend = PrivateBackend(layer.processor, answer)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = kwargs.get(SLOT)
+        if not isinstance(value, kind):
+            return None
+        current.append(value)
+        backend.enter()
+        turned = {} if value.rotate is None else {"image_rotary_emb": None}
+        return args, {**kwargs, SLOT: None, **turned}
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if current:
+            current.pop()
+            backend.leave()
+
+    return [
+        backend.remove,
+        layer.register_forward_pre_hook(InstanceHook(layer, before), with_kwargs=True).remove,
+        layer.register_forward_hook(InstanceHook(layer, after), with_kwargs=True, always_call=True).remove,
+    ]
 
 
 def dispatches(processor: object) -> bool:
@@ -268,7 +187,7 @@ def note_thread(inside: bool) -> None:
 def _clear_tables() -> None:
     """Take private backends that nobody can use any more out of diffusers' tables."""
     if _RETIRED and not _INSIDE - {threading.get_ident()}:
-        registry = _dispatch()._AttentionBackendRegistry
+        registry = dispatcher()._AttentionBackendRegistry
         while _RETIRED:
             member = _RETIRED.pop()._member
             for table in (registry._backends, registry._constraints, registry._supported_arg_names):
@@ -292,7 +211,7 @@ class PrivateBackend:
     """
 
     def __init__(self, processor: Any, attend: Attend) -> None:
-        self._dispatch = _dispatch()
+        self._dispatch = dispatcher()
         self._processor = processor
         self._inner: Any = None
         self._own: bool | None = None
@@ -368,29 +287,3 @@ class PrivateBackend:
             self.leave()
             _RETIRED.append(self)
             _clear_tables()
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """FLUX's rotary embedding of x (B, S, H, C) by tables (S, C)."""
-    module = importlib.import_module("diffusers.models.embeddings")
-    return module.apply_rotary_emb(x, (cos, sin), sequence_dim=1)
-
-
-def rotate_qwen(x: Tensor, table: Tensor) -> Tensor:
-    """Qwen-Image's rotary embedding of x (B, S, H, C) by a complex table (S, C / 2)."""
-    module = importlib.import_module("diffusers.models.transformers.transformer_qwenimage")
-    return module.apply_rotary_emb_qwen(x, table, use_real=False)
-
-
-def tensors_on_disk(module: nn.Module) -> dict[int, tuple[str, str]]:
-    """Weights that group offloading keeps in files: (safetensors file, key) by the tensor's id.
-
-    What the module then has in their place is memory that nobody filled.
-    """
-    found = {}
-    for each in module.modules():
-        hook = getattr(getattr(each, "_diffusers_hook", None), "hooks", {}).get("group_offloading")
-        group = getattr(hook, "group", None)
-        if group is not None and getattr(group, "_is_offloaded_to_disk", False):
-            found |= {id(x): (group.safetensors_file_path, key) for x, key in group.tensor_to_key.items()}
-    return found

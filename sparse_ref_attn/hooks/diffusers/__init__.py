@@ -1,0 +1,73 @@
+"""Every touch of diffusers' internals, in one place, checked when a model is patched.
+
+The rest of the library uses torch's own module hooks and the public attributes of pipelines; a test holds that.
+"""
+
+from .attention import (
+    SLOT,
+    Attention,
+    AttentionSite,
+    PrivateBackend,
+    Route,
+    Tap,
+    answered_layer,
+    attention_sites,
+    check_measurable,
+    chosen_backend,
+    dispatches,
+    gives_lse,
+    layers_of,
+    note_thread,
+    routed_attention,
+    tapped_attention,
+)
+from .caches import check_no_step_cache, reset_step_cache, splits_the_sequence, step_cache_active
+from .parts import (
+    check_parts,
+    encoded_reference,
+    offload_hook,
+    packed_reference,
+    per_row_modulation,
+    progress_bar_settings,
+    qwen_frequencies,
+    rotate_pairs,
+    rotate_qwen,
+    tensors_on_disk,
+)
+from .versions import DIFFUSERS_RANGE, check_diffusers, internal
+
+__all__ = [
+    "DIFFUSERS_RANGE",
+    "SLOT",
+    "Attention",
+    "AttentionSite",
+    "PrivateBackend",
+    "Route",
+    "Tap",
+    "answered_layer",
+    "attention_sites",
+    "check_diffusers",
+    "check_measurable",
+    "check_no_step_cache",
+    "check_parts",
+    "chosen_backend",
+    "dispatches",
+    "encoded_reference",
+    "gives_lse",
+    "internal",
+    "layers_of",
+    "note_thread",
+    "offload_hook",
+    "packed_reference",
+    "per_row_modulation",
+    "progress_bar_settings",
+    "qwen_frequencies",
+    "reset_step_cache",
+    "rotate_pairs",
+    "rotate_qwen",
+    "routed_attention",
+    "splits_the_sequence",
+    "step_cache_active",
+    "tapped_attention",
+    "tensors_on_disk",
+]
