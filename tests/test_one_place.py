@@ -50,9 +50,8 @@ def touches(tree: ast.Module, own: set[str]) -> list[str]:
         if isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in own and root(node) not in OTHERS:
             found.append(f"line {node.lineno}: {node.attr}")
         if isinstance(node, ast.Call) and root(node) in ("getattr", "hasattr", "setattr", "delattr", "vars"):
-            found += [
-                f"line {node.lineno}: {a.value}" for a in node.args if isinstance(a, ast.Constant) and private(a.value)
-            ]
+            names = [a.value for a in node.args if isinstance(a, ast.Constant) and private(a.value)]
+            found += [f"line {node.lineno}: {name}" for name in names if name not in own]
         modules = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
         modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.Call) and root(node) in ("import_module", "importlib"):
