@@ -86,6 +86,7 @@ class _Thread(threading.local):
 
     def __init__(self, adapter: Adapter, unknown: Callable[[str], None]) -> None:
         self.live: list[Generation] = []
+        self.latest: Generation | None = None
         self.layouts = Layouts(adapter, unknown)
 
 
@@ -134,6 +135,12 @@ class Ownership:
 
     def find(self, kwargs: Kwargs, layout: TokenLayout | None) -> Where | None:
         """Where a call stands; None for one without reference rows, `layout` None, that no generation can be of."""
+        where = self._find(kwargs, layout)
+        if where is not None and where.generation is not None:
+            self._here.latest = where.generation
+        return where
+
+    def _find(self, kwargs: Kwargs, layout: TokenLayout | None) -> Where | None:
         if layout is None and not self._here.live:
             return None
         timestep = kwargs.get("timestep")
@@ -181,6 +188,7 @@ class Ownership:
         identity.agrees(0, kwargs.get("timestep"), self._text(kwargs), lambda: True)
         generation = Generation(run, where.leader, where.at.key, identity)
         self._here.live.append(generation)
+        self._here.latest = generation
         return generation
 
     # -- who tells the step --------------------------------------------------------------------
@@ -205,11 +213,12 @@ class Ownership:
 
     def _watched(self, kwargs: Kwargs, layout: TokenLayout | None) -> tuple[ObservedSteps, Generation | None]:
         """As `_leader`, among the generations whose timesteps are watched."""
-        text = self._text(kwargs)
+        text, timestep = self._text(kwargs), kwargs.get("timestep")
         for g in sorted(reversed(self._here.live), key=lambda g: not g.identity.knows(text)):
             if isinstance(g.leader, ObservedSteps) and (layout is None or self._same_references(g.run, kwargs, layout)):
-                another = g.identity.alive and not g.identity.knows(text) and g.leader.rises(kwargs.get("timestep"))
-                if not another:
+                nested = g.identity.alive and not g.identity.knows(text) and g.leader.rises(timestep)
+                left = g is not self._here.latest and not g.leader.follows(timestep)  # others came between its steps
+                if not nested and not left:
                     return g.leader, g
         return self._observe(), None
 

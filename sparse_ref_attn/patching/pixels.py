@@ -264,7 +264,9 @@ def _period(chosen: list[int | None]) -> list[int | None]:
 def _batch(pictures: list[Tensor | None]) -> Tensor | None:
     """One tensor of all items' pictures, None where one has none."""
     known = [x for x in pictures if x is not None]
-    return torch.cat(known) if len(known) == len(pictures) and known else None
+    if not known or len(known) < len(pictures):
+        return None
+    return known[0] if len(known) == 1 else torch.cat(known)
 
 
 def _latents(encoded: Any) -> Tensor | None:

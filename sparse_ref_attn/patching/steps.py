@@ -201,6 +201,11 @@ class ObservedSteps:
         """Whether a call's timestep lies above the last one."""
         return self._first is None or _number(timestep) > self._last
 
+    def follows(self, timestep: Tensor | None) -> bool:
+        """Whether a call's timestep is that of a later step of the run."""
+        t = _number(timestep)
+        return self._first is not None and t != self._last and (t > self._last) == self.rising
+
     def current(self, timestep: Tensor | None, goes_on: bool = False) -> RunStep:
         """The step of a call; `goes_on`: it is known to have the text and references of the one before."""
         t = _number(timestep)

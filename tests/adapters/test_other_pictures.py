@@ -105,10 +105,14 @@ def test_another_picture_of_the_same_call_is_not_the_references() -> None:
     with sra.patched(pipe, EDGES) as handle:
         with pytest.raises(PixelsUnavailableError, match="reference 1 has none"):
             case.call(pipe, latents=True, **request)
-        assert torch.equal(handle._patch.session.references.pixels[0], preprocessed(pipe, 5))
         case.call(pipe, image_reference=picture(64, 64, 7), **request)
         for own, seed in zip(handle.record.pixels, (5, 7), strict=True):
             assert torch.equal(own, preprocessed(pipe, seed))
+    with sra.patched(pipe, sra.SparseRef("grid", 0.5)) as handle:
+        case.call(pipe, latents=True, **request)
+        first, second = handle.record.pixels
+        assert second is None
+        assert torch.equal(first, preprocessed(pipe, 5))
 
 
 def preprocessed(pipe: Any, seed: int) -> Tensor:
@@ -230,7 +234,7 @@ def test_threads_keep_their_pictures() -> None:
     pipes.append(type(pipes[0])(**pipes[0].components))
     heard, go = threading.Event(), threading.Event()
     with sra.patched(pipes[0], sra.SparseRef("grid", 0.5)) as handle:
-        tap = handle._patch.pixels
+        tap = handle._generations.pixels
         seen: dict[str, Any] = {}
 
         def other() -> None:

@@ -208,7 +208,7 @@ def test_the_tap_sees_each_item_as_it_would_alone(name: str) -> None:
 
 def test_items_that_see_each_other_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison fails where attention forgets whose row is whose."""
-    from sparse_ref_attn.patching.execution import ragged as module
+    from sparse_ref_attn.patching.execution import ragged_rows as module
 
     transformer = transformer_of("klein")
     items = items_for(transformer)
@@ -239,7 +239,7 @@ def test_other_calls_and_copies_are_untouched() -> None:
 
 
 def test_a_failing_call_leaves_the_backend_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_ref_attn.patching.execution import ragged as module
+    from sparse_ref_attn.patching.execution import ragged_rows as module
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("out of memory")
