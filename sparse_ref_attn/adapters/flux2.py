@@ -32,6 +32,7 @@ class Flux2Adapter(Adapter):
 
     name = "FLUX.2"
     classes = ("diffusers.models.transformers.transformer_flux2.Flux2Transformer2DModel",)
+    needs = ("img_ids", "txt_ids")
     streams = FLUX2_STREAMS
     stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
     per_item = ("hidden_states", "encoder_hidden_states", "timestep", "guidance")

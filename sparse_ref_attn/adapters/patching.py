@@ -26,6 +26,7 @@ from .flops import summarise
 from .handle import Patch
 from .hooks import check_free
 from .reuse import CacheReuse
+from .serving import check_serves
 
 __all__ = ["PatchHandle", "patch", "patch_of", "patched", "resolve"]
 
@@ -248,7 +249,7 @@ def patch(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None
     Raises
     ------
     UnsupportedModelError
-        If nothing can be patched.
+        If nothing can be patched, or the adapter was not written for such a transformer.
     VersionError
         If diffusers is outside the supported range.
     IncompatibleError
@@ -305,8 +306,11 @@ def resolve(pipe: Any, adapter: Adapter | None = None) -> tuple[nn.Module, Adapt
     seams.check_not_compiled(model)
     transformer = seams.unwrap(model)
     seams.check_not_compiled(transformer)
-    adapter = adapter_for(transformer) if adapter is None else adapter
-    if not isinstance(adapter, Adapter):
+    if adapter is None:
+        adapter = adapter_for(transformer)
+    elif isinstance(adapter, Adapter):
+        check_serves(adapter, transformer)
+    else:
         raise ConfigError(f"adapter must be an Adapter, such as PlainAdapter(...), got {adapter!r}")
     if full_name(type(transformer)).startswith("diffusers.") or not isinstance(pipe, nn.Module):
         seams.check_diffusers()

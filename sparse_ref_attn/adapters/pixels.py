@@ -137,7 +137,7 @@ class PixelTap:
         self._seen.clear()
         own = [x for x in heard if self._handed_over or x.call == call]
         self._seen.extend(x for x in heard if x.thread != threading.get_ident() and not any(x is y for y in own))
-        pictures = []
+        pictures: list[tuple[Tensor, Tensor]] = []
         for x in own:
             latents = _latents(x.encoded)
             if latents is not None and len(latents) == len(x.pixels):

@@ -328,7 +328,7 @@ def tensors_on_disk(module: nn.Module) -> dict[int, tuple[str, str]]:
 
     What the module then has in their place is memory that nobody filled.
     """
-    found = {}
+    found: dict[int, tuple[str, str]] = {}
     for each in module.modules():
         hook = getattr(getattr(each, "_diffusers_hook", None), "hooks", {}).get("group_offloading")
         group = getattr(hook, "group", None)
