@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import LayoutError
 from ..profiling import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
@@ -114,6 +115,11 @@ class Flux2Adapter(Adapter):
         if q.shape[1] == k.shape[1] == count:
             spans = tuple((r.start, r.start + r.length) for r in layout.references)
             return AttentionView(k, v, None, q, spans)
+        if (q.shape[1], k.shape[1]) != (at + layout.generation[1], at + layout.rows):
+            raise LayoutError(
+                f"attention must run from {at + layout.generation[1]} rows to {at + layout.rows}, or from and to the "
+                f"{count} of the references, got {q.shape[1]} queries and {k.shape[1]} keys"
+            )
         spans = tuple((at + r.start, at + r.start + r.length) for r in layout.references)
         return AttentionView(k, v, q[:, at:], None, spans)
 

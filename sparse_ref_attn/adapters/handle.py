@@ -25,6 +25,7 @@ from .base import Adapter, Found, Kwargs
 from .caching import CachedCall, CacheKeeper, check_cache
 from .depth import DepthCut, leaving
 from .hooks import InstanceHook
+from .listening import Listener
 from .pixels import PixelTap, encoder
 from .steps import ManualSteps, ObservedSteps, PipelineSteps, RunStep
 from .witness import RunWitness
@@ -48,6 +49,7 @@ class _Call:
         self.cache: CachedCall | None = None
         self.contexts = contextlib.ExitStack()
         self.listening = contextlib.ExitStack()
+        self.listener: Listener | None = None
 
 
 class Patch:
@@ -213,6 +215,8 @@ class Patch:
         call.contexts.close()
         if output is None:
             return None
+        if call.listener is not None:
+            call.listener.check()
         if call.watch is not None:
             call.record.seconds.append(call.watch)
         if call.cut is not None:
@@ -351,16 +355,10 @@ class Patch:
                 "process), or call disable_parallelism()"
             )
 
-        def tap(block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-            if not self.session.profile.measures(step, block):
-                return
-            view = self.adapter.view(layout, q.detach(), k.detach(), v.detach(), mask)
-            if view is not None:
-                self.session.observe(step, block, view)
-
+        call.listener = Listener(self.session, self.adapter, layout, step)
         call.contexts.enter_context(call.listening)
         call.listening.enter_context(seams.eager_blocks(module))
-        call.listening.enter_context(self.adapter.listen(module, tap))
+        call.listening.enter_context(self.adapter.listen(module, call.listener))
 
     def _clear_step_cache(self, module: nn.Module, kept: int) -> None:
         if self._last_kept not in (None, kept) and seams.step_cache_active(module):
