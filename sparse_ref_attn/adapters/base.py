@@ -21,9 +21,10 @@ from . import masks
 from .cache_seam import CacheSeam
 from .depth import Block, DepthCut, blocks_of
 from .joining import sample_of, split_items, with_sample
+from .serving import check_serves, full_name
 from .shortened import Shortened
 
-__all__ = ["Adapter", "Found", "adapter_for", "references_from_ids", "register_adapter", "supported"]
+__all__ = ["Adapter", "Found", "adapter_for", "full_name", "references_from_ids", "register_adapter", "supported"]
 
 Kwargs = dict[str, Any]
 Found = tuple[tuple[int, int], tuple[Reference, ...]]
@@ -44,6 +45,10 @@ class Adapter:
     """Which stream each Linear sees, for `cost.ModelShape.from_module`."""
     stacks: ClassVar[Mapping[str, str]] = {}
     """ModuleLists of blocks, in order of execution -> kind of their blocks ("double" or "single")."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the forward, besides the two streams, that tell where the tokens lie."""
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Submodules that the adapter asks."""
     tokens: str = "hidden_states"
     """Argument that holds the image stream (B, rows, D)."""
     text_tokens: str | None = "encoder_hidden_states"
@@ -300,8 +305,17 @@ def _grid(cells: Tensor) -> tuple[int, int] | None:
 
 
 def take_rows(kwargs: Kwargs, names: Mapping[str, int], rows: Tensor) -> Kwargs:
-    """Arguments with `rows` of each named tensor along its axis (negative axes count from the end)."""
+    """Arguments with `rows` of each named tensor along its axis (negative axes count from the end).
+
+    Raises
+    ------
+    LayoutError
+        If they have not all as many rows.
+    """
     out = dict(kwargs)
+    counts = {name: out[name].shape[axis] for name, axis in names.items() if out.get(name) is not None}
+    if len(set(counts.values())) > 1:
+        raise LayoutError(f"arguments with a row for each token must have the same number of rows, got {counts}")
     for name, axis in names.items():
         if out.get(name) is not None:
             out[name] = pack_rows(out[name], rows.to(out[name].device), axis % out[name].ndim)
@@ -331,10 +345,6 @@ def register_adapter(cls: type[nn.Module] | str, adapter: Adapter) -> None:
     _REGISTRY[cls if isinstance(cls, str) else full_name(cls)] = adapter
 
 
-def full_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 def supported() -> dict[str, str]:
     """Class name and adapter name of everything registered."""
     return {name: adapter.name for name, adapter in sorted(_REGISTRY.items())}
@@ -346,12 +356,12 @@ def adapter_for(transformer: nn.Module) -> Adapter:
     Raises
     ------
     UnsupportedModelError
-        Naming the class, what is supported, and how to add it.
+        Naming the class, what is supported, and how to add it; or what the class lacks that its adapter needs.
     """
     for cls in type(transformer).__mro__:
         adapter = _REGISTRY.get(full_name(cls))
         if adapter is not None:
-            adapter.check(transformer)
+            check_serves(adapter, transformer)
             return adapter
     known = "\n".join(f"  {name} ({label})" for name, label in supported().items())
     raise UnsupportedModelError(

@@ -50,6 +50,8 @@ class FluxAdapter(Adapter):
 
     name = "FLUX.1 Kontext"
     classes = ("diffusers.models.transformers.transformer_flux.FluxTransformer2DModel",)
+    needs = ("img_ids", "txt_ids")
+    parts = ("pos_embed",)
     streams = FLUX_STREAMS
     stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
     per_item = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import LayoutError
 from ..hooks.diffusers import encoded_reference, packed_reference, per_row_modulation
 from ..run import AttentionView
 from ..selection import Reduced
@@ -33,6 +34,7 @@ class Flux2Adapter(Adapter):
 
     name = "FLUX.2"
     classes = ("diffusers.models.transformers.transformer_flux2.Flux2Transformer2DModel",)
+    needs = ("img_ids", "txt_ids")
     streams = FLUX2_STREAMS
     stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
     per_item = ("hidden_states", "encoder_hidden_states", "timestep", "guidance")
@@ -129,6 +131,11 @@ class Flux2Adapter(Adapter):
         if q.shape[1] == k.shape[1] == count:
             spans = tuple((r.start, r.start + r.length) for r in layout.references)
             return AttentionView(k, v, None, q, spans)
+        if (q.shape[1], k.shape[1]) != (at + layout.generation[1], at + layout.rows):
+            raise LayoutError(
+                f"attention must run from {at + layout.generation[1]} rows to {at + layout.rows}, or from and to the "
+                f"{count} of the references, got {q.shape[1]} queries and {k.shape[1]} keys"
+            )
         spans = tuple((at + r.start, at + r.start + r.length) for r in layout.references)
         return AttentionView(k, v, q[:, at:], None, spans)
 

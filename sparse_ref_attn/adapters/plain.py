@@ -19,6 +19,8 @@ from ..types import TokenLayout
 from . import masks
 from .base import Adapter, Found, Kwargs, take_rows
 from .flux import place_by_ids
+from .row_arguments import RowArgument
+from .serving import check_arguments
 
 __all__ = ["PlainAdapter"]
 
@@ -73,9 +75,11 @@ class PlainAdapter(Adapter):
     find : callable
         From all arguments by name to ``((first generation row, number), references)``, or None
         when the layout is not known (the call then runs dense). Called once a run.
-    rows : mapping of str to int
-        Further arguments that hold one entry a row, and the axis of their rows (position ids,
-        rotary tables).
+    rows : mapping of str to int or tuple
+        Further arguments that hold one entry a row (position ids, rotary tables), and the axis of
+        their rows. Tensors, or tuples such as (cos, sin), lists and mappings of them. Where other
+        rows stand around those of the image stream, ``(axis, before)`` or ``(axis, before, after)``,
+        numbers of rows or "text" for as many as there are text tokens: ``{"rotary": (0, "text")}``.
     text : str, optional
         Argument with the text tokens (B, text, D) that stand before the image stream in joint
         attention. Default none.
@@ -107,7 +111,7 @@ class PlainAdapter(Adapter):
         self,
         tokens: str,
         find: Callable[[Kwargs], Found | None],
-        rows: Mapping[str, int] | None = None,
+        rows: Mapping[str, int | tuple[int | str, ...]] | None = None,
         *,
         text: str | None = None,
         attention: Sequence[str] = (),
@@ -124,10 +128,14 @@ class PlainAdapter(Adapter):
             raise ConfigError(f"positions must be one of rows {sorted(rows or {})}, got {positions!r}")
         self.tokens, self.text_tokens = tokens, text
         self.name = name  # type: ignore[misc]
-        self._find, self._rows = find, dict(rows or {})
+        self._find = find
+        self._rows = {name: RowArgument.of(name, given) for name, given in (rows or {}).items()}
         self._attention, self._conditional, self._positions = tuple(attention), conditional, positions
         self._shape = shape
         self.attention_arguments = mask or ""
+
+    def check(self, transformer: nn.Module) -> None:
+        check_arguments(self, transformer, [self.tokens, self.text_tokens, *self._rows])
 
     def find(self, kwargs: Kwargs) -> Found | None:
         return self._find(kwargs)
@@ -154,10 +162,14 @@ class PlainAdapter(Adapter):
                 )
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
-        return take_rows(self._cut_mask(kwargs, layout, rows), {self.tokens: 1, **self._rows}, rows)
+        short = take_rows(self._cut_mask(kwargs, layout, rows), {self.tokens: 1}, rows)
+        for name, argument in self._rows.items():
+            if name in kwargs:
+                short[name] = argument.cut(kwargs[name], layout, rows)
+        return short
 
     def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
-        if self._positions is None or set(self._rows) != {self._positions}:
+        if self._positions is None or set(self._rows) != {self._positions} or not self._rows[self._positions].alone:
             return super().replace(kwargs, layout, reduced)
         named = {"hidden_states": kwargs[self.tokens], "img_ids": kwargs[self._positions]}
         placed = place_by_ids(named, layout, reduced)

@@ -36,6 +36,8 @@ class QwenImageAdapter(Adapter):
 
     name = "Qwen-Image-Edit"
     classes = ("diffusers.models.transformers.transformer_qwenimage.QwenImageTransformer2DModel",)
+    needs = ("img_shapes",)
+    parts = ("pos_embed",)
     streams = QWEN_STREAMS
     stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double"}
     attention_arguments = "attention_kwargs"

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters.base import Adapter, adapter_for, full_name
+from ..adapters.serving import check_serves
 from ..config import SparseRef
 from ..errors import ConfigError, UnsupportedModelError
 from ..hooks.compiled import check_not_compiled, unwrap
@@ -51,7 +52,7 @@ def patch(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None
     Raises
     ------
     UnsupportedModelError
-        If nothing can be patched.
+        If nothing can be patched, or the adapter was not written for such a transformer.
     VersionError
         If diffusers is outside the supported range.
     IncompatibleError
@@ -115,8 +116,11 @@ def resolve(pipe: Any, adapter: Adapter | None = None) -> tuple[nn.Module, Adapt
     check_not_compiled(model)
     transformer = unwrap(model)
     check_not_compiled(transformer)
-    adapter = adapter_for(transformer) if adapter is None else adapter
-    if not isinstance(adapter, Adapter):
+    if adapter is None:
+        adapter = adapter_for(transformer)
+    elif isinstance(adapter, Adapter):
+        check_serves(adapter, transformer)
+    else:
         raise ConfigError(f"adapter must be an Adapter, such as PlainAdapter(...), got {adapter!r}")
     if full_name(type(transformer)).startswith("diffusers.") or not isinstance(pipe, nn.Module):
         check_diffusers()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -94,6 +95,8 @@ class GenerationCall(Call):
         Whether the attention of this call is to be measured.
     listening : ExitStack
         Left when the measuring is over, at the latest with the call.
+    heard : callable
+        Called after the call: raises where what was measured was not the joint attention.
     watch : Stopwatch, optional
         Of the transformer; set when it begins.
     """
@@ -104,6 +107,7 @@ class GenerationCall(Call):
     began: float
     measures: bool = False
     listening: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    heard: Callable[[], None] = lambda: None
     watch: Stopwatch | None = None
 
     def enter(self) -> Kwargs:
@@ -120,6 +124,9 @@ class GenerationCall(Call):
         if self.watch is not None:
             self.watch.stop(self.device)
         began = time.perf_counter()
+        self.contexts.close()
+        if output is not None:
+            self.heard()
         given = super().leave(output)
         if output is not None:
             if self.watch is not None and isinstance(self.step.seconds, Stopwatches):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..adapters.base import Adapter
-from ..errors import IncompatibleError
+from ..errors import IncompatibleError, LayoutError
 from ..hooks.compiled import eager_blocks
 from ..hooks.diffusers import splits_the_sequence
 from ..run import AttentionView
@@ -18,10 +18,15 @@ __all__ = ["listen", "view_with_lse"]
 
 
 class _Listener:
-    """A tap that measures the blocks and steps which the run asks for."""
+    """Measures the attention calls of one transformer call that look over all its rows.
+
+    A block may attend to other keys too, as an IP-Adapter's does to those of its image prompt: such calls pass by.
+    """
 
     def __init__(self, call: GenerationCall) -> None:
         self._call = call
+        self._joint: set[int] = set()
+        self._others: dict[int, LayoutError] = {}
 
     def wants_lse(self, block: int) -> bool:
         """Whether the call of `block` is measured, so that its LSE is worth asking for."""
@@ -33,9 +38,22 @@ class _Listener:
         call = self._call
         if not self.wants_lse(block):
             return
-        view = view_with_lse(call.adapter, call.layout, q.detach(), k.detach(), v.detach(), mask, lse)
+        try:
+            view = view_with_lse(call.adapter, call.layout, q.detach(), k.detach(), v.detach(), mask, lse)
+        except LayoutError as error:
+            if block not in self._joint and q.shape[1] == k.shape[1]:
+                raise
+            self._others[block] = error
+            return
+        self._joint.add(block)
         if view is not None:
             call.run.observe(call.at.step, block, view)
+
+    def check(self) -> None:
+        """After the call: raise LayoutError where a block attended to other keys and never to all rows."""
+        for block, error in self._others.items():
+            if block not in self._joint:
+                raise LayoutError(f"block {block} must attend over all rows to be measured: {error}") from error
 
 
 def listen(call: GenerationCall) -> None:
@@ -55,7 +73,9 @@ def listen(call: GenerationCall) -> None:
             "process), or call disable_parallelism()"
         )
     call.listening.enter_context(eager_blocks(call.module))
-    call.listening.enter_context(call.adapter.listen(call.module, _Listener(call)))
+    listener = _Listener(call)
+    call.heard = listener.check
+    call.listening.enter_context(call.adapter.listen(call.module, listener))
 
 
 def view_with_lse(
