@@ -110,7 +110,11 @@ class Adapter:
         """The caller's mask of joint attention (see `masks`), or None; None too where the model does not read it."""
         return masks.mask_in(kwargs, self.attention_arguments)
 
-    def _cut_mask(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
+    def notes(self, kwargs: Kwargs) -> list[str]:
+        """What a run's record says of a call that begins it, in words."""
+        return []
+
+    def cut_mask(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
         """The arguments with the mask of the text and of `rows` of the image stream."""
         mask = self.mask(kwargs)
         if mask is None:
@@ -119,7 +123,7 @@ class Adapter:
         mask = masks.cut_rows(mask, batch, layout.text, rows, layout.rows)
         return masks.with_mask(kwargs, self.attention_arguments, mask)
 
-    def _reduce_mask(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
+    def reduce_mask(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
         """The arguments with the mask of a call whose references are changed tokens."""
         mask = self.mask(kwargs)
         if mask is None:

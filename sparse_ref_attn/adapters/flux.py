@@ -61,10 +61,10 @@ class FluxAdapter(Adapter):
         return references_from_ids(kwargs["img_ids"])
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
-        return take_rows(self._cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)
+        return take_rows(self.cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)
 
     def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
-        return place_by_ids(self._reduce_mask(kwargs, layout, reduced), layout, reduced)
+        return place_by_ids(self.reduce_mask(kwargs, layout, reduced), layout, reduced)
 
     def cannot_join(self, kwargs: Kwargs) -> str | None:
         named = ("controlnet_block_samples", "controlnet_single_block_samples")

@@ -277,8 +277,10 @@ class Patch:
         reuse = self.cache.reuse if self.cache is not None and self.adapter.extracts(kwargs) else None
         ranked = None if reuse is None else reuse.ranked(module, kwargs, layout, tokens)
         session.begin(layout, tokens, pixels, run.total, run.clock, encode, ranked)
-        if reuse is not None and session.record is not None:
-            reuse.note(session.record)
+        if session.record is not None:
+            session.record.notes += self.adapter.notes(kwargs)
+            if reuse is not None:
+                reuse.note(session.record)
         self._key = run.key
         return run
 

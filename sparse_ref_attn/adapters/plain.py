@@ -144,14 +144,14 @@ class PlainAdapter(Adapter):
                 )
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
-        return take_rows(self._cut_mask(kwargs, layout, rows), {self.tokens: 1, **self._rows}, rows)
+        return take_rows(self.cut_mask(kwargs, layout, rows), {self.tokens: 1, **self._rows}, rows)
 
     def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
         if self._positions is None or set(self._rows) != {self._positions}:
             return super().replace(kwargs, layout, reduced)
         named = {"hidden_states": kwargs[self.tokens], "img_ids": kwargs[self._positions]}
         placed = place_by_ids(named, layout, reduced)
-        kwargs = self._reduce_mask(kwargs, layout, reduced)
+        kwargs = self.reduce_mask(kwargs, layout, reduced)
         return {**kwargs, self.tokens: placed["hidden_states"], self._positions: placed["img_ids"]}
 
     def sites(self, transformer: nn.Module) -> list[AttentionSite]:
