@@ -48,7 +48,7 @@ class Adapter:
     needs: ClassVar[tuple[str, ...]] = ()
     """Arguments of the forward, besides the two streams, that tell where the tokens lie."""
     parts: ClassVar[tuple[str, ...]] = ()
-    """Submodules that the adapter asks."""
+    """Dotted names of attributes of the transformer that the adapter and its hooks rely on; checked at patch time."""
     tokens: str = "hidden_states"
     """Argument that holds the image stream (B, rows, D)."""
     text_tokens: str | None = "encoder_hidden_states"
@@ -61,8 +61,6 @@ class Adapter:
     """Classes of attention processors with which calls can run together (see `ragged`)."""
     packs: ClassVar[bool] = False
     """Whether calls that run together lie end to end through whole blocks; otherwise they are padded."""
-    parts: ClassVar[tuple[str, ...]] = ()
-    """Dotted names of attributes of the transformer that the family's hooks rely on; checked when it is patched."""
     cache: CacheSeam | None = None
     """How the family keeps its references' K/V between steps, if some of its pipelines do."""
 
@@ -120,7 +118,11 @@ class Adapter:
         """The caller's mask of joint attention (see `masks`), or None; None too where the model does not read it."""
         return masks.mask_in(kwargs, self.attention_arguments)
 
-    def _cut_mask(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
+    def notes(self, kwargs: Kwargs) -> list[str]:
+        """What a run's record says of a call that begins it, in words."""
+        return []
+
+    def cut_mask(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
         """The arguments with the mask of the text and of `rows` of the image stream."""
         mask = self.mask(kwargs)
         if mask is None:
@@ -129,7 +131,7 @@ class Adapter:
         mask = masks.cut_rows(mask, batch, layout.text, rows, layout.rows)
         return masks.with_mask(kwargs, self.attention_arguments, mask)
 
-    def _reduce_mask(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
+    def reduce_mask(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
         """The arguments with the mask of a call whose references are changed tokens."""
         mask = self.mask(kwargs)
         if mask is None:

@@ -51,7 +51,6 @@ class FluxAdapter(Adapter):
     name = "FLUX.1 Kontext"
     classes = ("diffusers.models.transformers.transformer_flux.FluxTransformer2DModel",)
     needs = ("img_ids", "txt_ids")
-    parts = ("pos_embed",)
     streams = FLUX_STREAMS
     stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
     per_item = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
@@ -64,10 +63,10 @@ class FluxAdapter(Adapter):
         return references_from_ids(kwargs["img_ids"])
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
-        return take_rows(self._cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)
+        return take_rows(self.cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)
 
     def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
-        return place_by_ids(self._reduce_mask(kwargs, layout, reduced), layout, reduced)
+        return place_by_ids(self.reduce_mask(kwargs, layout, reduced), layout, reduced)
 
     def cannot_join(self, kwargs: Kwargs) -> str | None:
         named = ("controlnet_block_samples", "controlnet_single_block_samples")

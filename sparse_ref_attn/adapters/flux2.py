@@ -82,12 +82,19 @@ class Flux2Adapter(Adapter):
         stores = self.extracts(kwargs) and kwargs.get("num_ref_tokens")
         return None if stores or self.cached(kwargs) else super().mask(kwargs)
 
+    def notes(self, kwargs: Kwargs) -> list[str]:
+        unread = super().mask(kwargs) is not None and self.mask(kwargs) is None
+        text = (
+            "the attention mask has no effect: the model reads none where it stores or reads reference keys and values"
+        )
+        return [text] if unread else []
+
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
-        kwargs = take_rows(self._cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)
+        kwargs = take_rows(self.cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)
         return self._count(kwargs, layout, rows.shape[0])
 
     def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
-        kwargs = place_by_ids(self._reduce_mask(kwargs, layout, reduced), layout, reduced)
+        kwargs = place_by_ids(self.reduce_mask(kwargs, layout, reduced), layout, reduced)
         return self._count(kwargs, layout, kwargs["hidden_states"].shape[1])
 
     def _count(self, kwargs: Kwargs, layout: TokenLayout, rows: int) -> Kwargs:

@@ -162,7 +162,7 @@ class PlainAdapter(Adapter):
                 )
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
-        short = take_rows(self._cut_mask(kwargs, layout, rows), {self.tokens: 1}, rows)
+        short = take_rows(self.cut_mask(kwargs, layout, rows), {self.tokens: 1}, rows)
         for name, argument in self._rows.items():
             if name in kwargs:
                 short[name] = argument.cut(kwargs[name], layout, rows)
@@ -173,7 +173,7 @@ class PlainAdapter(Adapter):
             return super().replace(kwargs, layout, reduced)
         named = {"hidden_states": kwargs[self.tokens], "img_ids": kwargs[self._positions]}
         placed = place_by_ids(named, layout, reduced)
-        kwargs = self._reduce_mask(kwargs, layout, reduced)
+        kwargs = self.reduce_mask(kwargs, layout, reduced)
         return {**kwargs, self.tokens: placed["hidden_states"], self._positions: placed["img_ids"]}
 
     def sites(self, transformer: nn.Module) -> list[AttentionSite]:

@@ -37,7 +37,6 @@ class QwenImageAdapter(Adapter):
     name = "Qwen-Image-Edit"
     classes = ("diffusers.models.transformers.transformer_qwenimage.QwenImageTransformer2DModel",)
     needs = ("img_shapes",)
-    parts = ("pos_embed",)
     streams = QWEN_STREAMS
     stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double"}
     attention_arguments = "attention_kwargs"
@@ -51,7 +50,7 @@ class QwenImageAdapter(Adapter):
     )
     processors = ("QwenDoubleStreamAttnProcessor2_0",)
 
-    parts = ("pos_embed.axes_dim", "pos_embed.theta", "pos_embed.scale_rope", "pos_embed.rope_params")
+    parts = ("pos_embed", "pos_embed.axes_dim", "pos_embed.theta", "pos_embed.scale_rope", "pos_embed.rope_params")
 
     def check(self, transformer: nn.Module) -> None:
         if type(transformer.pos_embed).__name__ != "QwenEmbedRope":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..hooks.diffusers import missing_parts
 
 if TYPE_CHECKING:
     from .base import Adapter
@@ -36,7 +37,7 @@ def check_serves(adapter: Adapter, transformer: nn.Module) -> None:
         )
     if adapter.classes and full_name(cls) not in adapter.classes:
         check_arguments(adapter, transformer, [adapter.tokens, adapter.text_tokens, *adapter.needs])
-        missing = [name for name in adapter.parts if not isinstance(getattr(transformer, name, None), nn.Module)]
+        missing = missing_parts(transformer, adapter.parts)
         for path in adapter.stacks:
             stack = getattr(transformer, path, None)
             if not isinstance(stack, nn.ModuleList):

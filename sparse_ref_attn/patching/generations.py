@@ -201,6 +201,7 @@ class Generations:
         reuse = self.cache.reuse if self.cache is not None and self.adapter.extracts(kwargs) else None
         scores = None if reuse is None else reuse.ranked(module, kwargs, layout, tokens)
         run = Run(self.config, self._probing, layout, tokens, pixels, at.total, at.clock, encode, scores)
+        run.record.notes += self.adapter.notes(kwargs)
         if reuse is not None:
             reuse.note(run.record)
         prepare_run(self.adapter, module, layout, kwargs, run)

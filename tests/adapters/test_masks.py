@@ -147,9 +147,11 @@ def test_a_model_that_reads_no_mask_beside_its_cache_reads_none_here(execute: st
     for mask in (padding(1, 48, 208), regions(208), regions(112)):
         dense, pipe = case.call(case.build()), case.build()
         assert np.array_equal(case.call(pipe, **handed(case, mask)), dense)
-        with sra.patched(pipe, config):
+        with sra.patched(pipe, config) as handle:
             plain = case.call(pipe)
+            assert handle.notes == []
             assert np.array_equal(case.call(pipe, **handed(case, mask)), plain)
+            assert [note.partition(":")[0] for note in handle.notes] == ["the attention mask has no effect"]
             assert not np.array_equal(plain, dense)
             assert np.array_equal(case.call(pipe, references=0), case.call(case.build(), references=0))
 

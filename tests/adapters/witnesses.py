@@ -57,7 +57,9 @@ class Call:
 
 
 def _copied(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()}
+    """Tensors and dictionaries copied: a pipeline puts other entries into its attention arguments between calls."""
+    kinds = {Tensor: Tensor.clone, dict: dict}
+    return {name: kinds.get(type(value), lambda same: same)(value) for name, value in values.items()}
 
 
 class _Listener(TorchFunctionMode):

@@ -19,6 +19,7 @@ from ..instance import InstanceHook
 __all__ = [
     "check_parts",
     "encoded_reference",
+    "missing_parts",
     "offload_hook",
     "packed_reference",
     "per_row_modulation",
@@ -39,12 +40,17 @@ def check_parts(transformer: nn.Module, parts: Sequence[str]) -> None:
     parts : sequence of str
         Dotted names, such as "norm_out.linear".
     """
-    missing = [part for part in parts if not _has(transformer, part)]
+    missing = missing_parts(transformer, parts)
     if missing:
         raise VersionError(
             f"{type(transformer).__name__} must have {', '.join(parts)}, as in the diffusers that this library was "
             f"written for; {', '.join(missing)} is gone"
         )
+
+
+def missing_parts(transformer: nn.Module, parts: Sequence[str]) -> list[str]:
+    """Those of the dotted names that a transformer has not."""
+    return [part for part in parts if not _has(transformer, part)]
 
 
 def _has(found: object, part: str) -> bool:

@@ -1,0 +1,225 @@
+"""Every argument of every supported pipeline's call: does it reach the transformer, and is it honoured there?"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import sparse_ref_attn as sra
+from sparse_ref_attn.adapters.base import adapter_for
+from sparse_ref_attn.types import TokenLayout
+from tests.adapters.pipeline_calls import ARGUMENTS, CALLS, PIPELINES, base_arguments, small_pictures
+from tests.adapters.test_dropping import KEEP, ROUNDING, error, noise, scores
+from tests.adapters.witnesses import Call, HiddenKeys, best, witnessed
+from tests.training.test_patching import EACH, HALF
+
+FAMILIES = ("kontext", "flux2", "klein_kv", "klein", "qwen")
+IP_KEYS = {4: torch.ones(4, dtype=torch.bool)}
+"""Attention to an IP-Adapter's tokens, of which none is hidden."""
+
+
+def parameters(name: str) -> list[str]:
+    """Names of the arguments of a case's pipeline."""
+    pipeline = type(PIPELINES[name].build())
+    return [p for p in inspect.signature(pipeline.__call__).parameters if p != "self"]
+
+
+ALL = [(name, argument) for name in PIPELINES for argument in parameters(name)]
+CELLS = [(name, argument) for name, argument in ALL if argument in ARGUMENTS and name not in ARGUMENTS[argument].fails]
+"""(case, argument) of every argument that a case can be given."""
+REACHING = [cell for cell in CELLS if not cell[0].startswith(ARGUMENTS[cell[1]].inert or ("-",))]
+
+
+def by_family(cells: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Of each family of pipelines, which call one transformer alike, the first that has the argument."""
+    found: dict[tuple[str, str], tuple[str, str]] = {}
+    for name, argument in cells:
+        family = next(f for f in FAMILIES if name.startswith(f))
+        found.setdefault((family, argument), (name, argument))
+    return list(found.values())
+
+
+def test_the_table_has_every_argument_and_no_other() -> None:
+    assert {argument for _, argument in ALL} == set(ARGUMENTS)
+
+
+def given(name: str, argument: str) -> tuple[Any, dict[str, Any]]:
+    """A new pipeline, and what is given to it with another value of the argument."""
+    case, entry = PIPELINES[name], ARGUMENTS[argument]
+    pipe = case.build()
+    entry.prepare(pipe)
+    known = set(parameters(name))
+    with torch.no_grad(), small_pictures():
+        own = {key: value for key, value in entry.make(case, pipe).items() if key in known}
+        return pipe, base_arguments(case, pipe) | own
+
+
+def run(pipe: Any, arguments: dict[str, Any]) -> list[Call]:
+    with witnessed(pipe.transformer) as calls, small_pictures():
+        pipe(**arguments)
+    return calls
+
+
+@cache
+def plain_calls(name: str) -> list[Call]:
+    pipe = PIPELINES[name].build()
+    return run(pipe, base_arguments(PIPELINES[name], pipe))
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b) if a.shape == b.shape else False
+    if isinstance(a, dict) or isinstance(b, dict):
+        return bool(a) == bool(b)
+    return a is b or (not isinstance(a, Tensor) and type(a) is type(b) and a == b)
+
+
+def changes(calls: list[Call], plain: list[Call]) -> set[str]:
+    """What differs in the first call that differs; `CALLS` where their number does."""
+    if len(calls) != len(plain):
+        return {CALLS}
+    for one, other in zip(calls, plain, strict=True):
+        names = {*one.given, *other.given} - {"kv_cache"}
+        differing = {n for n in names if not same(one.given.get(n), other.given.get(n))}
+        if differing:
+            return differing
+    return set()
+
+
+@pytest.mark.parametrize(("name", "argument"), [cell for cell in ALL if cell[1] in ARGUMENTS])
+@torch.no_grad()
+def test_what_reaches_the_transformer_is_what_the_table_says(name: str, argument: str) -> None:
+    entry, (pipe, arguments) = ARGUMENTS[argument], given(name, argument)
+    assert argument in arguments
+    if name in entry.fails:
+        with pytest.raises(ValueError, match="not enough values to unpack"):
+            run(pipe, arguments)
+        return
+    changed = changes(run(pipe, arguments), plain_calls(name))
+    assert changed <= entry.changes
+    assert bool(changed) == ((name, argument) in REACHING)
+
+
+def visible(call: Call, layout: TokenLayout, kept: Tensor) -> dict[int, Tensor]:
+    """Keys that a call's attention sees, by their number."""
+    text, generation = torch.ones(call.text).bool(), torch.ones(layout.generation[1]).bool()
+    first = layout.generation[0] > 0
+    seen = torch.cat([text, *([kept, generation] if first else [generation, kept])])
+    return {len(seen): seen, **({len(kept): kept} if first else {}), **IP_KEYS}
+
+
+@pytest.mark.parametrize(("name", "argument"), by_family([cell for cell in REACHING if cell[0] != "klein_kv"]))
+@torch.no_grad()
+def test_honoured_where_rows_are_dropped(name: str, argument: str) -> None:
+    """Every call of the run is the dense one of the same arguments whose attention does not see the dropped keys."""
+    pipe, arguments = given(name, argument)
+    handle = sra.patch(pipe, sra.SparseRef(sra.FromFunction(noise), KEEP))
+    calls = run(pipe, arguments)
+    layout = handle.record.layout
+    handle.remove()
+    kept = best(scores(layout.sizes), layout.sizes, KEEP)
+    rows = torch.cat([torch.ones(layout.generation[1]).bool(), kept])
+    for call in calls:
+        assert call.reached["hidden_states"].shape[1] == int(rows.sum())
+        with HiddenKeys(visible(call, layout, kept)):
+            wanted = pipe.transformer(**call.given)[0]
+        assert error(call.sample[:, rows], wanted[:, rows]) < ROUNDING
+
+
+@pytest.mark.parametrize("execute", ["tokens", "cache", "both"])
+@pytest.mark.parametrize("argument", [argument for name, argument in REACHING if name == "klein_kv"])
+@torch.no_grad()
+def test_honoured_where_reference_keys_are_stored(argument: str, execute: str) -> None:
+    pipe, arguments = given("klein_kv", argument)
+    handle = sra.patch(pipe, sra.SparseRef(sra.FromFunction(noise), KEEP, execute=execute))
+    extract, *later = run(pipe, arguments)
+    layout = handle.record.layout
+    handle.remove()
+    kept = best(scores(layout.sizes), layout.sizes, KEEP)
+    stored = torch.ones(len(kept)).bool() if execute == "cache" else kept
+    with HiddenKeys(visible(extract, layout, stored)):
+        wanted, cache = pipe.transformer(**extract.given)
+    assert error(extract.sample, wanted) < ROUNDING
+    assert later
+    for call in later:
+        with HiddenKeys(visible(call, layout, kept)):
+            wanted = pipe.transformer(**call.given | {"kv_cache": cache})[0]
+        assert error(call.sample, wanted) < ROUNDING
+
+
+def picture_of(output: Any) -> np.ndarray:
+    """The picture in whatever a pipeline's call returns, as numbers."""
+    images = output[0] if isinstance(output, tuple) else output.images
+    return np.stack([np.asarray(image, dtype=np.float32) for image in images])
+
+
+@pytest.mark.parametrize(("name", "argument"), by_family(CELLS))
+def test_honoured_in_a_batch(name: str, argument: str) -> None:
+    """Beside an item without it, each is what it is alone; or the batch says why it cannot be."""
+    entry, (pipe, arguments) = ARGUMENTS[argument], given(name, argument)
+    config = sra.SparseRef("grid", KEEP)
+    items = [base_arguments(PIPELINES[name], pipe, 5), arguments]
+    if argument.endswith("attention_kwargs"):  # a LoRA has one scale in one call
+        items[0][argument] = {"scale": arguments[argument]["scale"]}
+    alone = []
+    for own in items if not entry.refused else []:
+        generator_state = own["generator"].get_state()
+        with sra.patched(pipe, config), small_pictures():
+            alone.append(picture_of(pipe(**own)))
+        own["generator"].set_state(generator_state)
+    each = [{k: v for k, v in own.items() if k not in ("prompt", "image", "generator")} for own in items]
+    images = [own["image"] if isinstance(own["image"], list) else [own["image"]] for own in items]
+    call = {"config": config, "generators": [own["generator"] for own in items], "each": each}
+    with small_pictures():
+        if entry.refused:
+            with pytest.raises(sra.IncompatibleError, match=entry.refused):
+                sra.batch(pipe, [own["prompt"] for own in items], images, **call)
+            return
+        done = sra.batch(pipe, [own["prompt"] for own in items], images, **call)
+    for output, wanted in zip(done.outputs, alone, strict=True):
+        scale = max(1.0, float(abs(wanted).max()))
+        np.testing.assert_allclose(picture_of(output), wanted, rtol=0, atol=(1.01 if scale > 200 else 3e-5 * scale))
+
+
+TRAINED = by_family([cell for cell in REACHING if cell[0] != "klein_kv"])
+
+
+@pytest.mark.parametrize(("name", "argument"), TRAINED)
+@torch.no_grad()
+def test_honoured_in_training(name: str, argument: str) -> None:
+    """The pipeline's own calls as a training batch of two: one draw for both, and one for each."""
+    entry, (pipe, arguments) = ARGUMENTS[argument], given(name, argument)
+    calls = run(pipe, arguments)
+    model, adapter = pipe.transformer.train(), adapter_for(pipe.transformer)
+    for call in calls[:: max(1, len(calls) - 1)]:
+        layout = adapter.layout(call.given, adapter.find(call.given))
+        items = 1 if entry.refused or call.given["hidden_states"].shape[0] > 1 else 2
+        double = {
+            key: value * items if isinstance(value, list) else torch.cat([value] * items)
+            for key, value in call.given.items()
+            if key in adapter.per_item and value is not None
+        }
+        for drop in (HALF, EACH):
+            if drop is EACH and entry.refused:
+                with pytest.raises(sra.IncompatibleError, match=entry.refused):
+                    sra.patch_for_training(model, drop)
+                continue
+            handle = sra.patch_for_training(model, drop)
+            got, kept = model(**call.given | double)[0], handle.kept
+            handle.remove()
+            assert len(kept) == (1 if drop is HALF else len(got))
+            for i, selection in enumerate(kept):
+                hidden = torch.zeros(layout.reference_tokens).bool().index_fill(0, selection.indices, True)
+                rows = torch.cat([torch.ones(layout.generation[1]).bool(), hidden])
+                with HiddenKeys(visible(call, layout, hidden)):
+                    wanted = model(**call.given)[0]
+                if items == 2:
+                    wanted = wanted.expand(2, -1, -1)
+                at = slice(None) if drop is HALF else slice(i, i + 1)
+                assert error(got[at, rows], wanted[at, rows]) < ROUNDING
