@@ -136,7 +136,7 @@ def test_a_block_that_never_attends_to_all_rows_is_an_error() -> None:
 
     adapter = sra.PlainAdapter("x", lambda kwargs: ((0, 16), (sra.Reference(16, 9, (3, 3)),)), attention=["single"])
     with sra.patched(Odd(), sra.SparseRef("mass", 4), adapter=adapter) as handle:
-        model = handle._patch.transformer()
+        model = handle._transformer()
         handle.begin(1)
         with pytest.raises(LayoutError, match=r"block 0 must attend over all rows to be measured: .* and 5 keys"):
             model(torch.randn(1, 25, 8))

@@ -21,7 +21,7 @@ from sparse_ref_attn.ops.gather_attention.flash_packages import BACKWARD, FORWAR
 from sparse_ref_attn.ops.gather_attention.gradients import Wanted
 from sparse_ref_attn.ops.pack_rows.library import ORDER as ROWS_ORDER
 
-from .problems import NAMES, Problem, gradients, make, truth
+from .problems import NAMES, Problem, grad_out, gradients, make, truth
 
 CALL = Call(torch.device("cpu"), torch.bfloat16, 64)
 
@@ -144,10 +144,8 @@ def test_what_is_done_around_a_package(problem: Problem, through_lse: bool) -> N
     out, lse = forward_by(plain, a)
     torch.testing.assert_close((out, lse), want, rtol=1e-12, atol=1e-12)
     expected = gradients(exact, want[0], want[1] if through_lse else None)
-    generator = torch.Generator().manual_seed(1)  # the weights of `gradients`
-    grad_out, grad_lse = (torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (out, lse))
-    grad_lse = torch.where(lse.isinf(), 0.0, grad_lse) if through_lse else None
-    got = backward_by(plain_backward, a, grad_out, grad_lse, out, lse, Wanted(True, True, True))
+    grad_lse = torch.where(lse.isinf(), 0.0, grad_out(lse, 2)) if through_lse else None
+    got = backward_by(plain_backward, a, grad_out(out), grad_lse, out, lse, Wanted(True, True, True))
     for name, grad in zip(NAMES, got, strict=True):
         assert (grad is None) == (name not in expected)
         if grad is not None:

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.training.handle import _generator
+from sparse_ref_attn.training.draws import _generator
 from tests.pictures import generator
 
 DRAWS = 4000
