@@ -331,7 +331,7 @@ def test_an_error_before_the_first_step_and_one_in_the_joined_call(monkeypatch: 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("sparse_ref_attn.patching.execution.ragged.gather_attention", fail)
+    monkeypatch.setattr("sparse_ref_attn.patching.execution.ragged_rows.gather_attention", fail)
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         items.together(MASS)
     assert state(pipe) == before

@@ -30,7 +30,8 @@ class RunIdentity:
         self.timestep: Any = None
         """Of the last step that began."""
         self._texts: list[weakref.ref[Tensor]] = []
-        self._stable = True
+        self.stable = True
+        """Whether each branch of guidance had one text so far, as far as was seen."""
 
     def knows(self, text: Tensor | None) -> bool:
         """Whether a call of the run had this very text."""
@@ -50,11 +51,11 @@ class RunIdentity:
         """
         if calls == 0:
             self.timestep = timestep
-            if text is None or not self._stable or self.knows(text):
+            if text is None or not self.stable or self.knows(text):
                 return True
             if self._texts and not same_references():
                 return False
-            self._stable = not self._texts
+            self.stable = not self._texts
         elif calls > self._branches:
             timed = self._timed and timestep is not None
             if timed and not torch.equal(torch.as_tensor(timestep), torch.as_tensor(self.timestep)):

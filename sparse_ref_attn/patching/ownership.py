@@ -173,7 +173,8 @@ class Ownership:
 
     def _stands_still(self, known: Generation, kwargs: Kwargs, layout: TokenLayout | None) -> bool:
         """Whether a call is the next step of a run whose loop does not step the scheduler."""
-        same = isinstance(known.leader, PipelineSteps) and known.identity.knows(self._text(kwargs))
+        identity = known.identity
+        same = isinstance(known.leader, PipelineSteps) and identity.stable and identity.knows(self._text(kwargs))
         return same and layout is not None and self._same_references(known.run, kwargs, layout)
 
     def make_room(self, where: Where) -> None:
