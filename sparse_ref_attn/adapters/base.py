@@ -289,6 +289,8 @@ def references_from_ids(ids: Tensor) -> Found | None:
     generation = (0, edges[1])
     if any(bool(frames[start] == frames[0]) for start in edges[1:-1]):
         return None
+    if len(edges) == 2 and _grid(table[:, 1:3]) is None:  # a reference beside the generation, with its frame
+        return None
     references = []
     for start, stop in pairwise(edges[1:]):
         cells = table[start:stop, 1:3]

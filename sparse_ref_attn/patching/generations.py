@@ -16,7 +16,9 @@ from ..adapters.base import Adapter, Kwargs
 from ..config import SparseRef
 from ..errors import HandleRemovedError, IncompatibleError
 from ..functional import pack_rows
+from ..hooks.compiled import check_lengths, compiled_blocks
 from ..hooks.diffusers import reset_step_cache, step_cache_active
+from ..hooks.stored import stored_activations
 from ..record import RunRecord
 from ..run import Probing, Run
 from ..types import TokenLayout
@@ -27,7 +29,7 @@ from .execution.tokens import AtInput
 from .ownership import Generation, Ownership, Where
 from .pixels import PixelTap, encoder
 from .proving import prepare_run
-from .steps import ObservedSteps
+from .steps import ObservedSteps, RunStep
 
 __all__ = ["Generations"]
 
@@ -70,6 +72,8 @@ class Generations:
         self._latest: Generation | None = None
         self.record: RunRecord | None = None
         self.pixels: PixelTap | None = None
+        self._last_kept: int | None = None
+        self._calls = self._runs_heard = 0
         self._rests_for: int | None = None
         self.removed = False
 
@@ -99,6 +103,32 @@ class Generations:
             self._rests_for = None
             if self.pixels is not None:
                 self.pixels.handed_over()
+
+    def passed_by(self, transformer: nn.Module | None) -> str | None:
+        """Why a run may have gone past the patch, in words; None where none did, as far as is seen."""
+        pipe = None if self._pipe is None else self._pipe()
+        used = getattr(pipe, "transformer", None)
+        if isinstance(used, nn.Module) and not any(module is transformer for module in used.modules()):
+            return "pipe.transformer is another one than the transformer that was patched: patch again"
+        runs = self._owners.runs - self._runs_heard
+        if runs > 0:
+            return (
+                f"the pipeline's scheduler was set {runs} times since the patched transformer was last called: such a "
+                "run did not go through the transformer's own call (some codebases run a model through a function of "
+                "its parts), so nothing was dropped in it"
+            )
+        return None
+
+    def why_no_record(self, transformer: nn.Module | None) -> str:
+        """Why there is no report, in words."""
+        passed = self.passed_by(transformer)
+        if passed is not None:
+            return passed
+        if self._owners.unknown is not None:
+            return f"the layout of the calls since the patch was not known: {self._owners.unknown}"
+        if self._calls:
+            return "the calls since the patch had no reference tokens"
+        return "got none since the patch"
 
     @property
     def run(self) -> Run | None:
@@ -132,6 +162,7 @@ class Generations:
             If a batch runs on the transformer in another thread, or it cannot be told whose call this is.
         """
         began = time.perf_counter()
+        self._calls, self._runs_heard = self._calls + 1, self._owners.runs
         if self._rests_for is not None:
             if self._rests_for != threading.get_ident():
                 raise IncompatibleError(
@@ -142,6 +173,7 @@ class Generations:
         reads = self.adapter.cached(kwargs)
         layout = None if reads else self._owners.layout(kwargs)
         if not reads and (layout is None or not layout.references):
+            self._last_kept = None
             return None
         where = self._owners.find(kwargs, layout)
         if where is None:
@@ -166,9 +198,7 @@ class Generations:
             plan, kept = self.cache.plan(run, at, plan, reads)
             kind = "cached" if reads else plan.kind
         step = run.step_record(at.step, kind, kept, plan)
-        if generation.last_kept not in (None, kept) and step_cache_active(module):
-            reset_step_cache(module)
-        generation.last_kept = kept
+        self._change_length(module, generation, kept)
         return GenerationCall(
             self.adapter,
             module,
@@ -182,6 +212,36 @@ class Generations:
             began=began,
             measures=plan.kind in ("profile", "in_flight") and step.calls == 0,
         )
+
+    def _change_length(self, module: nn.Module, generation: Generation, kept: int) -> None:
+        """Before a call with another number of reference tokens than the last one: what was kept of that one goes."""
+        before, generation.last_kept = generation.last_kept, kept
+        if self._last_kept not in (None, kept) and step_cache_active(module):
+            reset_step_cache(module)
+        self._last_kept = kept
+        if before in (None, kept) or generation.searched:
+            return
+        generation.searched = True
+        layout = generation.run.layout
+        rows = layout.rows - layout.reference_tokens + before
+        where = stored_activations(module, {rows, layout.text + rows})
+        if where is not None:
+            generation.last_kept, generation.searched = before, False
+            raise IncompatibleError(
+                "activations of one step must not be kept for the next where the number of reference tokens changes, "
+                f"here from {before} to {kept}, and {where} holds some (a step cache such as TeaCache). Take it off, "
+                "or keep one number of tokens: a selector that measures no attention, with a constant budget"
+            )
+
+    def _check_compiled(self, module: nn.Module, at: RunStep, run: Run) -> None:
+        """Refuse a budget with more lengths than compiled blocks may have."""
+        if self._varies == "never" or self.config.budget.needs_mass:
+            return
+        if at.observed:
+            check_lengths(module, None if self._varies == "every step" else 2, self.config.budget)
+        else:
+            planned = run.timeline.planned(at.total, run.budgeting, run.clock)
+            check_lengths(module, len({step.kept for step in planned}), self.config.budget)
 
     def _begin(self, module: nn.Module, where: Where, layout: TokenLayout, kwargs: Kwargs) -> Generation:
         """Begin a generation at its first call."""
@@ -204,6 +264,8 @@ class Generations:
         run.record.notes += self.adapter.notes(kwargs)
         if reuse is not None:
             reuse.note(run.record)
+        if compiled_blocks(module):
+            self._check_compiled(module, at, run)
         prepare_run(self.adapter, module, layout, kwargs, run)
         return self._owners.add(where, run, kwargs)
 

@@ -56,6 +56,8 @@ class Generation:
     identity : RunIdentity
     last_kept : int, optional
         Reference tokens that took part in its last call.
+    searched : bool
+        Whether it was looked for activations that somebody keeps, as it changed its length.
     left : object
         The scheduler's run that it followed until the scheduler was seen to stand still.
     """
@@ -65,6 +67,7 @@ class Generation:
     key: object
     identity: RunIdentity
     last_kept: int | None = None
+    searched: bool = False
     left: object = None
 
 
@@ -108,11 +111,18 @@ class Ownership:
         self._scheduler = PipelineSteps(pipe, clock) if PipelineSteps.reads(pipe) else None
         self._manual: tuple[ManualSteps, object] | None = None
         self._said: set[str] = set()
+        self.unknown: str | None = None
+        """What of the last call whose layout was not known was not, in words."""
         self.forget()
 
     def forget(self) -> None:
         """Let go of all generations, those of other threads too."""
         self._here = _Thread(self._adapter, self._unknown)
+
+    @property
+    def runs(self) -> int:
+        """How often the pipeline's scheduler was set since the patch."""
+        return 0 if self._scheduler is None else self._scheduler.begun
 
     def listen(self, undo: contextlib.ExitStack) -> None:
         """Note from now on which thread the pipeline runs in."""
@@ -259,6 +269,7 @@ class Ownership:
         return rows.shape == known.shape and torch.equal(rows, known)
 
     def _unknown(self, what: str) -> None:
+        self.unknown = what
         self._say(f"running dense: the layout of a call is not known ({what})", "layout")
 
     def _say(self, what: str, once: str) -> None:

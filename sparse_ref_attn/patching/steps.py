@@ -54,11 +54,12 @@ class _SetTimesteps:
         self.scheduler = weakref.ref(scheduler)
         self.earlier = vars(scheduler).get("set_timesteps")
         self.thread: int | None = None
+        self.count = 0
         functools.update_wrapper(self, scheduler.set_timesteps)  # pipelines look at its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         scheduler: Any = self.scheduler()
-        self.thread = get_ident()
+        self.thread, self.count = get_ident(), self.count + 1
         if self.earlier is not None:
             return self.earlier(*args, **kwargs)
         return type(scheduler).set_timesteps(scheduler, *args, **kwargs)
@@ -108,6 +109,11 @@ class PipelineSteps:
         if self._run is None or self._run[0] is not key:
             self._run = (key, self._make_clock(scheduler, first, total))
         return RunStep(key, 0 if index is None else index - first, total, self._run[1])
+
+    @property
+    def begun(self) -> int:
+        """How often the scheduler was set while it was listened to."""
+        return 0 if self._begun is None else self._begun.count
 
     def is_here(self) -> bool:
         """Whether the scheduler's run was begun in this thread, as far as is known."""

@@ -49,6 +49,8 @@ class Draws:
     def __init__(self, transformer: nn.Module, drop: RandomDrop, adapter: Adapter, rank: int | None) -> None:
         self.drop, self.adapter, self._rank = drop, adapter, rank
         self.drawn = 0
+        self.used = False
+        """Whether a call came with references to draw from."""
         self.kept: tuple[RefSelection, ...] = ()
         self._ragged = Ragged(transformer, adapter) if drop.per_sample else None
         self._layouts = Layouts(adapter, self._unknown)
@@ -61,7 +63,12 @@ class Draws:
             self._ragged.install()
 
     def forget(self) -> None:
-        """Nothing belongs to a run."""
+        """The patch is off: say so if it never had anything to draw from."""
+        if not self.used:
+            self._say(
+                "the training patch never dropped a token: no call of the transformer in train mode had reference "
+                "tokens that its adapter knows"
+            )
 
     def call(self, module: nn.Module, kwargs: Kwargs) -> Call | None:
         """A training call with its draw; None where nothing is dropped."""
@@ -69,6 +76,12 @@ class Draws:
         if not module.training:
             if torch.is_grad_enabled():
                 self._say("nothing is dropped while the transformer is in eval mode: call transformer.train()")
+            return None
+        if not torch.is_grad_enabled():
+            self._say(
+                "nothing is dropped in calls without gradients, the transformer being in train mode: pictures that are "
+                "sampled for validation are the whole model's. Call transformer.eval() for them"
+            )
             return None
         if torch._C._current_graph_task_id() != -1:
             raise IncompatibleError(
@@ -81,6 +94,7 @@ class Draws:
         if why is not None:
             raise IncompatibleError(f"{why}. Draw once for the batch (per_sample=False)")
         draw, self.drawn = self.drawn, self.drawn + 1
+        self.used = self.used or drops
         if layout is None or not layout.references:
             return None
         tokens, generator = kwargs[self.adapter.tokens], _generator(self.drop.seed, self._stream(), draw)

@@ -30,10 +30,11 @@ def check_no_step_cache(module: nn.Module) -> None:
 
 
 def reset_step_cache(module: nn.Module) -> None:
-    """Forget what an active step cache has stored; its next step computes in full.
+    """Forget what an active step cache (diffusers' or cache-dit's) has stored; its next step computes in full.
 
     It may run inside the pipeline's ``cache_context``, which the reset would end.
     """
+    _reset_cache_dit(module)
     reset = getattr(module, "_reset_stateful_cache", None)
     if reset is None:
         return
@@ -43,3 +44,17 @@ def reset_step_cache(module: nn.Module) -> None:
     reset()
     for state, context in zip(states, contexts, strict=True):
         state.set_context(context)
+
+
+def _reset_cache_dit(module: nn.Module) -> None:
+    """Empty the buffers of cache-dit's contexts; the steps that they have counted stay, as the run goes on."""
+    contexts = getattr(getattr(module, "_context_manager", None), "_cached_context_manager", {})
+    for name in getattr(module, "_context_names", ()):
+        context = contexts.get(name)
+        if context is None:
+            continue
+        context.clear_buffers()
+        if context.has_calibrators():
+            for calibrator in (*context.get_calibrators(), *context.get_cfg_calibrators()):
+                if calibrator is not None:
+                    calibrator.reset_cache()

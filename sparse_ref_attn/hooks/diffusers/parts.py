@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import LayoutError, VersionError
+from ...errors import IncompatibleError, LayoutError, VersionError
 from ..instance import InstanceHook
 
 __all__ = [
@@ -62,7 +62,19 @@ def _has(found: object, part: str) -> bool:
 
 
 def encoded_reference(pipe: Any, pixels: Tensor) -> Tensor:
-    """Latents of an image (b, 3, [1,] H, W) as the pipeline makes them of a reference, without random numbers."""
+    """Latents of an image (b, 3, [1,] H, W) as the pipeline makes them of a reference, without random numbers.
+
+    Raises
+    ------
+    IncompatibleError
+        For a pipeline that encodes inside its own call alone (a modular one).
+    """
+    missing = [name for name in ("_encode_vae_image", "_pack_latents") if not hasattr(pipe, name)]
+    if missing:
+        raise IncompatibleError(
+            f"a rival that encodes a reference anew needs a pipeline with {' and '.join(missing)}, got "
+            f"{type(pipe).__name__}, which encodes inside its own call alone: use a selector, or Downscale on latents"
+        )
     return pipe._encode_vae_image(image=pixels, generator=None)
 
 
