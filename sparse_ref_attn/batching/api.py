@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter, Kwargs
 from ..adapters.joining import with_sample
 from ..config import SparseRef
-from ..errors import BatchError, ConfigError, IncompatibleError
+from ..errors import BatchError, ConfigError, IncompatibleError, UnsupportedModelError
 from ..hooks.compiled import eager_blocks, unwrap
 from ..hooks.diffusers import check_no_step_cache
 from ..hooks.instance import check_free
@@ -327,6 +327,12 @@ def batch(
     """
     calls = item_arguments(pipe, prompts, images, generators, each, arguments)
     transformer, adapter = resolve(pipe)
+    missing = [name for name in ("scheduler", "progress_bar", "maybe_free_model_hooks") if not hasattr(pipe, name)]
+    if missing:
+        raise UnsupportedModelError(
+            f"a batch needs a pipeline with {', '.join(missing)}, as diffusers' DiffusionPipeline has them and modular "
+            f"pipelines and bare transformers have not, got {type(pipe).__name__}"
+        )
     own = generations_of(transformer)
     config = config if config is not None else ReCAST() if own is None else own.config
     if not isinstance(config, SparseRef):

@@ -67,20 +67,25 @@ def encoded_reference(pipe: Any, pixels: Tensor) -> Tensor:
     Raises
     ------
     IncompatibleError
-        For a pipeline that encodes inside its own call alone (a modular one).
+        If the pipeline has no method for it, as modular pipelines and those without references have none.
     """
-    missing = [name for name in ("_encode_vae_image", "_pack_latents") if not hasattr(pipe, name)]
-    if missing:
-        raise IncompatibleError(
-            f"a rival that encodes a reference anew needs a pipeline with {' and '.join(missing)}, got "
-            f"{type(pipe).__name__}, which encodes inside its own call alone: use a selector, or Downscale on latents"
-        )
-    return pipe._encode_vae_image(image=pixels, generator=None)
+    return _method(pipe, "_encode_vae_image")(image=pixels, generator=None)
 
 
 def packed_reference(pipe: Any, latents: Tensor, *sizes: int) -> Tensor:
-    """Latents as the transformer's tokens (b, R, D)."""
-    return pipe._pack_latents(latents, *sizes)
+    """Latents as the transformer's tokens (b, R, D); raises as `encoded_reference`."""
+    return _method(pipe, "_pack_latents")(latents, *sizes)
+
+
+def _method(pipe: Any, name: str) -> Callable[..., Any]:
+    method = getattr(pipe, name, None)
+    if method is None:
+        raise IncompatibleError(
+            f"to encode images, a pipeline must have the method {name} of those that edit references, and "
+            f"{type(pipe).__name__} has none: it cannot encode images. Use what works on latents, such as "
+            'Downscale(source="latents")'
+        )
+    return method
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
