@@ -81,7 +81,9 @@ class RowArgument:
             return type(value)({key: self.cut(each, layout, rows) for key, each in value.items()})  # type: ignore[call-arg]
         if isinstance(value, tuple | list):
             parts = [self.cut(each, layout, rows) for each in value]
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+            return (
+                type(value)(parts) if type(value) in (tuple, list) else type(value)(*parts)
+            )  # the fields of a named one
         raise LayoutError(
             f"{self.name} must be a tensor with a row for each token, or a tuple, list or mapping of such tensors, "
             f"got {type(value).__name__}"
