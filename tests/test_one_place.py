@@ -17,7 +17,12 @@ PACKAGE = Path(sra.__path__[0])
 PLACE = PACKAGE / "hooks" / "diffusers"
 KERNELS = PACKAGE / "ops"  # reaches torch's and flash-attn's kernels
 OTHERS = ("torch", "numpy", "np", "nn", "sys")  # whose private names are not diffusers'
-TORCH = {"_compiled_call_impl", "_forward_pre_hooks", "_asdict"}  # of any nn.Module, of any named tuple
+TORCH = {
+    "_compiled_call_impl",
+    "_dynamic",
+    "_forward_pre_hooks",
+    "_asdict",
+}  # of nn.Module, torch.compile, named tuples
 
 
 def private(name: object) -> bool:

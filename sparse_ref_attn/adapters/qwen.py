@@ -53,7 +53,7 @@ class QwenImageAdapter(Adapter):
     parts = ("pos_embed", "pos_embed.axes_dim", "pos_embed.theta", "pos_embed.scale_rope", "pos_embed.rope_params")
 
     def check(self, transformer: nn.Module) -> None:
-        if type(transformer.pos_embed).__name__ != "QwenEmbedRope":
+        if hasattr(transformer, "pos_embed") and type(transformer.pos_embed).__name__ != "QwenEmbedRope":
             raise UnsupportedModelError(
                 "the Qwen-Image-Edit adapter needs the model's QwenEmbedRope position embedding, got "
                 f"{type(transformer.pos_embed).__name__} (Qwen-Image-Layered orders its images otherwise)"

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.modular_pipelines.flux2.modular_blocks_flux2_klein import Flux2KleinAutoBlocks
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.adapters.base import references_from_ids
-from tests.pictures import generator, picture
 from tests.pipelines import CASES
 from tests.training.batches import Batch, build
 
@@ -129,24 +127,3 @@ def test_a_training_patch_that_drops_says_nothing(caplog: pytest.LogCaptureFixtu
         batch.loss(model)
         handle.remove()
     assert not caplog.records
-
-
-def test_a_modular_pipeline_runs_and_names_what_it_cannot() -> None:
-    source = CASES["klein"].build()
-    pipe = Flux2KleinAutoBlocks().init_pipeline()
-    pipe.update_components(
-        **{name: part for name, part in source.components.items() if name in pipe.component_names and part is not None}
-    )
-    call = {"prompt": "a cat", "image": picture(64, 64, 3), "num_inference_steps": 3, "height": 64, "width": 64,
-            "max_sequence_length": 48, "text_encoder_out_layers": (1, 2, 3), "output": "images",
-            "output_type": "np"}  # fmt: skip
-    dense = np.asarray(pipe(generator=generator(0), **call))
-    with sra.patched(pipe, sra.SparseRef("edges", 0.25)) as handle:
-        pipe(generator=generator(0), **call)
-        assert {step.kept for step in handle.record.steps} == {16}
-    words = pytest.raises(sra.IncompatibleError, match=r"_encode_vae_image and _pack_latents, got Flux2KleinModular")
-    with sra.patched(pipe, sra.SparseRef(sra.Downscale(), 0.25)), words:
-        pipe(generator=generator(0), **call)
-    with sra.patched(pipe, sra.SparseRef(sra.ToMe(), 0.25)):
-        pipe(generator=generator(0), **call)
-    assert np.array_equal(np.asarray(pipe(generator=generator(0), **call)), dense)
