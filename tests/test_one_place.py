@@ -20,6 +20,7 @@ OTHERS = ("torch", "numpy", "np", "nn", "sys")  # whose private names are not di
 TORCH = {
     "_compiled_call_impl",
     "_dynamic",
+    "_forward_hooks",
     "_forward_pre_hooks",
     "_asdict",
 }  # of nn.Module, torch.compile, named tuples

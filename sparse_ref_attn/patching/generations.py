@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.base import Adapter, Kwargs
 from ..config import SparseRef
@@ -18,7 +18,6 @@ from ..errors import HandleRemovedError, IncompatibleError
 from ..functional import pack_rows
 from ..hooks.compiled import check_lengths, compiled_blocks
 from ..hooks.diffusers import reset_step_cache, step_cache_active
-from ..hooks.stored import stored_activations
 from ..record import RunRecord
 from ..run import Probing, Run
 from ..types import TokenLayout
@@ -26,6 +25,7 @@ from .call import Execution, GenerationCall
 from .execution.cache import CacheKeeper, check_cache
 from .execution.depth import ByDepth, check_call
 from .execution.tokens import AtInput
+from .lengths import Lengths
 from .ownership import Generation, Ownership, Where
 from .pixels import PixelTap, encoder
 from .proving import prepare_run
@@ -69,10 +69,10 @@ class Generations:
         check_cache(config, adapter, len(sites), keeps)
         self.cache = None if adapter.cache is None else CacheKeeper(adapter, config)
         self._owners = Ownership(pipe, adapter, config.clock)
+        self._lengths = Lengths()
         self._latest: Generation | None = None
         self.record: RunRecord | None = None
         self.pixels: PixelTap | None = None
-        self._last_kept: int | None = None
         self._calls = self._runs_heard = 0
         self._rests_for: int | None = None
         self.removed = False
@@ -80,6 +80,7 @@ class Generations:
     def install(self, transformer: nn.Module, undo: contextlib.ExitStack) -> None:
         """Listen to what the pipeline's VAE encodes, and to which thread its scheduler runs in."""
         self._owners.listen(undo)
+        undo.callback(_forget_steps, weakref.ref(transformer))
         vae = getattr(None if self._pipe is None else self._pipe(), "vae", None)
         if isinstance(vae, nn.Module) and hasattr(vae, "encode"):
             self.pixels = PixelTap(vae)
@@ -173,10 +174,11 @@ class Generations:
         reads = self.adapter.cached(kwargs)
         layout = None if reads else self._owners.layout(kwargs)
         if not reads and (layout is None or not layout.references):
-            self._last_kept = None
+            self._as_it_is(module, kwargs)
             return None
         where = self._owners.find(kwargs, layout)
         if where is None:
+            self._as_it_is(module, kwargs)
             return None
         generation, at = where.generation, where.at
         if generation is None:
@@ -197,8 +199,12 @@ class Generations:
             reads = reads or self.cache.reuse.given is not None
             plan, kept = self.cache.plan(run, at, plan, reads)
             kind = "cached" if reads else plan.kind
+        measures = plan.kind in ("profile", "in_flight") and run.calls(at.step) == 0
+        rows = kwargs[self.adapter.tokens].shape[1]
+        if layout is not None and not plan.from_block:
+            rows += kept - layout.reference_tokens
+        explained = self._lengths.enter(module, (rows, kept), measures)
         step = run.step_record(at.step, kind, kept, plan)
-        self._change_length(module, generation, kept)
         return GenerationCall(
             self.adapter,
             module,
@@ -210,28 +216,15 @@ class Generations:
             at=at,
             step=step,
             began=began,
-            measures=plan.kind in ("profile", "in_flight") and step.calls == 0,
+            measures=measures,
+            explained=explained,
         )
 
-    def _change_length(self, module: nn.Module, generation: Generation, kept: int) -> None:
-        """Before a call with another number of reference tokens than the last one: what was kept of that one goes."""
-        before, generation.last_kept = generation.last_kept, kept
-        if self._last_kept not in (None, kept) and step_cache_active(module):
-            reset_step_cache(module)
-        self._last_kept = kept
-        if before in (None, kept) or generation.searched:
-            return
-        generation.searched = True
-        layout = generation.run.layout
-        rows = layout.rows - layout.reference_tokens + before
-        where = stored_activations(module, {rows, layout.text + rows})
-        if where is not None:
-            generation.last_kept, generation.searched = before, False
-            raise IncompatibleError(
-                "activations of one step must not be kept for the next where the number of reference tokens changes, "
-                f"here from {before} to {kept}, and {where} holds some (a step cache such as TeaCache). Take it off, "
-                "or keep one number of tokens: a selector that measures no attention, with a constant budget"
-            )
+    def _as_it_is(self, module: nn.Module, kwargs: Kwargs) -> None:
+        """A call that the library leaves alone."""
+        x = kwargs.get(self.adapter.tokens)
+        if isinstance(x, Tensor) and x.ndim > 1:
+            self._lengths.enter(module, (x.shape[1], 0))
 
     def _check_compiled(self, module: nn.Module, at: RunStep, run: Run) -> None:
         """Refuse a budget with more lengths than compiled blocks may have."""
@@ -252,6 +245,7 @@ class Generations:
                 "a step cache needs a kept count that seldom changes, got a budget that changes at every step: "
                 f"{self.config.budget}. Use budget.piecewise(n) or schedules.Constant, or disable the cache"
             )
+        self._lengths.begin(module)
         if self.config.from_block or self._probing.first:
             check_call(self.adapter, module, kwargs)
         x, at = kwargs[self.adapter.tokens], where.at
@@ -274,3 +268,10 @@ class Generations:
         """How the number of kept tokens changes over a run: "never", "pieces" or "every step"."""
         varies = self.config.budget.varies
         return "pieces" if varies == "never" and self._probing.probes else varies
+
+
+def _forget_steps(known: weakref.ref[nn.Module]) -> None:
+    """Empty a step cache that goes on without the patch: what it holds is of the length of the last call."""
+    transformer = known()
+    if transformer is not None and step_cache_active(transformer):
+        reset_step_cache(transformer, for_good=True)

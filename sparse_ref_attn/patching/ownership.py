@@ -54,10 +54,6 @@ class Generation:
     key : object
         Its identity, as the leader tells it.
     identity : RunIdentity
-    last_kept : int, optional
-        Reference tokens that took part in its last call.
-    searched : bool
-        Whether it was looked for activations that somebody keeps, as it changed its length.
     left : object
         The scheduler's run that it followed until the scheduler was seen to stand still.
     """
@@ -66,8 +62,6 @@ class Generation:
     leader: Steps
     key: object
     identity: RunIdentity
-    last_kept: int | None = None
-    searched: bool = False
     left: object = None
 
 

@@ -211,7 +211,8 @@ def test_honoured_in_training(name: str, argument: str) -> None:
                     sra.patch_for_training(model, drop)
                 continue
             handle = sra.patch_for_training(model, drop)
-            got, kept = model(**call.given | double)[0], handle.kept
+            with torch.enable_grad():  # validation, without gradients, drops nothing
+                got, kept = model(**call.given | double)[0].detach(), handle.kept
             handle.remove()
             assert len(kept) == (1 if drop is HALF else len(got))
             for i, selection in enumerate(kept):

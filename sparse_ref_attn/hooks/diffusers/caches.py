@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+from typing import Any
+
 from torch import nn
 
-from ...errors import IncompatibleError
+from ...errors import IncompatibleError, VersionError
 
 __all__ = ["check_no_step_cache", "reset_step_cache", "splits_the_sequence", "step_cache_active"]
 
@@ -29,13 +33,23 @@ def check_no_step_cache(module: nn.Module) -> None:
         )
 
 
-def reset_step_cache(module: nn.Module) -> None:
-    """Forget what an active step cache (diffusers' or cache-dit's) has stored; its next step computes in full.
+def reset_step_cache(module: nn.Module, for_good: bool = False) -> None:
+    """Forget what an active step cache has stored; its next step computes in full.
 
-    It may run inside the pipeline's ``cache_context``, which the reset would end.
+    It may run inside the pipeline's ``cache_context``, which the reset would end. `for_good`: whatever comes next.
+
+    Raises
+    ------
+    IncompatibleError
+        If cache-dit is told to reuse the coming step in any case.
+    VersionError
+        If it is a cache-dit without the parts that are needed.
     """
-    _reset_cache_dit(module)
-    reset = getattr(module, "_reset_stateful_cache", None)
+    if getattr(module, "_is_cached", False):
+        _reset_cache_dit(module, for_good)
+    if not getattr(module, "is_cache_enabled", False):
+        return
+    reset: Any = getattr(module, "_reset_stateful_cache", None)
     if reset is None:
         return
     hooks = [h for m in module.modules() for h in getattr(getattr(m, "_diffusers_hook", None), "hooks", {}).values()]
@@ -46,15 +60,31 @@ def reset_step_cache(module: nn.Module) -> None:
         state.set_context(context)
 
 
-def _reset_cache_dit(module: nn.Module) -> None:
-    """Empty the buffers of cache-dit's contexts; the steps that they have counted stay, as the run goes on."""
-    contexts = getattr(getattr(module, "_context_manager", None), "_cached_context_manager", {})
-    for name in getattr(module, "_context_names", ()):
-        context = contexts.get(name)
-        if context is None:
+def _reset_cache_dit(module: nn.Module, for_good: bool) -> None:
+    """Forget the activations of cache-dit's contexts, one for each stack of blocks; its counts of steps go on.
+
+    ``cache_dit.refresh_context`` would begin the counts anew, and a pipeline's contexts it passes over.
+    """
+    manager: Any = getattr(module, "_context_manager", None)
+    names: Any = getattr(module, "_context_names", None)
+    absent = importlib.import_module("cache_dit.caching.cache_contexts.cache_manager").ContextNotExistError
+    if manager is None or not names:
+        version = importlib.metadata.version("cache-dit")
+        raise VersionError(f"cache-dit {version} must keep its contexts at the transformer; they are gone")
+    for name in names:
+        try:
+            context = manager.get_context(name)
+        except absent:  # outside of a pipeline's call, where nothing is cached either
             continue
+        config, coming = context.cache_config, context.get_current_step() + 1
+        mask = config.steps_computation_mask
+        static = mask is not None and config.steps_computation_policy == "static"
+        if static and not for_good and not any(mask[coming : coming + 1]):
+            raise IncompatibleError(
+                'where the number of kept tokens changes, cache-dit must compute in full, got a "static" '
+                f'steps_computation_mask that reuses step {coming}: use a 1 there, or the policy "dynamic"'
+            )
         context.clear_buffers()
-        if context.has_calibrators():
-            for calibrator in (*context.get_calibrators(), *context.get_cfg_calibrators()):
-                if calibrator is not None:
-                    calibrator.reset_cache()
+        for calibrator in (*context.get_calibrators(), *context.get_cfg_calibrators()):
+            if calibrator is not None:
+                calibrator.reset_cache()
