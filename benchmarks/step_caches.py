@@ -38,11 +38,20 @@ def _cache_dit(pipe: Any, steps: int) -> Iterator[None]:
     import cache_dit  # type: ignore[import-not-found]
 
     settings = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=2)
+    model = pipe.transformer
+    own, children = dict(vars(model)), dict(model.named_children())
     cache_dit.enable_cache(pipe, cache_config=settings)
     try:
         yield
     finally:
         cache_dit.disable_cache(pipe)
+        # It leaves its own forward on the model, and the lists of blocks in another order, by which diffusers' caches
+        # tell the first block from the last.
+        for name in vars(model).keys() - own.keys():
+            delattr(model, name)
+        for name, child in children.items():
+            delattr(model, name)
+            model.add_module(name, child)
 
 
 STEP_CACHES: dict[str, On] = {

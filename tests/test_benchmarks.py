@@ -160,7 +160,7 @@ def test_the_reference_caches_suite_puts_each_execution_beside_its_bound(capsys,
     assert len(results.read(out)) == len(rows)
 
 
-def test_step_caches_are_charged_the_work_they_do(capsys, tmp_path):
+def test_step_caches_are_charged_the_work_they_do(tmp_path):
     out = tmp_path / "rows.csv"
     names = ["TaylorSeer", "TaylorSeer + edges 25%", "FirstBlockCache", "cache-dit"]
     asked = ["pipeline", "--suite", "step-cache", "--model", "kontext", *QUICK, "--side", "128", "--steps", "5"]
@@ -170,8 +170,7 @@ def test_step_caches_are_charged_the_work_they_do(capsys, tmp_path):
     assert 1 < ratio["TaylorSeer"] < ratio["TaylorSeer + edges 25%"]
     assert ratio["edges 25%"] < ratio["TaylorSeer + edges 25%"]
     assert ratio["FirstBlockCache"] >= 1
-    if "cache-dit" not in rows:
-        assert "cache-dit needs the package cache_dit, which is not installed" in capsys.readouterr().out
+    assert ratio["cache-dit"] >= 1
 
 
 def test_kontext_end_to_end_at_cut_size_and_a_method_that_it_cannot_run(capsys, tmp_path):

@@ -157,10 +157,9 @@ def test_every_call_is_a_new_draw_and_the_state_goes_on() -> None:
 
     def kept(handle: sra.TrainingHandle, calls: int) -> list[list[int]]:
         out = []
-        with torch.no_grad():
-            for _ in range(calls):
-                batch.predict(model)
-                out.append(handle.kept[0].indices.tolist())
+        for _ in range(calls):
+            batch.predict(model)
+            out.append(handle.kept[0].indices.tolist())
         return out
 
     handle = sra.patch_for_training(model, HALF)

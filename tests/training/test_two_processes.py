@@ -43,8 +43,7 @@ def test_each_process_has_its_own_draws(out: Path, name: str) -> None:
         handle = sra.patch_for_training(model, RUNS[name][0], rank=rank)
         alone = []
         for step in range(2 * STEPS):
-            with torch.no_grad():
-                Batch(name, seed=10 * step + rank).predict(model)
+            Batch(name, seed=10 * step + rank).predict(model)
             alone.append([selection.indices.tolist() for selection in handle.kept])
         assert kept[: 2 * STEPS] == alone
 
