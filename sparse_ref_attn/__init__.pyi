@@ -32,6 +32,10 @@ from .patching import patched as patched
 from .presets import ReCAST as ReCAST
 from .presets import SparseContext as SparseContext
 from .reference_cache import ReferenceCache as ReferenceCache
+from .refresh import At as At
+from .refresh import Drift as Drift
+from .refresh import Every as Every
+from .refresh import Never as Never
 from .rivals import Downscale as Downscale
 from .rivals import ToMe as ToMe
 from .schedules import Constant as Constant

@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from . import refresh as refreshing
 from . import schedules
 from .checks import is_one_of, numbers
 from .errors import ConfigError
 from .execution import Cache, Execution, Tokens, execution
 from .guard import UniformGuard
+from .refresh import Refresh
 from .schedules import Budget
 from .selection import AttentionMass, Probe, Reducer, Selector, selector
 from .selection.names import from_dict as selector_from_dict
@@ -35,12 +37,12 @@ class SparseRef:
         tokens, of each reference.
     execute : Tokens, Cache, or {"tokens", "cache", "both"}
         Where the saving happens (`execution`). "tokens", ``Tokens()``, drops rows at the transformer's
-        input, so that every block runs on a shorter sequence. The others need a model that computes its
-        references' keys and values once (FLUX.2 Klein-KV): "cache", ``Cache()``, computes those of every
-        reference token, and each later step attends to the ranked ones that its budget keeps; "both",
-        ``Cache(first="kept")``, drops rows from the step that computes them, too. On such a model
-        "tokens" does what "both" does.
-    from_block, profile, profile_blocks, cache_rows, layers, rerank_every
+        input, so that every block runs on a shorter sequence. "cache", ``Cache()``, runs the references now
+        and then and stores their keys and values, of which the steps between read the ranked ones that the
+        budget keeps (all of them with a budget of 1.0); "both", ``Cache(first="kept")``, drops rows from
+        the steps that compute them, too. On a model that keeps its references' keys and values itself
+        (FLUX.2 Klein-KV) "tokens" does what "both" does.
+    from_block, profile, profile_blocks, cache_rows, layers, rerank_every, refresh
         Fields of the execution, said beside it: ``execute="cache", cache_rows="all"`` is
         ``Cache(rows="all")``, and ``profile="in_flight", profile_blocks=n`` is ``Tokens(in_flight=n)``.
     floor : float or int
@@ -99,9 +101,11 @@ class SparseRef:
         cache_rows: str | None = None,
         layers: Sequence[float] | None = None,
         rerank_every: int | None = None,
+        refresh: Refresh | None = None,
     ) -> None:
         given: dict[str, Any] = {"from_block": from_block, "profile": profile, "profile_blocks": profile_blocks}
         given |= {"cache_rows": cache_rows, "layers": layers, "rerank_every": rerank_every}
+        given |= {"refresh": refresh}
         fields = {
             "select": select if isinstance(select, Reducer) else selector(select),
             "budget": schedules.budget(budget),
@@ -206,6 +210,11 @@ class SparseRef:
         """As in `Tokens` and `Cache`."""
         return self.execute.rerank_every
 
+    @property
+    def refresh(self) -> Refresh | None:
+        """As in `Cache`; None without a cache."""
+        return self.execute.refresh if isinstance(self.execute, Cache) else None
+
     def probes(self) -> tuple[Probe, ...]:
         """Attention that must be measured: what the selector asks for, and what guard and budget need besides."""
         found = list(self.select.probes()) if isinstance(self.select, Selector) else []
@@ -233,6 +242,7 @@ class SparseRef:
             "cache_rows": self.cache_rows,
             "layers": None if self.layers is None else list(self.layers),
             "rerank_every": self.rerank_every,
+            "refresh": None if self.refresh is None else self.refresh.to_dict(),
         }
 
     @classmethod
@@ -246,6 +256,8 @@ class SparseRef:
                 data["guard"] = UniformGuard(**data["guard"])
             if data.get("weights") is not None:
                 data["weights"] = tuple(data["weights"])
+            if data.get("refresh") is not None:
+                data["refresh"] = refreshing.from_dict(data["refresh"])
             if data.get("execute") == "tokens":  # older files say what a cache would hold beside it
                 data.pop("cache_rows", None)
             return cls(**data)
@@ -272,4 +284,5 @@ class SparseRef:
         name = type(self.select).__name__
         depth = f" from block {self.from_block}" if self.from_block else ""
         profile = ", profiled in flight" if self.profile == "in_flight" else ""
-        return f"{name}, {self.budget}, {self.execute.name}{depth}{profile}"
+        again = "" if self.refresh is None else f", refreshed {self.refresh}"
+        return f"{name}, {self.budget}, {self.execute.name}{depth}{profile}{again}"

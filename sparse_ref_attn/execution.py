@@ -1,4 +1,4 @@
-"""Where the saving happens: rows dropped at the transformer's input or at a block, or a cache of reference K/V."""
+"""Where the saving happens: rows dropped at the transformer's input or at a block, or stored reference K/V."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from .checks import is_one_of, numbers
 from .errors import ConfigError
+from .refresh import Refresh
 
 __all__ = ["CACHE_ROWS", "EXECUTIONS", "PROFILES", "Cache", "Execution", "Tokens", "execution"]
 
@@ -70,13 +71,18 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Cache:
-    """Steps read stored reference keys and values, on a model that computes them once (FLUX.2 Klein-KV).
+    """References run now and then; the steps between read the keys and values that were stored of them.
+
+    A *full* step runs the reference rows and stores each layer's keys and values, after QK-norm and RoPE; a *cached*
+    one runs text and generation rows alone, and each attention reads its own rows and the stored ones that the budget
+    keeps, in the order of the ranking. Where a model's references see neither the time nor the generation (FLUX.2
+    Klein-KV), what is stored is exact, the pipeline itself computes it once, and `refresh` has no meaning.
 
     Parameters
     ----------
     first : {"all", "kept"}
-        Reference tokens whose keys and values the first step computes: every one, of which each later step reads the
-        ranked ones that its budget keeps, or only those that the budget keeps.
+        Reference tokens that a full step computes: every one, of which each cached step reads the ranked ones that its
+        budget keeps, or only those that the budget keeps.
     rows : {"budget", "all"}
         Which rows are held between steps: those of the largest budget still to come, or all.
     layers : tuple of float, optional
@@ -86,6 +92,10 @@ class Cache:
         Measure and rank again every n steps after the last profiling step: such a step reads all stored keys, at the
         cost of the scoring alone (see ``query_stride`` of the selector), and all rows are held. Only with
         ``first="all"``. Default never.
+    refresh : Refresh, optional
+        The full steps: `refresh.Every`, `At`, `Never` or `Drift`. Steps whose attention is measured before the first
+        ranking are full besides. Default `refresh.standard`: the first two steps and thirds of the run, or halves of
+        one of up to eight steps.
 
     Raises
     ------
@@ -96,15 +106,20 @@ class Cache:
     --------
     >>> import sparse_ref_attn as sra
     >>> sra.SparseRef("mass", 0.25, execute="both").execute
-    Cache(first='kept', rows='budget', layers=None, rerank_every=None)
+    Cache(first='kept', rows='budget', layers=None, rerank_every=None, refresh=None)
+    >>> sra.SparseRef("grid", 1.0, execute=Cache(refresh=sra.Every(4, warmup=2))).describe()
+    "Grid(), Constant(keep=1.0, per='reference'), cache, refreshed Every(n=4, warmup=2, last=0)"
     """
 
     first: str = "all"
     rows: str = "budget"
     layers: tuple[float, ...] | None = None
     rerank_every: int | None = None
+    refresh: Refresh | None = None
 
     def __post_init__(self) -> None:
+        if self.refresh is not None and not isinstance(self.refresh, Refresh):
+            raise ConfigError(f"refresh must be an Every, At, Never or Drift, got {self.refresh!r}")
         if not is_one_of(self.first, ("all", "kept")):
             raise ConfigError(f'first must be "all" or "kept", got {self.first!r}')
         if not is_one_of(self.rows, CACHE_ROWS):
@@ -144,7 +159,8 @@ def execution(way: object, settings: Mapping[str, Any]) -> Execution:
     ----------
     way : Tokens, Cache, or {"tokens", "cache", "both"}
     settings : mapping
-        from_block, profile, profile_blocks, cache_rows, layers, rerank_every, as far as they are given (not None).
+        from_block, profile, profile_blocks, cache_rows, layers, rerank_every, refresh, as far as they are given (not
+        None).
 
     Examples
     --------
@@ -176,6 +192,8 @@ def execution(way: object, settings: Mapping[str, Any]) -> Execution:
     else:
         if "layers" in given:
             raise ConfigError(_LAYERS.format(given["layers"], way.name))
+        if "refresh" in given:
+            raise ConfigError(f'refresh goes with execute="cache" or "both" only, got it with {way.name!r}')
         if given.pop("cache_rows", "budget") != "budget":
             raise ConfigError('cache_rows goes with execute="cache" or "both" only, got it with \'tokens\'')
         if profile is not None:

@@ -41,6 +41,9 @@ class StepRecord:
         Reference tokens that each attention layer read, where that differs from `kept`.
     cache_bytes : int
         Reference K/V held during the step, with the room in which a call's own rows stand beside them.
+    drift : Tensor, shape (layers,), float32, optional
+        How far each layer's stored keys and values moved since the full step before: norm of the difference over norm,
+        the larger of keys and values. None in other steps, and in the first full one.
     """
 
     index: int
@@ -53,6 +56,7 @@ class StepRecord:
     from_block: int = 0
     layers: tuple[int, ...] | None = field(default=None, repr=False)
     cache_bytes: int = 0
+    drift: Tensor | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,9 @@ class RunRecord:
     stability : list of Stability
         One entry each time the run ranked again.
     dense_cache_bytes : int
-        Bytes of the model's own cache of every reference token's K/V; 0 where it keeps none.
+        Bytes of every reference token's K/V; 0 where none are kept.
+    exactness : str
+        What kept K/V are in later steps: "exact", "fixed time" or "drifting" (`Adapter.exactness`); "" where none are.
     """
 
     layout: TokenLayout
@@ -148,6 +154,7 @@ class RunRecord:
     config: dict[str, Any] = field(default_factory=dict)
     stability: list[Stability] = field(default_factory=list)
     dense_cache_bytes: int = 0
+    exactness: str = ""
     blocks: int = 0
 
     def mean_kept(self, step: StepRecord) -> float:

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from ..cost import ModelShape
 from ..errors import IncompatibleError, LayoutError, UnsupportedModelError
 from ..functional import pack_rows, unpack_rows
-from ..hooks.diffusers import AttentionSite, Tap, attention_sites, check_measurable, check_parts, tapped_attention
+from ..hooks.diffusers import (
+    AttentionSite,
+    Route,
+    Tap,
+    attention_sites,
+    check_measurable,
+    check_parts,
+    dispatches,
+    routed_attention,
+    tapped,
+)
 from ..run import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
@@ -244,9 +254,25 @@ class Adapter:
         """Raise IncompatibleError when attention cannot be measured on this instance."""
         check_measurable(self.sites(transformer), type(transformer).__name__)
 
+    def routable(self, transformer: nn.Module) -> bool:
+        """Whether every attention of this instance can be answered (see `route`)."""
+        sites = self.sites(transformer)
+        return bool(sites) and all(dispatches(site.processor) for site in sites)
+
+    def route(self, transformer: nn.Module, attend: Route) -> Any:
+        """Context in which `attend` answers every attention call (see `hooks.diffusers.routed_attention`)."""
+        return routed_attention(self.sites(transformer), attend)
+
     def listen(self, transformer: nn.Module, tap: Tap) -> Any:
-        """Context in which `tap` sees every attention call (see `hooks.diffusers.tapped_attention`)."""
-        return tapped_attention(self.sites(transformer), tap)
+        """Context in which `tap` sees every attention call (see `hooks.diffusers.tapped`)."""
+        return self.route(transformer, tapped(tap))
+
+    def exactness(self, transformer: nn.Module) -> str:
+        """What stored keys and values of its references are in later steps, where these run in joint attention.
+
+        "fixed time": the references have a time of their own, but see rows that do not. "drifting": they see both.
+        """
+        return "drifting"
 
     def view(self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionView | None:
         """Which rows of an attention call (B, S, H, C) are what: text first, then the image stream."""

@@ -19,6 +19,7 @@ from .depth import DepthCut
 
 __all__ = [
     "MASK",
+    "as_scores",
     "check_mask",
     "cut_in_block",
     "cut_rows",

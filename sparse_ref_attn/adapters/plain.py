@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..cost import ModelShape
 from ..errors import ConfigError, IncompatibleError, LayoutError
-from ..hooks.diffusers import AttentionSite, Tap
-from ..ops.with_lse import attention_with_lse
+from ..hooks.diffusers import Attention, AttentionSite, Route
 from ..selection import Reduced
 from ..types import TokenLayout
 from . import masks
@@ -28,41 +26,39 @@ __all__ = ["PlainAdapter"]
 _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
-class _SdpaTap(TorchFunctionMode):
-    """Sees every scaled_dot_product_attention of this thread, in order; calls of kind "other" are passed over."""
+class _SdpaRoute(TorchFunctionMode):
+    """Answers every scaled_dot_product_attention of this thread, in order; calls of kind "other" are passed over."""
 
-    def __init__(self, tap: Tap, kinds: Sequence[str]) -> None:
+    def __init__(self, attend: Route, kinds: Sequence[str]) -> None:
         super().__init__()
-        self._tap, self._kinds, self._calls = tap, kinds, 0
+        self._attend, self._kinds, self._calls = attend, kinds, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
-            call, self._calls = self._calls, self._calls + 1
-            if call >= len(self._kinds):
-                raise LayoutError(f"attention must name each of a forward's attention calls, got {self._kinds}")
-            if self._kinds[call] != "other":
-                return self._look(
-                    call, {**dict(zip(_SDPA, args, strict=False)), **kwargs}, partial(func, *args, **kwargs)
-                )
-        return func(*args, **kwargs)
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        call, self._calls = self._calls, self._calls + 1
+        if call >= len(self._kinds):
+            raise LayoutError(f"attention must name each of a forward's attention calls, got {self._kinds}")
+        if self._kinds[call] == "other":
+            return func(*args, **kwargs)
+        return self._answer(call, func, {**dict(zip(_SDPA, args, strict=False)), **kwargs})
 
-    def _look(self, call: int, named: dict[str, Any], own: Callable[[], Tensor]) -> Tensor:
-        if named.get("is_causal"):
+    def _answer(self, call: int, func: Attention, given: dict[str, Any]) -> Tensor:
+        if given.get("is_causal"):
             raise LayoutError(f"measured attention must look at all keys, got a causal call {call}")
-        q, k, v = (named[n].transpose(1, 2) for n in ("query", "key", "value"))
-        mask, given = named.get("attn_mask"), list[Tensor | None]()
-        wants = getattr(self._tap, "wants_lse", None)
-        if wants is not None and wants(call):
-            out, *given = attention_with_lse(own, q, k, mask)
-        else:
-            out = own()
-        if k.shape[2] != q.shape[2]:  # grouped-query attention
-            k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-        if named.get("scale") is not None:  # the mass is measured at the default scale C ** -0.5
-            q = q * (named["scale"] * q.shape[-1] ** 0.5)
-        self._tap(call, q, k, v, None if mask is None else mask[(None,) * (4 - mask.ndim)], *given)
-        return out
+        query, key, value = (given.pop(name) for name in _SDPA[:3])
+        own_mask = given.pop("attn_mask", None)
+
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+
+        def user(k: Tensor = k, v: Tensor = v, mask: Tensor | None = own_mask) -> Tensor:
+            return func(query, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, **given).transpose(1, 2)
+
+        if given.get("scale") is not None:  # attention is looked at with the default scale C ** -0.5
+            q = q * (given["scale"] * q.shape[-1] ** 0.5)
+        mask = None if own_mask is None else own_mask[(None,) * (4 - own_mask.ndim)]
+        return self._attend(call, q, k, v, mask, user).transpose(1, 2)
 
 
 class PlainAdapter(Adapter):
@@ -86,7 +82,7 @@ class PlainAdapter(Adapter):
     attention : sequence of str
         Kind of each ``scaled_dot_product_attention`` call of one forward, in order: "double" or
         "single", which see all tokens, (B, H, S, C), or "other" (cross-attention), which is not
-        measured. Selectors that look at attention need it.
+        measured. Selectors that look at attention, and a cache of reference keys and values, need it.
     conditional : callable, optional
         From the arguments to the batch items that are scored, where guidance is batched.
     mask : str, optional
@@ -183,13 +179,16 @@ class PlainAdapter(Adapter):
         return super().shape(transformer) if self._shape is None else self._shape(transformer)
 
     def check_measurable(self, transformer: nn.Module) -> None:
-        if not set(self._attention) - {"other"}:
+        if not self.routable(transformer):
             raise IncompatibleError(
                 f"this selector looks at attention: tell the {self.name} adapter the kind of each attention call, "
                 'for example attention=["single"] * len(blocks)'
             )
 
+    def routable(self, transformer: nn.Module) -> bool:
+        return bool(set(self._attention) - {"other"})
+
     @contextlib.contextmanager
-    def listen(self, transformer: nn.Module, tap: Tap) -> Iterator[None]:
-        with _SdpaTap(tap, self._attention):
+    def route(self, transformer: nn.Module, attend: Route) -> Iterator[None]:
+        with _SdpaRoute(attend, self._attention):
             yield

@@ -191,6 +191,9 @@ class QwenImageAdapter(Adapter):
 
         return [pos_embed.register_forward_pre_hook(InstanceHook(pos_embed, unused), with_kwargs=True).remove]
 
+    def exactness(self, transformer: nn.Module) -> str:
+        return "fixed time" if getattr(transformer, "zero_cond_t", False) else super().exactness(transformer)
+
     def shape(self, transformer: nn.Module) -> ModelShape:
         return replace(super().shape(transformer), reference_timestep=bool(getattr(transformer, "zero_cond_t", False)))
 

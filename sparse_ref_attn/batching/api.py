@@ -171,7 +171,11 @@ class _Run:
         for item in waiting:
             args, kwargs, grad = item.strand.request
             calls[item.index] = (self.adapter.bind(self.transformer, args, kwargs), grad)
-        meeting = [item for item in waiting if self.adapter.cannot_join(calls[item.index][0]) is None]
+        meeting = [
+            item
+            for item in waiting
+            if item.generations.store is None and self.adapter.cannot_join(calls[item.index][0]) is None
+        ]
         if len(meeting) == 1:
             meeting = []
         for item in waiting:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter, Kwargs
 from ..config import SparseRef
 from ..errors import HandleRemovedError, IncompatibleError
+from ..execution import Cache
 from ..functional import pack_rows
 from ..hooks.compiled import check_lengths, compiled_blocks
 from ..hooks.diffusers import reset_step_cache, step_cache_active
@@ -22,8 +23,9 @@ from ..record import RunRecord
 from ..run import Probing, Run
 from ..types import TokenLayout
 from .call import Execution, GenerationCall
-from .execution.cache import CacheKeeper, check_cache
+from .execution.cache import ReferenceStore, check_cache
 from .execution.depth import ByDepth, check_call
+from .execution.model_cache import CacheKeeper
 from .execution.tokens import AtInput
 from .lengths import Lengths
 from .ownership import Generation, Ownership, Where
@@ -65,9 +67,9 @@ class Generations:
         self._probing = Probing.of(config, [site.kind for site in sites])
         if self._probing.probes:
             adapter.check_measurable(transformer)
-        keeps = adapter.cache is not None and adapter.cache.kept_by(transformer)
-        check_cache(config, adapter, len(sites), keeps)
+        check_cache(config, adapter, transformer)
         self.cache = None if adapter.cache is None else CacheKeeper(adapter, config)
+        self.store = ReferenceStore(adapter, config) if isinstance(config.execute, Cache) else None
         self._owners = Ownership(pipe, adapter, config.clock)
         self._lengths = Lengths()
         self._latest: Generation | None = None
@@ -93,6 +95,8 @@ class Generations:
         self._owners.forget()
         if self.cache is not None:
             self.cache.forget()
+        if self.store is not None:
+            self.store.forget()
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
@@ -199,10 +203,13 @@ class Generations:
             reads = reads or self.cache.reuse.given is not None
             plan, kept = self.cache.plan(run, at, plan, reads)
             kind = "cached" if reads else plan.kind
+        elif self.store is not None and run.refreshing is not None:
+            execution, plan = self.store.execution(run, at, plan, kwargs)
+            kind, kept = "cached" if plan.reads else plan.kind, plan.kept(run.layout)
         measures = plan.kind in ("profile", "in_flight") and run.calls(at.step) == 0
         rows = kwargs[self.adapter.tokens].shape[1]
         if layout is not None and not plan.from_block:
-            rows += kept - layout.reference_tokens
+            rows += (0 if plan.reads else kept) - layout.reference_tokens
         explained = self._lengths.enter(module, (rows, kept), measures)
         step = run.step_record(at.step, kind, kept, plan)
         return GenerationCall(
@@ -252,14 +259,21 @@ class Generations:
         tokens = pack_rows(x, layout.reference_rows(x.device))
         pixels = [None] * len(layout.references) if self.pixels is None else self.pixels.take(layout, tokens)
         encode = None if self._pipe is None or self.pixels is None else encoder(self._pipe, self.adapter.encode)
-        reuse = self.cache.reuse if self.cache is not None and self.adapter.extracts(kwargs) else None
+        extracts = self.adapter.extracts(kwargs)
+        refreshing = None if self.store is None or extracts else self.store.begin(module, at)
+        reuse = self.cache.reuse if self.cache is not None and extracts else None
         scores = None if reuse is None else reuse.ranked(module, kwargs, layout, tokens)
-        run = Run(self.config, self._probing, layout, tokens, pixels, at.total, at.clock, encode, scores)
+        run = Run(self.config, self._probing, layout, tokens, pixels, at.total, at.clock, encode, scores, refreshing)
         run.record.notes += self.adapter.notes(kwargs)
+        if extracts or refreshing is not None:
+            run.record.exactness = "exact" if extracts else self.adapter.exactness(module)
         if reuse is not None:
             reuse.note(run.record)
         if compiled_blocks(module):
-            self._check_compiled(module, at, run)
+            if refreshing is None:
+                self._check_compiled(module, at, run)
+            else:
+                run.record.notes.append("compiled blocks run uncompiled where keys and values are stored or read")
         prepare_run(self.adapter, module, layout, kwargs, run)
         return self._owners.add(where, run, kwargs)
 

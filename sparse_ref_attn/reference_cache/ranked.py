@@ -63,6 +63,10 @@ class RankedCache:
         """Bytes of the rooms for a call's own rows."""
         return sum(2 * self._room * self._row(2 * pair) for pair in self._buffers)
 
+    def bytes_of(self, rows: int) -> int:
+        """Bytes that `rows` rows of every layer would take."""
+        return sum(2 * rows * self._row(i) for i in self._tokens)
+
     def store(self, layer: int, k: Tensor, v: Tensor, order: Tensor) -> None:
         """Take the rows `order` (K_l,) of a layer's k and v (B, R, H, C), the best first.
 
@@ -86,6 +90,35 @@ class RankedCache:
         for own, given in zip(self._held(layer), (k, v), strict=True):
             own.copy_(given.index_select(1, inner))
         self._tokens[layer] = order
+
+    def holds(self, layer: int) -> bool:
+        """Whether the layer's rows were stored."""
+        return layer in self._tokens
+
+    def renew(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
+        """Take the same rows, in the same order, of newer k and v (B, R, H, C) than those of `store`.
+
+        Returns
+        -------
+        Tensor, shape (), float32
+            How far they moved: norm of the difference over the norm of the new ones, the larger of that of k and v.
+
+        Examples
+        --------
+        >>> cache, k = RankedCache(rows=[2], room=1), torch.full((1, 3, 1, 1), 4.0)
+        >>> cache.store(0, k, k, torch.tensor([2, 0]))
+        >>> cache.renew(0, k, k + 1)
+        tensor(0.2000)
+        """
+        self._check(layer, k)
+        tokens = self.tokens(layer, self.rows[layer])
+        moved = []
+        for own, given in zip(self._held(layer), (k, v), strict=True):
+            new = given.index_select(1, tokens.to(given.device))
+            change, size = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (new - own, new))
+            moved.append(change / size.clamp_min(torch.finfo(torch.float32).tiny))
+            own.copy_(new)
+        return torch.maximum(*moved)
 
     def join(self, layer: int, k: Tensor, v: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Write a call's own k and v (B, S, H, C) beside the layer's rows.
@@ -116,9 +149,17 @@ class RankedCache:
     def all_of(self, layer: int, own: int) -> tuple[Tensor, Tensor, tuple[int, int], Tensor]:
         """After `join`: views of the `own` rows and all the layer's, their span, and which row of `store` each is."""
         keys, values = self._range(layer, own, self.rows[layer])
-        if layer % 2 == 0:
-            return keys, values, (0, self.rows[layer]), self._tokens[layer].flip(0)
-        return keys, values, (own, own + self.rows[layer]), self._tokens[layer]
+        first = 0 if self.before(layer) else own
+        return keys, values, (first, first + self.rows[layer]), self.tokens(layer, self.rows[layer])
+
+    def before(self, layer: int) -> bool:
+        """Whether the layer's rows lie before a call's own in `join`'s views, or after them."""
+        return layer % 2 == 0
+
+    def tokens(self, layer: int, count: int) -> Tensor:
+        """Which row of `store` each of the layer's best `count` rows is, (count,), as they lie in `join`'s views."""
+        best = self._tokens[layer][:count]
+        return best.flip(0) if layer % 2 == 0 else best
 
     def prefix(self, layer: int, count: int) -> tuple[Tensor, Tensor]:
         """Views of a layer's best `count` rows of k and v (B, count, H, C), in no order that matters to attention."""

@@ -3,7 +3,8 @@
 from .budgeting import Budgeting, Counts, covering
 from .plan import Plan
 from .profile import AttentionView, Probing
+from .refreshing import Refreshing
 from .run import Run
 from .timeline import Timeline
 
-__all__ = ["AttentionView", "Budgeting", "Counts", "Plan", "Probing", "Run", "Timeline", "covering"]
+__all__ = ["AttentionView", "Budgeting", "Counts", "Plan", "Probing", "Refreshing", "Run", "Timeline", "covering"]

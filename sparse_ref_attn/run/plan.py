@@ -17,21 +17,25 @@ class Plan:
 
     Parameters
     ----------
-    kind : {"dense", "profile", "in_flight", "sparse"}
-        "in_flight" is dense and measured before `from_block`, sparse from there on.
+    kind : {"dense", "profile", "in_flight", "sparse", "cached"}
+        "in_flight" is dense and measured before `from_block`, sparse from there on; "cached" runs without reference
+        rows, on stored keys and values.
     selection : RefSelection, optional
-        The kept tokens of a sparse step, of a profiling step that reads stored keys, and of an
-        in-flight one when it has ranked.
+        The kept tokens of a sparse or cached step, of a profiling step that reads stored keys, and of an
+        in-flight one when it has ranked. None: every token.
     reduced : sequence of Reduced, optional
         The changed tokens of a sparse step, when a rival runs instead of a selector.
     from_block : int
         Block from which on only the kept tokens take part.
+    reads : bool
+        Whether the step reads keys and values that the library stored.
     """
 
     kind: str
     selection: RefSelection | None = None
     reduced: Sequence[Reduced] | None = None
     from_block: int = 0
+    reads: bool = False
 
     def kept(self, layout: TokenLayout) -> int:
         """Reference tokens that take part."""

@@ -21,6 +21,7 @@ from .budgeting import Budgeting, Counts, covering
 from .plan import Plan
 from .profile import AttentionView, Probing, Profile
 from .ranker import Changed, Order, Ranked
+from .refreshing import Refreshing
 from .timeline import Timeline
 
 __all__ = ["Run"]
@@ -49,6 +50,8 @@ class Run:
         From pixels to reference rows and their grid (see `References`).
     scores : sequence of Tensor, optional
         Of an earlier run, in place of the selector's.
+    refreshing : Refreshing, optional
+        The full steps, where the library stores keys and values in them for the others to read.
 
     Raises
     ------
@@ -69,12 +72,14 @@ class Run:
         clock: Callable[[int], Clock],
         encode: Callable[[Tensor], tuple[Tensor, tuple[int, int]]] | None = None,
         scores: Sequence[Tensor] | None = None,
+        refreshing: Refreshing | None = None,
     ) -> None:
         if not bool(torch.isfinite(tokens).all()):
             raise NonFiniteError("the references' latents must be finite, got NaN or infinity")
         self.config, self.layout, self.clock = config, layout, clock
-        self.timeline, self.profile = Timeline.of(config, probing), Profile(probing)
+        self.timeline, self.profile = Timeline.of(config, probing, refreshing is not None), Profile(probing)
         self.timeline.check(steps)
+        self.refreshing = refreshing
         self.budgeting = Budgeting.of(config, layout, clock(0))
         generator = torch.Generator().manual_seed(config.seed)
         self.references = References(layout, tokens.detach(), list(pixels), {}, generator, encode)
@@ -109,13 +114,25 @@ class Run:
     def _plan(self, step: int) -> Plan:
         if not self.ranking.known:
             if step <= self.timeline.last:
+                if self._reads(step) and step not in self.timeline.measured:
+                    return Plan("cached", reads=True)
                 return Plan(self.timeline.kind(step), from_block=self.timeline.in_flight_of(step))
             if not self._try_to_rank():
                 return Plan("dense")
         chosen = self.ranking.choose(self.counts(step))
+        if self.refreshing is not None:
+            again = self.timeline.reranks(step)
+            if self._reads(step):
+                return Plan("profile" if again else "cached", chosen.selection, reads=True)
+            kept = self.timeline.first == "kept" and not again
+            return self.largest(range(step, self.record.total_steps)) if kept else Plan("profile" if again else "dense")
         if self.timeline.reranks(step):
             return Plan("profile", chosen.selection if self.timeline.reads else None)
         return chosen
+
+    def _reads(self, step: int) -> bool:
+        """Whether a step reads what a full one stored."""
+        return self.refreshing is not None and not self.refreshing.due(step)
 
     def arrive(self, step: int) -> Plan:
         """What the blocks of an in-flight step do after the measured ones: ranks in its first call."""
@@ -137,11 +154,14 @@ class Run:
         self.profile.observe(step, block, view, self.record)
 
     def step_record(self, step: int, kind: str, kept: int, plan: Plan) -> StepRecord:
-        """The record of `step`, made at its first call."""
+        """The record of `step`, made at its first call; where one of its calls computes references, the step does."""
         steps = self.record.steps
         if not steps or steps[-1].index != step:
             steps.append(StepRecord(step, kind, kept, selection=plan.selection, from_block=plan.from_block))
-        return steps[-1]
+        own = steps[-1]
+        if own.kind == "cached" != kind:
+            own.kind, own.kept, own.selection = kind, kept, plan.selection
+        return own
 
     def calls(self, step: int) -> int:
         """Calls of `step` so far."""

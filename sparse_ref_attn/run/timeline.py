@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..config import SparseRef
 from ..errors import ConfigError
 from ..execution import Cache
+from ..refresh import Refresh, standard
 from ..schedules import Clock
 from .budgeting import Budgeting
 from .profile import Probing
@@ -17,11 +18,15 @@ __all__ = ["PlannedStep", "Timeline"]
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One step: its kind as in `run.Plan`, the reference tokens that take part, and from which block on."""
+    """One step: its kind as in `run.Plan`, the reference tokens that take part, and from which block on.
+
+    `reads`: it runs no reference rows, and reads stored keys and values.
+    """
 
     kind: str
     kept: int
     from_block: int
+    reads: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,12 @@ class Timeline:
         Measures again every so many steps after the last measured one.
     reads : bool
         Whether a step that measures again reads stored keys, and drops tokens all the same.
+    stores : bool
+        Whether the library stores keys and values in full steps for the others to read.
+    refresh : Refresh, optional
+        The full steps, where it does.
+    first : {"all", "kept"}
+        Reference tokens that a full step computes, as in `execution.Cache`.
 
     Examples
     --------
@@ -56,13 +67,19 @@ class Timeline:
     from_block: int = 0
     rerank_every: int | None = None
     reads: bool = False
+    stores: bool = False
+    refresh: Refresh | None = None
+    first: str = "all"
 
     @classmethod
-    def of(cls, config: SparseRef, probing: Probing) -> Timeline:
-        """Of every run with a configuration and what it measures."""
+    def of(cls, config: SparseRef, probing: Probing, stores: bool = False) -> Timeline:
+        """Of every run with a configuration and what it measures; `stores` as in the class."""
+        way = config.execute
+        reads, first = isinstance(way, Cache), way.first if isinstance(way, Cache) else "all"
         return cls(
-            probing.steps, probing.first, config.from_block, config.rerank_every, isinstance(config.execute, Cache)
-        )
+            probing.steps, probing.first, config.from_block, config.rerank_every, reads, stores and reads,
+            config.refresh, first,
+        )  # fmt: skip
 
     @property
     def last(self) -> int:
@@ -74,6 +91,8 @@ class Timeline:
         late = sorted(step for step in self.measured if step >= steps)
         if late:
             raise ConfigError(f"profiling steps must lie within the run's {steps} steps, got {late}")
+        if self.stores and self.refresh is not None:
+            self.refresh.check(steps)
 
     def reranks(self, step: int) -> bool:
         """Whether the attention is measured again in step `step`."""
@@ -94,6 +113,8 @@ class Timeline:
 
     def planned(self, steps: int, budgeting: Budgeting, clock: Callable[[int], Clock]) -> list[PlannedStep]:
         """Each of a run's steps in numbers; the budget must not look at the mass."""
+        if self.stores:
+            return self._stored(steps, budgeting, clock)
         total, out = budgeting.layout.reference_tokens, []
         for step in range(steps):
             kind, kept, first = self.kind(step), total, 0
@@ -103,6 +124,22 @@ class Timeline:
                 first = (self.in_flight if kind == "in_flight" else self.from_block) if drops else 0
                 kind = ("in_flight" if kind == "in_flight" else "sparse") if drops else _whole(kind)
             out.append(PlannedStep(kind, kept, first))
+        return out
+
+    def _stored(self, steps: int, budgeting: Budgeting, clock: Callable[[int], Clock]) -> list[PlannedStep]:
+        """As `planned`, where references are computed in full steps and read in the others."""
+        full = (standard(steps) if self.refresh is None else self.refresh).steps(steps)
+        counts = [sum(budgeting.counts(clock(step))) for step in range(steps)]
+        out, total = [], budgeting.layout.reference_tokens
+        for step in range(steps):
+            kind, ranked = self.kind(step), step > self.last
+            if step in full or step in self.measured:
+                computed = max(counts[step:]) if ranked and self.first == "kept" and not self.reranks(step) else total
+                whole = "profile" if kind == "profile" else "dense"
+                out.append(PlannedStep(whole if computed == total else "sparse", computed, 0))
+            else:
+                kept = counts[step] if ranked else total
+                out.append(PlannedStep("profile" if kind == "profile" else "cached", kept, 0, reads=True))
         return out
 
 

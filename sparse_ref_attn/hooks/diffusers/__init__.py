@@ -18,7 +18,9 @@ from .attention import (
     gives_lse,
     layers_of,
     note_thread,
+    of_heads,
     routed_attention,
+    tapped,
     tapped_attention,
 )
 from .caches import check_no_step_cache, reset_step_cache, splits_the_sequence, step_cache_active
@@ -59,6 +61,7 @@ __all__ = [
     "layers_of",
     "missing_parts",
     "note_thread",
+    "of_heads",
     "offload_hook",
     "packed_reference",
     "per_row_modulation",
@@ -70,6 +73,7 @@ __all__ = [
     "routed_attention",
     "splits_the_sequence",
     "step_cache_active",
+    "tapped",
     "tapped_attention",
     "tensors_on_disk",
 ]

@@ -30,7 +30,9 @@ __all__ = [
     "gives_lse",
     "layers_of",
     "note_thread",
+    "of_heads",
     "routed_attention",
+    "tapped",
     "tapped_attention",
 ]
 
@@ -130,32 +132,43 @@ def check_measurable(sites: Sequence[AttentionSite], model: str) -> None:
 def tapped_attention(
     sites: Sequence[AttentionSite], tap: Tap, after: Callable[[int], None] = lambda site: None
 ) -> Iterator[None]:
-    """Inside, `tap(i, q, k, v, mask)` sees every attention call of site i, q, k, v (B, S, H, C) after RoPE.
+    """Inside, `tap(i, q, k, v, mask)` sees every attention call of site i (see `tapped`)."""
+    with routed_attention(sites, tapped(tap, after)):
+        yield
+
+
+def tapped(tap: Tap, after: Callable[[int], None] = lambda site: None) -> Route:
+    """The route on which `tap(i, q, k, v, mask)` sees every attention call, q, k, v (B, S, H, C) after RoPE.
 
     `after(i)` is called when the attention itself is done. A tap with a method ``wants_lse(i)`` is called with the LSE
-    (B, H, S) of the attention as well, or None, at the sites where it says so.
+    (B, H, S) of the attention as well, or None, at the sites where it says so. Grouped keys are given to each head.
     """
     wants = getattr(tap, "wants_lse", None)
 
     def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
-        if wants is None or not wants(i):
-            tap(i, q, k, v, mask)
+        given: list[Tensor | None] = []
+        if wants is not None and wants(i):
+            out, *given = attention_with_lse(own, q, k, mask)
+        k, v = (of_heads(x, q.shape[2]) for x in (k, v))
+        tap(i, q, k, v, mask, *given)  # type: ignore[call-arg]
+        if not given:
             out = own()
-        else:
-            out, lse = attention_with_lse(own, q, k, mask)
-            tap(i, q, k, v, mask, lse)  # type: ignore[call-arg]
         after(i)
         return out
 
-    with routed_attention(sites, attend):
-        yield
+    return attend
+
+
+def of_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (B, S, H', C) of grouped-query attention as those of each head (B, S, H, C)."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
 @contextlib.contextmanager
 def routed_attention(sites: Sequence[AttentionSite], attend: Route) -> Iterator[None]:
     """Inside, `attend(i, q, k, v, mask, own)` answers every attention call of site i, q, k, v (B, S, H, C) after RoPE.
 
-    ``own(k, v)`` is the user's own attention of q and the mask, by default over the call's own k and v.
+    ``own(k, v, mask)`` is the user's own attention of q, by default over the call's own k and v under its own mask.
     Each processor gets a private backend.
     """
     with contextlib.ExitStack() as undo:
@@ -207,7 +220,7 @@ class PrivateBackend:
         A processor that dispatches to attention backends.
     attend : callable
         ``attend(q, k, v, mask, user)`` with q, k, v (B, S, H, C); ``user()`` is what the processor's
-        own backend makes of the same call, ``user(k, v)`` of other keys and values.
+        own backend makes of the same call, ``user(k, v, mask)`` of other keys and values, and of another mask.
     """
 
     def __init__(self, processor: Any, attend: Attend) -> None:
@@ -231,12 +244,12 @@ class PrivateBackend:
             enable_gqa: bool = False,
             _parallel_config: Any = None,
         ) -> Tensor:
-            def user(k: Tensor = key, v: Tensor = value) -> Tensor:
+            def user(k: Tensor = key, v: Tensor = value, mask: Tensor | None = attn_mask) -> Tensor:
                 return self._dispatch.dispatch_attention_fn(
                     query,
                     k,
                     v,
-                    attn_mask=attn_mask,
+                    attn_mask=mask,
                     dropout_p=dropout_p,
                     is_causal=is_causal,
                     scale=scale,

@@ -1,290 +1,319 @@
-"""Reference K/V that a model keeps between steps, put in rank order and read by prefix."""
+"""References that run in full steps, and steps between that read the keys and values which those stored."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...adapters.base import Adapter, Kwargs
+from ...adapters.mask_columns import reference_columns
+from ...adapters.shortened import Shortened
 from ...config import SparseRef
-from ...errors import ConfigError, IncompatibleError, LayoutError
+from ...errors import ConfigError, IncompatibleError
 from ...execution import Cache
-from ...hooks.compiled import compiled_blocks, eager_blocks
-from ...hooks.diffusers import Attention, Route, dispatches, routed_attention, splits_the_sequence
-from ...hooks.instance import InstanceHook
-from ...ops.with_lse import attention_with_lse
+from ...hooks.compiled import eager_blocks
+from ...hooks.diffusers import Attention, AttentionSite, splits_the_sequence, step_cache_active
 from ...reference_cache import RankedCache
-from ...run import AttentionView, Plan, Run, covering
-from ...selection import Reducer
+from ...refresh import Never
+from ...run import Plan, Refreshing, Run, covering
 from ..call import Execution, GenerationCall
-from ..proving import attend_to_bank, prefers_bank
-from ..reuse import CacheReuse
+from ..proving import prefers_bank
 from ..steps import RunStep
 from .held import HeldRows
+from .stored import to_stored
 from .tokens import AtInput
 
-__all__ = ["CacheKeeper", "check_cache"]
+__all__ = ["ReferenceStore", "check_cache"]
 
 
-def check_cache(config: SparseRef, adapter: Adapter, attention_layers: int, keeps: bool) -> None:
-    """Raise where the configuration asks for a cache that the model does not keep, or for other layers than it has."""
-    if isinstance(config.execute, Cache) and not keeps:
+def check_cache(config: SparseRef, adapter: Adapter, transformer: nn.Module) -> None:
+    """Raise where keys and values of the references cannot be stored, or other layers are named than there are."""
+    if not isinstance(config.execute, Cache):
+        return
+    sites, name = joint_layers(adapter, transformer), config.execute.name
+    if not sites:
         raise IncompatibleError(
-            f'execute="{config.execute.name}" needs a model that computes its references\' keys and values once and '
-            f"keeps them (FLUX.2 Klein-KV), got {adapter.name} without such a cache: its reference tokens look at "
-            'the image being made, so theirs change at every step. Use execute="tokens"'
+            f'execute="{name}" stores keys and values of the references, for which {adapter.name}\'s attention must be '
+            "known and go through processors that dispatch to attention backends, or be named to a PlainAdapter: "
+            'attention=["single"] * len(blocks). Use execute="tokens"'
         )
-    if config.layers is not None and len(config.layers) != attention_layers:
+    if config.layers is not None and len(config.layers) != len(sites):
         raise ConfigError(
-            f"layers must be a factor for each of the {attention_layers} attention layers, got {len(config.layers)}"
+            f"layers must be a factor for each of the {len(sites)} attention layers, got {len(config.layers)}"
         )
 
 
-class Storing:
-    """A call that runs the reference rows and fills a cache."""
+def joint_layers(adapter: Adapter, transformer: nn.Module) -> list[int]:
+    """Which of the adapter's attention sites are joint attention that can be answered; none unless all of them."""
+    sites = adapter.sites(transformer)
+    if not adapter.routable(transformer):
+        return []
+    return [i for i, site in enumerate(sites) if site.kind != "other"]
+
+
+class Branch:
+    """What the calls of one branch of guidance have stored; None until a full call has come to its end."""
+
+    def __init__(self) -> None:
+        self.held: HeldRows | None = None
+
+
+class _Text:
+    """One text of a run, and the branches whose calls bring it: the first such call of a step, the second, ..."""
+
+    def __init__(self, text: Tensor | None) -> None:
+        self._known = None if text is None else weakref.ref(text)  # held by its pipeline alone (see RunIdentity)
+        self._values = None if text is None else text.detach().clone()
+        self.branches: list[Branch] = []
+        self._step, self._calls = -1, 0
+
+    def is_(self, text: Tensor | None) -> bool:
+        """Whether it is this very tensor."""
+        return text is None if self._known is None else self._known() is text
+
+    def equals(self, text: Tensor | None) -> bool:
+        """Whether it is one of the same values (syncs)."""
+        values = self._values
+        if values is None or text is None:
+            return values is text
+        return (values.shape, values.device) == (text.shape, text.device) and torch.equal(values, text)
+
+    def branch(self, step: int) -> Branch:
+        """Of the next call in `step`."""
+        if self._step != step:
+            self._step, self._calls = step, 0
+        self._calls += 1
+        while len(self.branches) < self._calls:
+            self.branches.append(Branch())
+        return self.branches[self._calls - 1]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A layer's keys and values of every reference token, in order."""
+
+    k: Tensor
+    v: Tensor
+
+    def get(self) -> tuple[Tensor, Tensor]:
+        return self.k, self.v
+
+    def store(self, k: Tensor, v: Tensor) -> None:
+        """They are the call's own, and stay as they are."""
+
+
+class Computing:
+    """A full call: all rows run, or those of a plan that keeps some, and the references' keys and values are stored."""
 
     alone = False
 
-    def __init__(self, keeper: CacheKeeper) -> None:
-        self._keeper, self._rows = keeper, AtInput()
+    def __init__(self, store: ReferenceStore, branch: Branch) -> None:
+        self._store, self._branch, self._rows = store, branch, AtInput()
 
     def before(self, call: GenerationCall) -> Kwargs:
-        self._held = self._keeper.fill(call)
-        return self._rows.before(call)
+        kwargs = self._rows.before(call)
+        held, self._branch.held = self._branch.held, None  # a call that is broken off leaves nothing
+        self._held = held if held is not None and _fits(held, call.plan) else self._store.empty(call)
+        self._store.listen(call, self._held, kwargs)
+        return kwargs
 
     def after(self, call: GenerationCall, output: Any) -> Any:
-        self._keeper.take_charge(call, self._held, output)
+        self._branch.held = self._held
+        self._store.computed(call, self._held)
+        self._store.over(call, self._branch)
         return self._rows.after(call, output)
 
 
 class Reading:
-    """A call on text and generation rows that attends to stored K/V; `resumes`: to those of an earlier run."""
+    """A cached call: text and generation rows alone, which attend to stored keys and values too."""
 
     alone = False
 
-    def __init__(self, keeper: CacheKeeper, resumes: bool) -> None:
-        self._keeper, self._resumes = keeper, resumes
-        self._cache: Any = None
+    def __init__(self, store: ReferenceStore, branch: Branch) -> None:
+        assert branch.held is not None
+        self._store, self._branch, self._held = store, branch, branch.held
 
     def before(self, call: GenerationCall) -> Kwargs:
-        kwargs = call.kwargs
-        if self._resumes:
-            kwargs, self._cache = self._keeper.resume(call)
-        return self._keeper.read(call, kwargs)
+        first, length = call.layout.generation
+        rows = torch.arange(first, first + length, device=call.device)
+        kwargs = call.adapter.drop(call.kwargs, call.layout, rows)
+        call.shortened = Shortened(call.kwargs, rows, call.layout.rows)
+        self._store.read(call, self._held)
+        return kwargs
 
     def after(self, call: GenerationCall, output: Any) -> Any:
-        return self._keeper.seam.returned(output, self._cache) if self._resumes else output
+        self._store.over(call, self._branch)
+        assert call.shortened is not None
+        return call.adapter.restore(output, call.shortened.rows, call.shortened.size)
 
 
-class CacheKeeper:
-    """Follows the caches of one patched transformer; a cache is forgotten with the model's own object.
+class ReferenceStore:
+    """The stored references of one patched transformer's runs; those of a run are gone with it, or with its last step.
 
     Parameters
     ----------
     adapter : Adapter
-        Of a family with a `CacheSeam`.
     config : SparseRef
+        With a `Cache`.
     """
 
     def __init__(self, adapter: Adapter, config: SparseRef) -> None:
-        assert adapter.cache is not None
-        self._adapter, self._config, self.seam = adapter, config, adapter.cache
-        self._held: weakref.WeakKeyDictionary[Any, HeldRows] = weakref.WeakKeyDictionary()
-        self._stored: tuple[Run, Plan] | None = None
-        self.reuse = CacheReuse(adapter, config)
+        self._adapter, self._config = adapter, config
+        self._texts: weakref.WeakKeyDictionary[Run, list[_Text]] = weakref.WeakKeyDictionary()
 
-    def plan(self, run: Run, at: RunStep, plan: Plan, reads: bool) -> tuple[Plan, int]:
-        """What a call of a step with `plan` does that reads a cache, or stores; and the reference tokens in it."""
-        if not reads and plan.kind == "sparse":
-            whole = isinstance(self._config.execute, Cache) and self._config.execute.first == "all"
-            plan = Plan("dense") if whole else run.largest(range(at.step, at.total))
-            self._stored = (run, plan)
-        if reads and plan.reduced is not None:  # the rows of the step that stored; changed tokens have no fewer
-            stored = self._stored[1] if self._stored is not None and self._stored[0] is run else Plan("dense")
-            return plan, stored.kept(run.layout)
-        return plan, plan.kept(run.layout)
-
-    def forget(self) -> None:
-        """Let go of the last run."""
-        self._stored = None
-
-    def execution(self, reads: bool) -> Execution:
-        """Of a call that reads a cache, or of one that stores; where an earlier run's cache is given, it is read."""
-        return Reading(self, resumes=not reads) if reads or self.reuse.given is not None else Storing(self)
-
-    # -- the call that fills a cache -----------------------------------------------------------
-
-    def fill(self, call: GenerationCall) -> HeldRows:
-        """Before a call that stores.
-
-        Where the ranking is known and no later step needs all rows, each layer's rows go into rank
-        order as soon as they are stored, so that the whole cache never exists.
-        """
-        run, at, dropped = call.run, call.at, call.plan.selection if call.plan.kind == "sparse" else None
-        sites, later = self._adapter.sites(call.module), range(at.step + 1, at.total)
-        if splits_the_sequence(call.module):
-            raise IncompatibleError(
-                "a model that keeps its references' keys and values cannot run under context parallelism: diffusers "
-                "splits their rows over the ranks, and each rank's attention sees its own alone. Call "
-                "disable_parallelism(), or use a pipeline without the cache"
-            )
-        if dropped is None:
-            held = HeldRows(run, len(sites), None, run.budgeting.full)
-        else:
-            held = HeldRows(run, len(sites), dropped.indices, covering(run.needed([at.step, *later])))
-        whole = self.reuse.wants(call.module, call.kwargs, run.layout, run.references.tokens)
-        eager = not torch.is_grad_enabled() and not compiled_blocks(call.module) and all(s.module for s in sites)
-        early = run.ranking.known and not isinstance(self._config.select, Reducer) and not at.observed and bool(later)
-        if whole or not early or not eager or _needs_all(run, later):
-            return held
-        held.prepare(run.needed(later), run.layout.text + run.layout.generation[1])
-        held.released = True
-        for i, site in enumerate(sites):
-
-            def fill(module: nn.Module, args: Any, kwargs: Kwargs, out: Any, i: int = i) -> None:
-                layer = self.seam.of_attention(kwargs)
-                if layer is not None:
-                    held.take(i, layer)
-
-            assert site.module is not None
-            hook = InstanceHook(site.module, fill)
-            call.contexts.callback(site.module.register_forward_hook(hook, with_kwargs=True).remove)
-        return held
-
-    def resume(self, call: GenerationCall) -> tuple[Kwargs, Any]:
-        """The arguments of a call that stores as those of one that reads the K/V of an earlier run, and their cache."""
-        given, run = self.reuse.given, call.run
-        assert given is not None
-        cache = self.seam.make(call.module, self.reuse.layers(call.kwargs[self._adapter.tokens].shape[0]))
-        limit = (len(given.tokens),) if run.budgeting.shared or len(run.layout.references) == 1 else given.counts()
-        tokens = None if given.complete else given.tokens
-        self._held[cache] = HeldRows(run, len(given.layers), tokens, limit, foreign=not given.complete)
-        return self.seam.resumed(call.kwargs, run.layout, cache), cache
-
-    def take_charge(self, call: GenerationCall, held: HeldRows, output: Any) -> None:
-        """After a call that stores: follow its cache."""
-        cache = self.seam.of_output(output)
-        if cache is not None:
-            self._held[cache] = held
-            self._account(call, held, cache)
-            self.reuse.filled(cache, held.tokens, call.run.record, call.run.references.tokens)
-
-    # -- the calls that read it ----------------------------------------------------------------
-
-    def read(self, call: GenerationCall, kwargs: Kwargs) -> Kwargs:
-        """Arguments of a cached call that attends to the tokens of its plan alone; listens where it measures.
+    def begin(self, module: nn.Module, at: RunStep) -> Refreshing:
+        """The full steps of a run that begins.
 
         Raises
         ------
-        LayoutError
-            If the call brings a cache that this run did not fill.
-        BudgetError
-            If the plan keeps tokens that are not held.
+        IncompatibleError
+            Under context parallelism, and beside a step cache unless the references are computed once.
         """
-        run, plan, module = call.run, call.plan, call.module
-        cache = self.seam.of_call(kwargs)
-        held = self._held.get(cache)
-        if held is None or held.run is not run:
-            raise LayoutError(
-                "a cached call must bring the reference keys and values that this run's first step stored, got others: "
-                "the tokens kept were chosen for this run's references"
+        if splits_the_sequence(module):
+            raise IncompatibleError(
+                "stored reference keys and values need the whole sequence in one process, got context parallelism: "
+                'call disable_parallelism(), or use execute="tokens"'
             )
-        if plan.reduced is not None:
-            return kwargs
-        sites = self._adapter.sites(module)
-        routable = all(dispatches(site.processor) for site in sites)
-        untouched = held.ranked is None and held.tokens is None
-        measures_all = plan.kind == "profile" and plan.selection is None and routable and untouched
-        if measures_all or (plan.kind == "dense" and not held.released):
-            held.check(run.budgeting.full)
-            self._account(call, held, cache)
-            if measures_all and call.measures:
-                call.contexts.enter_context(eager_blocks(module))
-                call.contexts.enter_context(routed_attention(sites, self._heard(call, self._text(kwargs))))
-            return kwargs
-        self._arrange(call, held, cache, kwargs)
-        self._account(call, held, cache)
-        assert held.ranked is not None
-        counts = run.budgeting.full if plan.selection is None else run.counts(call.at.step)
-        reads = [sum(held.scaled(counts, i)) for i in range(len(sites))]
-        if run.config.layers is not None:
-            call.step.layers = tuple(reads)
-        if not routable or torch.is_grad_enabled() or (compiled_blocks(module) and not call.measures):
-            views = [held.ranked.prefix(i, count) for i, count in enumerate(reads)]
-            return self.seam.reading(kwargs, self.seam.make(module, views))
-        if call.measures:
-            call.contexts.enter_context(eager_blocks(module))
-        text = self._text(kwargs)
-        own = text + kwargs[self._adapter.tokens].shape[1]
-        by_bank = [prefers_bank(site.processor, held.ranked, i, own, reads[i]) for i, site in enumerate(sites)]
-        route = self._route(call, held.ranked, reads, by_bank, text)
-        call.contexts.enter_context(routed_attention(sites, route))
-        return self.seam.alone(kwargs)
+        if step_cache_active(module) and not isinstance(self._config.refresh, Never):
+            raise IncompatibleError(
+                "beside a step cache, which skips blocks at steps of its own choice, references can be computed in the "
+                f"first step alone, Cache(refresh=Never()), got {self._config.refresh or 'the default'}; or take the "
+                "step cache off"
+            )
+        return Refreshing(self._config.refresh, None if at.observed else at.total)
 
-    def _heard(self, call: GenerationCall, text: int) -> Route:
-        """The model's own cached attention, text | references | generation, listened to."""
-        layout = call.run.layout
-        span = (text, text + layout.reference_tokens)
+    def forget(self) -> None:
+        """Let go of everything."""
+        self._texts.clear()
 
-        def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
-            every = torch.arange(span[1] - span[0], device=k.device)
-            measured = call.run.profile.measures(call.at.step, i)
-            out, lse = attention_with_lse(own, q, k, mask) if measured else (own(), None)
-            lse = None if lse is None else lse[..., text:]
-            view = AttentionView(k, v, q[:, text:], None, (span,), order=every, sizes=layout.sizes, lse=lse)
-            call.run.observe(call.at.step, i, view)
-            return out
+    def execution(self, run: Run, at: RunStep, plan: Plan, kwargs: Kwargs) -> tuple[Execution, Plan]:
+        """How a call with `plan` runs, and as what: one whose branch has stored nothing yet computes."""
+        branch = self._branch(run, at.step, kwargs)
+        if plan.reads and branch.held is not None:
+            return Reading(self, branch), plan
+        if plan.reads:
+            plan = Plan("profile" if plan.kind == "profile" else "dense")
+        return Computing(self, branch), plan
 
-        return attend
+    def _branch(self, run: Run, step: int, kwargs: Kwargs) -> Branch:
+        """The branch of guidance that a call is of: known by its text, and by how often that came in the step."""
+        known = self._texts.setdefault(run, [])
+        text = None if self._adapter.text_tokens is None else kwargs.get(self._adapter.text_tokens)
+        found = next((t for t in known if t.is_(text)), None) or next((t for t in known if t.equals(text)), None)
+        if found is None:
+            known.append(found := _Text(text))
+        return found.branch(step)
 
-    def _route(
-        self, call: GenerationCall, ranked: RankedCache, reads: Sequence[int], by_bank: Sequence[bool], text: int
-    ) -> Route:
-        sizes = call.run.layout.sizes
+    # -- full calls ----------------------------------------------------------------------------
+
+    def empty(self, call: GenerationCall) -> HeldRows:
+        """Room for what a full call is about to store."""
+        run, later = call.run, range(call.at.step, call.at.total)
+        selection = call.plan.selection
+        needs = run.needed(later)
+        limit = run.budgeting.full if selection is None else covering(needs)
+        tokens = None if selection is None else selection.indices
+        held = HeldRows(run, len(joint_layers(self._adapter, call.module)), tokens, limit)
+        if self._config.cache_rows == "all":
+            needs.append(limit)
+        held.prepare(needs, call.layout.text + call.layout.generation[1])
+        return held
+
+    def listen(self, call: GenerationCall, held: HeldRows, kwargs: Kwargs) -> None:
+        """Store what the joint attention of each layer is given as the references' keys and values."""
+        places = {site: layer for layer, site in enumerate(joint_layers(self._adapter, call.module))}
+        joint, whole = call.layout.text + kwargs[self._adapter.tokens].shape[1], _reference_keys(call, held)
+        held.moved.clear()
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
-            if by_bank[i] and mask is None and not call.measures:
-                return attend_to_bank(ranked, i, reads[i], q, k, v)
-            keys, values = ranked.join(i, k, v, reads[i])
-            if call.measures:
-                stored, vectors, span, order = ranked.all_of(i, k.shape[1])
-                view = AttentionView(stored, vectors, q[:, text:], None, (span,), order=order, sizes=sizes)
-                call.run.observe(call.at.step, i, view)
-            return own(keys, values)
+            if i in places and q.shape[1] == k.shape[1] == joint:
+                held.take(places[i], _Rows(k.detach()[:, whole], v.detach()[:, whole]))
+            return own()
 
-        return attend
+        call.contexts.enter_context(eager_blocks(call.module))
+        call.contexts.enter_context(self._adapter.route(call.module, attend))
 
-    def _arrange(self, call: GenerationCall, held: HeldRows, cache: Any, kwargs: Kwargs) -> None:
-        run, at = call.run, call.at
-        steps = [at.step] if at.observed else range(at.step, at.total)
-        needs = run.needed(steps)
-        if at.observed or self._config.cache_rows == "all":
+    def computed(self, call: GenerationCall, held: HeldRows) -> None:
+        """A full call has come to its end: what it stored counts from now on."""
+        run, step = call.run, call.step
+        if not held.complete:
+            raise IncompatibleError(
+                f"each of the {held.layers} attention layers must attend over all rows in a full step, for its keys "
+                "and values to be stored; got a step in which some did not"
+            )
+        assert run.refreshing is not None
+        moved = [held.moved[i] for i in sorted(held.moved)]
+        drift = torch.stack([each.to(moved[0].device) for each in moved]) if moved else None
+        if step.drift is None:
+            step.drift = drift
+        run.refreshing.computed(call.at.step, drift)
+        self._account(call)
+
+    # -- cached calls --------------------------------------------------------------------------
+
+    def read(self, call: GenerationCall, held: HeldRows) -> None:
+        """Let every joint attention of a call read the rows of its plan; measured, where the call measures."""
+        run, module = call.run, call.module
+        needs = run.needed([call.at.step] if call.at.observed else range(call.at.step, call.at.total))
+        counts = run.counts(call.at.step) if run.ranking.known else run.budgeting.full
+        if call.at.observed or self._config.cache_rows == "all":
             needs.append(held.limit)
-        room = self._text(kwargs) + kwargs[self._adapter.tokens].shape[1]
-        held.arrange(self.seam.layers(cache), needs, room, at.observed or not _needs_all(run, steps))
+        own = call.layout.text + call.layout.generation[1]
+        held.arrange((), [counts, *needs], own, release=False)
+        assert held.ranked is not None
+        layers = joint_layers(self._adapter, module)
+        reads = [sum(held.scaled(counts, i)) for i in range(len(layers))]
+        if self._config.layers is not None:
+            call.step.layers = tuple(reads)
+        sites = self._adapter.sites(module)
+        by_bank = [_by_bank(sites[site], held.ranked, i, own, reads[i]) for i, site in enumerate(layers)]
+        mask, batch = self._adapter.mask(call.kwargs), call.kwargs[self._adapter.tokens].shape[0]
+        columns = None if mask is None else reference_columns(mask, batch, call.layout)
+        answer = to_stored(call, held.ranked, reads, by_bank, call.layout.text, columns)
+        places = {site: layer for layer, site in enumerate(layers)}
 
-    def _account(self, call: GenerationCall, held: HeldRows, cache: Any) -> None:
+        def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, user: Attention) -> Tensor:
+            joint = i in places and q.shape[1] == k.shape[1] == own
+            return answer(places[i], q, k, v, mask, user) if joint else user()
+
+        call.contexts.enter_context(eager_blocks(module))
+        call.contexts.enter_context(self._adapter.route(module, attend))
+        self._account(call)
+
+    def over(self, call: GenerationCall, branch: Branch) -> None:
+        """A cached call has come to its end: after the last step nothing is kept."""
+        if not call.at.observed and call.at.step == call.at.total - 1:
+            branch.held = None
+
+    def _account(self, call: GenerationCall) -> None:
         """Write down the bytes that are held."""
-        own = [layer.get()[0] for layer in self.seam.layers(cache)]
-        row = own[0][:, :1].numel() * own[0].element_size()
-        call.run.record.dense_cache_bytes = 2 * len(own) * row * call.run.layout.reference_tokens
-        held.bytes = 0
-        if not held.released:
-            held.bytes = sum(2 * (k if k.stride(0) else k[:1]).numel() * k.element_size() for k in own)
-        if held.ranked is not None:
-            held.bytes += held.ranked.row_bytes + held.ranked.room_bytes
-        call.step.cache_bytes = sum(each.bytes for each in self._held.values() if each.run is call.run)
-
-    def _text(self, kwargs: Kwargs) -> int:
-        given = None if self._adapter.text_tokens is None else kwargs.get(self._adapter.text_tokens)
-        return 0 if given is None else given.shape[1]
+        held = [branch.held for text in self._texts.get(call.run, []) for branch in text.branches]
+        ranked = [each.ranked for each in held if each is not None and each.ranked is not None]
+        call.step.cache_bytes = sum(each.row_bytes + each.room_bytes for each in ranked)
+        total = call.run.layout.reference_tokens
+        call.run.record.dense_cache_bytes = sum(each.bytes_of(total) for each in ranked)
 
 
-def _needs_all(run: Run, steps: Sequence[int]) -> bool:
-    """Whether one of `steps` runs on the model's own cache, bit for bit as without a patch."""
-    everything = run.layout.reference_tokens
-    return not run.ranking.known or any(sum(run.counts(step)) >= everything for step in steps)
+def _fits(held: HeldRows, plan: Plan) -> bool:
+    """Whether a call with `plan` computes the tokens that are held."""
+    return held.tokens is None if plan.selection is None else held.tokens is plan.selection.indices
+
+
+def _reference_keys(call: GenerationCall, held: HeldRows) -> slice | Tensor:
+    """Where the keys of the held tokens lie in a full call's joint attention, in order."""
+    layout, references = call.layout, call.layout.references
+    if call.shortened is not None:
+        rows = layout.reference_rows(call.device)[held.tokens]
+        return layout.text + torch.searchsorted(call.shortened.rows, rows)
+    first, last = references[0].start, references[-1].start + references[-1].length
+    if last - first == layout.reference_tokens:
+        return slice(layout.text + first, layout.text + last)
+    return layout.text + layout.reference_rows(call.device)
+
+
+def _by_bank(site: AttentionSite, ranked: RankedCache, layer: int, own: int, count: int) -> bool:
+    return site.processor is not None and prefers_bank(site.processor, ranked, layer, own, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -33,16 +34,30 @@ class HeldRows:
     """
 
     def __init__(self, run: Run, layers: int, tokens: Tensor | None, limit: Counts, foreign: bool = False) -> None:
-        self.run, self.tokens, self.limit = run, tokens, limit
+        self._run, self.tokens, self.limit = weakref.ref(run), tokens, limit
         self.ranked: RankedCache | None = None
         self.released = False
         """Whether the model's own cache gave its rows up, and holds views of the ranked ones."""
         self.bytes = 0
-        self._layers, self._foreign = layers, foreign
+        self.layers, self._foreign = layers, foreign
+        self.moved: dict[int, Tensor] = {}
+        """How far the rows of each layer moved when they were last taken anew (see `RankedCache.renew`)."""
         self._orders: dict[float, Tensor] = {}
         self._most: Counts = ()
         self._nested: tuple[Counts, ...] = ()
         self._ordered_by: object = None
+
+    @property
+    def run(self) -> Run:
+        """The run whose rows these are; held weakly, so that the rows are gone with it."""
+        run = self._run()
+        assert run is not None
+        return run
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer's rows were taken."""
+        return self.ranked is not None and all(self.ranked.holds(i) for i in range(self.layers))
 
     def scaled(self, counts: Counts, layer: int) -> Counts:
         """What a layer reads where the budget is `counts`."""
@@ -63,10 +78,14 @@ class HeldRows:
         return self.ranked
 
     def take(self, i: int, layer: LayerCache) -> None:
-        """Put a layer's rows into rank order; where they are not needed as they were, hand back views."""
+        """Put a layer's rows into rank order, or in the place of its earlier ones; where they are not needed as they
+        were, hand back views."""
         assert self.ranked is not None
         k, v = layer.get()
-        self.ranked.store(i, k, v, self._positions(i))
+        if self.ranked.holds(i):
+            self.moved[i] = self.ranked.renew(i, k, v)
+        else:
+            self.ranked.store(i, k, v, self._positions(i))
         if self.released:
             layer.store(*self.ranked.prefix(i, self.ranked.rows[i]))
 
@@ -92,7 +111,7 @@ class HeldRows:
             self._order([*needs, held])
             if now not in self._nested:
                 self._order([now, most, held])
-            for i in range(self._layers):
+            for i in range(self.layers):
                 self.ranked.rearrange(i, self._positions(i))
         if shrinks:
             self._most = most
@@ -109,7 +128,7 @@ class HeldRows:
         most = covering(needs)
         nested = {*needs, most}
         self._orders = {}
-        for i in range(self._layers):
+        for i in range(self.layers):
             if self._factor(i) not in self._orders:
                 scaled = {counts: self.scaled(counts, i) for counts in nested}
                 self._orders[self._factor(i)], prefixes = self.run.ranking.prefixes(
@@ -119,7 +138,7 @@ class HeldRows:
         self._most, self._nested, self._ordered_by = most, tuple(nested), self.run.ranking
 
     def _rows(self) -> list[int]:
-        return [sum(self.scaled(self._most, i)) for i in range(self._layers)]
+        return [sum(self.scaled(self._most, i)) for i in range(self.layers)]
 
     def _positions(self, i: int) -> Tensor:
         """Rows of the model's own cache that hold the ordered tokens."""
