@@ -108,7 +108,7 @@ class Cache:
     >>> sra.SparseRef("mass", 0.25, execute="both").execute
     Cache(first='kept', rows='budget', layers=None, rerank_every=None, refresh=None)
     >>> sra.SparseRef("grid", 1.0, execute=Cache(refresh=sra.Every(4, warmup=2))).describe()
-    "Grid(), Constant(keep=1.0, per='reference'), cache, refreshed Every(n=4, warmup=2, last=0)"
+    "Grid, Constant(keep=1.0, per='reference'), cache, refreshed Every(n=4, warmup=2, last=0)"
     """
 
     first: str = "all"

@@ -208,7 +208,7 @@ class Drift(Refresh):
     def check(self, total: int) -> None:
         if total < 3:
             raise ConfigError(
-                f"Drift compares two full steps, and saves work after them: a run must have 3 steps or more, got {total}"
+                f"Drift compares two full steps and saves work after them: a run must have 3 steps or more, got {total}"
             )
 
     def oldest(self, total: int) -> int:
@@ -218,7 +218,7 @@ class Drift(Refresh):
 
     def wait(self, drift: float, age: int, total: int) -> int:
         """Steps until the next full one, where keys and values moved by `drift` in `age` steps."""
-        expected = self.oldest(total) if drift <= 0 else math.floor(age * self.threshold / drift)
+        expected = self.oldest(total) if drift <= 0 else math.floor(age * self.threshold / drift + 1e-6)
         return min(max(expected, self.at_most_every), self.oldest(total))
 
 

@@ -13,7 +13,18 @@ from ..types import TokenLayout
 from .cache_seam import CacheSeam, Kwargs, LayerCache
 from .masks import without_mask
 
-__all__ = ["Flux2CacheSeam"]
+__all__ = ["Flux2CacheSeam", "keep_references"]
+
+
+def keep_references(transformer: nn.Module) -> None:
+    """Give a FLUX.2 transformer the processors with which its pipeline keeps the references' keys and values."""
+    for blocks, name in (
+        (transformer.transformer_blocks, "Flux2KVAttnProcessor"),
+        (transformer.single_transformer_blocks, "Flux2KVParallelSelfAttnProcessor"),
+    ):
+        processor = internal("models.transformers.transformer_flux2", name)
+        for block in blocks:  # type: ignore[union-attr]
+            block.attn.set_processor(processor())
 
 
 class Flux2CacheSeam(CacheSeam):

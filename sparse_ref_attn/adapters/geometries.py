@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..hooks.diffusers import check_diffusers
+from .flux2_cache import keep_references
 
 __all__ = ["MODELS", "named_model"]
 
@@ -27,6 +28,7 @@ _GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "kontext": ("FluxTransformer2DModel", {"guidance_embeds": True}),
     "flux2-dev": ("Flux2Transformer2DModel", {}),
     "klein-9b": ("Flux2Transformer2DModel", _KLEIN_9B),
+    "klein-9b-kv": ("Flux2Transformer2DModel", _KLEIN_9B),
     "klein-4b": ("Flux2Transformer2DModel", _KLEIN_4B),
     "qwen-image-edit": ("QwenImageTransformer2DModel", {}),
     "qwen-image-edit-2511": ("QwenImageTransformer2DModel", {"zero_cond_t": True}),
@@ -43,7 +45,8 @@ def named_model(
 
     Parameters
     ----------
-    name : {"kontext", "flux2-dev", "klein-9b", "klein-4b", "qwen-image-edit", "qwen-image-edit-2511"}
+    name : {"kontext", "flux2-dev", "klein-9b", "klein-9b-kv", "klein-4b", "qwen-image-edit", "qwen-image-edit-2511"}
+        "klein-9b-kv" has the processors that keep the references' keys and values, as its pipeline puts them on.
     device : torch.device or str
         Default "meta": no memory is used. On a real device the weights are random.
     dtype : torch.dtype
@@ -79,4 +82,6 @@ def named_model(
             model = cls(**(config | changes))
         except TypeError as error:
             raise ConfigError(f"changes must be fields of {class_name}'s config, got {sorted(changes)}") from error
+    if name.endswith("-kv"):
+        keep_references(model)
     return nn.Module.to(model, dtype=dtype).eval().requires_grad_(False)  # diffusers' own `to` warns of the cast

@@ -28,7 +28,9 @@ from ..hooks.diffusers import gives_lse
 from ..patching.execution.cache import check_cache
 from ..presets import ReCAST
 from ..record import mean_over_blocks
+from ..refresh import Drift
 from ..run import Budgeting, Probing, Timeline
+from ..run.timeline import PlannedStep
 from ..schedules import Clock
 from ..types import Reference, TokenLayout
 from .cache import run_work, with_cache
@@ -49,8 +51,9 @@ class RunMemory:
     sparse_step : Memory
         Of the largest step that drops tokens; `dense` when none does.
     dense_reference_kv, sparse_reference_kv : int
-        Keys and values of the reference tokens over all layers, all of them and the most that a sparse step keeps.
-        Nothing is stored when tokens are dropped at the input: this is what a reference cache would take.
+        Keys and values of the reference tokens over all layers and branches of guidance, all of them and the most that
+        a sparse step keeps. Nothing is stored when tokens are dropped at the input: this is what a reference cache
+        would take.
     room : int
         Rows of text and generation beside the stored ones, with ``execute="cache"`` or "both".
     """
@@ -205,15 +208,16 @@ def estimate(
     BudgetError
         If the budget asks for more tokens than the references have.
     IncompatibleError
-        If ``execute="cache"`` or "both" meets a family that keeps no reference keys and values.
+        If ``execute="cache"`` or "both" meets a model whose attention is not known.
     UnsupportedModelError
         If no adapter serves the transformer, or its adapter does not say which Linear runs on which rows.
 
     Notes
     -----
     FLOPs agree with `torch.utils.flop_counter.FlopCounterMode` on the meta device. Text encoder and VAE are not in it.
-    With ``execute="cache"`` or "both" a run of Klein-KV is meant, which keeps its references' keys and values; the
-    dense work is then still that of the pipeline without a cache (plain Klein).
+    On a transformer whose processors keep the references' keys and values (that of a Klein-KV pipeline)
+    ``execute="cache"`` and "both" mean that cache; the dense work is then still that of the pipeline without one
+    (plain Klein).
 
     Examples
     --------
@@ -238,34 +242,40 @@ def estimate(
         )
     adapter = adapter_for(transformer)
     shape = adapter.shape(transformer)
-    check_cache(config, adapter, shape.attention_layers, adapter.cache is not None)
+    check_cache(config, adapter, transformer)
+    cached = isinstance(config.execute, Cache)
+    kept_by_model = cached and adapter.cache is not None and adapter.cache.kept_by(transformer)
     layout = _layout(references, output, text_tokens, pixels_per_token)
     if config.from_block or config.profile == "in_flight":
         adapter.check_depth(transformer)
     probing = Probing.of(config, [site.kind for site in adapter.sites(transformer)])
     if probing.probes:
         adapter.check_measurable(transformer)
-    line, clock = Timeline.of(config, probing), partial(Clock.uniform, steps=steps)
+    line = Timeline.of(config, probing, stores=cached and not kept_by_model)
+    clock = partial(Clock.uniform, steps=steps)
     line.check(steps)
     planned = line.planned(steps, Budgeting.of(config, layout, clock(0)), clock)
-    kinds, kept = [step.kind for step in planned], [step.kept for step in planned]
+    kinds, kept = ["cached" if step.reads else step.kind for step in planned], [step.kept for step in planned]
     from_block = [step.from_block for step in planned]
-    tokens = [StepTokens.of(layout, n, first) for n, first in zip(kept, from_block, strict=True)]
+    tokens = [_rows(layout, step) for step in planned]
     full = StepTokens.of(layout)
     given = all(gives_lse(site.processor) for site in adapter.sites(transformer))
     scoring = _scoring(shape, probing, line, layout, batch, steps, given)
-    cached = isinstance(config.execute, Cache)
-    kept_sparse = [n for n, kind in zip(kept, kinds, strict=True) if kind == "sparse"]
-    if cached:
+    kept_sparse = [n for n, kind in zip(kept, kinds, strict=True) if kind in ("sparse", "cached")]
+    if kept_by_model:
         kinds, kept, tokens = with_cache(config, layout, kinds, kept)
     sparse_steps = [t for t, kind in zip(tokens, kinds, strict=True) if kind in ("sparse", "cached")]
     most = max(sparse_steps, key=lambda t: t.joint + t.dropped, default=full)
-    room = room_bytes(shape, text_tokens + full.generation, batch) if cached and kept_sparse else 0
-    kept_kv = reference_kv_bytes(shape, max(kept_sparse, default=full.references), batch)
+    branches = calls_per_step if line.stores else 1  # each branch of guidance stores its own
+    room = branches * room_bytes(shape, text_tokens + full.generation, batch) if cached and kept_sparse else 0
+    kept_kv = branches * reference_kv_bytes(shape, max(kept_sparse, default=full.references), batch)
+    held_kv = kept_kv
+    if line.stores and (probing.probes or config.cache_rows == "all"):  # every row, before the ranking is known
+        held_kv = branches * reference_kv_bytes(shape, full.references, batch)
 
     def peak(step: StepTokens) -> Memory:
         memory = step_memory(shape, step, batch)
-        return replace(memory, reference_kv=kept_kv + room) if cached else memory
+        return replace(memory, reference_kv=held_kv + room) if cached else memory
 
     return Estimate(
         model=f"{adapter.name} ({shape.name})",
@@ -284,7 +294,7 @@ def estimate(
             dense=step_memory(shape, full, batch),
             sparse=peak(max(tokens, key=lambda t: t.joint + t.dropped)),
             sparse_step=peak(most),
-            dense_reference_kv=reference_kv_bytes(shape, full.references, batch),
+            dense_reference_kv=branches * reference_kv_bytes(shape, full.references, batch),
             sparse_reference_kv=kept_kv,
             room=room,
         ),
@@ -292,8 +302,17 @@ def estimate(
     )
 
 
+def _rows(layout: TokenLayout, step: PlannedStep) -> StepTokens:
+    """The rows of a planned step."""
+    if step.reads:
+        return StepTokens(layout.text, layout.generation[1], 0, cached=step.kept)
+    return StepTokens.of(layout, step.kept, step.from_block)
+
+
 def _notes(config: SparseRef) -> list[str]:
     notes = []
+    if isinstance(config.refresh, Drift):
+        notes.append("Drift refreshes as the run finds: counted as rarely as the age of the stored allows")
     if config.guard is not None:
         notes.append("without the guard: a run whose attention is near uniform keeps more, up to every token")
     if config.clock == "sigma":

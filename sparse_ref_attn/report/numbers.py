@@ -101,12 +101,12 @@ def summary(
     str or dict
         The dict has the keys "references" (per reference: number from 1, grid, tokens, kept_min, kept_mean,
         kept_max, mass_kept), "steps", "reference_tokens", "seconds", "host_ms_per_step", "speedup",
-        "flops", "cache" (bytes of the reference K/V held between steps; None without), "stability" (one entry
-        each time the run ranked again), "by_step", "batch", "notes" and "config". Kept counts are over all steps, where
-        dense and profile steps count as all tokens, and a step whose dropped tokens leave by depth as the mean over
-        its blocks. ``mass_kept`` is the share, in [0, 1], of the
-        profiled mass that the kept tokens hold, mean over the steps that drop any.
-        ``speedup["sparse_step"]`` compares with dense steps only: a profile step also measures.
+        "flops", "cache" (bytes of the reference K/V held between steps, their exactness, and how far they had moved at
+        each full step after the first, median and worst of the layers; None without), "stability" (one entry each time
+        the run ranked again), "by_step", "batch", "notes" and "config". Kept counts are over all steps, where dense and
+        profile steps count as all tokens, and a step whose dropped tokens leave by depth as the mean over its blocks.
+        ``mass_kept`` is the share, in [0, 1], of the profiled mass that the kept tokens hold, mean over the steps that
+        drop any. ``speedup["sparse_step"]`` compares with dense steps only: a profile step also measures.
 
     Raises
     ------
@@ -174,7 +174,7 @@ def _measure(record: RunRecord, flops: FlopSummary | None, dense_seconds: float 
         "seconds": {"total": total, **{f"per_{kind}_step": mean_seconds[kind] for kind in KINDS}},
         "host_ms_per_step": 1000 * host / len(steps) if host > 0 else None,
         "speedup": {
-            "sparse_step": _ratio(mean_seconds["dense"], mean_seconds["sparse"]),
+            "sparse_step": _ratio(mean_seconds["dense"], mean_seconds[_sparse_kind(record)]),
             "run": _ratio(dense_seconds, total),
             "dense_seconds": dense_seconds,
         },
@@ -203,12 +203,26 @@ def _measure(record: RunRecord, flops: FlopSummary | None, dense_seconds: float 
     }
 
 
-def _cache(record: RunRecord) -> dict[str, int] | None:
-    """Bytes of the reference K/V held between steps, and of the model's own cache of every token; None without one."""
+def _cache(record: RunRecord) -> dict[str, Any] | None:
+    """Bytes of the reference K/V held between steps, and of those of every token, and their drift; None without any."""
     if not record.dense_cache_bytes:
         return None
     held = [step.cache_bytes for step in record.steps]
-    return {"dense_bytes": record.dense_cache_bytes, "peak_bytes": max(held), "last_bytes": held[-1]}
+    moved = [(step.index, step.drift) for step in record.steps if step.drift is not None]
+    return {
+        "dense_bytes": record.dense_cache_bytes,
+        "peak_bytes": max(held),
+        "last_bytes": held[-1],
+        "exactness": record.exactness,
+        "drift": [
+            {"step": index, "median": float(drift.median()), "worst": float(drift.max())} for index, drift in moved
+        ],
+    }
+
+
+def _sparse_kind(record: RunRecord) -> str:
+    """Which steps a run is faster by than by dense ones of its own."""
+    return "cached" if record.exactness in ("drifting", "fixed time") else "sparse"
 
 
 def _references(record: RunRecord) -> list[dict[str, Any]]:

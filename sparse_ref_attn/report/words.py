@@ -82,6 +82,7 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             ("reference K/V held", f"{sizes[0]} at most, {sizes[1]} in the last step, {sizes[2]} with every token")
         )
+        rows.append(("stored K/V", _EXACTNESS.get(held["exactness"], "-") + _drift(held["drift"])))
     if again:
         ranks = [r for entry in again for r in entry["spearman"] if r is not None]
         likeness = f"rank correlation {min(ranks):.2f} to {max(ranks):.2f}" if ranks else "rank correlation undefined"
@@ -95,6 +96,21 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
     host = data["host_ms_per_step"]
     rows.append(("library host time per step", "-" if host is None else f"{host:.3g} ms"))
     return rows
+
+
+_EXACTNESS = {
+    "exact": "exact: the references see neither the time nor the generation",
+    "fixed time": "drifting: the references have a time of their own, but see the text",
+    "drifting": "drifting: the references see the time and the generation",
+}
+
+
+def _drift(moved: list[dict[str, Any]]) -> str:
+    """How far keys and values moved from full step to full step, median of the layers (and the worst)."""
+    steps = (
+        f"{_percent(entry['median'])} (worst {_percent(entry['worst'])}) at step {entry['step']}" for entry in moved
+    )
+    return f"; moved by {', '.join(steps)}" if moved else ""
 
 
 def _word(kind: str) -> str:

@@ -27,12 +27,13 @@ def recorded_flops(shape: ModelShape, record: RunRecord) -> Flops:
 def dense_flops(shape: ModelShape, record: RunRecord) -> Flops:
     """Work of the same run with every reference token in every step.
 
-    A run on reference K/V of an earlier one is compared with one that computes them in its first step.
+    A run on reference K/V of an earlier one is compared with one that computes them in its first step, and one on a
+    model that does not keep them itself with one whose references run in every step.
     """
     total = Flops(0, 0)
     for step in record.steps:
         everything = replace(step, kept=record.layout.reference_tokens, from_block=0)
-        if step is record.steps[0]:
+        if step is record.steps[0] or record.exactness in ("drifting", "fixed time"):
             everything.kind = "dense"
         total = total + step_flops(shape, _tokens(record, everything), record.batch) * step.calls
     return total

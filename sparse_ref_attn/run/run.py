@@ -105,7 +105,7 @@ class Run:
         if self._step[0] != step:
             if self._measured_again is not None:
                 self._rank_again(self._measured_again)
-            if self.timeline.reranks(step) and self.ranking.known:
+            if self.timeline.reranks(step) and (self.ranking.known or self._try_to_rank()):
                 self._measured_again = step
                 self.profile.repeat(step)
             self._step = (step, self._plan(step))

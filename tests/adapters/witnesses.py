@@ -128,6 +128,30 @@ class HiddenKeys(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class KeysOf(TorchFunctionMode):
+    """Inside, the last `references` keys and values of each attention are those of an earlier one, in turn; those that
+    are not `kept`, (references,) bool, are hidden."""
+
+    def __init__(self, earlier: list[Attention], references: int, kept: Tensor | None = None) -> None:
+        super().__init__()
+        self.layers, self.references, self.kept = iter(earlier), references, kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            kwargs = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+            args, old = (), next(self.layers)
+            for name, stored in (("key", old.k), ("value", old.v)):
+                own = kwargs[name][:, :, : -self.references]
+                kwargs[name] = torch.cat([own, stored[:, -self.references :].transpose(1, 2)], 2)
+            if self.kept is not None:
+                seen = torch.cat([torch.ones(kwargs["key"].shape[2] - self.references).bool(), self.kept])
+                kwargs["key"], kwargs["value"] = (kwargs[name][:, :, seen] for name in ("key", "value"))
+                mask = kwargs.get("attn_mask")
+                kwargs["attn_mask"] = mask[..., seen] if mask is not None and mask.shape[-1] > 1 else mask
+        return func(*args, **kwargs)
+
+
 def hidden_keys(call: Call, kept: Tensor, references_first: bool = False, from_block: int = 0) -> HiddenKeys:
     """Hides the reference tokens of `call` that are not `kept`, (R,) bool, in every attention from a block on."""
     text, generation = torch.ones(call.text).bool(), torch.ones(GENERATION).bool()

@@ -150,7 +150,7 @@ def tapped(tap: Tap, after: Callable[[int], None] = lambda site: None) -> Route:
         if wants is not None and wants(i):
             out, *given = attention_with_lse(own, q, k, mask)
         k, v = (of_heads(x, q.shape[2]) for x in (k, v))
-        tap(i, q, k, v, mask, *given)  # type: ignore[call-arg]
+        tap(i, q, k, v, mask, *given)
         if not given:
             out = own()
         after(i)

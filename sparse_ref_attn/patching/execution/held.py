@@ -54,6 +54,10 @@ class HeldRows:
         assert run is not None
         return run
 
+    def are_of(self, run: Run) -> bool:
+        """Whether they are a run's."""
+        return self._run() is run
+
     @property
     def complete(self) -> bool:
         """Whether every layer's rows were taken."""

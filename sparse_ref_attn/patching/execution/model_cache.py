@@ -174,7 +174,7 @@ class CacheKeeper:
         run, plan, module = call.run, call.plan, call.module
         cache = self.seam.of_call(kwargs)
         held = self._held.get(cache)
-        if held is None or held.run is not run:
+        if held is None or not held.are_of(run):
             raise LayoutError(
                 "a cached call must bring the reference keys and values that this run's first step stored, got others: "
                 "the tokens kept were chosen for this run's references"
@@ -246,7 +246,7 @@ class CacheKeeper:
             held.bytes = sum(2 * (k if k.stride(0) else k[:1]).numel() * k.element_size() for k in own)
         if held.ranked is not None:
             held.bytes += held.ranked.row_bytes + held.ranked.room_bytes
-        call.step.cache_bytes = sum(each.bytes for each in self._held.values() if each.run is call.run)
+        call.step.cache_bytes = sum(each.bytes for each in self._held.values() if each.are_of(call.run))
 
     def _text(self, kwargs: Kwargs) -> int:
         given = None if self._adapter.text_tokens is None else kwargs.get(self._adapter.text_tokens)
