@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
+from torch import Tensor
+
 from ..checks import is_number, is_one_of
 from ..errors import ConfigError, LayoutError
 from ..record import RunRecord, StepRecord, mean_over_blocks
@@ -215,9 +217,14 @@ def _cache(record: RunRecord) -> dict[str, Any] | None:
         "last_bytes": held[-1],
         "exactness": record.exactness,
         "drift": [
-            {"step": index, "median": float(drift.median()), "worst": float(drift.max())} for index, drift in moved
+            {"step": index, "median": _finite(drift.median()), "worst": _finite(drift.max())} for index, drift in moved
         ],
     }
+
+
+def _finite(value: Tensor) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def _sparse_kind(record: RunRecord) -> str:

@@ -107,10 +107,12 @@ _EXACTNESS = {
 
 def _drift(moved: list[dict[str, Any]]) -> str:
     """How far keys and values moved from full step to full step, median of the layers (and the worst)."""
-    steps = (
-        f"{_percent(entry['median'])} (worst {_percent(entry['worst'])}) at step {entry['step']}" for entry in moved
-    )
-    return f"; moved by {', '.join(steps)}" if moved else ""
+    steps = [f"{_moved(each['median'])} (worst {_moved(each['worst'])}) at step {each['step']}" for each in moved]
+    return f"; moved by {', '.join(steps)}" if steps else ""
+
+
+def _moved(change: float | None) -> str:
+    return "-" if change is None else _percent(change)
 
 
 def _word(kind: str) -> str:

@@ -33,6 +33,11 @@ def ranks() -> None:
             pytest.raises(IncompatibleError, match="attention cannot be measured under context parallelism"),
         ):
             case.call(pipe, steps=2)
+        with (
+            sra.patched(pipe, sra.SparseRef("grid", 0.25, "cache")),
+            pytest.raises(IncompatibleError, match="need the whole sequence in one process, got context parallelism"),
+        ):
+            case.call(pipe, steps=2)
         np.testing.assert_allclose(case.call(pipe, steps=2), dense, atol=EXACT)
         assert np.abs(sparse - dense).max() > 100 * EXACT
 

@@ -81,13 +81,13 @@ class Settings:
         """One of the ways to run that the model and the selector allow, and settings that go with any."""
         draw, more = self.random, self._more()
         probes = [] if isinstance(fields["select"], Reducer) else list(selector(fields["select"]).probes())
-        ways = ["tokens"] + ["both", "cache"] * self.keeps
+        ways = ["tokens", "both", "cache"]
         ways += ["in_flight", "from_block"] * (not self.keeps and not isinstance(fields["select"], Reducer))
         way = draw.choice(ways)
         if isinstance(fields["select"], Reducer):
             way = "tokens"
         if way in ("cache", "both"):
-            fields |= {"execute": way, "cache_rows": more["cache_rows"]}
+            fields |= {"execute": way, "cache_rows": more["cache_rows"], "refresh": more["refresh"]}
             if draw.random() < 0.3:
                 fields["layers"] = more["layers"]
         if way == "from_block":
@@ -124,10 +124,14 @@ class Settings:
             "cache_rows": self.pick(("budget", "all"), ("some",)),
             "layers": self.pick((None, (1.0, 0.5, 0.25, 0.8)[: self.blocks]), ((0.5,), (0.0,) * 4, (), ("a",), 2)),
             "rerank_every": self.pick((None, 1, 2), (0, 1.0)),
+            "refresh": self.pick(
+                (None, sra.Every(1), sra.Every(2, last=1), sra.Every(0.4), sra.At((0, 0.5)), sra.Never()),
+                (sra.At((self.steps,)), sra.Drift(0.2), 4, "never"),
+            ),
         }
 
     def _preset(self) -> sra.SparseRef:
-        ways = ("tokens", "cache", "both") if self.keeps else ("tokens",)
+        ways = ("tokens", "cache", "both")
         settings = {"execute": self.pick(ways, ("cache",)), "seed": self.pick((0, 5))}
         task = self.pick(("auto", "edit", "subject", "style"), ("portrait",))
         if self.random.random() < 0.5:

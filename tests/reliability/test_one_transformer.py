@@ -19,6 +19,7 @@ CONFIGS = {
     "edges": ("klein", sra.SparseRef("edges", 0.25)),
     "reranked": ("klein", sra.SparseRef("mass", 0.3, rerank_every=2)),
     "cache": ("klein_kv", sra.SparseRef("mass", sra.Linear(0.2, 0.6), "cache")),
+    "stored": ("klein", sra.SparseRef("mass", sra.Linear(0.2, 0.6), execute=sra.Cache(refresh=sra.At((2,))))),
     "kontext": ("kontext", sra.SparseRef("mass", 0.3)),
 }
 
@@ -35,7 +36,7 @@ def request(case: Case, pipe: Any, i: int, **arguments: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mine", [False, True], ids=["two others", "the patched one and another"])
-@pytest.mark.parametrize("name", ["mass", "edges", "reranked", "cache"])
+@pytest.mark.parametrize("name", ["mass", "edges", "reranked", "cache", "stored"])
 def test_two_requests_in_two_threads(name: str, mine: bool) -> None:
     """Each gets the picture that it gets alone; without the thread's own state half of them were wrong.
 
@@ -67,7 +68,7 @@ def within(case: Case, outer: Any, inner: Any, at: int, **arguments: Any) -> tup
 
 @pytest.mark.parametrize("cfg", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("order", ["the patched one first", "the other one first", "two others"])
-@pytest.mark.parametrize("name", ["mass", "reranked", "kontext"])
+@pytest.mark.parametrize("name", ["mass", "reranked", "stored", "kontext"])
 def test_a_run_within_anothers_callback(name: str, order: str, cfg: bool) -> None:
     """Both pictures are those that they are alone, at whichever step the other one came in."""
     case, config = CASES[CONFIGS[name][0]], CONFIGS[name][1]
