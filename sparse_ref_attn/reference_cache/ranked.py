@@ -111,14 +111,14 @@ class RankedCache:
         tensor(0.2000)
         """
         self._check(layer, k)
-        tokens = self.tokens(layer, self.rows[layer])
+        tokens, dtype = self.tokens(layer, self.rows[layer]), torch.promote_types(k.dtype, torch.float32)
         moved = []
         for own, given in zip(self._held(layer), (k, v), strict=True):
             new = given.index_select(1, tokens.to(given.device))
-            change, size = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (new - own, new))
-            moved.append(change / size.clamp_min(torch.finfo(torch.float32).tiny))
+            change, size = (torch.linalg.vector_norm(x, dtype=dtype) for x in (new - own, new))
+            moved.append(change / size.clamp_min(torch.finfo(dtype).tiny))
             own.copy_(new)
-        return torch.maximum(*moved)
+        return torch.maximum(*moved).float()
 
     def join(self, layer: int, k: Tensor, v: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Write a call's own k and v (B, S, H, C) beside the layer's rows.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.adapters.witnesses import HiddenKeys
+from tests.adapters.witnesses import Attention, HiddenKeys, KeysOf, witnessed
 from tests.training.batches import GENERATION, Batch
 
 MODELS = ("kontext", "klein", "flux2", "klein_kv", "qwen_edit_plus", "qwen_edit_plus_2511")
@@ -113,9 +113,11 @@ class Layout:
     def masked(self, transformer: torch.nn.Module, steps: list[Any], both: bool) -> list[Tensor]:
         """As `run`, by the unpatched model, where each step's dropped tokens are hidden from its attention.
 
-        `both` says that the step which stores K/V dropped tokens too.
+        `both` says that the step which stores K/V dropped tokens too. In a cached step of a model that keeps none
+        itself the references' keys and values are those of the branch's last other one.
         """
         outputs, cache = [], None
+        stored: dict[int, list[Attention]] = {}
         for i, kwargs in enumerate(self.calls()):
             record = steps[i // self.branches]
             stores = kwargs.get("kv_cache_mode") == "extract"
@@ -129,8 +131,16 @@ class Layout:
             joint = torch.cat([text, *image])
             if kwargs.get("kv_cache_mode") == "cached":
                 kwargs["kv_cache"] = cache
-            with HiddenKeys({len(kept): kept, len(joint): joint}, record.from_block):
+            branch = i % self.branches
+            reads = record.kind == "cached" and not self.caches
+            seen = (
+                KeysOf(stored[branch], len(kept), kept)
+                if reads
+                else HiddenKeys({len(kept): kept, len(joint): joint}, record.from_block)
+            )
+            with seen, witnessed(transformer) as calls:
                 out = transformer(**kwargs)
+            stored[branch] = stored[branch] if reads else calls[0].attention
             cache = out[1] if stores else cache
             outputs.append(out[0])
         return outputs
