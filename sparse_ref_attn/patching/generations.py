@@ -269,6 +269,8 @@ class Generations:
             run.record.exactness = "exact" if extracts else self.adapter.exactness(module)
         if reuse is not None:
             reuse.note(run.record)
+        if self.store is not None and refreshing is not None:
+            self.store.check_room(module, run, at, layout, kwargs)
         if compiled_blocks(module):
             if refreshing is None:
                 self._check_compiled(module, at, run)

@@ -19,7 +19,7 @@ from ..reference_cache import RankedCache
 from ..run import Run
 from ..types import TokenLayout
 
-__all__ = ["attend_to_bank", "prefers_bank", "prepare_joined", "prepare_run"]
+__all__ = ["attend_to_bank", "computed_dtype", "prefers_bank", "prepare_joined", "prepare_run"]
 
 _SIZES: weakref.WeakKeyDictionary[nn.Module, tuple[int, int] | None] = weakref.WeakKeyDictionary()
 
@@ -33,9 +33,9 @@ def prepare_run(adapter: Adapter, transformer: nn.Module, layout: TokenLayout, k
     heads, channels = sizes
     items = len(range(tokens.shape[0])[layout.conditional or slice(None)])
     rows = (layout.generation[1], layout.text + layout.rows, layout.reference_tokens)
-    size = tuple(map(size_class, rows))
+    size, dtype = tuple(map(size_class, rows)), computed_dtype(tokens)
     prepare(
-        Kind("attention_mass", form, tokens.device, _dtype(tokens), heads, heads, channels, False, items > 1, size)
+        Kind("attention_mass", form, tokens.device, dtype, heads, heads, channels, False, items > 1, size)
         for form in ("LSE given", "LSE computed")
     )
 
@@ -48,7 +48,7 @@ def prepare_joined(
     sizes = _sizes(adapter, transformer) if tokens.device.type in JUDGED else None
     if sizes is None:
         return
-    (heads, channels), dtype, live = sizes, _dtype(tokens), sum(lengths)
+    (heads, channels), dtype, live = sizes, computed_dtype(tokens), sum(lengths)
     gradients = torch.is_grad_enabled()
     call = _support.Call(
         tokens.device, dtype, channels, len(lengths), gradients=gradients, heads=heads, key_heads=heads, queries=live,
@@ -101,7 +101,7 @@ def _sizes(adapter: Adapter, transformer: nn.Module) -> tuple[int, int] | None:
     return _SIZES[transformer]
 
 
-def _dtype(tokens: Tensor) -> torch.dtype:
+def computed_dtype(tokens: Tensor) -> torch.dtype:
     """What attention computes in."""
     kind = tokens.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.errors import IncompatibleError
+from sparse_ref_attn.errors import BudgetError, IncompatibleError
+from sparse_ref_attn.patching.execution import room
 from sparse_ref_attn.reference_cache import RankedCache
 from tests.contract.state import kinds, state
 from tests.contract.test_offload import by_model, sequential
@@ -249,6 +250,24 @@ def test_compiled_blocks_run_uncompiled_and_it_is_said() -> None:
         np.testing.assert_allclose(case.call(pipe, steps=STEPS), wanted, atol=1e-5)
         assert "compiled blocks run uncompiled where keys and values are stored or read" in handle.notes
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["all read", "kept"])
+def test_a_run_that_cannot_fit_is_refused_before_its_first_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is really held: one byte less than that is too little."""
+    case = CASES["klein"]
+    pipe, calls = case.build(), []
+    with sra.patched(pipe, SETTINGS[name]) as handle:
+        case.call(pipe, steps=STEPS)
+        held = handle.record.steps[0].cache_bytes
+        monkeypatch.setattr(room, "free_bytes", lambda device: held)
+        case.call(pipe, steps=STEPS)
+        pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *args: calls.append(args))
+        monkeypatch.setattr(room, "free_bytes", lambda device: held - 1)
+        words = r"must fit into what is free on cpu, got .* GB: give smaller references"
+        with pytest.raises(BudgetError, match=words):
+            case.call(pipe, steps=STEPS)
+        assert not calls
 
 
 def test_attention_that_cannot_be_answered_is_refused() -> None:

@@ -13,17 +13,19 @@ from ...adapters.base import Adapter, Kwargs
 from ...adapters.mask_columns import reference_columns
 from ...adapters.shortened import Shortened
 from ...config import SparseRef
-from ...errors import ConfigError, IncompatibleError
+from ...errors import ConfigError, IncompatibleError, UnsupportedModelError
 from ...execution import Cache
 from ...hooks.compiled import eager_blocks
 from ...hooks.diffusers import Attention, AttentionSite, splits_the_sequence, step_cache_active
 from ...reference_cache import RankedCache
 from ...refresh import Never
 from ...run import Plan, Refreshing, Run, covering
+from ...types import TokenLayout
 from ..call import Execution, GenerationCall
-from ..proving import prefers_bank
+from ..proving import computed_dtype, prefers_bank
 from ..steps import RunStep
 from .held import HeldRows
+from .room import check_room
 from .stored import to_stored
 from .tokens import AtInput
 
@@ -185,6 +187,19 @@ class ReferenceStore:
                 "step cache off"
             )
         return Refreshing(self._config.refresh, None if at.observed else at.total)
+
+    def check_room(self, module: nn.Module, run: Run, at: RunStep, layout: TokenLayout, kwargs: Kwargs) -> None:
+        """Raise BudgetError where a run that begins would store more than there is memory for."""
+        tokens = kwargs[self._adapter.tokens]
+        try:
+            shape = self._adapter.shape(module)
+        except (ConfigError, UnsupportedModelError):  # a layer of no known stream: nothing can be said
+            return
+        kept = sum(covering(run.needed(range(at.total)))) if run.ranking.known else layout.reference_tokens
+        rows = layout.reference_tokens if self._config.cache_rows == "all" else kept
+        check_room(
+            tokens.device, shape, rows, layout.text + layout.generation[1], tokens.shape[0], computed_dtype(tokens)
+        )
 
     def forget(self) -> None:
         """Let go of everything."""

@@ -1,0 +1,38 @@
+"""Whether stored keys and values will fit into a device's memory, seen before a run begins."""
+
+from __future__ import annotations
+
+import torch
+
+from ...cost import ModelShape, reference_kv_bytes, room_bytes
+from ...errors import BudgetError
+
+__all__ = ["check_room", "free_bytes"]
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device; None where nobody says."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def check_room(device: torch.device, shape: ModelShape, rows: int, own: int, batch: int, dtype: torch.dtype) -> None:
+    """Raise where `rows` reference tokens, and rooms for a call's `own` rows beside them, do not fit.
+
+    Raises
+    ------
+    BudgetError
+    """
+    free = free_bytes(device)
+    if free is None:
+        return
+    needed = (reference_kv_bytes(shape, rows, batch) + room_bytes(shape, own, batch)) * dtype.itemsize
+    needed //= shape.dtype_bytes
+    if needed > free:
+        raise BudgetError(
+            f"keys and values of {rows} reference tokens take {needed / 1e9:.2f} GB for each branch of guidance, and "
+            f"must fit into what is free on {device}, got {free / 1e9:.2f} GB: give smaller references or fewer, keep "
+            'fewer by a selector that measures no attention, or drop tokens (execute="tokens")'
+        )
