@@ -223,17 +223,17 @@ class Drift(Refresh):
 
 
 def standard(total: int | None) -> Refresh:
-    """What a run of `total` steps does that is told nothing: its first two steps and thirds of it, or halves of a
-    short one; where `total` is not known, every fourth step after the first two.
+    """What a run of `total` steps does that is told nothing: quarters of it, or halves of one of up to eight steps;
+    where `total` is not known, every fourth step.
 
     Examples
     --------
     >>> sorted(standard(12).steps(12)), sorted(standard(28).steps(28)), sorted(standard(4).steps(4))
-    ([0, 1, 4, 8], [0, 1, 9, 19], [0, 2])
+    ([0, 3, 6, 9], [0, 7, 14, 21], [0, 2])
     """
     if total is None:
-        return Every(4, warmup=2)
-    return Every(0.5) if total <= 8 else Every(1 / 3, warmup=2)
+        return Every(4)
+    return Every(0.5) if total <= 8 else Every(0.25)
 
 
 def from_dict(data: Mapping[str, Any]) -> Refresh:

@@ -146,7 +146,7 @@ def test_texts_that_are_made_anew_are_known_by_their_values() -> None:
 
 @pytest.mark.parametrize(
     ("refresh", "full"),
-    [(None, [0, 1, 3, 7]), (sra.Every(4, warmup=2), [0, 1, 4, 8]), (sra.Every(0.5, last=1), [0, 5, 9]),
+    [(None, [0, 3, 5, 8]), (sra.Every(4, warmup=2), [0, 1, 4, 8]), (sra.Every(0.5, last=1), [0, 5, 9]),
      (sra.At((3, 0.9)), [0, 3, 9]), (sra.Never(), [0])],
 )  # fmt: skip
 def test_full_steps_are_those_that_are_asked_for(refresh: Any, full: list[int]) -> None:
@@ -312,7 +312,7 @@ def test_a_loop_that_does_not_tell_its_steps_counts_in_steps() -> None:
         for call in calls:
             fresh(**call.given)
         assert [step.kind for step in handle.record.steps] == [
-            "dense", "dense", "cached", "cached", "dense", "cached",
+            "dense", "cached", "cached", "cached", "dense", "cached",
         ]  # fmt: skip
 
 
