@@ -94,7 +94,8 @@ class Cache:
         ``first="all"``. Default never.
     refresh : Refresh, optional
         The full steps: `refresh.Every`, `At`, `Never` or `Drift`. Steps whose attention is measured before the first
-        ranking are full besides. Default `refresh.standard`: quarters of the run, or halves of one of up to eight steps.
+        ranking are full besides. Default `refresh.standard`: at quarters of the run, or at halves of one of up to
+        eight steps.
 
     Raises
     ------
