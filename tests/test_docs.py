@@ -122,12 +122,27 @@ def test_the_readmes_ratios_of_the_reference_cache_are_those_of_estimate() -> No
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^\| (\d) references? \| ([\d.]+)x \| ([\d.]+)x \| ([\d.]+)x \|$", page, re.MULTILINE)
     assert [line[0] for line in lines] == ["1", "2", "4"]
-    model = named_model("klein-9b")
+    model = named_model("klein-9b-kv")
     for count, *ratios in lines:
         for execute, ratio in zip(("tokens", "cache", "both"), ratios, strict=True):
             config = sra.SparseRef("edges", 0.25, execute)
             e = sra.estimate(model, references=[(1024, 1024)] * int(count), steps=4, config=config)
             assert f"{e.flop_ratio:.2f}" == ratio
+
+
+def test_the_readmes_ratios_of_stored_references_are_those_of_estimate() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(
+        r"^\| ([\w.\- ]+), (\d) references? \| ([\d.]+)x \| ([\d.]+)x \| ([\d.]+) GiB \|$", page, re.MULTILINE
+    )
+    assert len(lines) == 4
+    names = {"FLUX.1 Kontext": "kontext", "FLUX.2 dev": "flux2-dev", "Qwen-Image-Edit": "qwen-image-edit"}
+    for name, count, quarters, once, held in lines:
+        for refresh, ratio in ((None, quarters), (sra.Never(), once)):
+            config = sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=refresh))
+            e = sra.estimate(named_model(names[name]), references=[(1024, 1024)] * int(count), steps=28, config=config)
+            assert f"{e.flop_ratio:.2f}" == ratio
+            assert f"{e.memory.dense_reference_kv / 2**30:.1f}" == held
 
 
 def test_the_readmes_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
