@@ -1,4 +1,4 @@
-"""Blocks that torch compiles anew for each sequence length, and may not run uncompiled: how many lengths they may get."""
+"""Blocks that torch compiles anew for each length, and may not run uncompiled: how many lengths they may have."""
 
 from __future__ import annotations
 
@@ -7,14 +7,31 @@ import inspect
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..errors import IncompatibleError
 
-__all__ = ["StaticBlocks"]
+__all__ = ["Call", "Rows", "StaticBlocks"]
+
+
+class Rows(NamedTuple):
+    """Reference tokens that the blocks of a call see.
+
+    Parameters
+    ----------
+    kept : int
+        From block `first` on.
+    first : int
+    before : int, optional
+        Before it; None where those blocks run uncompiled.
+    """
+
+    kept: int
+    first: int = 0
+    before: int | None = None
 
 
 Call = tuple[Hashable, ...]
@@ -49,15 +66,18 @@ class _Group:
     @property
     def made(self) -> dict[tuple[Hashable, Call, int], int]:
         """Graphs that each length made, of any model whose blocks have this code."""
-        return _MADE.setdefault((self.code, self.region), {})
+        made = _MADE.setdefault((self.code, self.region), {})
+        if not self.count():
+            made.clear()  # by torch._dynamo.reset()
+        return made
 
-    def new(self, kept: int, first: int, whole: int, call: Call) -> set[int]:
-        """Reference tokens that the blocks see in a call that keeps `kept` of `whole` from block `first` on, where no
-        graph is known of that length."""
-        counts = {kept if block >= first else whole for block in self.blocks}
+    def new(self, rows: Rows, call: Call) -> set[int]:
+        """Which of a call's numbers of reference tokens are not known to have a graph."""
+        counts = {rows.kept if block >= rows.first else rows.before for block in self.blocks}
         if not self.blocks:
-            counts = {kept, whole} if first else {kept}
-        return {count for count in counts if (self.like, call, count) not in self.made}
+            counts = {rows.kept, rows.before} if rows.first else {rows.kept}
+        made = self.made
+        return {count for count in counts if count is not None and (self.like, call, count) not in made}
 
     @property
     def most(self) -> int:
@@ -109,17 +129,17 @@ class StaticBlocks:
     def __bool__(self) -> bool:
         return bool(self.groups)
 
-    def knows(self, step: tuple[int, int], whole: int, call: Call) -> bool:
+    def knows(self, rows: Rows, call: Call) -> bool:
         """Whether a call ran before (see `check`)."""
-        return not any(group.new(*step, whole, call) for group in self.groups)
+        return not any(group.new(rows, call) for group in self.groups)
 
-    def check(self, steps: Iterable[tuple[int, int]], whole: int, call: Call, what: object, remedy: str) -> None:
+    def check(self, steps: Iterable[Rows], whole: int, call: Call, what: object, remedy: str) -> None:
         """Raise IncompatibleError where calls that drop tokens need more lengths than torch may still compile.
 
         Parameters
         ----------
-        steps : iterable of (int, int)
-            What is to run: reference tokens that take part, and the block from which on the others are gone.
+        steps : iterable of Rows
+            Of the calls that are to run.
         whole : int
             Reference tokens before any is dropped.
         call : tuple
@@ -132,9 +152,7 @@ class StaticBlocks:
         steps = set(steps)
         for group in self.groups:
             graphs, made = group.count(), group.made
-            if not graphs:
-                made.clear()  # by torch._dynamo.reset()
-            new = {count for step in steps for count in group.new(*step, whole, call)}
+            new = {count for rows in steps for count in group.new(rows, call)}
             each = max([1, *(n for (_, other, _), n in made.items() if other[0] == call[0])])
             unseen = graphs > sum(made.values())  # of calls before the patch, and so perhaps of the whole call
             needed = each * len(new - {whole} if unseen else new)
@@ -147,13 +165,13 @@ class StaticBlocks:
                 )
 
     @contextlib.contextmanager
-    def running(self, step: tuple[int, int], whole: int, call: Call) -> Iterator[None]:
+    def running(self, rows: Rows, call: Call) -> Iterator[None]:
         """Around a call that runs compiled: notes its lengths, and how many graphs they make."""
-        before = [(group, group.count(), group.new(*step, whole, call)) for group in self.groups]
+        before = [(group, group.count(), group.new(rows, call)) for group in self.groups]
         yield
         for group, graphs, new in before:
-            for count in new:
-                group.made[group.like, call, count] = -(-(group.count() - graphs) // len(new))
+            more = group.count() - graphs
+            group.made.update({(group.like, call, count): -(-more // len(new)) for count in new})
 
 
 def _static(module: nn.Module) -> Any:

@@ -233,7 +233,8 @@ class Generations:
         if layout is not None and not plan.from_block:
             rows += kept - layout.reference_tokens
         around = self._lengths.enter(module, (rows, kept), measures)
-        graphs = self._lengths.compiled(run, at, (kept, plan.from_block), self._graphs(run, kwargs), measures or eager)
+        if not eager:
+            around = self._lengths.compiled(run, at, plan, kept, self._graphs(run, kwargs), measures) or around
         step = run.step_record(at.step, kind, kept, plan)
         return GenerationCall(
             self.adapter,
@@ -247,7 +248,7 @@ class Generations:
             step=step,
             began=began,
             measures=measures,
-            around=around if graphs is None else graphs,
+            around=around,
         )
 
     def _graphs(self, run: Run, kwargs: Kwargs) -> tuple[object, ...]:

@@ -11,8 +11,8 @@ from ..adapters.depth import Block
 from ..hooks.compiled import compiled_blocks
 from ..hooks.diffusers import reset_step_cache, step_cache_active
 from ..hooks.foreign import ExplainedSizes, foreign_code
-from ..hooks.static_blocks import Call, StaticBlocks
-from ..run import Run
+from ..hooks.static_blocks import Call, Rows, StaticBlocks
+from ..run import Plan, Run
 from ..schedules import Clock
 from .steps import RunStep
 
@@ -70,19 +70,20 @@ class Lengths:
             "changes (schedules.Constant, and a selector that measures no attention), or take the cache off"
         )
 
-    def compiled(self, run: Run, at: RunStep, step: tuple[int, int], call: Call, eager: bool) -> Explaining | None:
+    def compiled(self, run: Run, at: RunStep, plan: Plan, kept: int, call: Call, eager: bool) -> Explaining | None:
         """Before a call of a run: see that torch may compile blocks for its length and for those of the steps to come.
 
         Parameters
         ----------
         run : Run
         at : RunStep
-        step : (int, int)
-            Reference tokens that take part, and the block from which on the others are gone.
+        plan : Plan
+        kept : int
+            Reference tokens that take part.
         call : tuple
             What else makes graphs (see `StaticBlocks`).
         eager : bool
-            Whether this call runs uncompiled.
+            Whether the call is measured, up to the block where references leave, and so runs uncompiled.
 
         Returns
         -------
@@ -97,19 +98,26 @@ class Lengths:
         static, whole = self._static, run.layout.reference_tokens
         if static is None:
             return None
-        if not static.knows(step, whole, call):
-            now = [] if eager else [step]
-            static.check({*now, *_to_come(run, at)}, whole, call, run.config.budget, _REMEDY)
-        return nullcontext() if eager else static.running(step, whole, call)
+        if eager:
+            now = [rows for rows in _to_come(run, at)[:1] if plan.kind == "in_flight"]
+        else:
+            now = [Rows(kept, plan.from_block, whole)]
+        if not (now and static.knows(now[0], call)):
+            static.check([*now, *_to_come(run, at)], whole, call, run.config.budget, _REMEDY)
+        return static.running(now[0], call) if now else nullcontext()
 
 
-def _to_come(run: Run, at: RunStep) -> list[tuple[int, int]]:
-    """Of the steps from this one on that run compiled, as far as is known: tokens that take part, and from which block."""
+def _to_come(run: Run, at: RunStep) -> list[Rows]:
+    """The steps that run compiled from this one on, as far as they are known."""
     if run.config.budget.needs_mass and not run.ranking.known:
         return []
-    timeline = run.timeline
+    timeline, whole = run.timeline, run.layout.reference_tokens
     if at.observed:  # nobody knows at which times the steps to come will be
         counts = {sum(run.budgeting.counts(Clock.uniform(i, _TIMES))) for i in range(_TIMES)}
-        return [(count, timeline.from_block) for count in counts]
+        return [Rows(count, timeline.from_block, whole) for count in counts]
     planned = timeline.planned(at.total, run.budgeting, run.clock)[at.step :]
-    return [(step.kept, step.from_block) for step in planned if step.kind in ("sparse", "dense")]
+    return [
+        Rows(step.kept, step.from_block, None if step.kind == "in_flight" else whole)
+        for step in planned
+        if step.kind != "profile"
+    ]

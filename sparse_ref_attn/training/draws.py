@@ -13,7 +13,7 @@ from ..adapters.base import Adapter, Kwargs
 from ..errors import IncompatibleError
 from ..hooks.compiled import compiled_blocks
 from ..hooks.diffusers import splits_the_sequence
-from ..hooks.static_blocks import StaticBlocks
+from ..hooks.static_blocks import Rows, StaticBlocks
 from ..packing import kept_rows
 from ..patching.attendance import PARTS
 from ..patching.call import Call
@@ -133,9 +133,9 @@ class Draws:
             return None
         tokens, whole = kwargs[self.adapter.tokens], layout.reference_tokens
         shape = (True, tokens.shape[0], tokens.dtype, layout.generation[1], layout.text)
-        steps = [(count, 0) for count in self.drop.counts(layout.sizes)]
+        steps = [Rows(count) for count in self.drop.counts(layout.sizes)]
         static.check(steps, whole, shape, self.drop, "one keep ratio")
-        return static.running((self.kept[0].kept, 0), whole, shape)
+        return static.running(Rows(self.kept[0].kept), shape)
 
     def _per_item(self, module: nn.Module, layout: TokenLayout, selections: list[RefSelection]) -> PerItem:
         assert self._ragged is not None
