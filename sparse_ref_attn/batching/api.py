@@ -97,7 +97,7 @@ class _BatchItem:
 
     def before(self, transformer: nn.Module, kwargs: Kwargs, together: bool) -> list[Item]:
         """The item's call with the rows that take part, one `Item` for each picture it makes at once."""
-        call = self._call = self.generations.call(transformer, kwargs)
+        call = self._call = self.generations.call(transformer, kwargs, eager=together)
         if call is not None:
             self.looks, call.measures = together and call.measures, call.measures and not together
             kwargs = call.enter()

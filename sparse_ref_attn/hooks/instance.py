@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import IncompatibleError
 
-__all__ = ["InstanceHook", "check_free"]
+__all__ = ["InstanceHook", "check_free", "is_patched"]
 
 _REASON = (
     "sparse_ref_attn's hooks shorten the sequence at every step, so a patched transformer must not be compiled as a "
@@ -25,7 +25,7 @@ class InstanceHook:
     A module's hooks that change its tokens have one `purpose`, which `check_free` guards.
 
     torch copies and pickles a module together with its hooks; the copies of this one are inert. A
-    compiler that traces the module steps around it.
+    compiler that traces the module steps around it, or, with ``traced=False``, leaves it out.
 
     Examples
     --------
@@ -37,13 +37,17 @@ class InstanceHook:
     (1, 2, [(1,)])
     """
 
-    def __init__(self, module: nn.Module, call: Callable[..., Any], purpose: str | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, call: Callable[..., Any], purpose: str | None = None, traced: bool = True
+    ) -> None:
         self._module = weakref.ref(module)
         self._purpose = purpose
-        self._armed = True
+        self._armed, self._traced = True, traced
         self._call = torch.compiler.disable(call, reason=_REASON)
 
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+        if not self._traced and torch.compiler.is_compiling():
+            return None
         return self._call(module, *arguments) if self._armed and module is self._module() else None
 
     def serves_another(self, module: nn.Module, purpose: str) -> bool:
@@ -56,6 +60,12 @@ class InstanceHook:
 
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _inert, ()
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether hooks change the module's tokens, for whatever purpose."""
+    hooks = module._forward_pre_hooks.values()
+    return any(isinstance(hook, InstanceHook) and hook.serves_another(module, "") for hook in hooks)
 
 
 def check_free(module: nn.Module, purpose: str) -> None:

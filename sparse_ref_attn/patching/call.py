@@ -99,8 +99,8 @@ class GenerationCall(Call):
         Called after the call: raises where what was measured was not the joint attention.
     watch : Stopwatch, optional
         Of the transformer; set when it begins.
-    explained : context manager, optional
-        For the transformer's own forward: errors in it are explained.
+    around : context manager, optional
+        For the transformer's own forward: explains errors in it, or counts what torch compiles.
     """
 
     run: Run
@@ -111,7 +111,7 @@ class GenerationCall(Call):
     listening: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     heard: Callable[[], None] = lambda: None
     watch: Stopwatch | None = None
-    explained: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
+    around: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
 
     def enter(self) -> Kwargs:
         self.contexts.enter_context(self.listening)
@@ -120,7 +120,7 @@ class GenerationCall(Call):
             self.step.seconds = Stopwatches()
         self.step.calls += 1
         self.step.host_seconds += time.perf_counter() - self.began
-        self.contexts.enter_context(self.explained)
+        self.contexts.enter_context(self.around)
         self.watch = Stopwatch(self.device)
         return kwargs
 

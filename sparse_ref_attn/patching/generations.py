@@ -10,18 +10,20 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter, Kwargs
 from ..config import SparseRef
-from ..errors import HandleRemovedError, IncompatibleError
+from ..errors import HandleRemovedError, IncompatibleError, SparseRefError
 from ..execution import Cache
 from ..functional import pack_rows
-from ..hooks.compiled import check_lengths, compiled_blocks
+from ..hooks.compiled import compiled_blocks
 from ..hooks.diffusers import reset_step_cache, step_cache_active
 from ..record import RunRecord
 from ..run import Probing, Run
 from ..types import TokenLayout
+from .attendance import Attendance
 from .call import Execution, GenerationCall
 from .execution.cache import ReferenceStore, check_cache
 from .execution.depth import ByDepth, check_call
@@ -31,7 +33,7 @@ from .lengths import Lengths
 from .ownership import Generation, Ownership, Where
 from .pixels import PixelTap, encoder
 from .proving import prepare_run
-from .steps import ObservedSteps, RunStep
+from .steps import ObservedSteps
 
 __all__ = ["Generations"]
 
@@ -75,18 +77,22 @@ class Generations:
         self._latest: Generation | None = None
         self.record: RunRecord | None = None
         self.pixels: PixelTap | None = None
-        self._calls = self._runs_heard = 0
+        self.attendance = Attendance(transformer, pipe, lambda: self._owners.runs)
         self._rests_for: int | None = None
         self.removed = False
 
     def install(self, transformer: nn.Module, undo: contextlib.ExitStack) -> None:
         """Listen to what the pipeline's VAE encodes, and to which thread its scheduler runs in."""
-        self._owners.listen(undo)
+        self._owners.listen(undo, self._scheduled)
         undo.callback(_forget_steps, weakref.ref(transformer))
         vae = getattr(None if self._pipe is None else self._pipe(), "vae", None)
         if isinstance(vae, nn.Module) and hasattr(vae, "encode"):
             self.pixels = PixelTap(vae)
             undo.callback(self.pixels.remove)
+
+    def _scheduled(self) -> None:
+        if self.attendance.scheduled():
+            self._outdate()
 
     def forget(self) -> None:
         """Let go of all runs, but keep the record; nothing may follow."""
@@ -109,31 +115,44 @@ class Generations:
             if self.pixels is not None:
                 self.pixels.handed_over()
 
-    def passed_by(self, transformer: nn.Module | None) -> str | None:
-        """Why a run may have gone past the patch, in words; None where none did, as far as is seen."""
-        pipe = None if self._pipe is None else self._pipe()
-        used = getattr(pipe, "transformer", None)
-        if isinstance(used, nn.Module) and not any(module is transformer for module in used.modules()):
-            return "pipe.transformer is another one than the transformer that was patched: patch again"
-        runs = self._owners.runs - self._runs_heard
-        if runs > 0:
-            return (
-                f"the pipeline's scheduler was set {runs} times since the patched transformer was last called: such a "
-                "run did not go through the transformer's own call (some codebases run a model through a function of "
-                "its parts), so nothing was dropped in it"
-            )
-        return None
+    def went_past(self, module: nn.Module) -> None:
+        """The transformer's parts ran without its own call: no report tells of that."""
+        self.attendance.went_past()
+        self._outdate()
 
-    def why_no_record(self, transformer: nn.Module | None) -> str:
-        """Why there is no report, in words."""
-        passed = self.passed_by(transformer)
-        if passed is not None:
-            return passed
-        if self._owners.unknown is not None:
-            return f"the layout of the calls since the patch was not known: {self._owners.unknown}"
-        if self._calls:
-            return "the calls since the patch had no reference tokens"
-        return "got none since the patch"
+    def _outdate(self) -> None:
+        """Something ran that the last report does not tell of: noted in that of a run that goes on, otherwise gone."""
+        latest, passed = self._latest, self.attendance.passed
+        if latest is not None and passed is not None and self._owners.goes_on(latest):
+            self._note(latest.run.record, f"since the first step of this run: {passed}")
+        else:
+            self.record = self._latest = None
+
+    @staticmethod
+    def _note(record: RunRecord, what: str) -> None:
+        if what not in record.notes:
+            record.notes.append(what)
+
+    def report(self) -> RunRecord:
+        """The record of the last run with references.
+
+        Raises
+        ------
+        SparseRefError
+            If there is none, or a later run went past the patch.
+        """
+        record, doubt = self.record, None if self.removed else self.attendance.doubt()
+        if record is None or not record.steps:
+            raise SparseRefError(f"a run with reference images must have taken place; {self.attendance.why_nothing()}")
+        if doubt is not None:
+            self.attendance.say(doubt)
+            self._note(record, f"this may be the report of an earlier run: {doubt}")
+        return record
+
+    def leave(self) -> None:
+        """The user takes the patch off."""
+        if not self.removed:
+            self.attendance.leave()
 
     @property
     def run(self) -> Run | None:
@@ -158,8 +177,15 @@ class Generations:
 
     # -- one call ----------------------------------------------------------------------------
 
-    def call(self, module: nn.Module, kwargs: Kwargs) -> GenerationCall | None:
+    def call(self, module: nn.Module, kwargs: Kwargs, eager: bool = False) -> GenerationCall | None:
         """A call with the plan of its step; None where it has no references, or no known layout.
+
+        Parameters
+        ----------
+        module : nn.Module
+        kwargs : dict
+        eager : bool
+            Whether compiled blocks run uncompiled in it.
 
         Raises
         ------
@@ -167,17 +193,21 @@ class Generations:
             If a batch runs on the transformer in another thread, or it cannot be told whose call this is.
         """
         began = time.perf_counter()
-        self._calls, self._runs_heard = self._calls + 1, self._owners.runs
         if self._rests_for is not None:
+            self.attendance.began()
             if self._rests_for != threading.get_ident():
                 raise IncompatibleError(
                     "a transformer must not be called while a batch runs on it in another thread: wait for the batch, "
                     "or give each thread a transformer of its own (copy.deepcopy)"
                 )
             return None
+        self.attendance.came()
         reads = self.adapter.cached(kwargs)
         layout = None if reads else self._owners.layout(kwargs)
         if not reads and (layout is None or not layout.references):
+            if layout is None:
+                self.attendance.passed = f"the layout of its calls was not known: {self._owners.unknown}"
+                self._outdate()
             self._as_it_is(module, kwargs)
             return None
         where = self._owners.find(kwargs, layout)
@@ -210,7 +240,9 @@ class Generations:
         rows = kwargs[self.adapter.tokens].shape[1]
         if layout is not None and not plan.from_block:
             rows += (0 if plan.reads else kept) - layout.reference_tokens
-        explained = self._lengths.enter(module, (rows, kept), measures)
+        around = self._lengths.enter(module, (rows, kept), measures)
+        if not eager and run.refreshing is None:  # what stores or reads keys and values runs uncompiled
+            around = self._lengths.compiled(run, at, plan, kept, self._graphs(run, kwargs), measures) or around
         step = run.step_record(at.step, kind, kept, plan)
         return GenerationCall(
             self.adapter,
@@ -224,24 +256,20 @@ class Generations:
             step=step,
             began=began,
             measures=measures,
-            explained=explained,
+            around=around,
         )
+
+    def _graphs(self, run: Run, kwargs: Kwargs) -> tuple[object, ...]:
+        """What of a call makes graphs, besides its reference tokens."""
+        x, text = kwargs[self.adapter.tokens], kwargs.get(self.adapter.text_tokens or "")
+        rows = (run.layout.generation[1], None if text is None else text.shape[1])
+        return (torch.is_grad_enabled(), x.shape[0], x.dtype, rows, self.adapter.cached(kwargs))
 
     def _as_it_is(self, module: nn.Module, kwargs: Kwargs) -> None:
         """A call that the library leaves alone."""
         x = kwargs.get(self.adapter.tokens)
         if isinstance(x, Tensor) and x.ndim > 1:
             self._lengths.enter(module, (x.shape[1], 0))
-
-    def _check_compiled(self, module: nn.Module, at: RunStep, run: Run) -> None:
-        """Refuse a budget with more lengths than compiled blocks may have."""
-        if self._varies == "never" or self.config.budget.needs_mass:
-            return
-        if at.observed:
-            check_lengths(module, None if self._varies == "every step" else 2, self.config.budget)
-        else:
-            planned = run.timeline.planned(at.total, run.budgeting, run.clock)
-            check_lengths(module, len({step.kept for step in planned}), self.config.budget)
 
     def _begin(self, module: nn.Module, where: Where, layout: TokenLayout, kwargs: Kwargs) -> Generation:
         """Begin a generation at its first call."""
@@ -252,7 +280,7 @@ class Generations:
                 "a step cache needs a kept count that seldom changes, got a budget that changes at every step: "
                 f"{self.config.budget}. Use budget.piecewise(n) or schedules.Constant, or disable the cache"
             )
-        self._lengths.begin(module)
+        self._lengths.begin(module, self.adapter.blocks(module))
         if self.config.from_block or self._probing.first:
             check_call(self.adapter, module, kwargs)
         x, at = kwargs[self.adapter.tokens], where.at
@@ -271,12 +299,10 @@ class Generations:
             reuse.note(run.record)
         if self.store is not None and refreshing is not None:
             self.store.check_room(module, run, at, layout, kwargs)
-        if compiled_blocks(module):
-            if refreshing is None:
-                self._check_compiled(module, at, run)
-            else:
+            if compiled_blocks(module):
                 run.record.notes.append("compiled blocks run uncompiled where keys and values are stored or read")
         prepare_run(self.adapter, module, layout, kwargs, run)
+        self.attendance.began()
         return self._owners.add(where, run, kwargs)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Callable
@@ -24,8 +23,6 @@ from .reuse import CacheReuse
 
 __all__ = ["PatchHandle"]
 
-logger = logging.getLogger("sparse_ref_attn")
-
 
 class PatchHandle:
     """What `patch` returns: the report of the last run, and the way back.
@@ -39,7 +36,6 @@ class PatchHandle:
         self._generations, self._remove = generations, remove
         self._transformer = weakref.ref(transformer)
         self._name = generations.adapter.name
-        self._told = False
 
     def __repr__(self) -> str:
         state = "removed" if self._generations.removed else self.config.describe()
@@ -57,21 +53,9 @@ class PatchHandle:
         Raises
         ------
         SparseRefError
-            If no run with references has taken place.
+            If no run with references has taken place, or a later one went past the patch.
         """
-        generations, transformer = self._generations, self._transformer()
-        record = generations.record
-        if record is None or not record.steps:
-            why = generations.why_no_record(transformer)
-            raise SparseRefError(f"a run with reference images must have taken place; {why}")
-        self._tell(generations.passed_by(transformer))
-        return record
-
-    def _tell(self, passed: str | None) -> None:
-        """Say once that a run has gone past the patch, of which no report can tell."""
-        if passed is not None and not self._told:
-            self._told = True
-            logger.warning("%s", passed)
+        return self._generations.report()
 
     @property
     def notes(self) -> list[str]:
@@ -228,6 +212,5 @@ class PatchHandle:
 
     def remove(self) -> None:
         """Take the patch off: the pipeline is bit for bit what it was. Calling it again does nothing."""
-        if not self._generations.removed:
-            self._tell(self._generations.passed_by(self._transformer()))
+        self._generations.leave()
         self._remove()

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
+from ..adapters.depth import Block
 from ..hooks.compiled import compiled_blocks
 from ..hooks.diffusers import reset_step_cache, step_cache_active
 from ..hooks.foreign import ExplainedSizes, foreign_code
+from ..hooks.static_blocks import Call, Rows, StaticBlocks
+from ..run import Plan, Run
+from ..schedules import Clock
+from .steps import RunStep
 
 __all__ = ["Lengths"]
+
+_TIMES = 256
+_REMEDY = "budget.piecewise(n), a larger multiple=... or schedules.Constant"
 
 Explaining = AbstractContextManager[object]
 
@@ -24,10 +33,14 @@ class Lengths:
     def __init__(self) -> None:
         self._last: Length | None = None
         self._code: str | None = None
+        self._static: StaticBlocks | None = None
 
-    def begin(self, module: nn.Module) -> None:
-        """At the beginning of a generation: see what others put into the model's forward."""
-        self._code = None if compiled_blocks(module) else foreign_code(module)  # a mode would be a guard of the graphs
+    def begin(self, module: nn.Module, blocks: Sequence[Block]) -> None:
+        """At the beginning of a generation: see what others put into the model's forward, and what they compiled."""
+        compiled = compiled_blocks(module)
+        self._code = None if compiled else foreign_code(module)  # a mode would be a guard of the graphs
+        static = StaticBlocks(module, [block.module for block in blocks]) if compiled else None
+        self._static = static or None
 
     def enter(self, module: nn.Module, length: Length, measures: bool = False) -> Explaining:
         """Before a call: a step cache forgets what it has stored of another length, or where the call `measures`.
@@ -56,3 +69,55 @@ class Lengths:
             "This library resets those of diffusers and of cache-dit and knows no others: use a kept count that never "
             "changes (schedules.Constant, and a selector that measures no attention), or take the cache off"
         )
+
+    def compiled(self, run: Run, at: RunStep, plan: Plan, kept: int, call: Call, eager: bool) -> Explaining | None:
+        """Before a call of a run: see that torch may compile blocks for its length and for those of the steps to come.
+
+        Parameters
+        ----------
+        run : Run
+        at : RunStep
+        plan : Plan
+        kept : int
+            Reference tokens that take part.
+        call : tuple
+            What else makes graphs (see `StaticBlocks`).
+        eager : bool
+            Whether the call is measured, up to the block where references leave, and so runs uncompiled.
+
+        Returns
+        -------
+        context manager or None
+            For the call; None where blocks are not compiled for one length each.
+
+        Raises
+        ------
+        IncompatibleError
+            If there are too many lengths.
+        """
+        static, whole = self._static, run.layout.reference_tokens
+        if static is None:
+            return None
+        if eager:
+            now = [rows for rows in _to_come(run, at)[:1] if plan.kind == "in_flight"]
+        else:
+            now = [Rows(kept, plan.from_block, whole)]
+        if not (now and static.knows(now[0], call)):
+            static.check([*now, *_to_come(run, at)], whole, call, run.config.budget, _REMEDY)
+        return static.running(now[0], call) if now else nullcontext()
+
+
+def _to_come(run: Run, at: RunStep) -> list[Rows]:
+    """The steps that run compiled from this one on, as far as they are known."""
+    if run.config.budget.needs_mass and not run.ranking.known:
+        return []
+    timeline, whole = run.timeline, run.layout.reference_tokens
+    if at.observed:  # nobody knows at which times the steps to come will be
+        counts = {sum(run.budgeting.counts(Clock.uniform(i, _TIMES))) for i in range(_TIMES)}
+        return [Rows(count, timeline.from_block, whole) for count in counts]
+    planned = timeline.planned(at.total, run.budgeting, run.clock)[at.step :]
+    return [
+        Rows(step.kept, step.from_block, None if step.kind == "in_flight" else whole)
+        for step in planned
+        if step.kind != "profile"
+    ]

@@ -106,7 +106,7 @@ class Ownership:
         self._manual: tuple[ManualSteps, object] | None = None
         self._said: set[str] = set()
         self.unknown: str | None = None
-        """What of the last call whose layout was not known was not, in words."""
+        """What was not known of the layout of the last call, in words."""
         self.forget()
 
     def forget(self) -> None:
@@ -118,10 +118,10 @@ class Ownership:
         """How often the pipeline's scheduler was set since the patch."""
         return 0 if self._scheduler is None else self._scheduler.begun
 
-    def listen(self, undo: contextlib.ExitStack) -> None:
-        """Note from now on which thread the pipeline runs in."""
+    def listen(self, undo: contextlib.ExitStack, told: Callable[[], None]) -> None:
+        """Note from now on which thread the pipeline runs in, and tell when a run of it begins."""
         if self._scheduler is not None:
-            undo.callback(self._scheduler.listen())
+            undo.callback(self._scheduler.listen(told))
 
     def begin(self, steps: int) -> None:
         """The user tells the steps of a run from now on."""
@@ -246,6 +246,10 @@ class Ownership:
             return layout is None or at.observed or self._same_references(known.run, kwargs, layout)
 
         return known.identity.agrees(known.run.calls(at.step), kwargs.get("timestep"), self._text(kwargs), same)
+
+    def goes_on(self, generation: Generation) -> bool:
+        """Whether further calls of a generation may come."""
+        return self._goes_on(generation, self._scheduled())
 
     def _goes_on(self, generation: Generation, scheduled: object) -> bool:
         """Whether further calls may come: of the scheduler's run, or while somebody holds the text."""

@@ -14,6 +14,7 @@ from ..adapters.shortened import Shortened
 from ..errors import IncompatibleError
 from ..hooks.diffusers import note_thread
 from ..hooks.instance import InstanceHook
+from .attendance import watch_parts
 from .call import Call
 
 __all__ = ["Patch", "Planner"]
@@ -27,6 +28,9 @@ class Planner(Protocol):
 
     def install(self, transformer: nn.Module, undo: contextlib.ExitStack) -> None:
         """Hooks of its own, beside the patch's."""
+
+    def went_past(self, module: nn.Module) -> None:
+        """The transformer's parts ran without its own call."""
 
     def forget(self) -> None:
         """The patch is off: let go of what belongs to a run."""
@@ -66,6 +70,7 @@ class Patch:
             undo.callback(transformer.register_forward_hook(after, with_kwargs=True, always_call=True).remove)
             for off in self.adapter.hooks(transformer, self._shortened):
                 undo.callback(off)
+            undo.callback(watch_parts(transformer, self._is_inside, self._past))
             self.planner.install(transformer, undo)
             self._undo = undo.pop_all()
 
@@ -100,6 +105,14 @@ class Patch:
                 "threads: give each a transformer of its own (copy.deepcopy), or drop at the input: from_block=0, "
                 'profile="step"'
             )
+
+    def _is_inside(self) -> bool:
+        return threading.get_ident() in self._inside
+
+    def _past(self) -> None:
+        transformer = self.transformer()
+        if transformer is not None:
+            self.planner.went_past(transformer)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> Any:
         self._inside.pop(threading.get_ident(), None)

@@ -50,8 +50,8 @@ def _uniform(total: int) -> Callable[[int], Clock]:
 class _SetTimesteps:
     """Stands in for ``scheduler.set_timesteps``; in a copy or a pickle of the scheduler it is what it stood in for."""
 
-    def __init__(self, scheduler: Any) -> None:
-        self.scheduler = weakref.ref(scheduler)
+    def __init__(self, scheduler: Any, told: Callable[[], None]) -> None:
+        self.scheduler, self.told = weakref.ref(scheduler), told
         self.earlier = vars(scheduler).get("set_timesteps")
         self.thread: int | None = None
         self.count = 0
@@ -60,6 +60,7 @@ class _SetTimesteps:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         scheduler: Any = self.scheduler()
         self.thread, self.count = get_ident(), self.count + 1
+        self.told()
         if self.earlier is not None:
             return self.earlier(*args, **kwargs)
         return type(scheduler).set_timesteps(scheduler, *args, **kwargs)
@@ -120,9 +121,9 @@ class PipelineSteps:
         begun = self._begun
         return begun is None or begun.scheduler() is not self._scheduler or begun.thread in (None, get_ident())
 
-    def listen(self) -> Callable[[], None]:
-        """Note from now on which thread begins each run; returns what ends it."""
-        self._begun = begun = _SetTimesteps(self._scheduler)
+    def listen(self, told: Callable[[], None]) -> Callable[[], None]:
+        """Note from now on which thread begins each run, and tell of it; returns what ends it."""
+        self._begun = begun = _SetTimesteps(self._scheduler, told)
         self._scheduler.set_timesteps = begun
 
         def stop() -> None:

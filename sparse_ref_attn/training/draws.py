@@ -13,7 +13,9 @@ from ..adapters.base import Adapter, Kwargs
 from ..errors import IncompatibleError
 from ..hooks.compiled import compiled_blocks
 from ..hooks.diffusers import splits_the_sequence
+from ..hooks.static_blocks import Rows, StaticBlocks
 from ..packing import kept_rows
+from ..patching.attendance import PARTS
 from ..patching.call import Call
 from ..patching.execution.ragged import PerItem, Ragged
 from ..patching.execution.tokens import AtInput
@@ -25,6 +27,8 @@ from .random_drop import RandomDrop
 __all__ = ["Draws"]
 
 logger = logging.getLogger("sparse_ref_attn")
+
+_PATIENCE = 8  # calls without references that a training may begin with, unsaid: some batches have none
 
 
 class Draws:
@@ -48,7 +52,7 @@ class Draws:
 
     def __init__(self, transformer: nn.Module, drop: RandomDrop, adapter: Adapter, rank: int | None) -> None:
         self.drop, self.adapter, self._rank = drop, adapter, rank
-        self.drawn = 0
+        self.drawn = self._without = 0
         self.used = False
         """Whether a call came with references to draw from."""
         self.kept: tuple[RefSelection, ...] = ()
@@ -69,6 +73,12 @@ class Draws:
                 "the training patch never dropped a token: no call of the transformer in train mode had reference "
                 "tokens that its adapter knows"
             )
+
+    def went_past(self, module: nn.Module) -> None:
+        """The transformer's parts ran without its own call."""
+        if module.training and torch.is_grad_enabled():
+            self.kept = ()
+            self._say(PARTS)
 
     def call(self, module: nn.Module, kwargs: Kwargs) -> Call | None:
         """A training call with its draw; None where nothing is dropped."""
@@ -96,16 +106,36 @@ class Draws:
         draw, self.drawn = self.drawn, self.drawn + 1
         self.used = self.used or drops
         if layout is None or not layout.references:
+            self._without += layout is not None
+            if self._without == _PATIENCE and not self.used:
+                self._say(f"nothing was dropped: the first {_PATIENCE} training calls had no reference tokens")
             return None
         tokens, generator = kwargs[self.adapter.tokens], _generator(self.drop.seed, self._stream(), draw)
         draws = tokens.shape[0] if self.drop.per_sample else 1
         self.kept = tuple(self.drop.draw(layout.sizes, generator) for _ in range(draws))
+        around = None if self.drop.per_sample else self._compiled(module, kwargs, layout)
         if all(selection.kept == layout.reference_tokens for selection in self.kept):
             return None
         here = [RefSelection(s.indices.to(tokens.device), s.sizes) for s in self.kept]
         if len(here) == 1:
-            return Call(self.adapter, module, kwargs, layout, Plan("sparse", here[0]), AtInput())
+            call = Call(self.adapter, module, kwargs, layout, Plan("sparse", here[0]), AtInput())
+            if around is not None:
+                call.contexts.enter_context(around)
+            return call
         return Call(self.adapter, module, kwargs, layout, Plan("sparse"), self._per_item(module, layout, here))
+
+    def _compiled(
+        self, module: nn.Module, kwargs: Kwargs, layout: TokenLayout
+    ) -> contextlib.AbstractContextManager[None] | None:
+        """For a call on blocks that are compiled for one length each; raises where the draws have too many."""
+        static = StaticBlocks(module, [block.module for block in self.adapter.blocks(module)])
+        if not static:
+            return None
+        tokens, whole = kwargs[self.adapter.tokens], layout.reference_tokens
+        shape = (True, tokens.shape[0], tokens.dtype, layout.generation[1], layout.text)
+        steps = [Rows(count) for count in self.drop.counts(layout.sizes)]
+        static.check(steps, whole, shape, self.drop, "one keep ratio")
+        return static.running(Rows(self.kept[0].kept), shape)
 
     def _per_item(self, module: nn.Module, layout: TokenLayout, selections: list[RefSelection]) -> PerItem:
         assert self._ragged is not None

@@ -124,9 +124,30 @@ class RandomDrop:
         full, u = numbers[:2].tolist()
         assert isinstance(self.keep, tuple)
         ratio = 1.0 if full < self.full_probability else DISTRIBUTIONS[self.distribution](*self.keep, u)
-        count = min(max(whole(ratio * total), sum(least)), total)
+        count = self._count(ratio, sizes)
         scores = numbers[2:].split(list(sizes))
         return RefSelection(prefix(order(scores, least), count), tuple(sizes))
+
+    def counts(self, sizes: Sequence[int]) -> list[int]:
+        """Every number of tokens, ascending, that a draw from references of `sizes` tokens may keep.
+
+        Raises
+        ------
+        BudgetError
+            As `draw`.
+
+        Examples
+        --------
+        >>> RandomDrop(keep=(0.25, 0.5), full_probability=0.1).counts((8,))
+        [2, 3, 4, 8]
+        """
+        assert isinstance(self.keep, tuple)
+        least, most = (self._count(ratio, sizes) for ratio in self.keep)
+        counts = {*range(least, most + 1)} if self.full_probability < 1 else set()
+        return sorted(counts | ({sum(sizes)} if self.full_probability > 0 else set()))
+
+    def _count(self, ratio: float, sizes: Sequence[int]) -> int:
+        return min(max(whole(ratio * sum(sizes)), sum(floors(self.floor_per_reference, sizes))), sum(sizes))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,3 +134,22 @@ def test_it_is_trained_and_compared_like_the_others() -> None:
 def test_one_that_has_no_transformer_yet_is_refused_in_words() -> None:
     with pytest.raises(UnsupportedModelError, match="there must be a pipeline with a transformer"):
         sra.patch(Flux2KleinAutoBlocks().init_pipeline(), sra.SparseRef("grid", 0.5))
+
+
+def test_a_run_past_the_patch_and_a_replaced_transformer_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = build()
+    handle = sra.patch(pipe, sra.SparseRef("grid", 0.5))
+    call(pipe)
+    published, own = type(pipe.transformer), pipe.transformer
+    own.__class__ = type("Around", (published,), {"__call__": published.forward})
+    with caplog.at_level(logging.WARNING, "sparse_ref_attn"):
+        call(pipe)
+        assert sum("ran without its own call" in record.message for record in caplog.records) == 1
+        with pytest.raises(sra.SparseRefError, match="ran without its own call"):
+            handle.summary()
+        own.__class__ = published
+        pipe.update_components(transformer=copy.deepcopy(own))
+        call(pipe)
+        assert sum("pipe.transformer is another one" in record.message for record in caplog.records) == 1
+        with pytest.raises(sra.SparseRefError, match=r"pipe\.transformer is another one"):
+            handle.summary()
