@@ -1,16 +1,33 @@
-"""Settings of the whole suite: one CPU thread, quiet model libraries, the `gpu` and `slow` tiers."""
+"""Settings of the whole suite: one CPU thread, quiet model libraries, the `gpu` and `slow` tiers, `pytest -n auto`."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 NO_GPU = "no CUDA device"
+WORKER_BYTES = 3 * 2**30
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # in the programs that tests start, too
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker for each CPU that this process may use, as far as memory reaches."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    cpus = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")  # of a container, "max 100000" without one
+    if quota.exists() and (limit := quota.read_text().split())[0] != "max":
+        cpus = min(cpus, int(limit[0]) // int(limit[1]))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(cpus, memory // WORKER_BYTES))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
