@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     for name in ("diffusers", "transformers"):
         if name in sys.modules:
             sys.modules[name].utils.logging.set_verbosity_error()
+    gc.collect()
+    gc.freeze()  # the collector need not look at millions of imported objects each time that a test asks it
 
 
 @pytest.fixture(autouse=True)
