@@ -15,7 +15,7 @@ from tests.pipelines import CASES
 def test_blocks_compiled_for_one_length_each(budget: Any) -> None:
     """dynamic=False and a length at every step die at torch's recompile limit: refused before the first block."""
     case = CASES["klein"]
-    pipe = case.build()
+    pipe = case.build(layers=1, single=1)
     torch._dynamo.reset()
     sra.patch(pipe, sra.SparseRef("grid", budget))
     pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend="eager")
