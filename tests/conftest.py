@@ -8,14 +8,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # read when a library loads, and by the programs that tests start
+
 import pytest
 import torch
 
 NO_GPU = "no CUDA device"
-WORKER_BYTES = 3 * 2**30
+WORKER_BYTES = 5 * 2**29
 
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # in the programs that tests start, too
 
 
 @pytest.hookimpl(optionalhook=True)
