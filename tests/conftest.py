@@ -1,16 +1,35 @@
-"""Settings of the whole suite: one CPU thread, quiet model libraries, the `gpu` and `slow` tiers."""
+"""Settings of the whole suite: one CPU thread, quiet model libraries, the `gpu` and `slow` tiers, `pytest -n auto`."""
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when a library loads, and by the programs that tests start
 
 import pytest
 import torch
 
 NO_GPU = "no CUDA device"
+WORKER_BYTES = 5 * 2**29
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker for each CPU that this process may use, as far as memory reaches."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    cpus = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")  # of a container, "max 100000" without one
+    if quota.exists() and (limit := quota.read_text().split())[0] != "max":
+        cpus = min(cpus, int(limit[0]) // int(limit[1]))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(cpus, memory // WORKER_BYTES))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -29,6 +48,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     for name in ("diffusers", "transformers"):
         if name in sys.modules:
             sys.modules[name].utils.logging.set_verbosity_error()
+    gc.collect()
+    gc.freeze()  # the collector need not look at millions of imported objects each time that a test asks it
 
 
 @pytest.fixture(autouse=True)

@@ -127,7 +127,7 @@ def test_padding_is_told() -> None:
 @pytest.mark.parametrize("name", ["klein", "kontext"])
 def test_compiled_blocks(name: str) -> None:
     case = CASES[name]
-    pipe = case.build()
+    pipe = case.build(layers=1, single=1)
     items = Items(case, pipe)
     want, _ = items.alone(MASS)
     pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")

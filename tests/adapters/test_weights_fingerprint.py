@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.adapters.weights import weights_fingerprint
 from sparse_ref_attn.errors import IncompatibleError, LayoutError
 from sparse_ref_attn.eval.models import _weights_id
+from tests import programs
 from tests.contract.test_offload import by_model, sequential
 from tests.pipelines import CASES
 
@@ -154,15 +153,16 @@ def test_offloaded_weights_are_read_where_they_lie(name: str, tmp_path: Path) ->
     assert weights_fingerprint(other.transformer) != want
 
 
+def tell() -> None:
+    model = CASE.build().transformer
+    as_gguf(model)
+    print(weights_fingerprint(model))
+
+
 def test_the_next_process_says_the_same(tmp_path: Path) -> None:
     model = CASE.build().transformer
     as_gguf(model)
-    code = (
-        "from tests.adapters.test_weights_fingerprint import CASE, as_gguf, weights_fingerprint\n"
-        "model = CASE.build().transformer\nas_gguf(model)\nprint(weights_fingerprint(model))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-1] == weights_fingerprint(model)
+    assert programs.run(tell, log=tmp_path / "log").split()[-1] == weights_fingerprint(model)
 
 
 def packed(scale: float) -> nn.Module:

@@ -131,9 +131,9 @@ def test_compiled_as_a_whole_before_the_patch_is_refused(compile_: Callable[...,
 
 def test_blocks_compiled_before_the_patch() -> None:
     case, backend = CASES["klein"], Counting()
-    plain = case.build()
+    plain = case.build(layers=1, single=1)
     sra.patch(plain, MASS)
-    pipe = case.build()
+    pipe = case.build(layers=1, single=1)
     pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
     case.call(pipe)
     handle = sra.patch(pipe, MASS)

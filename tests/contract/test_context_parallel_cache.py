@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.errors import IncompatibleError
-from tests.contract.two_processes import as_a_rank, check
+from tests.contract.two_processes import check
 from tests.pipelines import CASES
 
 
@@ -30,9 +32,5 @@ def ranks() -> None:
     assert np.isfinite(alone).all()
 
 
-def test_two_processes() -> None:
-    check(__name__)
-
-
-if __name__ == "__main__":
-    as_a_rank(ranks)
+def test_two_processes(tmp_path: Path) -> None:
+    check(ranks, tmp_path)

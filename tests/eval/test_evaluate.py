@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -30,9 +27,9 @@ from sparse_ref_attn.eval.scores import Scorer
 from sparse_ref_attn.selection import Random
 from sparse_ref_attn.toy.pipeline import build_transformer, toy_pipeline
 from sparse_ref_attn.toy.words import seeded
+from tests import programs
 from tests.vision_models import save_clip, save_dino
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["--side", "64", "--steps", "2", "--metrics", "psnr", "subject-psnr", "--pictures", "1"]
 PART = ["--subjects", "2", "--rules", "random", "ReCAST", "subject mask", "--keep", "100%", "50%"]
 
@@ -164,31 +161,21 @@ def test_later_runs_add_to_a_folder(done: Path, models: list[str], tmp_path: Pat
 def test_a_killed_run_and_two_processes(done: Path, models: list[str], tmp_path: Path) -> None:
     """Two gloo processes are killed with rows written, started again, and give the rows of one process."""
     out = tmp_path / "out"
-    launch = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sparse_ref_attn",
-        *command(out, models),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    log = tmp_path / "log"
-
-    def start() -> subprocess.Popen:
-        return subprocess.Popen(
-            launch, cwd=ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
-        )
 
     def written() -> list[int]:
         return [len(path.read_text().splitlines()) - 1 for path in sorted(out.glob("rows.part-?.csv"))]
 
-    run = start()
-    while (len(written()) < 2 or min(written()) < 2) and run.poll() is None:
+    ranks = programs.pair(main, command(out, models), folder=tmp_path)
+    while (len(written()) < 2 or min(written()) < 2) and all(rank.is_alive() for rank in ranks):
         time.sleep(0.02)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
-    assert run.returncode == -signal.SIGKILL, log.read_text()[-3000:]
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [-signal.SIGKILL] * 2
     assert len(written()) == 2
     assert sum(written()) < 32
-    run = start()
-    assert run.wait() == 0, log.read_text()[-3000:]
+    programs.run_pair(main, command(out, models), folder=tmp_path)
     assert not list(out.glob("rows.part-*"))
     threads = torch.get_num_threads()
     one, both = rows(done), rows(out)

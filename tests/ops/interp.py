@@ -1,22 +1,55 @@
-"""bf16 that is right under ``TRITON_INTERPRET=1``.
+"""Triton's interpreter, with a bf16 that is right, and without what it does again at each call.
 
 Triton's interpreter (3.6 to 3.9) keeps bf16 as raw uint16: ``tl.dot`` multiplies the bit patterns, elementwise
 arithmetic too, and float32 -> bf16 truncates. `mend_bf16` makes the dot and the arithmetic run in float32 and the cast
 round to nearest even, as the hardware does. fp16 and fp32 are right as they are.
 
+It also replaces all of ``tl`` anew at each call of a function by a kernel, which took a third of the time of these
+tests. `patch_once` makes it do so once a launch.
+
 The interpreter is chosen when ``@triton.jit`` decorates, so one process is either interpreted or not: tests that launch
 kernels live in ``tests/ops/interpreted`` (collected only under ``TRITON_INTERPRET=1``; `tests/ops/test_interpreted.py`
-runs each of its files in a process of its own). Beside this file: `guards` (canary borders, NaN poison), `tolerance`
+runs its files in processes of their own). Beside this file: `guards` (canary borders, NaN poison), `tolerance`
 (how far off a result may be). What the compiler makes of a kernel is for `benchmarks.aot`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-__all__ = ["mend_bf16"]
+__all__ = ["mend_bf16", "patch_once"]
+
+
+def patch_once() -> None:
+    """Within a launch, patch ``tl`` and ``tl.core`` for the first function that sees them, not for each call."""
+    if hasattr(interpreter, "patched_once"):
+        return
+    interpreter.patched_once = True
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    done: set[tuple[bool, bool]] = set()
+
+    @cache
+    def seen(fn: Callable[..., Any]) -> tuple[bool, bool]:
+        modules = fn.__globals__.values()
+        return any(x is tl for x in modules), any(x is tl.core for x in modules)
+
+    def patch_lang(fn: Callable[..., Any]) -> Any:
+        if seen(fn) in done:
+            return None  # what a call of a function gets, it drops; only a launch restores
+        done.add(seen(fn))
+        return patch(fn)
+
+    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
+        done.clear()
+        launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, launched
 
 
 def mend_bf16() -> None:

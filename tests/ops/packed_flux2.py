@@ -7,9 +7,9 @@ know where an item ends.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -150,29 +150,41 @@ def gradients(model: nn.Module, *batches: Sequence[Item]) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+Gradients = dict[str, Tensor]
+
+
+def flat(grads: Gradients, truth: Gradients) -> Tensor:
+    """Every parameter counts, in units of its largest gradient."""
+    return torch.cat([(grads[name] / x.abs().max().to(grads[name])).flatten() for name, x in truth.items()])
+
+
+@cache
+def one_by_one(dtype: torch.dtype) -> tuple[Gradients, Tensor | None]:
+    """The items' gradients in float64, on weights and inputs rounded to `dtype`; what rounding in float32 does to them.
+
+    Only the rotary embedding is float32, as it is in any precision.
+    """
+    model = transformer().to(dtype).to(torch.float64)
+    wide = [[item.to(dtype).to(torch.float64)] for item in items()]
+    truth = gradients(model, *wide)
+    assert all(x.any() for x in truth.values())
+    return truth, of_run(lambda: flat(gradients(model, *wide), truth)) if dtype == torch.float32 else None
+
+
 def check(path: Callable[[Tensor, Tensor, str], Attention], backend: str, dtype: torch.dtype) -> None:
     """Packed gradients err at most twice as much as those of the items one by one, both in `dtype`.
 
-    In float32, at most as random rounding does. One by one is diffusers' own attention. The truth is the same in
-    float64, on weights and inputs rounded to `dtype`; only its rotary embedding is float32, in all three alike. Every
-    parameter counts, in units of its largest gradient.
+    In float32, at most as random rounding does. One by one is diffusers' own attention.
     """
     batch = [item.to(dtype) for item in items()]
     model = transformer().to(dtype)
-    exact = copy.deepcopy(model).to(torch.float64)
     texts = tiling((tuple(len(item.text) for item in batch),))
     images = tiling((tuple(len(item.image) for item in batch),)) + texts[0, -1]
-    wide = [[item.to(torch.float64)] for item in batch]
-    truth = gradients(exact, *wide)
-    unit = {name: x.abs().max() for name, x in truth.items()}
-    assert all(unit.values())
-
-    def flat(grads: dict[str, Tensor]) -> Tensor:
-        return torch.cat([(grads[name] / unit[name].to(grads[name])).flatten() for name in unit])
-
+    truth, deviation = one_by_one(dtype)
     with attention(model, path(texts, images, backend)):
-        packed = flat(gradients(model, batch))
-    if dtype == torch.float32:
-        assert_rounded(packed, flat(truth), of_run(lambda: flat(gradients(exact, *wide))), "gradients")
+        packed = flat(gradients(model, batch), truth)
+    if deviation is not None:
+        assert_rounded(packed, flat(truth, truth), deviation, "gradients")
     else:
-        assert_as_accurate(packed, flat(truth), flat(gradients(model, *([item] for item in batch))), "gradients")
+        alone = flat(gradients(model, *([item] for item in batch)), truth)
+        assert_as_accurate(packed, flat(truth, truth), alone, "gradients")

@@ -1,4 +1,4 @@
-"""Runs the files of ``tests/ops/interpreted``, each in a process whose kernels are interpreted."""
+"""Runs the files of ``tests/ops/interpreted`` in two processes whose kernels are interpreted."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import pytest
 
 HERE = Path(__file__).parent
 FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
+HALVES = {" ".join(name[5:-3] for name in half): half for half in (FILES[:4], FILES[4:])}
 
 
-def run(file: str, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args, str(HERE / "interpreted" / file)]
+def run(files: list[str], *args: str) -> subprocess.CompletedProcess[str]:
+    paths = [str(HERE / "interpreted" / file) for file in files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args, *paths]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = HERE.parents[1]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_interpreted_kernels(file: str):
-    done = run(file, "-m", "not slow")
+@pytest.mark.parametrize("half", HALVES)
+def test_interpreted_kernels(half: str):
+    done = run(HALVES[half], "-m", "not slow")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 
@@ -30,6 +32,6 @@ def test_interpreted_kernels(file: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_interpreted_kernels_at_length(file: str):
-    done = run(file, "-m", "slow")
+    done = run([file], "-m", "slow")
     nothing_marked_slow = 5
     assert done.returncode in (0, nothing_marked_slow), done.stdout + done.stderr

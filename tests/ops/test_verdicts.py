@@ -170,12 +170,12 @@ def test_the_fastest_is_taken_and_a_slow_one_costs_no_more_than_its_time(cards: 
         return result
 
     spoiled["forward"] = wait
-    began = time.process_time(), time.perf_counter()
+    began = time.process_time()  # without the waits, and without what other processes take
     verdict = verdict_of(attention())
     assert verdict.order == ("sdpa", "stand_in")
     slow = [name for name, _ in calls].count("forward")
     assert 3 <= slow <= 2 + 5  # the comparison, a warm-up, and rounds until a second is over
-    assert time.perf_counter() - began[1] < 0.25 * slow + 2
+    assert time.process_time() - began < 2
     assert verdict.milliseconds["stand_in"] >= 250
 
 

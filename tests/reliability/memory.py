@@ -26,6 +26,8 @@ class Held:
         Tensors that live, and the bytes of their storages.
     objects : int
         Everything that the collector knows.
+
+    What was frozen (``gc.freeze``) is not counted.
     """
 
     resident: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,8 @@ MODES = {
 
 def generate(mode: str, count: int) -> tuple[Held, Held]:
     """What is held after `WARM` generations, and after `count` more."""
+    gc.collect()
+    gc.freeze()  # what was there before is not looked at again
     name, config = MODES[mode]
     case = CASES[name]
     pipe = case.build(layers=1, single=1) if name != "qwen_edit_plus" else case.build()

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sparse_ref_attn as sra
+from tests import programs
 from tests.pictures import picture
 from tests.pipelines import CASES
 
@@ -54,12 +52,9 @@ def test_end_to_end(name: str, references: int, tmp_path: Path) -> None:
     data, settings = write_pairs(tmp_path / "pairs", references), SETTINGS[name]
 
     def go(out: str, *more: str) -> None:
-        done = subprocess.run(
-            [sys.executable, str(EXAMPLE), *command(tmp_path / "model", data, tmp_path / out, *settings, *more)],
-            cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert f"wrote {tmp_path / out / LORA}" in done.stdout
+        arguments = command(tmp_path / "model", data, tmp_path / out, *settings, *more)
+        told = programs.run(programs.script, str(EXAMPLE), *arguments, log=tmp_path / f"{out}.log")
+        assert f"wrote {tmp_path / out / LORA}" in told
 
     go("once", "--steps", "4")
     # Stopped after two steps and gone on with: the same weights, bit for bit.

@@ -3,16 +3,12 @@
 import csv
 import itertools
 import json
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,8 +24,8 @@ from sparse_ref_attn.training.log import Log
 from sparse_ref_attn.training.loop import TrainConfig, train
 from sparse_ref_attn.training.lora import add_lora, save_lora
 from sparse_ref_attn.training.vae import train_vae
+from tests import programs
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = {"warmup": 2, "decay": 2, "checkpoint_every": 2, "precision": "no"}
 FILES = ("weights.safetensors", "ema.safetensors")
 
@@ -277,35 +273,25 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
             train(Pipe(), batches, TrainConfig(steps=4, **SETTINGS), tmp_path)
 
 
-RUN = """
-import sys, time, torch
-from pathlib import Path
-from tests.training.test_loop import Pipe, SETTINGS, batches
-from sparse_ref_attn.training.log import Log
-from sparse_ref_attn.training.loop import TrainConfig, train
-torch.set_num_threads(1)
-def slow(*arguments):
-    time.sleep(float(sys.argv[2]))
-    return batches(*arguments)
-train(Pipe(), slow, TrainConfig(steps=8, **SETTINGS), Path(sys.argv[1]))
-"""
+def eight_steps(out, pause=0.0):
+    def slow(*arguments):
+        time.sleep(pause)
+        return batches(*arguments)
 
-
-def launch(out, pause="0"):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", RUN, str(out), pause], env=env)
+    train(Pipe(), slow, TrainConfig(steps=8, **SETTINGS), out)
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     """SIGKILL at any moment: what is there is whole, and the end is that of a run that nobody killed."""
-    process = launch(tmp_path / "killed", "0.2")
+    process = programs.start(eight_steps, tmp_path / "killed", 0.2, log=tmp_path / "log")
     while checkpoint.latest(tmp_path / "killed") is None:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert launch(tmp_path / "killed").wait() == 0
-    assert launch(tmp_path / "whole").wait() == 0
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    for name in ("killed", "whole"):
+        programs.run(eight_steps, tmp_path / name, log=tmp_path / "log")
     assert same(tmp_path / "whole/step-000008", tmp_path / "killed/step-000008")
 
 
@@ -314,11 +300,7 @@ PER_PAIR = ("target", "references", "text", "pooled")
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch):
     """Gradients are averaged: two gloo processes make the steps of one whose batch is both of theirs."""
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29577", str(script)]
-    subprocess.run([*command, str(tmp_path / "two"), "0"], env=env, check=True)
+    programs.run_pair(eight_steps, tmp_path / "two", folder=tmp_path, ACCELERATE_USE_CPU="true")
 
     def both(pipe, step, process, processes):
         one, two = (batches(pipe, step, i, 2) for i in range(2))

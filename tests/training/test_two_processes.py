@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +10,15 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
+from tests.programs import run_pair
 from tests.training.batches import Batch, build, gradients, lora
-from tests.training.two_processes import RUNS, STEPS
-
-ROOT = Path(__file__).parents[2]
+from tests.training.two_processes import RUNS, STEPS, main
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*command, "-m", "tests.training.two_processes", str(folder)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_pair(main, folder, folder=folder)
     return folder
 
 

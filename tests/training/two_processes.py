@@ -1,12 +1,8 @@
-"""One of two processes that train under accelerate on gloo; `test_two_processes` starts them and reads their notes.
-
-torchrun --standalone --nproc-per-node 2 -m tests.training.two_processes OUT
-"""
+"""One of two processes that train under accelerate on gloo; `test_two_processes` starts them and reads their notes."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +61,7 @@ def train(name: str, out: Path) -> dict[str, Any]:
 
 
 def main(out: Path) -> None:
-    torch.set_num_threads(1)
     notes = {name: train(name, out) for name in RUNS}
     rank = torch.distributed.get_rank()
     (out / f"notes-{rank}.json").write_text(json.dumps(notes))
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

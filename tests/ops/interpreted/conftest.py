@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from ..interp import mend_bf16
+    from ..interp import mend_bf16, patch_once
 
     mend_bf16()
+    patch_once()
 else:
     collect_ignore_glob = ["*"]
