@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from . import schedules
-from .checks import is_number, is_one_of
+from .checks import is_one_of
 from .config import SparseRef, UniformGuard
 from .errors import ConfigError
 from .selection import AttentionMass, Edges, Grid, Mix, Saliency, Selector
@@ -17,8 +16,8 @@ TASKS = ("auto", "edit", "subject", "style")
 
 
 def ReCAST(  # noqa: N802 -- the paper's name, used like the noun it is
-    n_min: int = 256,
-    n_max: int = 1024,
+    n_min: int | float = 256,
+    n_max: int | float = 1024,
     gamma: float = 2.0,
     *,
     task: str = "auto",
@@ -32,9 +31,10 @@ def ReCAST(  # noqa: N802 -- the paper's name, used like the noun it is
 
     Parameters
     ----------
-    n_min, n_max : int
-        Tokens kept of a reference of `reference_tokens`, first and last (paper: 256, 1024 of
-        4096). They scale with each reference's size: a reference half as large keeps half.
+    n_min, n_max : int or float in (0, 1]
+        Kept first and last: tokens of a reference of `reference_tokens` (int; paper: 256, 1024 of
+        4096), or a share of it (float). Tokens scale with each reference's size, as shares do: a
+        reference half as large keeps half.
     gamma : float
         Exponent, > 0 (paper: 2).
     task : {"auto", "edit", "subject", "style"}
@@ -42,7 +42,7 @@ def ReCAST(  # noqa: N802 -- the paper's name, used like the noun it is
         of the whole image (a recolour) needs every token. "style" mixes the mass with an even
         grid, because style cues are spread out (the paper's largest loss, its section 3.4).
     reference_tokens : int
-        The reference size that `n_min` and `n_max` are meant for.
+        The reference size that `n_min` and `n_max` in tokens are meant for.
     select : Selector, optional
         Default ``AttentionMass(blocks="single")``, eq. (2)-(3) over the single-stream blocks.
     **settings
@@ -59,22 +59,33 @@ def ReCAST(  # noqa: N802 -- the paper's name, used like the noun it is
     .. [1] Han et al., "ReCAST: Probing Sparse Reference Use in In-Context Image Generation",
        FoGen at ICML 2026, eqs. (2)-(4).
 
+    Raises
+    ------
+    ConfigError
+        If `n_min` or `n_max` is neither, they do not ascend, or one exceeds `reference_tokens`.
+
     Examples
     --------
     >>> ReCAST().budget
     Polynomial(low=0.0625, high=0.25, gamma=2.0, per='reference')
+    >>> ReCAST(0.1, 0.5).budget
+    Polynomial(low=0.1, high=0.5, gamma=2.0, per='reference')
     """
     _check_task(task)
-    given = (n_min, n_max, reference_tokens)
-    if not all(map(is_number, given)) or not 0 < n_min <= n_max <= reference_tokens < math.inf:
-        raise ConfigError(f"0 < n_min <= n_max <= reference_tokens must hold, got {', '.join(map(repr, given))}")
+    if isinstance(reference_tokens, bool) or not isinstance(reference_tokens, int) or reference_tokens < 1:
+        raise ConfigError(f"reference_tokens must be an int of at least 1, got {reference_tokens!r}")
+    for name, keep in (("n_min", n_min), ("n_max", n_max)):
+        schedules.check_keep(name, keep)
+    low, high = (keep / reference_tokens if isinstance(keep, int) else keep for keep in (n_min, n_max))
+    if not low <= high <= 1:
+        given = ", ".join(map(repr, (n_min, n_max, reference_tokens)))
+        raise ConfigError(f"n_min <= n_max <= reference_tokens must hold, got {given}")
     if select is None:
         select = AttentionMass()
         if task == "style":
             select = Mix(((select, 0.5), (Grid(), 0.5)))
     settings.setdefault("guard", UniformGuard() if task in ("auto", "edit") else None)
-    budget = schedules.Polynomial(n_min / reference_tokens, n_max / reference_tokens, gamma)
-    return SparseRef(select=select, budget=budget, **settings)
+    return SparseRef(select=select, budget=schedules.Polynomial(low, high, gamma), **settings)
 
 
 def SparseContext(  # noqa: N802

@@ -16,7 +16,7 @@ from sparse_ref_attn.adapters.geometries import MODELS, named_model
 from sparse_ref_attn.config import UniformGuard
 from sparse_ref_attn.cost import StepTokens, step_flops
 from sparse_ref_attn.errors import BudgetError, ConfigError, UnsupportedModelError
-from sparse_ref_attn.estimation import estimate
+from sparse_ref_attn.estimation import at_share, estimate
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
 from sparse_ref_attn.patching.execution.depth import leaving
 from sparse_ref_attn.selection import Reducer
@@ -175,6 +175,36 @@ def test_an_estimate_is_what_the_run_then_does(name, config, cfg):
     assert e.scoring.total == pytest.approx(record.scoring_flops)
     assert e.sparse.total / 1e12 == pytest.approx(flops.sparse_tflop)
     assert e.dense.total / 1e12 == pytest.approx(flops.dense_tflop)
+
+
+FAMILIES = {
+    "flat": lambda keep: sra.SparseRef("edges", keep),
+    "measured": lambda keep: sra.SparseRef("mass", keep),
+    "rising": lambda keep: sra.SparseRef("mass", sra.Linear(keep**2, keep)),
+    "ranked again": lambda keep: sra.SparseRef("mass", keep, rerank_every=3),
+    "from a block": lambda keep: sra.SparseRef("edges", keep, from_block=1),
+    "in flight": lambda keep: sra.SparseRef("mass", keep, profile="in_flight"),
+}
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.4])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_share_is_the_mean_over_the_whole_run(family, share):
+    model = named_model("klein-4b", num_layers=2, num_single_layers=2)
+    e = estimate(model, references=ONE, steps=8, config=at_share(model, family, share, 8))
+    assert e.mean_tokens == pytest.approx(share * 4096, abs=0.5)
+
+
+def test_a_share_that_the_cache_gives():
+    model = named_model("klein-4b", num_layers=2, num_single_layers=2)
+    config = at_share(model, lambda keep: sra.SparseRef("mass", keep, "cache"), 0.5, 4)
+    assert config.budget.keep == pytest.approx(1 / 3, abs=1e-6)
+
+
+def test_a_dense_step_above_the_share_is_an_error():
+    model = named_model("klein-4b", num_layers=2, num_single_layers=2)
+    with pytest.raises(ConfigError, match="got 25 % where they are 25 % of 4 steps"):
+        at_share(model, FAMILIES["measured"], 0.25, 4)
 
 
 @dataclass(frozen=True)

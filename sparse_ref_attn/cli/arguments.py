@@ -14,11 +14,11 @@ from ..eval import loading
 from ..eval.methods import METHODS
 from ..presets import TASKS
 from ..selection.names import NAMES
-from . import benching, builtin, commands, evaluating, execution, training
+from . import amount, benching, builtin, commands, evaluating, execution, training
 
 __all__ = ["parser"]
 
-PRESETS = ("recast", "sparse-context")
+PRESETS = tuple(amount.FAMILIES)
 
 
 def _keep(text: str) -> float | int:
@@ -32,7 +32,7 @@ def _keep(text: str) -> float | int:
             f"must be a share (0.25, 25%) or a number of tokens (256), got {text!r}"
         ) from None
     if keep == 1 and isinstance(keep, int):
-        raise argparse.ArgumentTypeError("1 means one token or all of them: write 100% for all, got '1'")
+        raise argparse.ArgumentTypeError("1 means one token or all of them: write 100% to keep all, got '1'")
     return keep
 
 
@@ -99,7 +99,10 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_above(1), help="denoising steps (default: 12; random weights: 8)")
     builtin.add_arguments(demo)
     _add_config(
-        demo, None, "25%%; recast with random weights: 1/16 to 1/4, rising", "recast; random weights: sparse-context"
+        demo,
+        None,
+        "a quarter at every step that drops any; recast with random weights: 1/16 to 1/4, rising",
+        "recast; random weights: sparse-context",
     )
     _add_common(demo)
     demo.set_defaults(run=commands.demo, compare_dense=True)
@@ -128,7 +131,9 @@ def parser() -> argparse.ArgumentParser:
         "bounds; also CSV, JSON and markdown. --profile and --rerank-every reach the methods that measure attention.",
     )
     _add_model(versus, required=False)
-    versus.add_argument("--keep", type=_share, default=0.25, metavar="R", help="share of the tokens (default: 25%%)")
+    versus.add_argument(
+        "--keep", type=_share, default=0.25, metavar="R", help="mean share of the tokens over all steps (default: 25%%)"
+    )
     versus.add_argument(
         "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=", ".join(METHODS)
     )
@@ -228,7 +233,7 @@ def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 def _add_config(parser: argparse.ArgumentParser, preset: str | None, keep: str, default: str = "%(default)s") -> None:
     parser.add_argument("--preset", choices=PRESETS, default=preset, help=f"default: {default}")
-    parser.add_argument("--keep", type=_keep, metavar="R", help=f"share (0.25, 25%%) or tokens (256); default: {keep}")
+    parser.add_argument("--keep", type=_keep, metavar="R", help=f"{amount.KEEP}; default: {keep}")
     execution.add_arguments(parser, _above)
 
 

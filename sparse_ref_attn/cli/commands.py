@@ -22,9 +22,10 @@ from ..eval.geometry import meta_transformer
 from ..kernels import toolchain
 from ..kernels.build import build_kernels
 from ..pictures import open_image
-from ..presets import ReCAST, SparseContext
+from ..presets import ReCAST
 from ..toy.scenes import Scene
 from . import builtin, execution
+from .amount import Amount
 
 __all__ = [
     "build",
@@ -48,20 +49,21 @@ def demo(options: argparse.Namespace) -> None:
     small = made.pair is not None
     preset = options.preset = options.preset or ("recast" if small else "sparse-context")
     settings = execution.settings(options)
-    keep = 0.25 if options.keep is None and preset == "sparse-context" else options.keep
     if preset == "sparse-context":
         settings["task"] = "subject" if small else "edit"
+        options.keep = 0.25 if options.keep is None else options.keep
     elif not small:
         settings["task"] = "subject"
-    if small and preset == "recast" and keep is None:
-        config = ReCAST(1024, 1024, reference_tokens=4096, **settings)  # the ramp begins with 16 tokens of 256
-    else:
-        config = _config(preset, keep, **settings)
+    amount = Amount(preset, options.keep, settings)
+    if small and preset == "recast" and options.keep is None:
+        # The paper's ramp would begin with 16 tokens of 256.
+        amount = Amount.fixed(ReCAST(0.25, 0.25, **settings))
     directory = outputs.prepare_directory(options.out)
     quiet(pipelines_too=True)
     began = time.perf_counter()
     pipe = made.build()
     seconds = time.perf_counter() - began
+    config = amount.config(pipe.transformer, made.steps)
     print(f"Built a small FLUX.1 Kontext pipeline of diffusers' own classes in {seconds:.1f} s.\n{made.note}")
     if preset == "recast" and not small:
         print('ReCAST runs with task="subject": random attention is near uniform, and the guard of "auto" keeps all.')
@@ -92,9 +94,10 @@ def needs(command: str, *extras: str) -> None:
 def run(options: argparse.Namespace) -> None:
     """Dense and sparse side by side, on a real model."""
     given = {name: value for name in ("task", "select") if (value := getattr(options, name)) is not None}
-    config = _config(options.preset, options.keep, **given, **execution.settings(options))
+    amount = Amount(options.preset, options.keep, given | execution.settings(options))
     directory = outputs.prepare_directory(options.out)
     pipe, device, arguments = loaded(options)
+    config = amount.config(pipe.transformer, arguments["num_inference_steps"])
     about = {"model": options.model, "images": options.image}
     _compare(pipe, config, arguments, options, directory, device, about)
 
@@ -175,14 +178,16 @@ def _print(result: Comparison, files: list[tuple[str, str]], directory: Any) -> 
 
 def estimate(options: argparse.Namespace) -> None:
     """Tokens, work and memory of a run, without running it."""
+    amount = Amount(options.preset, options.keep, execution.settings(options))
     quiet(pipelines_too=True)
+    transformer = meta_transformer(options.model)
     found = estimated(
-        meta_transformer(options.model),
+        transformer,
         references=[options.size] * options.references,
         output=options.output,
         text_tokens=options.text_tokens,
         steps=options.steps,
-        config=_config(options.preset, options.keep, **execution.settings(options)),
+        config=amount.config(transformer, options.steps),
     )
     print(json.dumps(found.to_dict(), indent=2) if options.json else found.summary())
 
@@ -211,21 +216,6 @@ def diagnose(options: argparse.Namespace) -> None:
 
 
 # -- shared ----------------------------------------------------------------------------------
-
-
-def _config(preset: str, keep: float | int | None, **settings: Any) -> SparseRef:
-    """The preset with its own defaults for what is not given."""
-    if preset == "sparse-context":
-        return SparseContext(**settings) if keep is None else SparseContext(keep, **settings)
-    if keep is None:
-        return ReCAST(**settings)
-    if isinstance(keep, int):
-        raise ConfigError(f"--keep of recast must be a share such as 0.25 or 25%, got {keep} tokens")
-    if not 0 < keep <= 1:
-        raise ConfigError(f"--keep must lie in (0, 1] as a share, got {keep}")
-    most = 4096  # ReCAST's reference size; the budget is a ratio of it
-    last = max(1, round(keep * most))
-    return ReCAST(max(1, last // 4), last, reference_tokens=most, **settings)
 
 
 def quiet(pipelines_too: bool) -> None:

@@ -38,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser, above: Any, share: Any, setti
     part.add_argument("--rules", nargs="+", metavar="RULE", help=f"{', '.join(RULES)} (default: all)")
     part.add_argument("--schedules", nargs="+", default=["flat"], metavar="S", help=f"{', '.join(SCHEDULES)}")
     part.add_argument("--keep", nargs="+", type=share, default=list(KEEPS), metavar="R", help="default: 100 to 5 %%")
+    part.add_argument(
+        "--mean-over",
+        choices=("run", "dropping"),
+        default="run",
+        help="--keep is the mean share over the whole run, a dense step included, or over the steps that drop tokens "
+        "(default: run)",
+    )
     part.add_argument("--families", nargs="+", metavar="F", help="kinds of example (default: all)")
     part.add_argument("--subjects", type=above(1), metavar="N", help="examples of each family (default: all)")
     part.add_argument("--seeds", type=above(1), default=1, metavar="K", help="noises of each (default: %(default)s)")
@@ -92,7 +99,7 @@ def evaluate(options: argparse.Namespace) -> None:
     methods = dict.fromkeys(method_name(rule, schedule) for schedule in options.schedules for rule in rules)
     grid = Grid(
         tuple(methods), tuple(options.keep), options.seeds,
-        None if options.families is None else tuple(options.families), options.subjects,
+        None if options.families is None else tuple(options.families), options.subjects, options.mean_over,
     )  # fmt: skip
     data.chosen(grid.families, grid.count)  # a family that is not there is told before anything is loaded
     scorer = Scorer(data, options.metrics, clip=options.clip, dino=options.dino)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import replace
 
 from torch import nn
 
@@ -27,134 +25,15 @@ from ..execution import Cache
 from ..hooks.diffusers import gives_lse
 from ..patching.execution.cache import check_cache
 from ..presets import ReCAST
-from ..record import mean_over_blocks
-from ..run import Budgeting, Probing, Timeline
-from ..schedules import Clock
+from ..run import Probing, Timeline
 from ..types import Reference, TokenLayout
-from .cache import run_work, with_cache
+from .cache import run_work
+from .planned import PlannedRun
+from .result import Estimate, RunMemory
 
-__all__ = ["Estimate", "RunMemory", "estimate"]
+__all__ = ["estimate"]
 
 Size = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class RunMemory:
-    """Bytes at the peak of a run, and what a cache of reference keys and values would hold.
-
-    Parameters
-    ----------
-    dense, sparse : Memory
-        Of the largest step. A run with a dense profiling step peaks there, so its peak is the dense one.
-    sparse_step : Memory
-        Of the largest step that drops tokens; `dense` when none does.
-    dense_reference_kv, sparse_reference_kv : int
-        Keys and values of the reference tokens over all layers, all of them and the most that a sparse step keeps.
-        Nothing is stored when tokens are dropped at the input: this is what a reference cache would take.
-    room : int
-        Rows of text and generation beside the stored ones, with ``execute="cache"`` or "both".
-    """
-
-    dense: Memory
-    sparse: Memory
-    sparse_step: Memory
-    dense_reference_kv: int
-    sparse_reference_kv: int
-    room: int = 0
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A run in numbers, made by `estimate`.
-
-    Parameters
-    ----------
-    model, config : str
-        The model family, and the configuration in one line.
-    text, generation : int
-        Text tokens, and tokens of the image being made.
-    references : tuple of int
-        Tokens of each reference.
-    kinds : tuple of {"dense", "profile", "in_flight", "sparse", "cached"}
-        What each step does; "profile" is dense and measures attention, "in_flight" is so in its first blocks, "cached"
-        reads stored keys and values.
-    tokens : tuple of int
-        Reference tokens that take part in each step, all references together.
-    from_block : tuple of int
-        Block of each step from which on only these take part, 0 for the transformer's input.
-    blocks : int
-        Blocks of the transformer.
-    dense, sparse : Flops
-        Of the run with every token, and as it would run, profiling and `scoring` included.
-    scoring : Flops
-        Of measuring attention.
-    memory : RunMemory
-        In bytes; activations are an estimate to about 15 % (`cost.step_memory`).
-    notes : tuple of str
-        What the numbers leave out, in words.
-    """
-
-    model: str
-    config: str
-    text: int
-    generation: int
-    references: tuple[int, ...]
-    kinds: tuple[str, ...]
-    tokens: tuple[int, ...]
-    from_block: tuple[int, ...]
-    blocks: int
-    dense: Flops
-    sparse: Flops
-    scoring: Flops
-    memory: RunMemory
-    notes: tuple[str, ...] = ()
-
-    @property
-    def mean_tokens(self) -> float:
-        """Reference tokens a step, averaged over all steps, dense ones included, and over the blocks of a step."""
-        total, by_step = sum(self.references), zip(self.tokens, self.from_block, strict=True)
-        return sum(mean_over_blocks(kept, total, first, self.blocks) for kept, first in by_step) / len(self.tokens)
-
-    @property
-    def flop_ratio(self) -> float:
-        """Dense work over sparse work, at least 1 for a budget that saves anything.
-
-        Not the bound of the speed-up: attention and matrix products run at different rates (`cost.bound_seconds`).
-        """
-        return self.dense.total / self.sparse.total
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON types, with `mean_tokens` and `flop_ratio`."""
-        out = asdict(self)
-        for name in ("references", "kinds", "tokens", "from_block", "notes"):
-            out[name] = list(out[name])
-        return out | {"mean_tokens": self.mean_tokens, "flop_ratio": self.flop_ratio}
-
-    def summary(self) -> str:
-        """The estimate as text, a few lines."""
-        total, memory = sum(self.references), self.memory
-        drops = ("sparse", "in_flight", "cached")
-        dropping = [n for n, kind in zip(self.tokens, self.kinds, strict=True) if kind in drops]
-        kept = f", {min(dropping)} to {max(dropping)} on sparse steps" if dropping else ""
-        lines = [
-            f"{self.model}: {self.config}",
-            f"tokens      {self.text} text, {self.generation} generation, "
-            f"{' + '.join(map(str, self.references))} reference",
-            f"steps       {len(self.kinds)}: {self.kinds.count('sparse') + self.kinds.count('cached')} sparse, "
-            f"{self.kinds.count('profile')} profiling, {self.kinds.count('in_flight')} profiling in flight, "
-            f"{self.kinds.count('dense')} dense",
-            f"kept        {self.mean_tokens:.0f} of {total} reference tokens on average{kept}",
-            f"work        {self.dense.total / 1e12:.1f} TFLOP dense, {self.sparse.total / 1e12:.1f} sparse "
-            f"({self.scoring.total / 1e12:.1f} of it scoring): FLOP ratio {self.flop_ratio:.2f}",
-            f"memory      {_gb(memory.dense.parameters)} parameters; activations "
-            f"{_gb(memory.dense.activations)} dense, "
-            f"{_gb(memory.sparse_step.activations)} on sparse steps; peak {_gb(memory.dense.total)} dense, "
-            f"{_gb(memory.sparse.total)} sparse",
-            f"cached K/V  {_gb(memory.dense_reference_kv)} for all reference tokens, "
-            f"{_gb(memory.sparse_reference_kv)} for the kept ones, "
-            + (f"and {_gb(memory.room)} of room beside them" if memory.room else "if they were stored"),
-        ]
-        return "\n".join([*lines, *(f"note        {note}" for note in self.notes)])
 
 
 def estimate(
@@ -242,26 +121,18 @@ def estimate(
     layout = _layout(references, output, text_tokens, pixels_per_token)
     if config.from_block or config.profile == "in_flight":
         adapter.check_depth(transformer)
-    probing = Probing.of(config, [site.kind for site in adapter.sites(transformer)])
+    sites = adapter.sites(transformer)
+    run = PlannedRun.of(config, sites, layout, steps)
+    probing, kinds, tokens = run.probing, run.kinds, run.tokens
     if probing.probes:
         adapter.check_measurable(transformer)
-    line, clock = Timeline.of(config, probing), partial(Clock.uniform, steps=steps)
-    line.check(steps)
-    planned = line.planned(steps, Budgeting.of(config, layout, clock(0)), clock)
-    kinds, kept = [step.kind for step in planned], [step.kept for step in planned]
-    from_block = [step.from_block for step in planned]
-    tokens = [StepTokens.of(layout, n, first) for n, first in zip(kept, from_block, strict=True)]
     full = StepTokens.of(layout)
-    given = all(gives_lse(site.processor) for site in adapter.sites(transformer))
-    scoring = _scoring(shape, probing, line, layout, batch, steps, given)
+    scoring = _scoring(shape, probing, run.line, layout, batch, steps, all(gives_lse(site.processor) for site in sites))
     cached = isinstance(config.execute, Cache)
-    kept_sparse = [n for n, kind in zip(kept, kinds, strict=True) if kind == "sparse"]
-    if cached:
-        kinds, kept, tokens = with_cache(config, layout, kinds, kept)
     sparse_steps = [t for t, kind in zip(tokens, kinds, strict=True) if kind in ("sparse", "cached")]
     most = max(sparse_steps, key=lambda t: t.joint + t.dropped, default=full)
-    room = room_bytes(shape, text_tokens + full.generation, batch) if cached and kept_sparse else 0
-    kept_kv = reference_kv_bytes(shape, max(kept_sparse, default=full.references), batch)
+    room = room_bytes(shape, text_tokens + full.generation, batch) if cached and run.stored else 0
+    kept_kv = reference_kv_bytes(shape, max(run.stored, default=full.references), batch)
 
     def peak(step: StepTokens) -> Memory:
         memory = step_memory(shape, step, batch)
@@ -274,8 +145,8 @@ def estimate(
         generation=full.generation,
         references=layout.sizes,
         kinds=tuple(kinds),
-        tokens=tuple(kept),
-        from_block=tuple(from_block),
+        tokens=tuple(run.kept),
+        from_block=tuple(run.from_block),
         blocks=len(shape.leading),
         dense=run_flops(shape, [full] * steps, batch, calls_per_step),
         sparse=run_work(config, shape, tokens, batch, calls_per_step, scoring),
@@ -348,7 +219,3 @@ def _scoring(
             read = own if lse_given and not stored else keys
             total = total + scoring_flops(shape, -(-rows // stride), read, 1, batch)
     return total
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

@@ -42,7 +42,7 @@ def references_of(scores: Callable[[int], Any]) -> sra.FromFunction:
         (lambda: sra.SparseRef(execute="rows"), "execute must be one of tokens, cache, both, got 'rows'"),
         (lambda: sra.SparseRef(seed=0.5), r"seed must be an int, got 0.5"),  # type: ignore[arg-type]
         (lambda: sra.ReCAST(task="recolour"), r"task must be one of auto, edit, subject, style, got 'recolour'"),
-        (lambda: sra.ReCAST(2048, 1024), r"0 < n_min <= n_max <= reference_tokens must hold, got 2048, 1024, 4096"),
+        (lambda: sra.ReCAST(2048, 1024), r"n_min <= n_max <= reference_tokens must hold, got 2048, 1024, 4096"),
         (lambda: sra.SparseContext(0.0), r"keep must be .*, got 0.0"),
         (lambda: UniformGuard(top_quarter=0.1), r"guard top_quarter must lie in \[0.25, 1\] .*, got 0.1"),
         (lambda: sra.AttentionMass(blocks=()), r"blocks must be one or more ints of at least 0, got \(\)"),

@@ -105,7 +105,8 @@ def test_demo_recast_profiles_and_then_drops(tmp_path: Path) -> None:
     text = run(*TINY, "--out", tmp_path, "--preset", "recast", "--keep", "0.5", "--steps", "3")
     by_step = report(tmp_path)["run"]["by_step"]
     assert by_step["kind"] == ["profile", "sparse", "sparse"]
-    assert by_step["kept"] == [64, 14, 32]  # 1/8 + 3/8 (1/2)^2 of 64, and 1/2
+    assert by_step["kept"] == [64, 10, 22]  # half of 64 on average, the last two by eq. (4) from 1/4 of its top
+    assert report(tmp_path)["run"]["reference_tokens"]["share"] == 0.5
     assert 'task="subject"' in text
 
 

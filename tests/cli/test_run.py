@@ -104,7 +104,7 @@ def test_run_reads_the_reference_cache_as_it_is_told(models: Path, photo: Path, 
 def test_demo_takes_its_execution_from_the_flags(
     flags: list[str], kinds: list[str], config: dict[str, Any], tmp_path: Path
 ) -> None:
-    run("demo", "--size", "tiny", "--steps", "4", "--keep", "0.5", "--out", tmp_path, *flags)
+    run("demo", "--size", "tiny", "--steps", "4", "--keep", "0.6", "--out", tmp_path, *flags)
     found = report(tmp_path)["run"]
     assert found["by_step"]["kind"] == kinds
     default = json.loads(sra.SparseRef().to_json())

@@ -34,7 +34,19 @@ from tests.vision_models import save_clip, save_dino
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--side", "64", "--steps", "2", "--metrics", "psnr", "subject-psnr", "--pictures", "1"]
-PART = ["--subjects", "2", "--rules", "random", "ReCAST", "subject mask", "--keep", "100%", "50%"]
+PART = [
+    "--subjects",
+    "2",
+    "--rules",
+    "random",
+    "ReCAST",
+    "subject mask",
+    "--keep",
+    "100%",
+    "50%",
+    "--mean-over",
+    "dropping",
+]
 
 
 @pytest.fixture(scope="module")
