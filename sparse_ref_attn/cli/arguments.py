@@ -52,6 +52,12 @@ def _above(least: int) -> Callable[[str], int]:
     return number
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or not int(text) < 2**64:
+        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2**64), got {text!r}")
+    return int(text)
+
+
 def _size(text: str) -> tuple[int, int]:
     width, cross, height = text.partition("x")
     if not (cross and width.isdecimal() and height.isdecimal()):
@@ -83,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
         description="Runs reference-conditioned diffusion transformers on the reference tokens that matter.",
     )
     top.add_argument("--version", action="version", version=f"sparse_ref_attn {__version__}")
+    top.add_argument("--traceback", action="store_true", help="where an error comes from, in place of one line")
     kinds = top.add_subparsers(required=True, metavar="COMMAND")
 
     demo = kinds.add_parser(
@@ -159,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
         description="Flow matching on (reference, prompt, target), resumable bit for bit; several processes under "
         "accelerate launch. A LoRA of FLUX.1 Kontext on a folder of pairs, or the small model on its procedural task.",
     )
-    training.add_arguments(learn, _above)
+    training.add_arguments(learn, _above, _seed)
 
     guess = kinds.add_parser(
         "estimate",
@@ -238,7 +245,7 @@ def _add_config(parser: argparse.ArgumentParser, preset: str | None, keep: str, 
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=_above(0), default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument(
         "--repeats", type=_above(1), default=1, metavar="N", help="runs of each, in turns; times are medians"
     )

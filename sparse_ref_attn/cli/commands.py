@@ -16,7 +16,7 @@ from .. import doctor
 from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
 from ..estimation import estimate as estimated
-from ..eval import loading, outputs
+from ..eval import calls, loading, outputs
 from ..eval.compare import Comparison, compare
 from ..eval.geometry import meta_transformer
 from ..kernels import toolchain
@@ -24,8 +24,9 @@ from ..kernels.build import build_kernels
 from ..pictures import open_image
 from ..presets import ReCAST
 from ..toy.scenes import Scene
-from . import builtin, execution
+from . import builtin, execution, failures
 from .amount import Amount
+from .memory import memory_of
 
 __all__ = [
     "build",
@@ -107,13 +108,14 @@ def loaded(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any]]:
     if (options.height is None) != (options.width is None):
         raise ConfigError("--height and --width must be given together, got one of them")
     size = None if options.height is None else (options.height, options.width)
+    calls.check_reserved(dict(options.set or ()))
     images = [open_image(path) for path in options.image]
     quiet(pipelines_too=False)
     pipe, device = loading.load_pipeline(
         options.model, device=options.device, dtype=options.dtype, offload=options.offload
     )
     more = dict(options.set or ())
-    arguments = loading.call_arguments(pipe, images, options.prompt, size=size, steps=options.steps, more=more)
+    arguments = calls.call_arguments(pipe, images, options.prompt, size=size, steps=options.steps, more=more)
     print(f"Loaded {type(pipe).__name__} from {options.model} on {device}.")
     return pipe, device, arguments
 
@@ -125,7 +127,7 @@ def caller(pipe: Any, arguments: dict[str, Any], seed: int) -> Callable[[int], A
         generator = torch.Generator("cpu").manual_seed(seed)
         try:
             return pipe(**arguments, num_inference_steps=steps, generator=generator).images[0]
-        except ValueError as error:  # how diffusers refuses a picture or an argument
+        except (TypeError, ValueError) as error:  # how diffusers refuses a picture or an argument
             if isinstance(error, SparseRefError):
                 raise
             raise ConfigError(f"{type(pipe).__name__} refused the call: {error}") from error
@@ -147,7 +149,11 @@ def _compare(
     call = caller(pipe, arguments, options.seed)
     where = doctor.device(device)
     print(f"{options.preset}: {config.describe()}; {steps} steps, seed {options.seed}; {where}.\n", flush=True)
-    result = compare(pipe, config, call, steps=steps, repeats=options.repeats, dense=options.compare_dense)
+    pictures = outputs.Pictures(directory)
+    with failures.told(directory, pictures.written, memory_of(pipe, config, arguments, options)):
+        result = compare(
+            pipe, config, call, steps=steps, repeats=options.repeats, dense=options.compare_dense, made=pictures
+        )
     about = {
         "pipeline": type(pipe).__name__,
         **about,

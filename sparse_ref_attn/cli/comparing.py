@@ -16,8 +16,10 @@ from ..eval.compare import compare_all
 from ..eval.methods import methods
 from ..eval.metrics import Metric, weights
 from ..eval.page import markdown, rows_of, write_page
+from ..execution import Cache
 from ..hooks.compiled import unwrap
-from . import builtin, commands, execution
+from . import builtin, commands, execution, failures
+from .memory import memory_of
 
 __all__ = ["compare"]
 
@@ -43,7 +45,10 @@ def compare(options: argparse.Namespace) -> None:
     steps = arguments.pop("num_inference_steps")
     configs = _at_share(unwrap(pipe.transformer), families, options.keep, steps, refused)
     call = commands.caller(pipe, arguments, options.seed)
-    results = compare_all(pipe, configs, call, steps=steps, repeats=options.repeats, refused=refused)
+    pictures = outputs.Pictures(directory / "pictures", ())
+    largest = max(configs.values(), key=lambda config: isinstance(config.execute, Cache))
+    with failures.told(pictures.folder, pictures.written, memory_of(pipe, largest, arguments, options)):
+        results = compare_all(pipe, configs, call, steps=steps, repeats=options.repeats, refused=refused, made=pictures)
     _check_any(results, refused)
     about: dict[str, Any] = {
         "pipeline": type(pipe).__name__,
@@ -57,6 +62,7 @@ def compare(options: argparse.Namespace) -> None:
         "versions": doctor.versions(),
     }
     files = write_page(directory, results, shown, about, refused=refused, note=note)
+    files.append(("pictures/", "each picture by itself"))
     print(f"\n{markdown(rows_of(results, shown), shown)}\n")
     for names, why in _by_reason(refused):
         print(f"{names} could not run: {why}")

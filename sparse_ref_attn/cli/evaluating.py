@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser, above: Any, share: Any, setti
     parser.add_argument("--out", required=True, metavar="DIR", help="rows.csv and what is made of it; runs add to it")
     parser.add_argument(
         "--models",
-        default=[("small", TRAINED)],
         nargs="+",
         type=_named,
         metavar="NAME=PATH",
@@ -73,6 +72,7 @@ def run(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Make what is missing of the grid, then tables and plots of all rows."""
+    from ..eval.calls import check_reserved
     from ..eval.datasets import load_examples
     from ..eval.evaluate import Grid
     from ..eval.evaluate import evaluate as run_grid
@@ -81,11 +81,15 @@ def evaluate(options: argparse.Namespace) -> None:
     from ..eval.scores import Scorer
     from ..eval.tables import write_results
 
-    names = [name for name, _ in options.models]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"models must have names of their own, got {', '.join(names)}")
     if options.data is not None and options.sprites is not None:
         raise ConfigError("--sprites must come without --data, got both")
+    if options.data is not None and options.models is None:
+        raise ConfigError("--data must come with --models: the small model knows its own task alone, got none")
+    given = [("small", TRAINED)] if options.models is None else options.models
+    names = [name for name, _ in given]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"models must have names of their own, got {', '.join(names)}")
+    check_reserved(dict(options.set or ()))
     commands.quiet(pipelines_too=True)
     if options.data is None:
         data = procedural(options.sprites, side=128 if options.side is None else options.side)
@@ -108,7 +112,7 @@ def evaluate(options: argparse.Namespace) -> None:
             name, path, side=options.side, steps=options.steps, device=options.device, dtype=options.dtype,
             more=dict(options.set or ()),
         )
-        for name, path in options.models
+        for name, path in given
     ]  # fmt: skip
     about = {
         "command": shlex.join(f"{k}={v}" for k, v in vars(options).items() if k != "run" and v is not None),

@@ -18,8 +18,8 @@ from . import commands
 __all__ = ["add_arguments", "train"]
 
 
-def add_arguments(parser: argparse.ArgumentParser, above: Any) -> None:
-    """The arguments of ``sra train``; ``above(n)`` parses whole numbers of at least n."""
+def add_arguments(parser: argparse.ArgumentParser, above: Any, seed: Any) -> None:
+    """The arguments of ``sra train``; ``above(n)`` parses whole numbers of at least n, and `seed` a seed."""
     parser.add_argument("--out", required=True, metavar="DIR", help="checkpoints, log.csv, the trained weights")
     parser.add_argument("--steps", required=True, type=above(1), help="in all; a run that was stopped goes on")
     data = parser.add_argument_group("data, one of")
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser, above: Any) -> None:
     )
     how.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="default: %(default)s")
     how.add_argument("--checkpoint-every", type=above(1), default=200, metavar="N", help="default: %(default)s")
-    how.add_argument("--seed", type=above(0), default=0)
+    how.add_argument("--seed", type=seed, default=0)
     parser.set_defaults(run=train)
 
 

@@ -6,13 +6,13 @@ import logging
 import os
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 
 from ..config import SparseRef
 from ..errors import ConfigError, HandleRemovedError, IncompatibleError, SparseRefError, UnsupportedModelError
-from ..overlay import save_budget_strip, save_overlay
+from ..overlay import overlay, save_budget_strip, save_overlay
 from ..record import RunRecord
 from ..reference_cache import ReferenceCache
 from ..report import FlopSummary, attention_table, summary
@@ -21,6 +21,9 @@ from ..selection import Ranking
 from ..selection.ranking import fingerprint
 from .generations import Generations
 from .reuse import CacheReuse
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["PatchHandle"]
 
@@ -138,12 +141,16 @@ class PatchHandle:
         """The paper's diagnostics: mass in the top 25 %, entropy in bits, by step, reference, block and head."""
         return attention_table(self.record)
 
+    def overlay(self, step: int | None = None) -> Image.Image:
+        """The references with the kept tokens bright, the scores, and the budget over the steps, as a PIL image."""
+        return overlay(self.record, step)
+
     def save_overlay(self, path: str | os.PathLike[str], step: int | None = None) -> None:
-        """A PNG of the references with the kept tokens bright, the scores, and the budget over the steps."""
+        """Write `overlay` in the format that the name ends in (.png, .jpg, .webp, .tiff)."""
         save_overlay(self.record, path, step)
 
     def save_budget_strip(self, path: str | os.PathLike[str]) -> None:
-        """A PNG of the number of tokens at each step."""
+        """Write a picture of the number of tokens at each step."""
         save_budget_strip(self.record, path)
 
     @property

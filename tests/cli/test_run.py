@@ -15,7 +15,7 @@ import torch
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.cli import execution, main
-from sparse_ref_attn.eval.loading import call_arguments
+from sparse_ref_attn.eval.calls import call_arguments
 from tests.cli.commands import KLEIN, KONTEXT, pixels, report, run
 from tests.pictures import picture
 from tests.pipelines import CASES
