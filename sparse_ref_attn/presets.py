@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import schedules
-from .checks import is_one_of
+from . import schedules, vocabulary
+from .checks import is_number
 from .config import SparseRef, UniformGuard
 from .errors import ConfigError
 from .selection import AttentionMass, Edges, Grid, Mix, Saliency, Selector
+from .vocabulary import chosen
 
-__all__ = ["ReCAST", "SparseContext"]
-
-TASKS = ("auto", "edit", "subject", "style")
+__all__ = ["PRESETS", "ReCAST", "SparseContext", "configuration"]
 
 
 def ReCAST(  # noqa: N802 -- the paper's name, used like the noun it is
@@ -71,7 +71,7 @@ def ReCAST(  # noqa: N802 -- the paper's name, used like the noun it is
     >>> ReCAST(0.1, 0.5).budget
     Polynomial(low=0.1, high=0.5, gamma=2.0, per='reference')
     """
-    _check_task(task)
+    task = chosen("task", task, vocabulary.TASKS)
     if isinstance(reference_tokens, bool) or not isinstance(reference_tokens, int) or reference_tokens < 1:
         raise ConfigError(f"reference_tokens must be an int of at least 1, got {reference_tokens!r}")
     for name, keep in (("n_min", n_min), ("n_max", n_max)):
@@ -121,13 +121,46 @@ def SparseContext(  # noqa: N802
     >>> SparseContext(0.25, task="subject").select
     Saliency(on_latents='error')
     """
-    _check_task(task)
+    task = chosen("task", task, vocabulary.TASKS)
     if select is None:
         select = {"edit": Edges, "auto": Edges, "subject": Saliency, "style": Grid}[task]()
     settings.setdefault("guard", UniformGuard() if task == "auto" else None)
     return SparseRef(select=select, budget=keep, **settings)
 
 
-def _check_task(task: str) -> None:
-    if not is_one_of(task, TASKS):
-        raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+PRESETS: Mapping[str, Callable[..., SparseRef]] = dict(zip(vocabulary.PRESETS, (ReCAST, SparseContext), strict=True))
+"""By name, as the command line has them."""
+
+
+def configuration(given: SparseRef | float | str | None) -> SparseRef:
+    """What is meant by a configuration, the name of a preset, a share or a number of tokens; None is ``ReCAST()``.
+
+    Parameters
+    ----------
+    given : SparseRef, str, float, int or None
+        A float in (0, 1] or an int is ``SparseContext(given)``: that share of the tokens, or so many, at every step.
+
+    Raises
+    ------
+    ConfigError
+        If it is none of these.
+
+    Examples
+    --------
+    >>> configuration("recast") == configuration(None) == ReCAST()
+    True
+    >>> configuration(0.25) == SparseContext(0.25)
+    True
+    """
+    if given is None:
+        return ReCAST()
+    if isinstance(given, SparseRef):
+        return given
+    if isinstance(given, str):
+        return PRESETS[chosen("a configuration's name", given, PRESETS)]()
+    if is_number(given):
+        return SparseContext(given)
+    raise ConfigError(
+        "config must be a SparseRef (ReCAST(...), SparseContext(...)), a preset's name or a share, got "
+        f"{type(given).__name__}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparse_ref_attn as sra
 from sparse_ref_attn.adapters.base import adapter_for
 from sparse_ref_attn.adapters.depth import DepthCut
-from sparse_ref_attn.adapters.geometries import MODELS, named_model
+from sparse_ref_attn.adapters.geometries import named_model
+from sparse_ref_attn.adapters.pipelines import steps_of
 from sparse_ref_attn.config import UniformGuard
 from sparse_ref_attn.cost import StepTokens, step_flops
 from sparse_ref_attn.errors import BudgetError, ConfigError, UnsupportedModelError
@@ -21,6 +23,7 @@ from sparse_ref_attn.ops.attention_mass.reference import attention_mass_referenc
 from sparse_ref_attn.patching.execution.depth import leaving
 from sparse_ref_attn.selection import Reducer
 from sparse_ref_attn.types import Reference, TokenLayout
+from sparse_ref_attn.vocabulary import MODELS
 from tests.pipelines import CASES
 
 ONE = [(1024, 1024)]
@@ -217,7 +220,7 @@ def test_rivals_cost_what_their_tokens_cost():
     rival = estimate(model, config=sra.SparseRef(select=FirstTokens(), budget=0.1), steps=2)
     choice = estimate(model, config=sra.SparseContext(0.1), steps=2)
     assert (rival.tokens, rival.sparse) == (choice.tokens, choice.sparse)
-    assert rival.tokens == (3 * 410,) * 2
+    assert rival.tokens == (410,) * 2
 
 
 def test_items_and_calls_multiply_the_work_but_scoring_happens_once_a_step():
@@ -268,7 +271,9 @@ def test_the_guard_alone_costs_a_profiling_step():
         ({"config": sra.SparseRef(budget=sra.TopP(0.8))}, ConfigError, "known before the run"),
         ({"config": sra.SparseRef(budget=sra.TopP(0.8).piecewise(2))}, ConfigError, "known before the run"),
         ({"config": sra.SparseRef(select="grid", budget=5000)}, BudgetError, "4096 tokens"),
-        ({"config": 0.5}, ConfigError, "SparseRef"),
+        ({"config": [0.5]}, ConfigError, "config must be a SparseRef (ReCAST"),
+        ({"config": 1.5}, ConfigError, "keep must be a number of tokens"),
+        ({"config": "recats"}, ConfigError, "got 'recats'; did you mean 'recast'?"),
         ({"config": sra.SparseRef(select=sra.AttentionMass(steps=(9,)))}, ConfigError, "within the run's 4 steps"),
         ({"config": sra.SparseRef("grid", from_block=2)}, ConfigError, "below the model's 2 blocks, got 2"),
         ({"config": sra.ReCAST(profile="in_flight", profile_blocks=2)}, ConfigError, "before the last of the model's"),
@@ -282,8 +287,39 @@ def test_the_guard_alone_costs_a_profiling_step():
     ],
 )
 def test_bad_input_is_said_in_words(arguments, error, words):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=re.escape(words)):
         estimate(named_model("klein-4b", num_layers=1, num_single_layers=1), **({"steps": 4} | arguments))
+
+
+def test_a_pipeline_says_what_it_takes_and_how_many_steps_it_makes():
+    pipe = CASES["kontext"].build()
+    e = estimate(pipe, "sparse-context", references=[(64, 64)], output=(64, 64), text_tokens=32)
+    cell = 2 * pipe.vae_scale_factor
+    assert (len(e.kinds), e.references) == (28, ((64 // cell) ** 2,))
+    assert e == estimate(
+        pipe.transformer, sra.SparseContext(), references=[(64, 64)], output=(64, 64), text_tokens=32,
+        pixels_per_token=cell,
+    )  # fmt: skip
+    assert estimate(pipe).references == (1024**2 // cell**2,)
+    with pytest.raises(ConfigError, match="FluxKontextPipeline takes one reference image, got 3"):
+        estimate(pipe, references=ONE * 3)
+    klein = CASES["klein_kv"].build()
+    assert len(estimate(klein, 0.25, references=ONE * 3).kinds) == 4
+    with pytest.raises(UnsupportedModelError, match="a pipeline with a transformer"):
+        estimate(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "distilled", "steps"),
+    [
+        ("FluxKontextPipeline", None, 28),
+        ("Flux2KleinPipeline", True, 4),
+        ("Flux2KleinPipeline", False, 50),
+        ("Flux2KleinKVPipeline", None, 4),
+    ],
+)
+def test_steps_of_a_pipeline(name, distilled, steps):
+    assert steps_of(name, distilled) == steps
 
 
 def test_an_unsupported_model_is_named():

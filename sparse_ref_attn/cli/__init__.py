@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     trace = False
     try:
-        options = parser().parse_args(argv)
+        line = parser()
+        options = line.parse(argv)
+        if options.run is None:
+            line.print_help()
+            return 0
         trace = options.traceback
         code = options.run(options)
         sys.stdout.flush()

@@ -12,11 +12,7 @@ from ..errors import ConfigError
 from ..estimation import at_share
 from ..presets import ReCAST, SparseContext
 
-__all__ = ["KEEP", "Amount"]
-
-KEEP = "mean share of the reference tokens over all steps, a dense one included (25%%, 0.25), or with sparse-context "
-KEEP += "tokens of each reference at every step that drops any (256)"
-"""What the argument means, for ``--help``."""
+__all__ = ["Amount"]
 
 
 class Amount:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from .. import doctor
+from ..adapters.pipelines import SEVERAL_REFERENCES, steps_of
 from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
 from ..estimation import estimate as estimated
 from ..eval import calls, loading, outputs
 from ..eval.compare import Comparison, compare
-from ..eval.geometry import meta_transformer
+from ..eval.geometry import meta_transformer, pipeline_of
 from ..kernels import toolchain
 from ..kernels.build import build_kernels
 from ..pictures import open_image
@@ -49,12 +50,12 @@ def demo(options: argparse.Namespace) -> None:
     made = builtin.builtin(options, options.image)
     small = made.pair is not None
     preset = options.preset = options.preset or ("recast" if small else "sparse-context")
-    settings = execution.settings(options)
+    settings = _settings(options)
     if preset == "sparse-context":
-        settings["task"] = "subject" if small else "edit"
+        settings.setdefault("task", "subject" if small else "edit")
         options.keep = 0.25 if options.keep is None else options.keep
     elif not small:
-        settings["task"] = "subject"
+        settings.setdefault("task", "subject")
     amount = Amount(preset, options.keep, settings)
     if small and preset == "recast" and options.keep is None:
         # The paper's ramp would begin with 16 tokens of 256.
@@ -66,7 +67,7 @@ def demo(options: argparse.Namespace) -> None:
     seconds = time.perf_counter() - began
     config = amount.config(pipe.transformer, made.steps)
     print(f"Built a small FLUX.1 Kontext pipeline of diffusers' own classes in {seconds:.1f} s.\n{made.note}")
-    if preset == "recast" and not small:
+    if preset == "recast" and not small and options.task is None:
         print('ReCAST runs with task="subject": random attention is near uniform, and the guard of "auto" keeps all.')
     if small:
         print(f'Prompt: "{made.arguments["prompt"]}"')
@@ -94,8 +95,7 @@ def needs(command: str, *extras: str) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Dense and sparse side by side, on a real model."""
-    given = {name: value for name in ("task", "select") if (value := getattr(options, name)) is not None}
-    amount = Amount(options.preset, options.keep, given | execution.settings(options))
+    amount = Amount(options.preset, options.keep, _settings(options))
     directory = outputs.prepare_directory(options.out)
     pipe, device, arguments = loaded(options)
     config = amount.config(pipe.transformer, arguments["num_inference_steps"])
@@ -108,6 +108,10 @@ def loaded(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any]]:
     if (options.height is None) != (options.width is None):
         raise ConfigError("--height and --width must be given together, got one of them")
     size = None if options.height is None else (options.height, options.width)
+    if options.output is not None:
+        if size is not None:
+            raise ConfigError("the output must have one size, got --output beside --height and --width")
+        size = options.output[1], options.output[0]
     calls.check_reserved(dict(options.set or ()))
     images = [open_image(path) for path in options.image]
     quiet(pipelines_too=False)
@@ -184,12 +188,17 @@ def _print(result: Comparison, files: list[tuple[str, str]], directory: Any) -> 
 
 def estimate(options: argparse.Namespace) -> None:
     """Tokens, work and memory of a run, without running it."""
-    amount = Amount(options.preset, options.keep, execution.settings(options))
+    amount = Amount(options.preset, options.keep, _settings(options))
     quiet(pipelines_too=True)
     transformer = meta_transformer(options.model)
+    pipeline, distilled = pipeline_of(options.model)
+    if pipeline is not None and not SEVERAL_REFERENCES[pipeline] and options.references > 1:
+        raise ConfigError(f"{pipeline} takes one reference image, got {options.references}")
+    if options.steps is None:
+        options.steps = 28 if pipeline is None else steps_of(pipeline, distilled)
     found = estimated(
         transformer,
-        references=[options.size] * options.references,
+        references=[options.reference_size] * options.references,
         output=options.output,
         text_tokens=options.text_tokens,
         steps=options.steps,
@@ -222,6 +231,12 @@ def diagnose(options: argparse.Namespace) -> None:
 
 
 # -- shared ----------------------------------------------------------------------------------
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of a preset that were given, beside how much it keeps."""
+    given = {name: value for name in ("task", "select") if (value := getattr(options, name)) is not None}
+    return given | execution.settings(options)
 
 
 def quiet(pipelines_too: bool) -> None:

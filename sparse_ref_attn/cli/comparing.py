@@ -31,8 +31,8 @@ def compare(options: argparse.Namespace) -> None:
     """Every method at the same share of the tokens, in one page."""
     if options.model is not None and (options.image is None or options.prompt is None):
         raise ConfigError("--model needs --image and --prompt, got it without them")
-    if options.model is not None and options.task is not None:
-        raise ConfigError("--task must come with the built-in model, got --model")
+    if options.model is not None and options.edit is not None:
+        raise ConfigError("--edit must come with the built-in model, got --model")
     refused: dict[str, str] = {}
     families = _families(options, refused)
     directory = outputs.prepare_directory(options.out)

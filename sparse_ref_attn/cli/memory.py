@@ -10,9 +10,9 @@ from typing import Any
 from ..config import SparseRef
 from ..errors import SparseRefError
 from ..estimation import estimate
-from ..eval.loading import OFFLOADS
 from ..execution import Cache
 from ..hooks.compiled import unwrap
+from ..vocabulary import OFFLOADS
 
 __all__ = ["memory_of"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-
-from torch import nn
+from typing import Any
 
 from ..adapters.base import adapter_for
+from ..adapters.pipelines import SEVERAL_REFERENCES, published, steps_of
 from ..config import SparseRef
 from ..cost import (
     Flops,
@@ -22,9 +22,11 @@ from ..cost import (
 )
 from ..errors import ConfigError
 from ..execution import Cache
+from ..hooks.compiled import unwrap
 from ..hooks.diffusers import gives_lse
+from ..patching import transformer_of
 from ..patching.execution.cache import check_cache
-from ..presets import ReCAST
+from ..presets import configuration
 from ..run import Probing, Timeline
 from ..types import Reference, TokenLayout
 from .cache import run_work
@@ -37,39 +39,41 @@ Size = tuple[int, int]
 
 
 def estimate(
-    transformer: nn.Module,
+    pipe: Any,
+    config: SparseRef | float | str | None = None,
     *,
-    references: Sequence[Size] = ((1024, 1024),) * 3,
+    references: Sequence[Size] = ((1024, 1024),),
     output: Size = (1024, 1024),
     text_tokens: int = 512,
-    steps: int = 28,
-    config: SparseRef | None = None,
+    steps: int | None = None,
     batch: int = 1,
     calls_per_step: int = 1,
-    pixels_per_token: int = 16,
+    pixels_per_token: int | None = None,
 ) -> Estimate:
     """Tokens, FLOPs and memory of a run, from sizes alone: nothing is run and no weight is read.
 
     Parameters
     ----------
-    transformer : torch.nn.Module
-        A supported transformer on any device, the meta device included (`adapters.geometries.named_model`).
+    pipe : diffusers pipeline or torch.nn.Module
+        A pipeline with a supported transformer, or the transformer itself, on any device, the meta device included
+        (`adapters.geometries.named_model`).
+    config : SparseRef, str, float or int, optional
+        As for `patch`; default ``ReCAST()``.
     references : sequence of (int, int)
-        (width, height) of each reference in pixels, as the pipeline encodes it.
+        (width, height) of each reference in pixels, as the pipeline encodes it. Default one of 1024 x 1024.
     output : (int, int)
         (width, height) of the image being made, in pixels.
     text_tokens : int
         Tokens of the prompt in joint attention, padding included.
-    steps : int
-        Denoising steps, >= 1.
-    config : SparseRef, optional
-        Default ``ReCAST()``, as for `patch`.
+    steps : int, optional
+        Denoising steps, >= 1. Default those of the pipeline's call (4 of a distilled model); 28 of a transformer.
     batch : int
         Items of one transformer call (2 with batched classifier-free guidance).
     calls_per_step : int
         Transformer calls a step (2 with sequential classifier-free guidance).
-    pixels_per_token : int
-        Pixels of a token's side: 16 for every supported model (8 in the VAE, 2 in packing).
+    pixels_per_token : int, optional
+        Pixels of a token's side. Default that of the pipeline: 16 for every published model (8 in the VAE, 2 in
+        packing), and of a transformer.
 
     Returns
     -------
@@ -79,18 +83,19 @@ def estimate(
     Raises
     ------
     ConfigError
-        If a number is out of range, a size holds no token, the budget depends on measured attention (`TopP`), or
-        ``layers`` is not one factor an attention layer.
+        If a number is out of range, a size holds no token, the budget depends on measured attention (`TopP`),
+        ``layers`` is not one factor an attention layer, or the pipeline takes one reference and gets several.
     BudgetError
         If the budget asks for more tokens than the references have.
     IncompatibleError
         If ``execute="cache"`` or "both" meets a family that keeps no reference keys and values.
     UnsupportedModelError
-        If no adapter serves the transformer, or its adapter does not say which Linear runs on which rows.
+        If there is no transformer, no adapter serves it, or its adapter does not say which Linear runs on which rows.
 
     Notes
     -----
-    FLOPs agree with `torch.utils.flop_counter.FlopCounterMode` on the meta device. Text encoder and VAE are not in it.
+    FLOPs agree with `torch.utils.flop_counter.FlopCounterMode` on the meta device. Text encoders and VAE are not in it,
+    neither their work nor their memory.
     With ``execute="cache"`` or "both" a run of Klein-KV is meant, which keeps its references' keys and values; the
     dense work is then still that of the pipeline without a cache (plain Klein).
 
@@ -98,13 +103,18 @@ def estimate(
     --------
     >>> import sparse_ref_attn as sra
     >>> from sparse_ref_attn.adapters.geometries import named_model
-    >>> e = estimate(named_model("kontext"), references=[(1024, 1024)], config=sra.SparseContext(0.10))
+    >>> e = estimate(named_model("kontext"), sra.SparseContext(0.10))
     >>> e.tokens[0], round(e.flop_ratio, 2)
     (410, 2.01)
     """
-    config = ReCAST() if config is None else config
-    if not isinstance(config, SparseRef):
-        raise ConfigError(f"config must be a SparseRef (ReCAST(...), SparseContext(...)), got {type(config).__name__}")
+    config, transformer = configuration(config), unwrap(transformer_of(pipe))
+    name = published(pipe)
+    if name is not None and not SEVERAL_REFERENCES[name] and isinstance(references, Sequence) and len(references) > 1:
+        raise ConfigError(f"{name} takes one reference image, got {len(references)}")
+    if steps is None:
+        steps = 28 if name is None else steps_of(name, getattr(pipe.config, "is_distilled", None))
+    if pixels_per_token is None:
+        pixels_per_token = 2 * getattr(pipe, "vae_scale_factor", 8)
     counts = {"steps": steps, "batch": batch, "calls_per_step": calls_per_step, "pixels_per_token": pixels_per_token}
     for name, value in (counts | {"text_tokens": text_tokens}).items():
         least = 0 if name == "text_tokens" else 1

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..cost import Flops, Memory
 from ..record import mean_over_blocks
+from ..report.page import page, table
 
 __all__ = ["Estimate", "RunMemory"]
 
@@ -105,29 +106,50 @@ class Estimate:
 
     def summary(self) -> str:
         """The estimate as text, a few lines."""
+        facts = self._facts()
+        indent = max(len(name) for name, _ in facts) + 2
+        lines = [f"{name:<{indent}}{value}" for name, value in [*facts, *(("note", note) for note in self.notes)]]
+        return "\n".join([f"{self.model}: {self.config}", *lines])
+
+    def _repr_html_(self) -> str:
+        return page(f"{self.model}: {self.config}", table((), self._facts(), left=(0, 1)), notes=self.notes)
+
+    def _facts(self) -> list[tuple[str, str]]:
         total, memory = sum(self.references), self.memory
         drops = ("sparse", "in_flight", "cached")
         dropping = [n for n, kind in zip(self.tokens, self.kinds, strict=True) if kind in drops]
         kept = f", {min(dropping)} to {max(dropping)} on sparse steps" if dropping else ""
-        lines = [
-            f"{self.model}: {self.config}",
-            f"tokens      {self.text} text, {self.generation} generation, "
-            f"{' + '.join(map(str, self.references))} reference",
-            f"steps       {len(self.kinds)}: {self.kinds.count('sparse') + self.kinds.count('cached')} sparse, "
-            f"{self.kinds.count('profile')} profiling, {self.kinds.count('in_flight')} profiling in flight, "
-            f"{self.kinds.count('dense')} dense",
-            f"kept        {self.mean_tokens:.0f} of {total} reference tokens on average{kept}",
-            f"work        {self.dense.total / 1e12:.1f} TFLOP dense, {self.sparse.total / 1e12:.1f} sparse "
-            f"({self.scoring.total / 1e12:.1f} of it scoring): FLOP ratio {self.flop_ratio:.2f}",
-            f"memory      {_gb(memory.dense.parameters)} parameters; activations "
-            f"{_gb(memory.dense.activations)} dense, "
-            f"{_gb(memory.sparse_step.activations)} on sparse steps; peak {_gb(memory.dense.total)} dense, "
-            f"{_gb(memory.sparse.total)} sparse",
-            f"cached K/V  {_gb(memory.dense_reference_kv)} for all reference tokens, "
-            f"{_gb(memory.sparse_reference_kv)} for the kept ones, "
-            + (f"and {_gb(memory.room)} of room beside them" if memory.room else "if they were stored"),
+        room = f"and {_gb(memory.room)} of room beside them" if memory.room else "if they were stored"
+        return [
+            (
+                "tokens",
+                f"{self.text} text, {self.generation} generation, {' + '.join(map(str, self.references))} reference",
+            ),
+            (
+                "steps",
+                f"{len(self.kinds)}: {self.kinds.count('sparse') + self.kinds.count('cached')} sparse, "
+                f"{self.kinds.count('profile')} profiling, {self.kinds.count('in_flight')} profiling in flight, "
+                f"{self.kinds.count('dense')} dense",
+            ),
+            ("kept", f"{self.mean_tokens:.0f} of {total} reference tokens on average{kept}"),
+            (
+                "work",
+                f"{self.dense.total / 1e12:.1f} TFLOP dense, {self.sparse.total / 1e12:.1f} sparse "
+                f"({self.scoring.total / 1e12:.1f} of it scoring): FLOP ratio {self.flop_ratio:.2f}",
+            ),
+            (
+                "memory",
+                f"of the transformer: {_gb(memory.dense.parameters)} parameters; activations "
+                f"{_gb(memory.dense.activations)} dense, {_gb(memory.sparse_step.activations)} on sparse steps; "
+                f"peak {_gb(memory.dense.total)} dense, {_gb(memory.sparse.total)} sparse; "
+                "text encoders and VAE are not in it",
+            ),
+            (
+                "cached K/V",
+                f"{_gb(memory.dense_reference_kv)} for all reference tokens, {_gb(memory.sparse_reference_kv)} for the "
+                f"kept ones, {room}",
+            ),
         ]
-        return "\n".join([*lines, *(f"note        {note}" for note in self.notes)])
 
 
 def _gb(size: int) -> str:

@@ -8,19 +8,11 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..adapters.pipelines import SEVERAL_REFERENCES, published, steps_of
 from ..errors import ConfigError, UnsupportedModelError
 
-__all__ = ["RESERVED", "SEVERAL_REFERENCES", "call_arguments", "check_class", "check_more", "check_reserved"]
+__all__ = ["RESERVED", "call_arguments", "check_class", "check_more", "check_reserved"]
 
-# Published pipelines that edit reference images; whether a list of images is several references of one picture.
-SEVERAL_REFERENCES = {
-    "FluxKontextPipeline": False,
-    "Flux2Pipeline": True,
-    "Flux2KleinPipeline": True,
-    "Flux2KleinKVPipeline": True,
-    "QwenImageEditPipeline": False,
-    "QwenImageEditPlusPipeline": True,
-}
 RESERVED = {
     "image": "the references are arguments of their own",
     "prompt": "the prompt is an argument of its own",
@@ -55,7 +47,7 @@ def call_arguments(
     size : (int, int), optional
         Height and width of the output in pixels; default the pipeline's own choice.
     steps : int, optional
-        Default the pipeline's own.
+        Default the pipeline's own, 4 of a distilled model.
     more : mapping, optional
         Arguments of the pipeline's ``__call__``, over all others.
 
@@ -78,15 +70,16 @@ def call_arguments(
         arguments |= {"height": size[0], "width": size[1]}
         if "max_area" in parameters:  # Kontext scales the output to this area, whatever height and width say
             arguments["max_area"] = size[0] * size[1]
-    arguments["num_inference_steps"] = parameters["num_inference_steps"].default if steps is None else steps
+    arguments["num_inference_steps"] = (
+        steps_of(name, getattr(pipe.config, "is_distilled", None)) if steps is None else steps
+    )
     return arguments | dict(more or {})
 
 
 def check_class(pipe: Any) -> str:
     """The published class that the pipeline is, or derives from."""
-    for cls in type(pipe).__mro__:
-        if cls.__module__.startswith("diffusers.") and cls.__name__ in SEVERAL_REFERENCES:
-            return cls.__name__
+    if (name := published(pipe)) is not None:
+        return name
     raise UnsupportedModelError(
         f"the pipeline must be one of {', '.join(SEVERAL_REFERENCES)}, got {type(pipe).__name__}; others (inpainting, "
         "your own) are patched from Python: sparse_ref_attn.patch(pipe)"

@@ -113,6 +113,10 @@ class Comparison:
         seconds = None if self.dense is None else self.dense.transformer
         return summary(self.handle.record, format, flops=work, dense_seconds=seconds)  # type: ignore[call-overload]
 
+    def _repr_html_(self) -> str:
+        found: str = self.summary("html")
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """JSON types: every time in seconds, ratios, and the likeness of the two pictures."""
         work = {

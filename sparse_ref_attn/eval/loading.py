@@ -9,12 +9,12 @@ import torch
 
 from ..errors import ConfigError, VersionError
 from ..pictures import open_image
+from ..vocabulary import OFFLOADS, chosen
 from .calls import check_class
 
-__all__ = ["DTYPES", "OFFLOADS", "check_device", "load_pipeline", "open_image", "out_of_memory"]
+__all__ = ["DTYPES", "check_device", "load_pipeline", "open_image", "out_of_memory"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-OFFLOADS = ("none", "model", "sequential")
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory", "CUDA error: out of memory")
 
 
@@ -53,10 +53,7 @@ def load_pipeline(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check_device(device)
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype is None else dtype
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if offload not in OFFLOADS:
-        raise ConfigError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
+    dtype, offload = chosen("dtype", dtype, DTYPES), chosen("offload", offload, OFFLOADS)
     if offload != "none" and not device.startswith("cuda"):
         raise ConfigError(f"offload {offload!r} needs a CUDA device, got {device}")
     try:

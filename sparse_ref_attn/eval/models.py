@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from ..adapters.pipelines import SEVERAL_REFERENCES
 from ..errors import ConfigError, SparseRefError
-from .calls import SEVERAL_REFERENCES, call_arguments, check_more
+from .calls import call_arguments, check_more
 from .examples import Example, Mask
 from .loading import check_device, load_pipeline
 

@@ -16,6 +16,7 @@ from ..overlay import overlay, save_budget_strip, save_overlay
 from ..record import RunRecord
 from ..reference_cache import ReferenceCache
 from ..report import FlopSummary, attention_table, summary
+from ..report.page import plain
 from ..report.work import summarise
 from ..selection import Ranking
 from ..selection.ranking import fingerprint
@@ -47,6 +48,11 @@ class PatchHandle:
     def __repr__(self) -> str:
         state = "removed" if self._generations.removed else self.config.describe()
         return f"PatchHandle({self._name}: {state})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the configuration and, after a run, its report."""
+        run = self._generations.record
+        return plain(repr(self)) + (self.summary("html") if run is not None and run.steps else "")
 
     @property
     def config(self) -> SparseRef:
@@ -109,7 +115,7 @@ class PatchHandle:
 
     @overload
     def summary(
-        self, format: Literal["text", "markdown", "json"] = "text", *, dense_seconds: float | None = None
+        self, format: Literal["text", "markdown", "html", "json"] = "text", *, dense_seconds: float | None = None
     ) -> str: ...
 
     @overload
@@ -117,7 +123,7 @@ class PatchHandle:
 
     def summary(
         self,
-        format: Literal["text", "markdown", "json", "dict"] = "text",
+        format: Literal["text", "markdown", "html", "json", "dict"] = "text",
         *,
         dense_seconds: float | None = None,
     ) -> str | dict[str, Any]:
@@ -125,7 +131,7 @@ class PatchHandle:
 
         Parameters
         ----------
-        format : {"text", "markdown", "dict", "json"}
+        format : {"text", "markdown", "html", "dict", "json"}
         dense_seconds : float, optional
             Measured time of the same run without the patch, to print the whole run's speed-up.
 

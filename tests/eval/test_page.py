@@ -76,7 +76,7 @@ def test_rows_are_the_runs() -> None:
     """At every token a method is dense, bit for bit; what it keeps is in its row."""
     pipe = kontext_pipeline("tiny")
     pipe.set_progress_bar_config(disable=True)
-    made = builtin.builtin(Namespace(size="tiny", task=None, prompt="a cup", steps=3), None)
+    made = builtin.builtin(Namespace(builtin="tiny", edit=None, prompt="a cup", steps=3), None)
     arguments, steps = made.arguments, made.steps
     refused: dict[str, str] = {}
     configs = {
