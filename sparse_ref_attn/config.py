@@ -10,17 +10,20 @@ from typing import Any
 
 from . import refresh as refreshing
 from . import schedules
-from .checks import is_one_of, numbers
+from .checks import numbers
 from .errors import ConfigError
-from .execution import Cache, Execution, Tokens, execution
+from .execution import CACHE_ROWS, EXECUTIONS, PROFILES, Cache, Execution, Tokens, execution
 from .guard import UniformGuard
 from .refresh import Refresh
 from .schedules import Budget
 from .selection import AttentionMass, Probe, Reducer, Selector, selector
 from .selection.names import from_dict as selector_from_dict
 from .selection.names import to_dict as selector_to_dict
+from .vocabulary import chosen
 
 __all__ = ["SparseRef", "UniformGuard"]
+
+CLOCKS = ("steps", "sigma")
 
 
 @dataclass(frozen=True, init=False)
@@ -103,6 +106,11 @@ class SparseRef:
         rerank_every: int | None = None,
         refresh: Refresh | None = None,
     ) -> None:
+        if isinstance(execute, str):
+            execute = chosen("execute", execute, EXECUTIONS)
+        profile = chosen("profile", profile, PROFILES) if isinstance(profile, str) else profile
+        cache_rows = chosen("cache_rows", cache_rows, CACHE_ROWS) if isinstance(cache_rows, str) else cache_rows
+        clock = chosen("clock", clock, CLOCKS)
         given: dict[str, Any] = {"from_block": from_block, "profile": profile, "profile_blocks": profile_blocks}
         given |= {"cache_rows": cache_rows, "layers": layers, "rerank_every": rerank_every}
         given |= {"refresh": refresh}
@@ -131,8 +139,6 @@ class SparseRef:
         schedules.check_floor("floor", self.floor)
         if isinstance(self.multiple, bool) or not isinstance(self.multiple, int) or self.multiple < 1:
             raise ConfigError(f"multiple must be an int of at least 1, got {self.multiple!r}")
-        if not is_one_of(self.clock, ("steps", "sigma")):
-            raise ConfigError(f'clock must be "steps" or "sigma", got {self.clock!r}')
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be an int, got {self.seed!r}")
         if not -(2**63) <= self.seed < 2**64:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import schedules
-from .checks import is_number, is_one_of
+from . import schedules, vocabulary
+from .checks import is_number
 from .config import SparseRef, UniformGuard
 from .errors import ConfigError
 from .selection import AttentionMass, Edges, Grid, Mix, Saliency, Selector
+from .vocabulary import chosen
 
-__all__ = ["ReCAST", "SparseContext"]
-
-TASKS = ("auto", "edit", "subject", "style")
+__all__ = ["PRESETS", "ReCAST", "SparseContext", "configuration"]
 
 
 def ReCAST(  # noqa: N802 -- the paper's name, used like the noun it is
-    n_min: int = 256,
-    n_max: int = 1024,
+    n_min: int | float = 256,
+    n_max: int | float = 1024,
     gamma: float = 2.0,
     *,
     task: str = "auto",
@@ -32,9 +31,10 @@ def ReCAST(  # noqa: N802 -- the paper's name, used like the noun it is
 
     Parameters
     ----------
-    n_min, n_max : int
-        Tokens kept of a reference of `reference_tokens`, first and last (paper: 256, 1024 of
-        4096). They scale with each reference's size: a reference half as large keeps half.
+    n_min, n_max : int or float in (0, 1]
+        Kept first and last: tokens of a reference of `reference_tokens` (int; paper: 256, 1024 of
+        4096), or a share of it (float). Tokens scale with each reference's size, as shares do: a
+        reference half as large keeps half.
     gamma : float
         Exponent, > 0 (paper: 2).
     task : {"auto", "edit", "subject", "style"}
@@ -42,7 +42,7 @@ def ReCAST(  # noqa: N802 -- the paper's name, used like the noun it is
         of the whole image (a recolour) needs every token. "style" mixes the mass with an even
         grid, because style cues are spread out (the paper's largest loss, its section 3.4).
     reference_tokens : int
-        The reference size that `n_min` and `n_max` are meant for.
+        The reference size that `n_min` and `n_max` in tokens are meant for.
     select : Selector, optional
         Default ``AttentionMass(blocks="single")``, eq. (2)-(3) over the single-stream blocks.
     **settings
@@ -59,22 +59,33 @@ def ReCAST(  # noqa: N802 -- the paper's name, used like the noun it is
     .. [1] Han et al., "ReCAST: Probing Sparse Reference Use in In-Context Image Generation",
        FoGen at ICML 2026, eqs. (2)-(4).
 
+    Raises
+    ------
+    ConfigError
+        If `n_min` or `n_max` is neither, they do not ascend, or one exceeds `reference_tokens`.
+
     Examples
     --------
     >>> ReCAST().budget
     Polynomial(low=0.0625, high=0.25, gamma=2.0, per='reference')
+    >>> ReCAST(0.1, 0.5).budget
+    Polynomial(low=0.1, high=0.5, gamma=2.0, per='reference')
     """
-    _check_task(task)
-    given = (n_min, n_max, reference_tokens)
-    if not all(map(is_number, given)) or not 0 < n_min <= n_max <= reference_tokens < math.inf:
-        raise ConfigError(f"0 < n_min <= n_max <= reference_tokens must hold, got {', '.join(map(repr, given))}")
+    task = chosen("task", task, vocabulary.TASKS)
+    if isinstance(reference_tokens, bool) or not isinstance(reference_tokens, int) or reference_tokens < 1:
+        raise ConfigError(f"reference_tokens must be an int of at least 1, got {reference_tokens!r}")
+    for name, keep in (("n_min", n_min), ("n_max", n_max)):
+        schedules.check_keep(name, keep)
+    low, high = (keep / reference_tokens if isinstance(keep, int) else keep for keep in (n_min, n_max))
+    if not low <= high <= 1:
+        given = ", ".join(map(repr, (n_min, n_max, reference_tokens)))
+        raise ConfigError(f"n_min <= n_max <= reference_tokens must hold, got {given}")
     if select is None:
         select = AttentionMass()
         if task == "style":
             select = Mix(((select, 0.5), (Grid(), 0.5)))
     settings.setdefault("guard", UniformGuard() if task in ("auto", "edit") else None)
-    budget = schedules.Polynomial(n_min / reference_tokens, n_max / reference_tokens, gamma)
-    return SparseRef(select=select, budget=budget, **settings)
+    return SparseRef(select=select, budget=schedules.Polynomial(low, high, gamma), **settings)
 
 
 def SparseContext(  # noqa: N802
@@ -110,13 +121,46 @@ def SparseContext(  # noqa: N802
     >>> SparseContext(0.25, task="subject").select
     Saliency(on_latents='error')
     """
-    _check_task(task)
+    task = chosen("task", task, vocabulary.TASKS)
     if select is None:
         select = {"edit": Edges, "auto": Edges, "subject": Saliency, "style": Grid}[task]()
     settings.setdefault("guard", UniformGuard() if task == "auto" else None)
     return SparseRef(select=select, budget=keep, **settings)
 
 
-def _check_task(task: str) -> None:
-    if not is_one_of(task, TASKS):
-        raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+PRESETS: Mapping[str, Callable[..., SparseRef]] = dict(zip(vocabulary.PRESETS, (ReCAST, SparseContext), strict=True))
+"""By name, as the command line has them."""
+
+
+def configuration(given: SparseRef | float | str | None) -> SparseRef:
+    """What is meant by a configuration, the name of a preset, a share or a number of tokens; None is ``ReCAST()``.
+
+    Parameters
+    ----------
+    given : SparseRef, str, float, int or None
+        A float in (0, 1] or an int is ``SparseContext(given)``: that share of the tokens, or so many, at every step.
+
+    Raises
+    ------
+    ConfigError
+        If it is none of these.
+
+    Examples
+    --------
+    >>> configuration("recast") == configuration(None) == ReCAST()
+    True
+    >>> configuration(0.25) == SparseContext(0.25)
+    True
+    """
+    if given is None:
+        return ReCAST()
+    if isinstance(given, SparseRef):
+        return given
+    if isinstance(given, str):
+        return PRESETS[chosen("a configuration's name", given, PRESETS)]()
+    if is_number(given):
+        return SparseContext(given)
+    raise ConfigError(
+        "config must be a SparseRef (ReCAST(...), SparseContext(...)), a preset's name or a share, got "
+        f"{type(given).__name__}"
+    )

@@ -422,7 +422,7 @@ def call(**changes: Any) -> None:
         ({"each": [{}]}, "each must be a list of one entry for each of the 2 prompts, got 1"),
         ({"generator": generator(0)}, "generator must be given as generators, one an item"),
         ({"each": [{}, {"image": 1}]}, "image must be given as images, one an item"),
-        ({"config": 0.5}, "config must be a SparseRef (ReCAST(...), SparseContext(...)), got float"),
+        ({"config": [0.5]}, "config must be a SparseRef (ReCAST(...), SparseContext(...)), a preset's name or a share"),
         ({"config": sra.SparseRef("grid", 0.3, from_block=1)}, "got 1 and 'step'"),
         ({"config": sra.ReCAST(profile="in_flight")}, "must be 0 and profile \"step\", got 0 and 'in_flight'"),
         ({"case": "kontext"}, "FluxKontextPipeline takes at most 1 reference an item, got 2 for item 1"),

@@ -1,5 +1,7 @@
 """The configuration and the papers' presets: values, refusals, JSON."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,15 @@ def test_recast_is_equation_4_with_the_papers_numbers_at_4096_tokens():
     assert budget.counts(Clock.uniform(27, 28), (1024, 4096)) == (256, 1024)  # scales with each reference
 
 
+def test_a_float_is_a_share_and_an_int_a_number_of_tokens():
+    """`ReCAST(0.1, 0.25)` was a tenth and a quarter of a token, and kept one."""
+    for config in (sra.ReCAST(0.25, 0.5), sra.ReCAST(1024, 2048), sra.ReCAST(0.25, 2048)):
+        assert config.budget == sra.Polynomial(0.25, 0.5)
+    assert [sra.ReCAST(0.25, 0.5).budget.counts(Clock.uniform(i, 2), (100,)) for i in (0, 1)] == [(25,), (50,)]
+    assert sra.SparseContext(0.25).budget.counts(Clock.uniform(0, 2), (100,)) == (25,)
+    assert sra.SparseContext(25).budget.counts(Clock.uniform(0, 2), (100,)) == (25,)
+
+
 def test_tasks_choose_the_rule_and_the_guard():
     assert sra.ReCAST().guard == UniformGuard()
     assert sra.ReCAST(task="subject").guard is None
@@ -63,7 +74,14 @@ def test_tasks_choose_the_rule_and_the_guard():
         (lambda: sra.SparseRef(guard="yes"), "guard must be a UniformGuard or None, got 'yes'"),
         (lambda: UniformGuard(mass="half"), "guard mass must lie in"),
         (lambda: sra.SparseRef(seed=2**64), "seed must fit torch's generators"),
-        (lambda: sra.ReCAST("few"), "n_min <= n_max"),
+        (lambda: sra.ReCAST("few"), "n_min must be a number of tokens"),
+        (lambda: sra.ReCAST(0.1, 1024.0), "n_max must be a number of tokens (int >= 1) or a ratio"),
+        (lambda: sra.ReCAST(True, 1024), "n_min must be a number of tokens"),
+        (lambda: sra.ReCAST(0.5, 1024), "n_min <= n_max <= reference_tokens must hold, got 0.5, 1024, 4096"),
+        (
+            lambda: sra.ReCAST(0.1, 0.25, reference_tokens=4096.0),
+            "reference_tokens must be an int of at least 1, got 4096.0",
+        ),
         (lambda: sra.Constant(0.5, per=np.ones(2)), "per must be"),
         (lambda: sra.SparseRef.from_json("3"), "fields of SparseRef, got 3"),
         (lambda: sra.SparseRef.from_dict({"select": {"kind": "grid"}, "budget": "half"}), "budget's kind"),
@@ -79,7 +97,7 @@ def test_tasks_choose_the_rule_and_the_guard():
     ],
 )
 def test_what_cannot_hold_is_refused_with_the_value(make, words):
-    with pytest.raises(sra.ConfigError, match=words.replace(".", r"\.")):
+    with pytest.raises(sra.ConfigError, match=re.escape(words)):
         make()
 
 

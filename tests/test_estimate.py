@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from dataclasses import dataclass
 from unittest import mock
 
@@ -15,15 +16,17 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparse_ref_attn as sra
 from sparse_ref_attn.adapters.base import adapter_for
 from sparse_ref_attn.adapters.depth import DepthCut
-from sparse_ref_attn.adapters.geometries import MODELS, named_model
+from sparse_ref_attn.adapters.geometries import named_model
+from sparse_ref_attn.adapters.pipelines import steps_of
 from sparse_ref_attn.config import UniformGuard
 from sparse_ref_attn.cost import StepTokens, step_flops
 from sparse_ref_attn.errors import BudgetError, ConfigError, UnsupportedModelError
-from sparse_ref_attn.estimation import estimate
+from sparse_ref_attn.estimation import at_share, estimate
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
 from sparse_ref_attn.patching.execution.depth import leaving
 from sparse_ref_attn.selection import Reducer
 from sparse_ref_attn.types import Reference, TokenLayout
+from sparse_ref_attn.vocabulary import MODELS
 from tests.pipelines import CASES
 
 ONE = [(1024, 1024)]
@@ -200,6 +203,36 @@ def test_an_estimate_is_what_the_run_then_does(name, config, cfg):
     assert e.dense.total / 1e12 == pytest.approx(flops.dense_tflop)
 
 
+FAMILIES = {
+    "flat": lambda keep: sra.SparseRef("edges", keep),
+    "measured": lambda keep: sra.SparseRef("mass", keep),
+    "rising": lambda keep: sra.SparseRef("mass", sra.Linear(keep**2, keep)),
+    "ranked again": lambda keep: sra.SparseRef("mass", keep, rerank_every=3),
+    "from a block": lambda keep: sra.SparseRef("edges", keep, from_block=1),
+    "in flight": lambda keep: sra.SparseRef("mass", keep, profile="in_flight"),
+}
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.4])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_share_is_the_mean_over_the_whole_run(family, share):
+    model = named_model("klein-4b", num_layers=2, num_single_layers=2)
+    e = estimate(model, references=ONE, steps=8, config=at_share(model, family, share, 8))
+    assert e.mean_tokens == pytest.approx(share * 4096, abs=0.5)
+
+
+def test_a_share_that_the_cache_gives():
+    model = named_model("klein-4b", num_layers=2, num_single_layers=2)
+    config = at_share(model, lambda keep: sra.SparseRef("mass", keep, "cache"), 0.5, 4)
+    assert config.budget.keep == pytest.approx(1 / 3, abs=1e-6)
+
+
+def test_a_dense_step_above_the_share_is_an_error():
+    model = named_model("klein-4b", num_layers=2, num_single_layers=2)
+    with pytest.raises(ConfigError, match="got 25 % where they are 25 % of 4 steps"):
+        at_share(model, FAMILIES["measured"], 0.25, 4)
+
+
 @dataclass(frozen=True)
 class FirstTokens(Reducer):
     """Stands for any rival; an estimate does not call it."""
@@ -210,7 +243,7 @@ def test_rivals_cost_what_their_tokens_cost():
     rival = estimate(model, config=sra.SparseRef(select=FirstTokens(), budget=0.1), steps=2)
     choice = estimate(model, config=sra.SparseContext(0.1), steps=2)
     assert (rival.tokens, rival.sparse) == (choice.tokens, choice.sparse)
-    assert rival.tokens == (3 * 410,) * 2
+    assert rival.tokens == (410,) * 2
 
 
 def test_items_and_calls_multiply_the_work_but_scoring_happens_once_a_step():
@@ -261,7 +294,9 @@ def test_the_guard_alone_costs_a_profiling_step():
         ({"config": sra.SparseRef(budget=sra.TopP(0.8))}, ConfigError, "known before the run"),
         ({"config": sra.SparseRef(budget=sra.TopP(0.8).piecewise(2))}, ConfigError, "known before the run"),
         ({"config": sra.SparseRef(select="grid", budget=5000)}, BudgetError, "4096 tokens"),
-        ({"config": 0.5}, ConfigError, "SparseRef"),
+        ({"config": [0.5]}, ConfigError, "config must be a SparseRef (ReCAST"),
+        ({"config": 1.5}, ConfigError, "keep must be a number of tokens"),
+        ({"config": "recats"}, ConfigError, "got 'recats'; did you mean 'recast'?"),
         ({"config": sra.SparseRef(select=sra.AttentionMass(steps=(9,)))}, ConfigError, "within the run's 4 steps"),
         ({"config": sra.SparseRef("grid", from_block=2)}, ConfigError, "below the model's 2 blocks, got 2"),
         ({"config": sra.ReCAST(profile="in_flight", profile_blocks=2)}, ConfigError, "before the last of the model's"),
@@ -275,8 +310,39 @@ def test_the_guard_alone_costs_a_profiling_step():
     ],
 )
 def test_bad_input_is_said_in_words(arguments, error, words):
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=re.escape(words)):
         estimate(named_model("klein-4b", num_layers=1, num_single_layers=1), **({"steps": 4} | arguments))
+
+
+def test_a_pipeline_says_what_it_takes_and_how_many_steps_it_makes():
+    pipe = CASES["kontext"].build()
+    e = estimate(pipe, "sparse-context", references=[(64, 64)], output=(64, 64), text_tokens=32)
+    cell = 2 * pipe.vae_scale_factor
+    assert (len(e.kinds), e.references) == (28, ((64 // cell) ** 2,))
+    assert e == estimate(
+        pipe.transformer, sra.SparseContext(), references=[(64, 64)], output=(64, 64), text_tokens=32,
+        pixels_per_token=cell,
+    )  # fmt: skip
+    assert estimate(pipe).references == (1024**2 // cell**2,)
+    with pytest.raises(ConfigError, match="FluxKontextPipeline takes one reference image, got 3"):
+        estimate(pipe, references=ONE * 3)
+    klein = CASES["klein_kv"].build()
+    assert len(estimate(klein, 0.25, references=ONE * 3).kinds) == 4
+    with pytest.raises(UnsupportedModelError, match="a pipeline with a transformer"):
+        estimate(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "distilled", "steps"),
+    [
+        ("FluxKontextPipeline", None, 28),
+        ("Flux2KleinPipeline", True, 4),
+        ("Flux2KleinPipeline", False, 50),
+        ("Flux2KleinKVPipeline", None, 4),
+    ],
+)
+def test_steps_of_a_pipeline(name, distilled, steps):
+    assert steps_of(name, distilled) == steps
 
 
 def test_an_unsupported_model_is_named():

@@ -113,3 +113,100 @@ def test_what_cannot_be_read_is_an_error_in_words(tmp_path: Path) -> None:
             act(tmp_path / "none.png")
         with pytest.raises(ConfigError, match=r"in a format that Pillow reads, got .*text\.png"):
             act(tmp_path / "text.png")
+
+
+GREY = np.array([[0, 51, 102], [153, 204, 255]], np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("sixteen.png", GREY.astype(np.uint16) * 257),
+        ("sixteen.tiff", GREY.astype(np.uint16) * 257),
+        ("sixteen.pgm", GREY.astype(np.uint16) * 257),
+        ("float.tiff", (GREY / 255).astype(np.float32)),
+        ("eight.png", GREY),
+        ("bits.png", GREY > 100),
+    ],
+)
+def test_grey_values_become_bytes_by_the_range_of_their_mode(name: str, values: np.ndarray, tmp_path: Path) -> None:
+    """A 16-bit grey PNG came out white, a float TIFF black."""
+    PIL.Image.fromarray(values).save(tmp_path / name)
+    want = 255 * values.astype(np.uint8) if values.dtype == bool else GREY
+    for mode in ("RGB", "L", "RGBA"):
+        got = np.asarray(open_image(tmp_path / name, mode))
+        assert np.array_equal(got if mode == "L" else got[..., 0], want)
+        assert mode != "RGBA" or (got[..., 3] == 255).all()
+
+
+def test_sixteen_bits_stand_upright(tmp_path: Path) -> None:
+    grey = np.asarray(UPRIGHT.convert("L"))
+    tag = PIL.Image.Exif()
+    tag[0x0112] = 6
+    stored = PIL.Image.fromarray(np.rot90(grey.astype(np.uint16) * 257).copy())
+    stored.save(tmp_path / "photo.png", exif=tag)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "photo.png", "L")), grey)
+
+
+@pytest.mark.parametrize("how", ["RGBA", "LA", "P", "RGB with a transparent colour"])
+def test_what_is_transparent_is_put_on_white_and_said(
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its alpha was dropped without a word, and the colour behind it came out."""
+    image = PIL.Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (80, 80, 80, 255))
+    options: dict[str, Any] = {}
+    if how == "P":
+        image, options = image.convert("RGB").quantize(4), {"transparency": b"\x00\xff"}
+        if image.getpixel((0, 0)):
+            options["transparency"] = b"\xff\x00"
+    elif how.startswith("RGB "):
+        image, options = image.convert("RGB"), {"transparency": (0, 0, 0)}
+    else:
+        image = image.convert(how)
+    image.save(tmp_path / "logo.png", **options)
+    assert np.asarray(open_image(tmp_path / "logo.png")).tolist() == [[[255] * 3, [80] * 3]]
+    assert "logo.png: its transparent parts are put on white" in caplog.text
+    assert np.asarray(open_image(tmp_path / "logo.png", "RGBA"))[0, 0, 3] == 0
+    with pytest.raises(ConfigError, match=r"a mask must be opaque, .* got .*logo\.png"):
+        open_image(tmp_path / "logo.png", "L")
+
+
+def test_half_transparent_is_half_white_and_opaque_is_not_spoken_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    UPRIGHT.convert("RGBA").save(tmp_path / "opaque.png")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "opaque.png")), np.asarray(UPRIGHT))
+    assert not caplog.text
+    PIL.Image.new("RGBA", (1, 1), (100, 0, 200, 51)).save(tmp_path / "glass.png")
+    assert open_image(tmp_path / "glass.png").getpixel((0, 0)) == (224, 204, 244)  # 255 + (colour - 255) / 5
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "options", "words"),
+    [
+        ("moving.gif", UPRIGHT, {"save_all": True, "append_images": [picture(48, 32, 4)]}, "one picture, got .* 2 of"),
+        ("moving.webp", UPRIGHT, {"save_all": True, "append_images": [picture(48, 32, 4)]}, "one picture, got .* 2 of"),
+        ("pages.tiff", UPRIGHT, {"save_all": True, "append_images": [UPRIGHT]}, "one picture, got .* 2 of"),
+        ("hdr.tiff", PIL.Image.fromarray(np.array([[0, 255]], np.float32)), {}, r"in \[0, 1\], got .* with 0 to 255"),
+        ("nan.tiff", PIL.Image.fromarray(np.array([[0, np.nan]], np.float32)), {}, r"in \[0, 1\], got .* with nan to"),
+        ("ints.tiff", PIL.Image.fromarray(np.array([[0, 255]], np.int32)), {}, "known white, got .* 32-bit whole"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    name: str, image: PIL.Image.Image, options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """A GIF was its first frame, without a word."""
+    image.save(tmp_path / name, **options)
+    with pytest.raises(ConfigError, match=words):
+        open_image(tmp_path / name)
+
+
+def test_one_frame_and_the_previews_of_a_camera_are_one_picture(tmp_path: Path) -> None:
+    UPRIGHT.save(tmp_path / "still.gif")
+    UPRIGHT.save(tmp_path / "camera.mpo", save_all=True, append_images=[UPRIGHT.resize((8, 8))])
+    assert open_image(tmp_path / "still.gif").size == open_image(tmp_path / "camera.mpo").size == (48, 32)
+    for act in (check_image, open_image):
+        UPRIGHT.save(tmp_path / "moving.gif", save_all=True, append_images=[picture(48, 32, 4)])
+        with pytest.raises(ConfigError, match="one picture"):
+            act(tmp_path / "moving.gif")

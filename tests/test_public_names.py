@@ -24,7 +24,7 @@ import sparse_ref_attn as sra
 from sparse_ref_attn import pach ## has no attribute "pach"
 
 sra.patch(1, frobnicate=3) ## Unexpected keyword argument "frobnicate" for "patch"
-sra.patch(1, 0.25) ## incompatible type "float"; expected "SparseRef | None"
+sra.patch(1, [0.25]) ## incompatible type "list[float]"; expected "SparseRef | float | str | None"
 sra.not_there ## Module has no attribute "not_there"
 sra.import_module ## Module has no attribute "import_module"
 sra.cli ## Module has no attribute "cli"
@@ -35,7 +35,7 @@ sra.Cosine(low=0.1) ## Unexpected keyword argument "low" for "Cosine"
 sra.schedules.Cosine(sign="near") ## Unexpected keyword argument "sign" for "Cosine"
 sra.patch(1).summary("dict").title() ## "dict[str, Any]" has no attribute "title"
 sra.batch(1, ["a cup"], [[2]]).pictures ## "BatchResult" has no attribute "pictures"
-sra.estimate(1) ## Argument 1 to "estimate" has incompatible type "int"
+sra.estimate(1, config=[1]) ## Argument "config" to "estimate" has incompatible type "list[int]"
 
 handle: sra.PatchHandle = sra.patch(1, sra.SparseContext(0.25, "edges"))
 guarded: sra.SparseRef = sra.SparseRef("mass", sra.schedules.Cosine(0.1, 0.5), guard=sra.config.UniformGuard())

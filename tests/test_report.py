@@ -294,6 +294,32 @@ def test_overlay_shows_the_step_that_was_asked_for(tmp_path):
     assert areas[2] == areas[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("o.jpg", "JPEG"), ("o.JPEG", "JPEG"), ("o.webp", "WEBP"), ("o.tiff", "TIFF"), ("o.png", "PNG"), ("o", "PNG")],
+)
+def test_a_picture_is_in_the_format_of_its_name(tmp_path, name, form):
+    """`save_overlay("o.jpg")` wrote PNG bytes."""
+    layout = layout_of((2, 2))
+    record = RunRecord(layout, 1, 1, steps=[step_of(0, layout, [3])])
+    for save in (save_overlay, save_budget_strip):
+        save(record, tmp_path / name)
+        with Image.open(tmp_path / name) as image:
+            assert (image.format, image.width) == (form, 1400)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_name_of_no_picture_is_refused_and_what_was_there_stays(tmp_path):
+    layout = layout_of((2, 2))
+    record = RunRecord(layout, 1, 1, steps=[step_of(0, layout, [3])])
+    (tmp_path / "o.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"must end in \.png, .*, got .*o\.txt"):
+        save_overlay(record, tmp_path / "o.txt")
+    assert (tmp_path / "o.txt").read_text() == "mine"
+    with pytest.raises(ConfigError, match=r"o\.png must fit into .*none"):
+        save_overlay(record, tmp_path / "none" / "o.png")
+
+
 def test_budget_strip_bars_have_the_height_of_their_tokens(tmp_path):
     layout = layout_of((10, 10))
     record = RunRecord(layout, 1, 4)

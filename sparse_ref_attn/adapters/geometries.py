@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..hooks.diffusers import check_diffusers
+from ..vocabulary import MODELS, chosen
 from .flux2_cache import keep_references
 
 __all__ = ["MODELS", "named_model"]
@@ -23,7 +24,7 @@ _KLEIN_9B = _KLEIN | {
 }
 _KLEIN_4B = _KLEIN | {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
 
-# Name -> class in diffusers, and where the published model differs from the class's defaults.
+# Of `MODELS` -> class in diffusers, and where the published model differs from the class's defaults.
 _GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "kontext": ("FluxTransformer2DModel", {"guidance_embeds": True}),
     "flux2-dev": ("Flux2Transformer2DModel", {}),
@@ -33,9 +34,6 @@ _GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen-image-edit": ("QwenImageTransformer2DModel", {}),
     "qwen-image-edit-2511": ("QwenImageTransformer2DModel", {"zero_cond_t": True}),
 }
-
-MODELS = tuple(_GEOMETRIES)
-"""Names that `named_model` takes."""
 
 
 def named_model(
@@ -72,8 +70,7 @@ def named_model(
     >>> round(sum(p.numel() for p in model.parameters()) / 1e9, 1)
     11.9
     """
-    if name not in _GEOMETRIES:
-        raise ConfigError(f"a model's name must be one of {', '.join(MODELS)}, got {name!r}")
+    name = chosen("a model's name", name, MODELS)
     check_diffusers()
     class_name, config = _GEOMETRIES[name]
     cls = getattr(importlib.import_module("diffusers"), class_name)

@@ -29,7 +29,7 @@ from ..patching.generations import Generations
 from ..patching.handle import PatchHandle
 from ..patching.measuring import view_with_lse
 from ..patching.pixels import PixelTap
-from ..presets import ReCAST
+from ..presets import configuration
 from ..timing import Stopwatch
 from .arguments import item_arguments
 from .lockstep import Strand
@@ -244,7 +244,7 @@ def batch(
     prompts: Sequence[str | None],
     images: Sequence[Sequence[Any]],
     *,
-    config: SparseRef | None = None,
+    config: SparseRef | float | str | None = None,
     generators: Sequence[torch.Generator] | None = None,
     each: Sequence[Mapping[str, Any]] | None = None,
     **arguments: Any,
@@ -264,7 +264,7 @@ def batch(
     images : sequence of sequences
         The references of each item, any number of any size; an empty one where the pipeline also
         runs without.
-    config : SparseRef, optional
+    config : SparseRef, str, float or int, optional
         What is kept of each item's references: ranked, budgeted and reported for each item by
         itself. Default: that of the patch on `pipe`, or ``ReCAST()``, as `patch`.
         ``SparseContext(1.0, "grid")`` keeps everything.
@@ -338,9 +338,7 @@ def batch(
             f"pipelines and bare transformers have not, got {type(pipe).__name__}"
         )
     own = generations_of(transformer)
-    config = config if config is not None else ReCAST() if own is None else own.config
-    if not isinstance(config, SparseRef):
-        raise ConfigError(f"config must be a SparseRef (ReCAST(...), SparseContext(...)), got {type(config).__name__}")
+    config = own.config if config is None and own is not None else configuration(config)
     if config.from_block or config.profile == "in_flight":
         raise ConfigError(
             'a batch drops tokens at the transformer\'s input: from_block must be 0 and profile "step", got '

@@ -7,8 +7,11 @@ from typing import Any
 
 from ..errors import SparseRefError
 from ..patching.handle import PatchHandle
+from ..report.page import page, table
 
 __all__ = ["BatchResult"]
+
+HEADER = ("item", "references", "tokens", "kept", "steps", "FLOPs")
 
 
 @dataclass(frozen=True)
@@ -46,23 +49,32 @@ class BatchResult:
 
         The ratio is dense over sparse, of the item by itself.
         """
-        lines = [f"{'item':>4}  {'references':>10}  {'tokens':>6}  {'kept':>6}  {'steps':>5}  {'FLOPs':>6}"]
+        widths = (4, 10, 6, 6, 5, 6)
+        rows = [HEADER, *self._rows()]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([*lines, self._calls()])
+
+    def _repr_html_(self) -> str:
+        return page("Batch", table(HEADER, self._rows(), left=()), notes=[self._calls()])
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        found: list[tuple[str, ...]] = []
         for i, handle in enumerate(self.handles):
             try:
                 record = handle.record
             except SparseRefError:
-                lines.append(f"{i:>4}  {0:>10}  {0:>6}  {'-':>6}  {'-':>5}  {'-':>6}")
+                found.append((str(i), "0", "0", "-", "-", "-"))
                 continue
             kept = sum(step.kept for step in record.steps) / len(record.steps)
             flops = handle.flops()
             ratio = "-" if flops is None else f"{flops.ratio:.2f}x"
             layout = record.layout
-            lines.append(
-                f"{i:>4}  {len(layout.references):>10}  {layout.reference_tokens:>6}  {kept:>6.0f}  "
-                f"{len(record.steps):>5}  {ratio:>6}"
-            )
-        lines.append(
+            counts = (i, len(layout.references), layout.reference_tokens)
+            found.append((*map(str, counts), f"{kept:.0f}", str(len(record.steps)), ratio))
+        return found
+
+    def _calls(self) -> str:
+        return (
             f"transformer calls: {self.joined} for several items at once ({self.padding:.0%} of their rows padding), "
             f"{self.alone} for one"
         )
-        return "\n".join(lines)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Sequence
 
 from ..errors import SparseRefError
+from . import failures
 from .arguments import parser
 
 __all__ = ["main"]
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0, 1 when whoever reads stdout has gone (``sra doctor | head -3``) or a check of ``sra bench`` failed, or 2
-        after a line on stderr that says what was wrong.
+        One of `failures.CODES`: 0; 1 when whoever reads stdout has gone (``sra doctor | head -3``) or a check of
+        ``sra bench`` failed; after a line on stderr that says what was wrong 2, 3 (out of memory), 4 (an error that
+        the library does not know) or 130 (Ctrl-C).
 
     Examples
     --------
@@ -37,19 +36,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     ...
     0
     """
+    trace = False
     try:
-        options = parser().parse_args(argv)
+        line = parser()
+        options = line.parse(argv)
+        if options.run is None:
+            line.print_help()
+            return 0
+        trace = options.traceback
         code = options.run(options)
         sys.stdout.flush()
-    except SparseRefError as error:
-        print(f"sra: error: {error}", file=sys.stderr)
-        return 2
+        return code or 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
         return 1
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
+    except KeyboardInterrupt:
+        print("\nsra: stopped", file=sys.stderr)
+        return failures.STOPPED
+    except Exception as error:
+        if trace:
             raise
-        print(f"sra: error: what is written must fit on the disk, got: {error}", file=sys.stderr)
-        return 2
-    return code or 0
+        words, code = _ending(error)
+        print(f"sra: error: {words}", file=sys.stderr)
+        return code
+
+
+def _ending(error: Exception) -> tuple[str, int]:
+    """One line, and the exit code of its kind."""
+    line = " ".join(str(error).split())
+    if isinstance(error, failures.OutOfMemoryError):
+        return line, failures.NO_MEMORY
+    if isinstance(error, SparseRefError):
+        return line, failures.MISTAKE
+    if isinstance(error, OSError):
+        return f"what is read must be there and what is written must fit on the disk, got: {line}", failures.MISTAKE
+    from ..eval.loading import out_of_memory
+
+    if out_of_memory(error):
+        less = "--offload model (where a command has it), a smaller size and fewer pictures need less"
+        return f"memory must hold what is computed, got: {line or type(error).__name__}; {less}", failures.NO_MEMORY
+    told = f"{type(error).__name__}: {line}" if line else type(error).__name__
+    return f"{told} (unexpected: sra --traceback shows where)", failures.UNEXPECTED

@@ -17,12 +17,12 @@ from ..toy.calls import call_arguments
 from ..toy.pipeline import toy_pipeline
 from ..toy.scenes import TOKEN, Scene, scene
 from ..toy.sprites import SUBJECTS, load_sprites
-from ..toy.words import GRID, TASKS
+from ..toy.words import GRID
 
-__all__ = ["SMALL", "Builtin", "add_arguments", "builtin", "photo_of"]
+__all__ = ["SMALL", "Builtin", "builtin", "photo_of"]
 
 SMALL = "small"
-"""The size of the trained pipeline."""
+"""The name of the trained pipeline."""
 
 RANDOM_WEIGHTS = (
     "Its weights are random (seeded): the pictures mean nothing, and neither does what the model looks at.\n"
@@ -59,20 +59,8 @@ class Builtin:
     pair: Scene | None = None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--size`` and ``--task``."""
-    parser.add_argument(
-        "--size",
-        choices=(SMALL, *SIZES),
-        default=SMALL,
-        help='built-in model: "small" is trained, 128 x 128 pixels; "large", 512 x 512, and "tiny" have random weights '
-        "(default: small)",
-    )
-    parser.add_argument("--task", choices=TASKS, help="of the small model (default: place)")
-
-
 def builtin(options: argparse.Namespace, image: str | None) -> Builtin:
-    """What ``--size``, ``--task``, ``--prompt``, ``--steps`` and ``--seed`` ask for.
+    """What ``--builtin``, ``--edit``, ``--prompt``, ``--steps`` and ``--seed`` ask for.
 
     Parameters
     ----------
@@ -86,16 +74,16 @@ def builtin(options: argparse.Namespace, image: str | None) -> Builtin:
         For arguments of the other kind of model, or an unreadable image.
     """
     photo = photo_of(image)
-    if options.size == SMALL:
+    if options.builtin == SMALL:
         if options.prompt is not None:
             raise ConfigError(
-                "--prompt must come with --size large or tiny: the small model's is drawn by --task and --seed"
+                "--prompt must come with --builtin large or tiny: the small model's is drawn by --edit and --seed"
             )
-        pair = _pair(options.task or "place", options.seed, photo)
+        pair = _pair(options.edit or "place", options.seed, photo)
         return Builtin(toy_pipeline, call_arguments(pair), options.steps or 12, TRAINED_WEIGHTS, pair)
-    if options.task is not None:
-        raise ConfigError(f"--task must come with --size small, got --size {options.size}")
-    size = SIZES[options.size]
+    if options.edit is not None:
+        raise ConfigError(f"--edit must come with --builtin small, got --builtin {options.builtin}")
+    size = SIZES[options.builtin]
     photo = _fitted(photo, size.side, size.pixels_per_token)
     arguments = {
         "prompt": _PROMPT if options.prompt is None else options.prompt,
@@ -106,7 +94,7 @@ def builtin(options: argparse.Namespace, image: str | None) -> Builtin:
         "_auto_resize": False,
         "max_sequence_length": size.text,
     }
-    return Builtin(lambda: kontext_pipeline(options.size), arguments, options.steps or 8, RANDOM_WEIGHTS)
+    return Builtin(lambda: kontext_pipeline(options.builtin), arguments, options.steps or 8, RANDOM_WEIGHTS)
 
 
 def photo_of(path: str | None) -> Any:

@@ -13,18 +13,21 @@ from typing import Any
 import torch
 
 from .. import doctor
+from ..adapters.pipelines import SEVERAL_REFERENCES, steps_of
 from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
 from ..estimation import estimate as estimated
-from ..eval import loading, outputs
+from ..eval import calls, loading, outputs
 from ..eval.compare import Comparison, compare
-from ..eval.geometry import meta_transformer
+from ..eval.geometry import meta_transformer, pipeline_of
 from ..kernels import toolchain
 from ..kernels.build import build_kernels
 from ..pictures import open_image
-from ..presets import ReCAST, SparseContext
+from ..presets import ReCAST
 from ..toy.scenes import Scene
-from . import builtin, execution
+from . import builtin, execution, failures
+from .amount import Amount
+from .memory import memory_of
 
 __all__ = [
     "build",
@@ -47,23 +50,24 @@ def demo(options: argparse.Namespace) -> None:
     made = builtin.builtin(options, options.image)
     small = made.pair is not None
     preset = options.preset = options.preset or ("recast" if small else "sparse-context")
-    settings = execution.settings(options)
-    keep = 0.25 if options.keep is None and preset == "sparse-context" else options.keep
+    settings = _settings(options)
     if preset == "sparse-context":
-        settings["task"] = "subject" if small else "edit"
+        settings.setdefault("task", "subject" if small else "edit")
+        options.keep = 0.25 if options.keep is None else options.keep
     elif not small:
-        settings["task"] = "subject"
-    if small and preset == "recast" and keep is None:
-        config = ReCAST(1024, 1024, reference_tokens=4096, **settings)  # the ramp begins with 16 tokens of 256
-    else:
-        config = _config(preset, keep, **settings)
+        settings.setdefault("task", "subject")
+    amount = Amount(preset, options.keep, settings)
+    if small and preset == "recast" and options.keep is None:
+        # The paper's ramp would begin with 16 tokens of 256.
+        amount = Amount.fixed(ReCAST(0.25, 0.25, **settings))
     directory = outputs.prepare_directory(options.out)
     quiet(pipelines_too=True)
     began = time.perf_counter()
     pipe = made.build()
     seconds = time.perf_counter() - began
+    config = amount.config(pipe.transformer, made.steps)
     print(f"Built a small FLUX.1 Kontext pipeline of diffusers' own classes in {seconds:.1f} s.\n{made.note}")
-    if preset == "recast" and not small:
+    if preset == "recast" and not small and options.task is None:
         print('ReCAST runs with task="subject": random attention is near uniform, and the guard of "auto" keeps all.')
     if small:
         print(f'Prompt: "{made.arguments["prompt"]}"')
@@ -91,10 +95,10 @@ def needs(command: str, *extras: str) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Dense and sparse side by side, on a real model."""
-    given = {name: value for name in ("task", "select") if (value := getattr(options, name)) is not None}
-    config = _config(options.preset, options.keep, **given, **execution.settings(options))
+    amount = Amount(options.preset, options.keep, _settings(options))
     directory = outputs.prepare_directory(options.out)
     pipe, device, arguments = loaded(options)
+    config = amount.config(pipe.transformer, arguments["num_inference_steps"])
     about = {"model": options.model, "images": options.image}
     _compare(pipe, config, arguments, options, directory, device, about)
 
@@ -104,13 +108,18 @@ def loaded(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any]]:
     if (options.height is None) != (options.width is None):
         raise ConfigError("--height and --width must be given together, got one of them")
     size = None if options.height is None else (options.height, options.width)
+    if options.output is not None:
+        if size is not None:
+            raise ConfigError("the output must have one size, got --output beside --height and --width")
+        size = options.output[1], options.output[0]
+    calls.check_reserved(dict(options.set or ()))
     images = [open_image(path) for path in options.image]
     quiet(pipelines_too=False)
     pipe, device = loading.load_pipeline(
         options.model, device=options.device, dtype=options.dtype, offload=options.offload
     )
     more = dict(options.set or ())
-    arguments = loading.call_arguments(pipe, images, options.prompt, size=size, steps=options.steps, more=more)
+    arguments = calls.call_arguments(pipe, images, options.prompt, size=size, steps=options.steps, more=more)
     print(f"Loaded {type(pipe).__name__} from {options.model} on {device}.")
     return pipe, device, arguments
 
@@ -122,7 +131,7 @@ def caller(pipe: Any, arguments: dict[str, Any], seed: int) -> Callable[[int], A
         generator = torch.Generator("cpu").manual_seed(seed)
         try:
             return pipe(**arguments, num_inference_steps=steps, generator=generator).images[0]
-        except ValueError as error:  # how diffusers refuses a picture or an argument
+        except (TypeError, ValueError) as error:  # how diffusers refuses a picture or an argument
             if isinstance(error, SparseRefError):
                 raise
             raise ConfigError(f"{type(pipe).__name__} refused the call: {error}") from error
@@ -144,7 +153,11 @@ def _compare(
     call = caller(pipe, arguments, options.seed)
     where = doctor.device(device)
     print(f"{options.preset}: {config.describe()}; {steps} steps, seed {options.seed}; {where}.\n", flush=True)
-    result = compare(pipe, config, call, steps=steps, repeats=options.repeats, dense=options.compare_dense)
+    pictures = outputs.Pictures(directory)
+    with failures.told(directory, pictures.written, memory_of(pipe, config, arguments, options)):
+        result = compare(
+            pipe, config, call, steps=steps, repeats=options.repeats, dense=options.compare_dense, made=pictures
+        )
     about = {
         "pipeline": type(pipe).__name__,
         **about,
@@ -175,14 +188,21 @@ def _print(result: Comparison, files: list[tuple[str, str]], directory: Any) -> 
 
 def estimate(options: argparse.Namespace) -> None:
     """Tokens, work and memory of a run, without running it."""
+    amount = Amount(options.preset, options.keep, _settings(options))
     quiet(pipelines_too=True)
+    transformer = meta_transformer(options.model)
+    pipeline, distilled = pipeline_of(options.model)
+    if pipeline is not None and not SEVERAL_REFERENCES[pipeline] and options.references > 1:
+        raise ConfigError(f"{pipeline} takes one reference image, got {options.references}")
+    if options.steps is None:
+        options.steps = 28 if pipeline is None else steps_of(pipeline, distilled)
     found = estimated(
-        meta_transformer(options.model),
-        references=[options.size] * options.references,
+        transformer,
+        references=[options.reference_size] * options.references,
         output=options.output,
         text_tokens=options.text_tokens,
         steps=options.steps,
-        config=_config(options.preset, options.keep, **execution.settings(options)),
+        config=amount.config(transformer, options.steps),
     )
     print(json.dumps(found.to_dict(), indent=2) if options.json else found.summary())
 
@@ -213,19 +233,10 @@ def diagnose(options: argparse.Namespace) -> None:
 # -- shared ----------------------------------------------------------------------------------
 
 
-def _config(preset: str, keep: float | int | None, **settings: Any) -> SparseRef:
-    """The preset with its own defaults for what is not given."""
-    if preset == "sparse-context":
-        return SparseContext(**settings) if keep is None else SparseContext(keep, **settings)
-    if keep is None:
-        return ReCAST(**settings)
-    if isinstance(keep, int):
-        raise ConfigError(f"--keep of recast must be a share such as 0.25 or 25%, got {keep} tokens")
-    if not 0 < keep <= 1:
-        raise ConfigError(f"--keep must lie in (0, 1] as a share, got {keep}")
-    most = 4096  # ReCAST's reference size; the budget is a ratio of it
-    last = max(1, round(keep * most))
-    return ReCAST(max(1, last // 4), last, reference_tokens=most, **settings)
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of a preset that were given, beside how much it keeps."""
+    given = {name: value for name in ("task", "select") if (value := getattr(options, name)) is not None}
+    return given | execution.settings(options)
 
 
 def quiet(pipelines_too: bool) -> None:

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from .. import doctor
 from ..config import SparseRef
-from ..errors import ConfigError
+from ..errors import ConfigError, SparseRefError
+from ..estimation import at_share
 from ..eval import metrics, outputs
 from ..eval.compare import compare_all
 from ..eval.methods import methods
 from ..eval.metrics import Metric, weights
 from ..eval.page import markdown, rows_of, write_page
-from . import builtin, commands, execution
+from ..execution import Cache
+from ..hooks.compiled import unwrap
+from . import builtin, commands, execution, failures
+from .memory import memory_of
 
 __all__ = ["compare"]
+
+Family = Callable[[float], SparseRef]
+"""A method by the amount that it keeps."""
 
 
 def compare(options: argparse.Namespace) -> None:
     """Every method at the same share of the tokens, in one page."""
     if options.model is not None and (options.image is None or options.prompt is None):
         raise ConfigError("--model needs --image and --prompt, got it without them")
-    if options.model is not None and options.task is not None:
-        raise ConfigError("--task must come with the built-in model, got --model")
+    if options.model is not None and options.edit is not None:
+        raise ConfigError("--edit must come with the built-in model, got --model")
     refused: dict[str, str] = {}
-    configs = _configs(options, refused)
+    families = _families(options, refused)
     directory = outputs.prepare_directory(options.out)
     shown = _metrics(options)
     note = ""
@@ -36,8 +43,12 @@ def compare(options: argparse.Namespace) -> None:
     else:
         pipe, device, arguments = commands.loaded(options)
     steps = arguments.pop("num_inference_steps")
+    configs = _at_share(unwrap(pipe.transformer), families, options.keep, steps, refused)
     call = commands.caller(pipe, arguments, options.seed)
-    results = compare_all(pipe, configs, call, steps=steps, repeats=options.repeats, refused=refused)
+    pictures = outputs.Pictures(directory / "pictures", ())
+    largest = max(configs.values(), key=lambda config: isinstance(config.execute, Cache))
+    with failures.told(pictures.folder, pictures.written, memory_of(pipe, largest, arguments, options)):
+        results = compare_all(pipe, configs, call, steps=steps, repeats=options.repeats, refused=refused, made=pictures)
     _check_any(results, refused)
     about: dict[str, Any] = {
         "pipeline": type(pipe).__name__,
@@ -51,6 +62,7 @@ def compare(options: argparse.Namespace) -> None:
         "versions": doctor.versions(),
     }
     files = write_page(directory, results, shown, about, refused=refused, note=note)
+    files.append(("pictures/", "each picture by itself"))
     print(f"\n{markdown(rows_of(results, shown), shown)}\n")
     for names, why in _by_reason(refused):
         print(f"{names} could not run: {why}")
@@ -59,14 +71,38 @@ def compare(options: argparse.Namespace) -> None:
         print(f"  {name:<13} {what}")
 
 
-def _configs(options: argparse.Namespace, refused: dict[str, str]) -> dict[str, SparseRef]:
+def _families(options: argparse.Namespace, refused: dict[str, str]) -> dict[str, Family]:
     """The methods under the execution that was asked for; `refused` takes those that do not go with it."""
     given, found = execution.settings(options), {}
     quiet = {field: value for field, value in given.items() if field not in execution.MEASURING}
-    for name, config in methods(options.keep, options.methods, seed=options.seed).items():
+
+    def family(name: str) -> Family:
+        def member(amount: float) -> SparseRef:
+            config = methods(amount, [name], seed=options.seed)[name]
+            return replace(config, **(given if config.probes() else quiet))
+
+        return member
+
+    for name in options.methods:
         try:
-            found[name] = replace(config, **(given if config.probes() else quiet))
+            family(name)(options.keep)
         except ConfigError as error:
+            refused[name] = str(error)
+        else:
+            found[name] = family(name)
+    _check_any(found, refused)
+    return found
+
+
+def _at_share(
+    transformer: Any, families: Mapping[str, Family], share: float, steps: int, refused: dict[str, str]
+) -> dict[str, SparseRef]:
+    """Each method where its run keeps `share` on average; `refused` takes those that cannot keep so little."""
+    found = {}
+    for name, family in families.items():
+        try:
+            found[name] = at_share(transformer, family, share, steps)
+        except SparseRefError as error:
             refused[name] = str(error)
     _check_any(found, refused)
     return found

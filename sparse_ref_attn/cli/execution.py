@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 from ..execution import CACHE_ROWS, EXECUTIONS, PROFILES
+from . import values
 
 __all__ = ["MEASURING", "add_arguments", "settings"]
 
@@ -16,49 +16,42 @@ MEASURING = ("profile", "profile_blocks", "rerank_every")
 FIELDS = ("execute", "from_block", "layers", "cache_rows", *MEASURING)
 
 
-def add_arguments(parser: argparse.ArgumentParser, above: Callable[[int], Callable[[str], int]]) -> None:
-    """The fields of `SparseRef` named in `FIELDS`; ``above(n)`` parses whole numbers of at least n."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The fields of `SparseRef` named in `FIELDS`."""
     group = parser.add_argument_group("execution", "where the saving happens; default: the preset's, which is tokens")
     group.add_argument(
         "--execute",
-        choices=EXECUTIONS,
+        **values.one_of(EXECUTIONS),
         help="drop tokens at the transformer's input, prune the reference cache of a model that keeps one, or both",
     )
-    group.add_argument("--from-block", type=above(0), metavar="N", help="drop from this block on (default: 0)")
+    group.add_argument("--from-block", type=values.above(0), metavar="N", help="drop from this block on (default: 0)")
     group.add_argument(
         "--profile",
-        choices=PROFILES,
+        **values.one_of(PROFILES),
         help="measure attention in whole dense steps, or in the first blocks of step 0 (default: step)",
     )
     group.add_argument(
         "--profile-blocks",
-        type=above(1),
+        type=values.above(1),
         metavar="N",
         help="with --profile in_flight, how many first blocks (default: those that the rule names, else a quarter)",
     )
     group.add_argument(
         "--layers",
-        type=_factors,
+        type=values.factors,
         metavar="F,F,...",
         help="with the cache, factors in (0, 1] on what each attention layer reads, one a layer",
     )
     group.add_argument(
         "--cache-rows",
-        choices=CACHE_ROWS,
+        **values.one_of(CACHE_ROWS),
         help="what the cache holds: the rows of the largest budget to come, or all (default: budget)",
     )
-    group.add_argument("--rerank-every", type=above(1), metavar="N", help="rank again every N steps (default: never)")
+    group.add_argument(
+        "--rerank-every", type=values.above(1), metavar="N", help="rank again every N steps (default: never)"
+    )
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Fields of `SparseRef` that were given; the others keep the preset's values."""
     return {name: value for name in FIELDS if (value := getattr(options, name)) is not None}
-
-
-def _factors(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(factor) for factor in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be factors in (0, 1], one a layer, such as 1,0.5,0.5; got {text!r}"
-        ) from None

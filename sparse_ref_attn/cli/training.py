@@ -1,10 +1,9 @@
-"""``sra train``: its arguments, and what it does with them."""
+"""``sra train``: what it does with its arguments."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,52 +13,9 @@ import torch
 from ..errors import ConfigError
 from ..eval import loading
 from . import commands
+from .values import typed
 
-__all__ = ["add_arguments", "train"]
-
-
-def add_arguments(parser: argparse.ArgumentParser, above: Any) -> None:
-    """The arguments of ``sra train``; ``above(n)`` parses whole numbers of at least n."""
-    parser.add_argument("--out", required=True, metavar="DIR", help="checkpoints, log.csv, the trained weights")
-    parser.add_argument("--steps", required=True, type=above(1), help="in all; a run that was stopped goes on")
-    data = parser.add_argument_group("data, one of")
-    data.add_argument("--sprites", metavar="DIR", help="transparent pictures: the small model on the procedural task")
-    data.add_argument("--data", metavar="DIR", help="pictures and metadata.jsonl, for --model")
-    data.add_argument("--vae", action="store_true", help="with --sprites: the small model's autoencoder instead")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="PATH", help="a FLUX.1 Kontext pipeline, which gets a LoRA")
-    model.add_argument("--lora-rank", type=above(1), default=16, metavar="R", help="default: %(default)s")
-    model.add_argument(
-        "--init",
-        metavar="DIR",
-        help="begin from another run's moving average, with --sprites",
-    )
-    drop = parser.add_argument_group("random dropping of reference tokens")
-    drop.add_argument("--keep", type=_range, metavar="LO-HI", help="shares kept, such as 0.05-1; default: no dropping")
-    drop.add_argument("--keep-distribution", choices=("uniform", "log_uniform", "arcsine"), default="uniform")
-    drop.add_argument(
-        "--full", type=float, default=0.1, metavar="P", help="share of steps that keep all (default: 0.1)"
-    )
-    how = parser.add_argument_group("settings")
-    how.add_argument("--batch", type=above(1), default=24, help="pairs a step and process (default: %(default)s)")
-    how.add_argument("--grid", type=int, choices=(8, 16), default=16, help="tokens along a side, with --sprites")
-    how.add_argument("--side", type=above(16), default=512, help="pixels, with --data (default: %(default)s)")
-    how.add_argument("--text-tokens", type=above(1), default=512, help="with --data (default: %(default)s)")
-    how.add_argument("--lr", type=float, help="of AdamW (default: 0.002; LoRA 0.0001; autoencoder 0.0025)")
-    how.add_argument("--muon-lr", type=float, help="of Muon, for the blocks' matrices (default: 0.004; LoRA none)")
-    how.add_argument("--warmup", type=above(0), default=100, help="steps (default: %(default)s)")
-    how.add_argument("--decay", type=above(0), default=0, help="last steps, over which the rates fall to 0")
-    how.add_argument("--ema", type=float, default=0.998, help="default: %(default)s")
-    how.add_argument(
-        "--reference-loss",
-        type=float,
-        metavar="W",
-        help="weight of the loss at the reference rows, with --sprites; with and without --keep (default: 0.1)",
-    )
-    how.add_argument("--precision", choices=("bf16", "no"), default="bf16", help="default: %(default)s")
-    how.add_argument("--checkpoint-every", type=above(1), default=200, metavar="N", help="default: %(default)s")
-    how.add_argument("--seed", type=above(0), default=0)
-    parser.set_defaults(run=train)
+__all__ = ["train"]
 
 
 def train(options: argparse.Namespace) -> None:
@@ -101,7 +57,7 @@ def train(options: argparse.Namespace) -> None:
             ),
         )
     out = Path(options.out)
-    about = {"command": shlex.join(f"{k}={v}" for k, v in vars(options).items() if k != "run" and v is not None)}
+    about = {"command": typed(options)}
     ema = loop(pipe, batches, config, out, drop=drop, about=about)
     if drop is not None:
         drop.remove()
@@ -169,11 +125,3 @@ def _write(pipe: Any, out: Path, ema: dict[str, Any], drop: Any, small: bool, ab
         pipe.transformer.save_pretrained(folder)
         (folder / "sparse_ref_attn.json").write_text(json.dumps(said, indent=2))
     print(f"Transformer written to {out / 'transformer'}")
-
-
-def _range(text: str) -> tuple[float, float]:
-    low, _, high = text.partition("-")
-    try:
-        return float(low), float(high or low)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a share or two of them (0.05-1), got {text!r}") from None

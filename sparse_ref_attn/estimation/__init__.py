@@ -1,5 +1,7 @@
 """What a run will cost, before it runs."""
 
-from .api import Estimate, RunMemory, estimate
+from .api import estimate
+from .result import Estimate, RunMemory
+from .share import at_share
 
-__all__ = ["Estimate", "RunMemory", "estimate"]
+__all__ = ["Estimate", "RunMemory", "at_share", "estimate"]

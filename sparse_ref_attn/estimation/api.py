@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from ..adapters.base import adapter_for
+from ..adapters.pipelines import SEVERAL_REFERENCES, published, steps_of
 from ..config import SparseRef
 from ..cost import (
     Flops,
@@ -24,176 +22,59 @@ from ..cost import (
 )
 from ..errors import ConfigError
 from ..execution import Cache
+from ..hooks.compiled import unwrap
 from ..hooks.diffusers import gives_lse
+from ..patching import transformer_of
 from ..patching.execution.cache import check_cache
-from ..presets import ReCAST
-from ..record import mean_over_blocks
+from ..presets import configuration
 from ..refresh import Drift
-from ..run import Budgeting, Probing, Timeline
-from ..run.timeline import PlannedStep
-from ..schedules import Clock
+from ..run import Probing, Timeline
 from ..types import Reference, TokenLayout
-from .cache import run_work, with_cache
+from .cache import run_work
+from .planned import PlannedRun
+from .result import Estimate, RunMemory
 
-__all__ = ["Estimate", "RunMemory", "estimate"]
+__all__ = ["estimate"]
 
 Size = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class RunMemory:
-    """Bytes at the peak of a run, and what a cache of reference keys and values would hold.
-
-    Parameters
-    ----------
-    dense, sparse : Memory
-        Of the largest step. A run with a dense profiling step peaks there, so its peak is the dense one.
-    sparse_step : Memory
-        Of the largest step that drops tokens; `dense` when none does.
-    dense_reference_kv, sparse_reference_kv : int
-        Keys and values of the reference tokens over all layers and branches of guidance, all of them and the most that
-        a sparse step keeps. Nothing is stored when tokens are dropped at the input: this is what a reference cache
-        would take.
-    room : int
-        Rows of text and generation beside the stored ones, with ``execute="cache"`` or "both".
-    """
-
-    dense: Memory
-    sparse: Memory
-    sparse_step: Memory
-    dense_reference_kv: int
-    sparse_reference_kv: int
-    room: int = 0
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A run in numbers, made by `estimate`.
-
-    Parameters
-    ----------
-    model, config : str
-        The model family, and the configuration in one line.
-    text, generation : int
-        Text tokens, and tokens of the image being made.
-    references : tuple of int
-        Tokens of each reference.
-    kinds : tuple of {"dense", "profile", "in_flight", "sparse", "cached"}
-        What each step does; "profile" is dense and measures attention, "in_flight" is so in its first blocks, "cached"
-        reads stored keys and values.
-    tokens : tuple of int
-        Reference tokens that take part in each step, all references together.
-    from_block : tuple of int
-        Block of each step from which on only these take part, 0 for the transformer's input.
-    blocks : int
-        Blocks of the transformer.
-    dense, sparse : Flops
-        Of the run with every token, and as it would run, profiling and `scoring` included.
-    scoring : Flops
-        Of measuring attention.
-    memory : RunMemory
-        In bytes; activations are an estimate to about 15 % (`cost.step_memory`).
-    notes : tuple of str
-        What the numbers leave out, in words.
-    """
-
-    model: str
-    config: str
-    text: int
-    generation: int
-    references: tuple[int, ...]
-    kinds: tuple[str, ...]
-    tokens: tuple[int, ...]
-    from_block: tuple[int, ...]
-    blocks: int
-    dense: Flops
-    sparse: Flops
-    scoring: Flops
-    memory: RunMemory
-    notes: tuple[str, ...] = ()
-
-    @property
-    def mean_tokens(self) -> float:
-        """Reference tokens a step, averaged over all steps, dense ones included, and over the blocks of a step."""
-        total, by_step = sum(self.references), zip(self.tokens, self.from_block, strict=True)
-        return sum(mean_over_blocks(kept, total, first, self.blocks) for kept, first in by_step) / len(self.tokens)
-
-    @property
-    def flop_ratio(self) -> float:
-        """Dense work over sparse work, at least 1 for a budget that saves anything.
-
-        Not the bound of the speed-up: attention and matrix products run at different rates (`cost.bound_seconds`).
-        """
-        return self.dense.total / self.sparse.total
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON types, with `mean_tokens` and `flop_ratio`."""
-        out = asdict(self)
-        for name in ("references", "kinds", "tokens", "from_block", "notes"):
-            out[name] = list(out[name])
-        return out | {"mean_tokens": self.mean_tokens, "flop_ratio": self.flop_ratio}
-
-    def summary(self) -> str:
-        """The estimate as text, a few lines."""
-        total, memory = sum(self.references), self.memory
-        drops = ("sparse", "in_flight", "cached")
-        dropping = [n for n, kind in zip(self.tokens, self.kinds, strict=True) if kind in drops]
-        kept = f", {min(dropping)} to {max(dropping)} on sparse steps" if dropping else ""
-        lines = [
-            f"{self.model}: {self.config}",
-            f"tokens      {self.text} text, {self.generation} generation, "
-            f"{' + '.join(map(str, self.references))} reference",
-            f"steps       {len(self.kinds)}: {self.kinds.count('sparse') + self.kinds.count('cached')} sparse, "
-            f"{self.kinds.count('profile')} profiling, {self.kinds.count('in_flight')} profiling in flight, "
-            f"{self.kinds.count('dense')} dense",
-            f"kept        {self.mean_tokens:.0f} of {total} reference tokens on average{kept}",
-            f"work        {self.dense.total / 1e12:.1f} TFLOP dense, {self.sparse.total / 1e12:.1f} sparse "
-            f"({self.scoring.total / 1e12:.1f} of it scoring): FLOP ratio {self.flop_ratio:.2f}",
-            f"memory      {_gb(memory.dense.parameters)} parameters; activations "
-            f"{_gb(memory.dense.activations)} dense, "
-            f"{_gb(memory.sparse_step.activations)} on sparse steps; peak {_gb(memory.dense.total)} dense, "
-            f"{_gb(memory.sparse.total)} sparse",
-            f"cached K/V  {_gb(memory.dense_reference_kv)} for all reference tokens, "
-            f"{_gb(memory.sparse_reference_kv)} for the kept ones, "
-            + (f"and {_gb(memory.room)} of room beside them" if memory.room else "if they were stored"),
-        ]
-        return "\n".join([*lines, *(f"note        {note}" for note in self.notes)])
-
-
 def estimate(
-    transformer: nn.Module,
+    pipe: Any,
+    config: SparseRef | float | str | None = None,
     *,
-    references: Sequence[Size] = ((1024, 1024),) * 3,
+    references: Sequence[Size] = ((1024, 1024),),
     output: Size = (1024, 1024),
     text_tokens: int = 512,
-    steps: int = 28,
-    config: SparseRef | None = None,
+    steps: int | None = None,
     batch: int = 1,
     calls_per_step: int = 1,
-    pixels_per_token: int = 16,
+    pixels_per_token: int | None = None,
 ) -> Estimate:
     """Tokens, FLOPs and memory of a run, from sizes alone: nothing is run and no weight is read.
 
     Parameters
     ----------
-    transformer : torch.nn.Module
-        A supported transformer on any device, the meta device included (`adapters.geometries.named_model`).
+    pipe : diffusers pipeline or torch.nn.Module
+        A pipeline with a supported transformer, or the transformer itself, on any device, the meta device included
+        (`adapters.geometries.named_model`).
+    config : SparseRef, str, float or int, optional
+        As for `patch`; default ``ReCAST()``.
     references : sequence of (int, int)
-        (width, height) of each reference in pixels, as the pipeline encodes it.
+        (width, height) of each reference in pixels, as the pipeline encodes it. Default one of 1024 x 1024.
     output : (int, int)
         (width, height) of the image being made, in pixels.
     text_tokens : int
         Tokens of the prompt in joint attention, padding included.
-    steps : int
-        Denoising steps, >= 1.
-    config : SparseRef, optional
-        Default ``ReCAST()``, as for `patch`.
+    steps : int, optional
+        Denoising steps, >= 1. Default those of the pipeline's call (4 of a distilled model); 28 of a transformer.
     batch : int
         Items of one transformer call (2 with batched classifier-free guidance).
     calls_per_step : int
         Transformer calls a step (2 with sequential classifier-free guidance).
-    pixels_per_token : int
-        Pixels of a token's side: 16 for every supported model (8 in the VAE, 2 in packing).
+    pixels_per_token : int, optional
+        Pixels of a token's side. Default that of the pipeline: 16 for every published model (8 in the VAE, 2 in
+        packing), and of a transformer.
 
     Returns
     -------
@@ -203,18 +84,19 @@ def estimate(
     Raises
     ------
     ConfigError
-        If a number is out of range, a size holds no token, the budget depends on measured attention (`TopP`), or
-        ``layers`` is not one factor an attention layer.
+        If a number is out of range, a size holds no token, the budget depends on measured attention (`TopP`),
+        ``layers`` is not one factor an attention layer, or the pipeline takes one reference and gets several.
     BudgetError
         If the budget asks for more tokens than the references have.
     IncompatibleError
         If ``execute="cache"`` or "both" meets a model whose attention is not known.
     UnsupportedModelError
-        If no adapter serves the transformer, or its adapter does not say which Linear runs on which rows.
+        If there is no transformer, no adapter serves it, or its adapter does not say which Linear runs on which rows.
 
     Notes
     -----
-    FLOPs agree with `torch.utils.flop_counter.FlopCounterMode` on the meta device. Text encoder and VAE are not in it.
+    FLOPs agree with `torch.utils.flop_counter.FlopCounterMode` on the meta device. Text encoders and VAE are not in it,
+    neither their work nor their memory.
     On a transformer whose processors keep the references' keys and values (that of a Klein-KV pipeline)
     ``execute="cache"`` and "both" mean that cache; the dense work is then still that of the pipeline without one
     (plain Klein).
@@ -223,13 +105,18 @@ def estimate(
     --------
     >>> import sparse_ref_attn as sra
     >>> from sparse_ref_attn.adapters.geometries import named_model
-    >>> e = estimate(named_model("kontext"), references=[(1024, 1024)], config=sra.SparseContext(0.10))
+    >>> e = estimate(named_model("kontext"), sra.SparseContext(0.10))
     >>> e.tokens[0], round(e.flop_ratio, 2)
     (410, 2.01)
     """
-    config = ReCAST() if config is None else config
-    if not isinstance(config, SparseRef):
-        raise ConfigError(f"config must be a SparseRef (ReCAST(...), SparseContext(...)), got {type(config).__name__}")
+    config, transformer = configuration(config), unwrap(transformer_of(pipe))
+    name = published(pipe)
+    if name is not None and not SEVERAL_REFERENCES[name] and isinstance(references, Sequence) and len(references) > 1:
+        raise ConfigError(f"{name} takes one reference image, got {len(references)}")
+    if steps is None:
+        steps = 28 if name is None else steps_of(name, getattr(pipe.config, "is_distilled", None))
+    if pixels_per_token is None:
+        pixels_per_token = 2 * getattr(pipe, "vae_scale_factor", 8)
     counts = {"steps": steps, "batch": batch, "calls_per_step": calls_per_step, "pixels_per_token": pixels_per_token}
     for name, value in (counts | {"text_tokens": text_tokens}).items():
         least = 0 if name == "text_tokens" else 1
@@ -243,34 +130,25 @@ def estimate(
     adapter = adapter_for(transformer)
     shape = adapter.shape(transformer)
     check_cache(config, adapter, transformer)
-    cached = isinstance(config.execute, Cache)
-    kept_by_model = cached and adapter.cache is not None and adapter.cache.kept_by(transformer)
     layout = _layout(references, output, text_tokens, pixels_per_token)
     if config.from_block or config.profile == "in_flight":
         adapter.check_depth(transformer)
-    probing = Probing.of(config, [site.kind for site in adapter.sites(transformer)])
+    sites = adapter.sites(transformer)
+    kept_by_model = adapter.cache is not None and adapter.cache.kept_by(transformer)
+    run = PlannedRun.of(config, sites, layout, steps, kept_by_model)
+    probing, kinds, tokens = run.probing, run.kinds, run.tokens
     if probing.probes:
         adapter.check_measurable(transformer)
-    line = Timeline.of(config, probing, stores=cached and not kept_by_model)
-    clock = partial(Clock.uniform, steps=steps)
-    line.check(steps)
-    planned = line.planned(steps, Budgeting.of(config, layout, clock(0)), clock)
-    kinds, kept = ["cached" if step.reads else step.kind for step in planned], [step.kept for step in planned]
-    from_block = [step.from_block for step in planned]
-    tokens = [_rows(layout, step) for step in planned]
     full = StepTokens.of(layout)
-    given = all(gives_lse(site.processor) for site in adapter.sites(transformer))
-    scoring = _scoring(shape, probing, line, layout, batch, steps, given)
-    kept_sparse = [n for n, kind in zip(kept, kinds, strict=True) if kind in ("sparse", "cached")]
-    if kept_by_model:
-        kinds, kept, tokens = with_cache(config, layout, kinds, kept)
+    scoring = _scoring(shape, probing, run.line, layout, batch, steps, all(gives_lse(site.processor) for site in sites))
+    cached = isinstance(config.execute, Cache)
     sparse_steps = [t for t, kind in zip(tokens, kinds, strict=True) if kind in ("sparse", "cached")]
     most = max(sparse_steps, key=lambda t: t.joint + t.dropped, default=full)
-    branches = calls_per_step if line.stores else 1  # each branch of guidance stores its own
-    room = branches * room_bytes(shape, text_tokens + full.generation, batch) if cached and kept_sparse else 0
-    kept_kv = branches * reference_kv_bytes(shape, max(kept_sparse, default=full.references), batch)
+    branches = calls_per_step if run.line.stores else 1  # each branch of guidance stores its own
+    room = branches * room_bytes(shape, text_tokens + full.generation, batch) if cached and run.stored else 0
+    kept_kv = branches * reference_kv_bytes(shape, max(run.stored, default=full.references), batch)
     held_kv = kept_kv
-    if line.stores and (probing.probes or config.cache_rows == "all"):  # every row, before the ranking is known
+    if run.line.stores and (probing.probes or config.cache_rows == "all"):  # every row, before the ranking is known
         held_kv = branches * reference_kv_bytes(shape, full.references, batch)
 
     def peak(step: StepTokens) -> Memory:
@@ -284,8 +162,8 @@ def estimate(
         generation=full.generation,
         references=layout.sizes,
         kinds=tuple(kinds),
-        tokens=tuple(kept),
-        from_block=tuple(from_block),
+        tokens=tuple(run.kept),
+        from_block=tuple(run.from_block),
         blocks=len(shape.leading),
         dense=run_flops(shape, [full] * steps, batch, calls_per_step),
         sparse=run_work(config, shape, tokens, batch, calls_per_step, scoring),
@@ -300,13 +178,6 @@ def estimate(
         ),
         notes=tuple(_notes(config)),
     )
-
-
-def _rows(layout: TokenLayout, step: PlannedStep) -> StepTokens:
-    """The rows of a planned step."""
-    if step.reads:
-        return StepTokens(layout.text, layout.generation[1], 0, cached=step.kept)
-    return StepTokens.of(layout, step.kept, step.from_block)
 
 
 def _notes(config: SparseRef) -> list[str]:
@@ -367,7 +238,3 @@ def _scoring(
             read = own if lse_given and not stored else keys
             total = total + scoring_flops(shape, -(-rows // stride), read, 1, batch)
     return total
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

@@ -23,6 +23,8 @@ from .clock import CallTimes, time_call
 
 __all__ = ["Comparison", "compare", "compare_all", "psnr"]
 
+Made = Callable[[str, Any], None]
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -111,6 +113,10 @@ class Comparison:
         seconds = None if self.dense is None else self.dense.transformer
         return summary(self.handle.record, format, flops=work, dense_seconds=seconds)  # type: ignore[call-overload]
 
+    def _repr_html_(self) -> str:
+        found: str = self.summary("html")
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """JSON types: every time in seconds, ratios, and the likeness of the two pictures."""
         work = {
@@ -138,6 +144,7 @@ def compare(
     steps: int,
     repeats: int = 1,
     dense: bool = True,
+    made: Made | None = None,
 ) -> Comparison:
     """Run a pipeline dense and sparse, interleaved, and take the time of each whole call.
 
@@ -155,6 +162,8 @@ def compare(
         Dense and sparse runs, in turns, after a warm-up of one step dense and at most two sparse.
     dense : bool
         False measures the sparse run alone; there is then no speed-up and no bound.
+    made : callable of (str, picture), optional
+        Given each picture as soon as it exists, "dense" or "sparse", so that none is lost to what fails later.
 
     Raises
     ------
@@ -178,7 +187,7 @@ def compare(
     >>> result.handle.record.steps[1].kept, result.flop_ratio > 1, result.bound_seconds < result.dense.whole
     (16, True, True)
     """
-    return compare_all(pipe, {"sparse": config}, call, steps=steps, repeats=repeats, dense=dense)["sparse"]
+    return compare_all(pipe, {"sparse": config}, call, steps=steps, repeats=repeats, dense=dense, made=made)["sparse"]
 
 
 def compare_all(
@@ -190,13 +199,14 @@ def compare_all(
     repeats: int = 1,
     dense: bool = True,
     refused: dict[str, str] | None = None,
+    made: Made | None = None,
 ) -> dict[str, Comparison]:
     """As `compare`, for several configurations that run in turns and share the dense runs.
 
     Parameters
     ----------
-    pipe, call, steps, repeats, dense
-        As in `compare`.
+    pipe, call, steps, repeats, dense, made
+        As in `compare`; a sparse picture goes by the name of its configuration.
     configs : mapping of str to SparseRef
         By the name that the progress bar shows.
     refused : dict, optional
@@ -214,6 +224,7 @@ def compare_all(
     """
     if min(steps, repeats) < 1:
         raise ConfigError(f"steps and repeats must be at least 1, got {steps} and {repeats}")
+    made = (lambda name, picture: None) if made is None else made
     transformer = unwrap(pipe.transformer)
     adapter = adapter_for(transformer)
     sites = _sites(adapter, transformer)
@@ -237,10 +248,12 @@ def compare_all(
         if dense:
             with _labelled(pipe, "dense" + turn):
                 dense_image, taken = time_call(lambda: call(steps), transformer, sites)
+            made("dense", dense_image)
             dense_times.append(taken)
         for name, config in configs.items():
             with _labelled(pipe, name + turn), patched(pipe, config) as handle:
                 image, taken = time_call(lambda: call(steps), transformer, ())
+            made(name, image)
             times[name].append(taken)
             last[name] = handle, image
     shape = adapter.shape(transformer) if adapter.streams else None

@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import ConfigError
 from ..metadata import read_lines
 from ..pictures import check_image, open_image
+from ..vocabulary import chosen
 from .examples import Example, Examples, Mask
 
 __all__ = ["LAYOUTS", "load_examples"]
@@ -43,8 +44,7 @@ def load_examples(folder: str, layout: str = "folder") -> Examples:
     ConfigError
         If the folder is not laid out so, has no example, or a picture is missing or unreadable.
     """
-    if layout not in LAYOUTS:
-        raise ConfigError(f"the layout of a data set must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    layout = chosen("the layout of a data set", layout, LAYOUTS)
     root = Path(folder)
     if not root.is_dir():
         raise ConfigError(f"a data set must be a folder, got {folder}")

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from torch import distributed
 
+from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
+from ..estimation import at_share
 from ..files import replacing
 from ..patching import patched
-from .examples import Example, Examples
+from .examples import Example, Examples, Mask
 from .methods import methods
 from .models import EvalModel
 from .outputs import prepare_directory
@@ -44,11 +46,13 @@ class Grid:
         Of the data set; default all.
     count : int, optional
         Examples of each family, from the first; default all.
+    mean_over : {"dropping", "run"}
+        The steps over which a share is the mean: those that drop tokens, or all, a dense one included.
 
     Raises
     ------
     ConfigError
-        For an unknown method, a share outside (0, 1], or no seed.
+        For an unknown method, a share outside (0, 1], no seed, or another `mean_over`.
 
     Examples
     --------
@@ -61,10 +65,13 @@ class Grid:
     seeds: int = 1
     families: tuple[str, ...] | None = None
     count: int | None = None
+    mean_over: str = "dropping"
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ConfigError(f"seeds must be at least 1, got {self.seeds}")
+        if self.mean_over not in ("dropping", "run"):
+            raise ConfigError(f"mean_over must be dropping or run, got {self.mean_over!r}")
         for keep in self.keeps:
             methods(keep, self.names, mask=np.ones((1, 1)))
 
@@ -119,6 +126,8 @@ def evaluate(
     folder = prepare_directory(out)
     columns = {"share": None, **scorer.columns}
     settings = {"data": data.about, "columns": columns, "steps": models[0].steps}
+    if grid.mean_over != "dropping":  # folders that say nothing are older than the setting
+        settings["mean_over"] = grid.mean_over
     store = RowStore(folder, list(columns))
     if rank == 0:
         store.lock()
@@ -126,7 +135,8 @@ def evaluate(
         store.merge()
     _wait(world)
     chosen = data.chosen(grid.families, grid.count)
-    work = _missing(data, chosen, models, grid, store.keys())
+    runnable = {model.name: _cells(model, grid, rank == 0) for model in models}
+    work = _missing(data, chosen, models, grid.seeds, runnable, store.keys())
     _wait(world)  # all have seen the same rows before the first is added
     kept = {i for family in data.families for i in [i for i in chosen if data.keys[i][1] == family][:pictures]}
     mine = work[rank::world]
@@ -136,7 +146,7 @@ def evaluate(
         example = data[index]
         bar.set_postfix_str(f"{model.name}, {example.id}, seed {seed}")
         save = folder / "pictures" if index in kept and seed == 0 else None
-        rows = _rows(model, example, seed, cells, scorer, save)
+        rows = _rows(model, example, seed, cells, grid.mean_over, scorer, save)
         for row in rows:
             store.append(rank, [row])
             bar.update()
@@ -162,27 +172,57 @@ def _wait(world: int) -> None:
 Work = tuple[EvalModel, int, int, list[tuple[str, float]]]
 
 
+def _cells(model: EvalModel, grid: Grid, told: bool) -> list[tuple[str, float]]:
+    """What a model can make of a grid: not so small a share of a whole run that its dense step alone is above it."""
+    found = []
+    for name, keep in grid.cells():
+        try:
+            if name != "dense":
+                _config(model, name, keep, grid.mean_over, 0, [np.ones((1, 1))])
+            found.append((name, keep))
+        except ConfigError as error:
+            if told:
+                print(f"{model.name}, {name} at {100 * keep:.3g} % is left out: {error}")
+    return found
+
+
 def _missing(
-    data: Examples, chosen: Sequence[int], models: Sequence[EvalModel], grid: Grid, done: set[Key]
+    data: Examples,
+    chosen: Sequence[int],
+    models: Sequence[EvalModel],
+    seeds: int,
+    cells: Mapping[str, Sequence[tuple[str, float]]],
+    done: set[Key],
 ) -> list[Work]:
     """What is to be made, an example after the other, so that a run that is stopped has whole comparisons."""
-    cells = grid.cells()
     work = []
-    for seed in range(grid.seeds):
+    for seed in range(seeds):
         for index in chosen:
             name, family = data.keys[index]
             for model in models:
                 left = [
-                    cell for cell in cells if (model.name, family, name, str(seed), cell[0], repr(cell[1])) not in done
+                    cell
+                    for cell in cells[model.name]
+                    if (model.name, family, name, str(seed), cell[0], repr(cell[1])) not in done
                 ]
                 if left:
                     work.append((model, index, seed, left))
     return work
 
 
+def _config(
+    model: EvalModel, method: str, keep: float, mean_over: str, seed: int, masks: Sequence[Mask] | None
+) -> SparseRef:
+    def member(amount: float) -> SparseRef:
+        return methods(amount, [method], seed=seed, steps=model.steps, mask=masks)[method]
+
+    return at_share(model.pipe.transformer, member, keep, model.steps) if mean_over == "run" else member(keep)
+
+
 def _rows(
-    model: EvalModel, example: Example, seed: int, cells: Sequence[tuple[str, float]], scorer: Scorer, save: Path | None
-) -> Any:
+    model: EvalModel, example: Example, seed: int, cells: Sequence[tuple[str, float]], mean_over: str, scorer: Scorer,
+    save: Path | None,
+) -> Any:  # fmt: skip
     """The rows of one example and seed, each when its picture is made."""
     noise = zlib.crc32(f"{example.id}/{seed}".encode())
     dense = model.generate(example, noise)
@@ -194,9 +234,8 @@ def _rows(
         elif name.startswith("subject mask") and masks is None:
             continue
         else:
-            config = methods(keep, [name], seed=noise, steps=model.steps, mask=masks)[name]
             try:
-                with patched(model.pipe, config) as handle:
+                with patched(model.pipe, _config(model, name, keep, mean_over, noise, masks)) as handle:
                     image = model.generate(example, noise)
             except SparseRefError as error:
                 raise ConfigError(f"{model.name}, {example.id}, {name} at {keep:.3g}: {error}") from error

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from ..adapters.geometries import MODELS, named_model
+from ..adapters.geometries import named_model
+from ..adapters.pipelines import OF_MODEL, SEVERAL_REFERENCES
 from ..errors import ConfigError, VersionError
+from ..vocabulary import MODELS, chosen, near
 
-__all__ = ["meta_transformer"]
+__all__ = ["meta_transformer", "pipeline_of"]
 
 
 def meta_transformer(model: str) -> Any:
@@ -35,13 +37,13 @@ def meta_transformer(model: str) -> Any:
     >>> meta_transformer("kontext").config.num_layers
     19
     """
-    if model in MODELS:
-        return named_model(model)
+    if (name := _named(model)) is not None:
+        return named_model(name)
     found = [path for path in (Path(model, "transformer", "config.json"), Path(model, "config.json")) if path.is_file()]
     if not found:
         raise ConfigError(
             f"the model must be one of {', '.join(MODELS)}, or a directory with a transformer's config.json, "
-            f"got {model}"
+            f"got {model}{near(model, MODELS)}"
         )
     try:
         import diffusers
@@ -56,3 +58,35 @@ def meta_transformer(model: str) -> Any:
         raise ConfigError(f"{found[0]} must name a class of diffusers, got {config.get('_class_name')!r}")
     with torch.device("meta"):
         return cls.from_config(config)
+
+
+def pipeline_of(model: str) -> tuple[str | None, bool]:
+    """The published pipeline of `model`, as in `meta_transformer`, and whether it is distilled to few steps.
+
+    None for a transformer's directory, and for a pipeline that is not among `SEVERAL_REFERENCES`.
+
+    Examples
+    --------
+    >>> pipeline_of("klein-9b")
+    ('Flux2KleinPipeline', True)
+    """
+    if (name := _named(model)) is not None:
+        return OF_MODEL[name]
+    path = Path(model, "model_index.json")
+    if not path.is_file():
+        return None, False
+    try:
+        index = json.loads(path.read_text())
+        cls, distilled = index.get("_class_name"), index.get("is_distilled")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ConfigError(f"{path} must be a JSON object, got {error}") from error
+    if cls not in SEVERAL_REFERENCES:
+        return None, False
+    return cls, bool(distilled if distilled is not None else cls == "Flux2KleinKVPipeline")
+
+
+def _named(model: str) -> str | None:
+    try:
+        return chosen("model", model, MODELS)
+    except ConfigError:
+        return None

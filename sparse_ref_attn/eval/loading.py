@@ -1,30 +1,21 @@
-"""A pipeline from a directory or a hub id, and the arguments that its class wants."""
+"""A pipeline from a directory or a hub id, on a device that is there."""
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..errors import ConfigError, UnsupportedModelError, VersionError
+from ..errors import ConfigError, VersionError
 from ..pictures import open_image
+from ..vocabulary import OFFLOADS, chosen
+from .calls import check_class
 
-__all__ = ["DTYPES", "OFFLOADS", "call_arguments", "load_pipeline", "open_image"]
+__all__ = ["DTYPES", "check_device", "load_pipeline", "open_image", "out_of_memory"]
 
-# Published pipelines that edit reference images; whether a list of images is several references of one picture.
-SEVERAL_REFERENCES = {
-    "FluxKontextPipeline": False,
-    "Flux2Pipeline": True,
-    "Flux2KleinPipeline": True,
-    "Flux2KleinKVPipeline": True,
-    "QwenImageEditPipeline": False,
-    "QwenImageEditPlusPipeline": True,
-}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-OFFLOADS = ("none", "model", "sequential")
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory", "CUDA error: out of memory")
 
 
 def load_pipeline(
@@ -60,12 +51,9 @@ def load_pipeline(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    _check_device(device)
+    check_device(device)
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype is None else dtype
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if offload not in OFFLOADS:
-        raise ConfigError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
+    dtype, offload = chosen("dtype", dtype, DTYPES), chosen("offload", offload, OFFLOADS)
     if offload != "none" and not device.startswith("cuda"):
         raise ConfigError(f"offload {offload!r} needs a CUDA device, got {device}")
     try:
@@ -79,10 +67,17 @@ def load_pipeline(
         raise ConfigError(f"a pipeline's directory must hold model_index.json, got {model}")
     try:
         pipe = DiffusionPipeline.from_pretrained(model, dtype=DTYPES[dtype])
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"the model must be a pipeline's directory or a hub id, got {model}: {reason}") from error
-    _check_class(pipe)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a broken file, an unknown class or a part that is missing makes of it
+        if out_of_memory(error):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ConfigError(
+            f"the model must be a pipeline's directory or a hub id that diffusers can load, got {model}: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    check_class(pipe)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
@@ -92,68 +87,25 @@ def load_pipeline(
     return pipe, device
 
 
-def call_arguments(
-    pipe: Any,
-    images: Sequence[Any],
-    prompt: str,
-    *,
-    size: tuple[int, int] | None = None,
-    steps: int | None = None,
-    more: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The keyword arguments of ``pipe(...)``, without the generator.
-
-    Parameters
-    ----------
-    pipe : diffusers pipeline
-    images : sequence of PIL.Image.Image
-        The references.
-    prompt : str
-    size : (int, int), optional
-        Height and width of the output in pixels; default the pipeline's own choice.
-    steps : int, optional
-        Default the pipeline's own.
-    more : mapping, optional
-        Arguments of the pipeline's ``__call__``, over all others.
-
-    Raises
-    ------
-    ConfigError
-        If the pipeline takes one reference and gets several, or has no such argument.
-    UnsupportedModelError
-        If the pipeline is none of those that edit reference images.
-    """
-    name = _check_class(pipe)
-    if len(images) > 1 and not SEVERAL_REFERENCES[name]:
-        raise ConfigError(f"{name} takes one reference image, got {len(images)}")
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    unknown = sorted(set(more or {}) - set(parameters))
-    if unknown:
-        raise ConfigError(f"{name} must have the arguments that are set, got {', '.join(unknown)}")
-    arguments: dict[str, Any] = {"prompt": prompt, "image": list(images) if len(images) > 1 else images[0]}
-    if size is not None:
-        arguments |= {"height": size[0], "width": size[1]}
-        if "max_area" in parameters:  # Kontext scales the output to this area, whatever height and width say
-            arguments["max_area"] = size[0] * size[1]
-    arguments["num_inference_steps"] = parameters["num_inference_steps"].default if steps is None else steps
-    return arguments | dict(more or {})
-
-
-def _check_class(pipe: Any) -> str:
-    """The published class that the pipeline is, or derives from."""
-    for cls in type(pipe).__mro__:
-        if cls.__module__.startswith("diffusers.") and cls.__name__ in SEVERAL_REFERENCES:
-            return cls.__name__
-    raise UnsupportedModelError(
-        f"the pipeline must be one of {', '.join(SEVERAL_REFERENCES)}, got {type(pipe).__name__}; others (inpainting, "
-        "your own) are patched from Python: sparse_ref_attn.patch(pipe)"
-    )
-
-
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise ConfigError for a device that torch does not know, or that is not there."""
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise ConfigError(f"device must be one that torch knows, such as cpu or cuda:0, got {device!r}") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {device} must be there, got no CUDA device on this machine")
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        if out_of_memory(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "").partition(". This could be")[0]
+        raise ConfigError(f"device {device} must be one that this torch can compute on, got: {reason}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out, on a card or on the host."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    )

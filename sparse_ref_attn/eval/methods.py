@@ -11,34 +11,9 @@ from ..errors import ConfigError
 from ..rivals import Downscale, ToMe
 from ..selection import AttentionMass, SubjectMask
 from ..selection.names import NAMES
+from ..vocabulary import METHODS, RULES, SAME, SCHEDULES, chosen
 
 __all__ = ["METHODS", "RULES", "SCHEDULES", "method_name", "methods", "rule_of"]
-
-RULES: tuple[str, ...] = (
-    "downscaled",
-    "ReCAST",
-    "edges",
-    "saliency",
-    "mass x values",
-    "self-attention",
-    "cosine",
-    "grid",
-    "random",
-    "ToMe",
-    "subject mask",
-)
-"""Ways to spend tokens on a reference, the user's real alternative first."""
-
-SCHEDULES: tuple[str, ...] = ("flat", "rising", "falling", "dense-first")
-"""Ways to spread the same tokens over the steps; "dense-first" spends one dense step more, as ReCAST does."""
-
-METHODS: tuple[str, ...] = tuple(
-    name
-    for rule in RULES
-    if rule != "subject mask"
-    for name in (("ReCAST rising", "ReCAST flat") if rule == "ReCAST" else (rule,))
-)
-"""What `methods` can make of any picture; with a schedule (`method_name`) it makes more."""
 
 
 def method_name(rule: str, schedule: str = "flat") -> str:
@@ -56,10 +31,7 @@ def method_name(rule: str, schedule: str = "flat") -> str:
     >>> method_name("ReCAST", "dense-first")  # its first step is dense
     'ReCAST flat'
     """
-    if rule not in RULES:
-        raise ConfigError(f"a rule must be one of {', '.join(RULES)}, got {rule!r}")
-    if schedule not in SCHEDULES:
-        raise ConfigError(f"a schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    rule, schedule = chosen("a rule", rule, RULES, SAME), chosen("a schedule", schedule, SCHEDULES)
     if schedule == "dense-first" and _measures(rule):
         schedule = "flat"
     return rule if schedule == "flat" and rule != "ReCAST" else f"{rule} {schedule}"

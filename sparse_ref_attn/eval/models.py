@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from ..adapters.pipelines import SEVERAL_REFERENCES
 from ..errors import ConfigError, SparseRefError
+from .calls import call_arguments, check_more
 from .examples import Example, Mask
-from .loading import SEVERAL_REFERENCES, call_arguments, load_pipeline
+from .loading import check_device, load_pipeline
 
 __all__ = ["EvalModel"]
 
@@ -67,7 +69,9 @@ class EvalModel:
             from ..toy.words import LENGTH
 
             self.pipe = toy_pipeline(path)
-            self.pipe.to("cpu" if device is None else device)
+            if device is not None:
+                check_device(device)
+                self.pipe.to(device)
             self.side: int | None = 128 if side is None else side
             self.more = {"_auto_resize": False, "max_sequence_length": LENGTH, **self.more}
             self.id = _weights_id([root, WEIGHTS / "vae"])
@@ -79,6 +83,7 @@ class EvalModel:
             self.pipe, _ = load_pipeline(path, device=device, dtype=dtype)
             self.side = side
             self.id = _weights_id([root]) if root.is_dir() else path
+        check_more(self.pipe, self.more)
         self.pipe.set_progress_bar_config(disable=True)
         self._several = SEVERAL_REFERENCES.get(type(self.pipe).__name__, False)
 
@@ -101,7 +106,7 @@ class EvalModel:
         )
         try:
             return self.pipe(**arguments, generator=torch.Generator("cpu").manual_seed(seed)).images[0]
-        except ValueError as error:  # how diffusers refuses a picture or an argument
+        except (TypeError, ValueError) as error:  # how diffusers refuses a picture or an argument
             if isinstance(error, SparseRefError):
                 raise
             raise ConfigError(f"{type(self.pipe).__name__} refused {example.id}: {error}") from error

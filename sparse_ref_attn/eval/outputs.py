@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,18 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ConfigError
+from ..files import replacing
 from ..toy.calls import image
 from ..toy.scenes import Scene
 from .compare import Comparison
 from .metrics import MaskedPsnr, Psnr
 
-__all__ = ["against_answer", "prepare_directory", "table", "write", "write_answer"]
+__all__ = ["Pictures", "against_answer", "prepare_directory", "table", "write", "write_answer"]
+
+_OF_FILES = (".csv", ".gif", ".html", ".jpeg", ".jpg", ".json", ".md", ".png", ".safetensors", ".tif", ".tiff", ".webp")
+REPORT = "report.json"
+_OWN = ("dense.png", "sparse.png", "kept.png", "row.png", "references.png", "answer.png", REPORT)
+"""What `write` and `write_answer` leave."""
 
 
 def prepare_directory(path: str | os.PathLike[str]) -> Path:
@@ -25,9 +33,11 @@ def prepare_directory(path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     ConfigError
-        If it is a file, or cannot be made or written to.
+        If it is a file or named like one, or cannot be made or written to.
     """
     directory = Path(path)
+    if directory.suffix.lower() in _OF_FILES and not directory.is_dir():
+        raise ConfigError(f"the output must be a directory, got {path}, which is named like a file")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -35,6 +45,37 @@ def prepare_directory(path: str | os.PathLike[str]) -> Path:
     if not os.access(directory, os.W_OK):
         raise ConfigError(f"the output must be a directory that can be written to, got {path}")
     return directory
+
+
+class Pictures:
+    """The pictures of a run, written as soon as each exists.
+
+    Those of a run before it leave the folder with the first, and so does its report.
+
+    Parameters
+    ----------
+    folder : Path
+        Made with the first picture.
+    own : sequence of str
+        Names that a run before may have left in `folder`, the first of which is no other's: without it nothing is
+        removed.
+    """
+
+    def __init__(self, folder: Path, own: Sequence[str] = (REPORT, *_OWN)) -> None:
+        self.folder, self.written, self._own = folder, list[str](), own
+
+    def __call__(self, name: str, picture: Any) -> None:
+        """Write ``NAME.png``; a later one of the name takes its place."""
+        if not self.written:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._own and (self.folder / self._own[0]).is_file():
+                for old in self._own:
+                    (self.folder / old).unlink(missing_ok=True)
+        path = self.folder / (re.sub(r"[^\w -]+", "_", name) + ".png")
+        with replacing(path) as draft:
+            picture.save(draft, format="PNG")
+        if path.name not in self.written:
+            self.written.append(path.name)
 
 
 def write(directory: Path, result: Comparison, about: dict[str, Any]) -> list[tuple[str, str]]:
@@ -47,19 +88,20 @@ def write(directory: Path, result: Comparison, about: dict[str, Any]) -> list[tu
     about : dict
         JSON types that go into the report beside the measurements.
     """
-    files = []
+    files, pictures = [], Pictures(directory, ())
     if result.dense_image is not None:
-        result.dense_image.save(directory / "dense.png")
+        pictures("dense", result.dense_image)
         files.append(("dense.png", "the picture with every reference token"))
-    result.sparse_image.save(directory / "sparse.png")
+    pictures("sparse", result.sparse_image)
     files.append(("sparse.png", "the picture with the kept ones, same seed"))
     kinds = {step.kind for step in result.handle.record.steps}
     if kinds & {"in_flight", "sparse", "cached"}:
         result.handle.save_overlay(directory / "kept.png")
         files.append(("kept.png", "the reference: kept tokens bright, dropped ones dark; scores; tokens by step"))
     report = {**about, "comparison": result.to_dict(), "run": result.summary("dict")}
-    (directory / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    files.append(("report.json", "all numbers, settings and versions"))
+    with replacing(directory / REPORT) as draft:
+        Path(draft).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    files.append((REPORT, "all numbers, settings and versions"))
     return files
 
 
@@ -76,8 +118,9 @@ def write_answer(directory: Path, references: Any, pair: Scene, result: Comparis
     """
     answer = image(pair.target)
     row = np.concatenate([np.asarray(x) for x in (references, answer, result.dense_image, result.sparse_image)], 1)
+    pictures = Pictures(directory, ())
     for name, picture in (("references", references), ("answer", answer), ("row", Image.fromarray(row))):
-        picture.save(directory / f"{name}.png")
+        pictures(name, picture)
     return [
         ("row.png", "side by side: what the model was shown, the answer, dense, sparse"),
         ("references.png", "what the model was shown"),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
+from ..vocabulary import chosen
 from . import metrics
 from .examples import Example, Examples, Mask
 from .metrics import Metric, weights
@@ -64,9 +65,8 @@ class Scorer:
     def __init__(
         self, data: Examples, names: Sequence[str] | None = None, *, clip: str | None = None, dino: str | None = None
     ) -> None:
-        unknown = [name for name in names or () if name not in MEASURES]
-        if unknown:
-            raise ConfigError(f"metrics must be among {', '.join(MEASURES)}, got {', '.join(unknown)}")
+        if names is not None:
+            names = [chosen("a metric", name, MEASURES) for name in names]
         if names is not None and "subject-psnr" in names and not data.masks:
             raise ConfigError("subject-psnr must have masks of the pictures' subjects, got a data set without any")
         if names is None:

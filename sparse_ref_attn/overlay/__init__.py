@@ -1,6 +1,6 @@
 """Pictures of a finished run: which reference tokens were kept, their scores, the budget over steps."""
 
-from .kept import save_overlay
+from .kept import overlay, save_overlay
 from .strip import save_budget_strip
 
-__all__ = ["save_budget_strip", "save_overlay"]
+__all__ = ["overlay", "save_budget_strip", "save_overlay"]

@@ -5,15 +5,34 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
+
+from ..errors import ConfigError
+from ..files import replacing
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
-__all__ = ["FAINT", "GAP", "INK", "MARGIN", "PAPER", "WIDTH", "across", "down", "percent", "save", "typeface", "words"]
+__all__ = [
+    "FAINT",
+    "GAP",
+    "INK",
+    "MARGIN",
+    "PAPER",
+    "WIDTH",
+    "across",
+    "down",
+    "page",
+    "percent",
+    "save",
+    "typeface",
+    "words",
+]
 
 WIDTH, MARGIN, GAP = 1400, 40, 24  # pixels
 PAPER, INK, FAINT = (255, 255, 255), (34, 38, 46), (118, 124, 134)
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 
 
 def typeface(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -69,12 +88,25 @@ def across(images: Sequence[Image.Image], gap: int, width: int | None = None) ->
     return out
 
 
-def save(content: Image.Image, path: str | os.PathLike[str] | IO[bytes]) -> None:
+def page(content: Image.Image) -> Image.Image:
+    """The content with a margin around it, `WIDTH` wide."""
     from PIL import Image
 
-    page = Image.new("RGB", (WIDTH, content.height + 2 * MARGIN), PAPER)
-    page.paste(content, (MARGIN, MARGIN))
-    page.save(path, format="PNG")
+    out = Image.new("RGB", (WIDTH, content.height + 2 * MARGIN), PAPER)
+    out.paste(content, (MARGIN, MARGIN))
+    return out
+
+
+def save(image: Image.Image, path: str | os.PathLike[str] | IO[bytes]) -> None:
+    """Write in the format that the name ends in; a name without an ending, or a file, gets a PNG."""
+    if not isinstance(path, (str, os.PathLike)):
+        image.save(path, format="PNG")
+        return
+    suffix = Path(path).suffix.lower()
+    if suffix and suffix not in FORMATS:
+        raise ConfigError(f"a picture's name must end in {', '.join(FORMATS)}, got {os.fspath(path)}")
+    with replacing(path) as draft:
+        image.save(draft, format=FORMATS.get(suffix, "PNG"))
 
 
 def percent(share: float) -> str:

@@ -11,13 +11,13 @@ import torch
 
 from ..errors import ConfigError, LayoutError
 from ..record import RunRecord, StepRecord
-from .canvas import FAINT, GAP, MARGIN, PAPER, WIDTH, across, down, percent, save, words
+from .canvas import FAINT, GAP, MARGIN, PAPER, WIDTH, across, down, page, percent, save, words
 from .strip import budget_strip
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["save_overlay"]
+__all__ = ["overlay", "save_overlay"]
 
 OUTLINE, NEUTRAL = (255, 255, 255), ((206, 208, 212), (180, 183, 189))
 DIM, COLOUR_LEFT = 0.3, 0.25  # brightness and saturation that dropped tokens keep
@@ -32,33 +32,21 @@ HEAT = np.array(
 
 
 def save_overlay(record: RunRecord, path: str | os.PathLike[str] | IO[bytes], step: int | None = None) -> None:
-    """Draw the references with what one step dropped dimmed, the scores, and the budget over steps.
-
-    Kept tokens have the reference's own colours and a light outline, dropped ones are dark and
-    nearly grey. A reference without pixels is a grey checkerboard, one cell a token; tokens without
-    a grid are a strip, left to right. Beside or below each stands the heat of its scores,
-    on its own scale.
+    """Write `overlay` to a file.
 
     Parameters
     ----------
-    record : RunRecord
-        A finished run.
+    record, step
+        As in `overlay`.
     path : path-like or binary file
-        Where the PNG is written, 1400 pixels wide.
-    step : int, optional
-        Counted from 0. Default: the last sparse (or cached) step; the last step of a run that kept
-        every token.
+        In the format that the name ends in (.png, .jpg, .jpeg, .webp, .tif, .tiff); a PNG otherwise.
 
     Raises
     ------
     LayoutError
-        If no step was run, or selections, scores or pixels do not fit the references.
+        As `overlay`.
     ConfigError
-        If `step` was not run.
-
-    Notes
-    -----
-    Needs Pillow. Of a batch the first item's pixels are drawn. One sync a reference.
+        As `overlay`, for another ending, or if the file cannot be written.
 
     Examples
     --------
@@ -70,6 +58,41 @@ def save_overlay(record: RunRecord, path: str | os.PathLike[str] | IO[bytes], st
     ...     save_overlay(run, file)
     ...     file.tell() > 0
     True
+    """
+    save(overlay(record, step), path)
+
+
+def overlay(record: RunRecord, step: int | None = None) -> Image.Image:
+    """Draw the references with what one step dropped dimmed, the scores, and the budget over steps.
+
+    Kept tokens have the reference's own colours and a light outline, dropped ones are dark and
+    nearly grey. A reference without pixels is a grey checkerboard, one cell a token; tokens without
+    a grid are a strip, left to right. Beside or below each stands the heat of its scores,
+    on its own scale.
+
+    Parameters
+    ----------
+    record : RunRecord
+        A finished run.
+    step : int, optional
+        Counted from 0. Default: the last sparse (or cached) step; the last step of a run that kept
+        every token.
+
+    Returns
+    -------
+    PIL.Image.Image
+        RGB, 1400 pixels wide.
+
+    Raises
+    ------
+    LayoutError
+        If no step was run, or selections, scores or pixels do not fit the references.
+    ConfigError
+        If `step` was not run.
+
+    Notes
+    -----
+    Needs Pillow. Of a batch the first item's pixels are drawn. One sync a reference.
     """
     shown = _choose(record, step)
     kept = _kept_masks(record, shown)
@@ -86,7 +109,7 @@ def save_overlay(record: RunRecord, path: str | os.PathLike[str] | IO[bytes], st
     notes = [words(note, 16, inner, FAINT) for note in record.notes]
     head = down([words(title, 30, inner), words(line, 18, inner, FAINT), *notes], 4)
     budget = down([words("Budget over the run", 22, inner), budget_strip(record, inner, shown.index)], 8)
-    save(down([head, _legend(record.scores is not None), *rows, budget], GAP), path)
+    return page(down([head, _legend(record.scores is not None), *rows, budget], GAP))
 
 
 def _kept_image(record: RunRecord, reference: int, kept: np.ndarray, size: tuple[int, int]) -> Image.Image:

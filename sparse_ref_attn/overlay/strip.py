@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING
 
 from ..errors import LayoutError
 from ..record import RunRecord
-from .canvas import FAINT, INK, MARGIN, PAPER, WIDTH, across, down, save, typeface, words
+from .canvas import FAINT, INK, MARGIN, PAPER, WIDTH, across, down, page, save, typeface, words
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,19 +39,21 @@ def save_budget_strip(record: RunRecord, path: str | os.PathLike[str] | IO[bytes
     record : RunRecord
         A run with at least one step.
     path : path-like or binary file
-        Where the PNG is written, 1400 pixels wide.
+        1400 pixels wide, in the format that the name ends in, as `save_overlay`.
 
     Raises
     ------
     LayoutError
         If no step was run.
+    ConfigError
+        As `save_overlay`.
 
     Notes
     -----
     Needs Pillow.
     """
     inner = WIDTH - 2 * MARGIN
-    save(down([words("Reference tokens per step", 22, inner), budget_strip(record, inner)], 8), path)
+    save(page(down([words("Reference tokens per step", 22, inner), budget_strip(record, inner)], 8)), path)
 
 
 def budget_strip(record: RunRecord, width: int, shown: int | None = None) -> Image.Image:

@@ -17,12 +17,12 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..hooks.compiled import check_not_compiled, unwrap
 from ..hooks.diffusers import check_diffusers
 from ..hooks.instance import check_free
-from ..presets import ReCAST
+from ..presets import configuration
 from .generations import Generations
 from .handle import PatchHandle
 from .patch import Patch
 
-__all__ = ["PURPOSE", "generations_of", "install", "patch", "patch_of", "patched", "resolve"]
+__all__ = ["PURPOSE", "generations_of", "install", "patch", "patch_of", "patched", "resolve", "transformer_of"]
 
 logger = logging.getLogger("sparse_ref_attn")
 
@@ -31,16 +31,16 @@ PURPOSE = "inference"
 _PATCHES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Patch]] = weakref.WeakKeyDictionary()
 
 
-def patch(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None = None) -> PatchHandle:
+def patch(pipe: Any, config: SparseRef | float | str | None = None, *, adapter: Adapter | None = None) -> PatchHandle:
     """Run a pipeline on the reference tokens that matter.
 
     Parameters
     ----------
     pipe : diffusers pipeline or torch.nn.Module
         A pipeline with a supported transformer, or the transformer itself.
-    config : SparseRef, optional
-        Default ``ReCAST()``: training-free, one dense profiling step, then 1/16 to 1/4 of each
-        reference.
+    config : SparseRef, str, float or int, optional
+        Default ``ReCAST()``, "recast": training-free, one dense profiling step, then 1/16 to 1/4 of each
+        reference. A share (0.25) or a number of tokens is that of ``SparseContext``, "sparse-context".
     adapter : Adapter, optional
         For a model that is not registered; see `register_adapter`.
 
@@ -79,9 +79,7 @@ def patch(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None
     PatchHandle(FLUX.1 Kontext: Grid, Constant(keep=0.25, per='reference'), tokens)
     >>> handle.remove()
     """
-    config = ReCAST() if config is None else config
-    if not isinstance(config, SparseRef):
-        raise ConfigError(f"config must be a SparseRef (ReCAST(...), SparseContext(...)), got {type(config).__name__}")
+    config = configuration(config)
     transformer, adapter = resolve(pipe, adapter)
     check_free(transformer, PURPOSE)
     generations = Generations(transformer, None if isinstance(pipe, nn.Module) else pipe, config, adapter)
@@ -108,11 +106,7 @@ def resolve(pipe: Any, adapter: Adapter | None = None) -> tuple[nn.Module, Adapt
     UnsupportedModelError, VersionError, IncompatibleError, ConfigError
         As `patch` does.
     """
-    model = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "transformer", None)
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"there must be a pipeline with a transformer, or a transformer, got {full_name(type(pipe))}"
-        )
+    model = transformer_of(pipe)
     check_not_compiled(model)
     transformer = unwrap(model)
     check_not_compiled(transformer)
@@ -125,6 +119,22 @@ def resolve(pipe: Any, adapter: Adapter | None = None) -> tuple[nn.Module, Adapt
     if full_name(type(transformer)).startswith("diffusers.") or not isinstance(pipe, nn.Module):
         check_diffusers()
     return transformer, adapter
+
+
+def transformer_of(pipe: Any) -> nn.Module:
+    """The transformer of a pipeline, or the one that is given, in whatever it is wrapped.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If there is none.
+    """
+    model = pipe if isinstance(pipe, nn.Module) else getattr(pipe, "transformer", None)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"there must be a pipeline with a transformer, or a transformer, got {full_name(type(pipe))}"
+        )
+    return model
 
 
 def generations_of(transformer: nn.Module) -> Generations | None:
@@ -141,7 +151,9 @@ def patch_of(transformer: nn.Module) -> Patch | None:
 
 
 @contextlib.contextmanager
-def patched(pipe: Any, config: SparseRef | None = None, *, adapter: Adapter | None = None) -> Iterator[PatchHandle]:
+def patched(
+    pipe: Any, config: SparseRef | float | str | None = None, *, adapter: Adapter | None = None
+) -> Iterator[PatchHandle]:
     """As `patch`, taken off at the end of the block, also after an exception.
 
     Examples

@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 
 from ..config import SparseRef
 from ..errors import ConfigError, HandleRemovedError, IncompatibleError, SparseRefError, UnsupportedModelError
-from ..overlay import save_budget_strip, save_overlay
+from ..overlay import overlay, save_budget_strip, save_overlay
 from ..record import RunRecord
 from ..reference_cache import ReferenceCache
 from ..report import FlopSummary, attention_table, summary
+from ..report.page import plain
 from ..report.work import summarise
 from ..selection import Ranking
 from ..selection.ranking import fingerprint
 from .generations import Generations
 from .reuse import CacheReuse
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["PatchHandle"]
 
@@ -40,6 +44,11 @@ class PatchHandle:
     def __repr__(self) -> str:
         state = "removed" if self._generations.removed else self.config.describe()
         return f"PatchHandle({self._name}: {state})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the configuration and, after a run, its report."""
+        run = self._generations.record
+        return plain(repr(self)) + (self.summary("html") if run is not None and run.steps else "")
 
     @property
     def config(self) -> SparseRef:
@@ -90,7 +99,7 @@ class PatchHandle:
 
     @overload
     def summary(
-        self, format: Literal["text", "markdown", "json"] = "text", *, dense_seconds: float | None = None
+        self, format: Literal["text", "markdown", "html", "json"] = "text", *, dense_seconds: float | None = None
     ) -> str: ...
 
     @overload
@@ -98,7 +107,7 @@ class PatchHandle:
 
     def summary(
         self,
-        format: Literal["text", "markdown", "json", "dict"] = "text",
+        format: Literal["text", "markdown", "html", "json", "dict"] = "text",
         *,
         dense_seconds: float | None = None,
     ) -> str | dict[str, Any]:
@@ -106,7 +115,7 @@ class PatchHandle:
 
         Parameters
         ----------
-        format : {"text", "markdown", "dict", "json"}
+        format : {"text", "markdown", "html", "dict", "json"}
         dense_seconds : float, optional
             Measured time of the same run without the patch, to print the whole run's speed-up.
 
@@ -122,12 +131,16 @@ class PatchHandle:
         """The paper's diagnostics: mass in the top 25 %, entropy in bits, by step, reference, block and head."""
         return attention_table(self.record)
 
+    def overlay(self, step: int | None = None) -> Image.Image:
+        """The references with the kept tokens bright, the scores, and the budget over the steps, as a PIL image."""
+        return overlay(self.record, step)
+
     def save_overlay(self, path: str | os.PathLike[str], step: int | None = None) -> None:
-        """A PNG of the references with the kept tokens bright, the scores, and the budget over the steps."""
+        """Write `overlay` in the format that the name ends in (.png, .jpg, .webp, .tiff)."""
         save_overlay(self.record, path, step)
 
     def save_budget_strip(self, path: str | os.PathLike[str]) -> None:
-        """A PNG of the number of tokens at each step."""
+        """Write a picture of the number of tokens at each step."""
         save_budget_strip(self.record, path)
 
     @property

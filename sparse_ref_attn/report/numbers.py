@@ -14,9 +14,11 @@ from torch import Tensor
 from ..checks import is_number, is_one_of
 from ..errors import ConfigError, LayoutError
 from ..record import RunRecord, StepRecord, mean_over_blocks
-from .words import KINDS, markdown, text
+from .words import KINDS, hypertext, markdown, text
 
 __all__ = ["FlopSummary", "summary"]
+
+_WORDS = {"text": text, "markdown": markdown, "html": hypertext}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class FlopSummary:
 @overload
 def summary(
     record: RunRecord,
-    format: Literal["text", "markdown", "json"] = "text",
+    format: Literal["text", "markdown", "html", "json"] = "text",
     flops: FlopSummary | None = None,
     dense_seconds: float | None = None,
 ) -> str: ...
@@ -90,8 +92,8 @@ def summary(
     ----------
     record : RunRecord
         A finished run.
-    format : {"text", "markdown", "dict", "json"}
-        A table of at most 100 columns, markdown tables, JSON types, or those as JSON text.
+    format : {"text", "markdown", "html", "dict", "json"}
+        A table of at most 100 columns, markdown or HTML tables, JSON types, or those as JSON text.
     flops : FlopSummary, optional
         Work of the dense run and of this one.
     dense_seconds : float, optional
@@ -133,8 +135,8 @@ def summary(
     >>> summary(run, "dict")["references"][0]["kept_mean"]
     2.5
     """
-    if not is_one_of(format, ("text", "markdown", "dict", "json")):
-        raise ConfigError(f'format must be "text", "markdown", "dict" or "json", got {format!r}')
+    if not is_one_of(format, (*_WORDS, "dict", "json")):
+        raise ConfigError(f"format must be one of {', '.join((*_WORDS, 'dict', 'json'))}, got {format!r}")
     if dense_seconds is not None and not (is_number(dense_seconds) and 0 < dense_seconds < math.inf):
         raise ConfigError(f"dense_seconds must be finite and above 0, got {dense_seconds!r}")
     if not record.steps or not record.layout.references:
@@ -147,7 +149,7 @@ def summary(
         return data
     if format == "json":
         return json.dumps(data, indent=2, allow_nan=False)
-    return text(data) if format == "text" else markdown(data)
+    return _WORDS[format](data)
 
 
 def _measure(record: RunRecord, flops: FlopSummary | None, dense_seconds: float | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run's numbers as text and as markdown."""
+"""A run's numbers as text, as markdown and as HTML."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["KINDS", "aligned", "digits", "markdown", "text"]
+from .page import page, table
+
+__all__ = ["KINDS", "aligned", "digits", "hypertext", "markdown", "text"]
 
 KINDS = ("profile", "in_flight", "dense", "sparse", "cached")
 WIDTH = 100  # columns of the text form
@@ -36,6 +38,11 @@ def markdown(data: dict[str, Any]) -> str:
     if data["notes"]:
         lines += ["", *(f"- {' '.join(note.split())}" for note in data["notes"])]
     return "\n".join(lines)
+
+
+def hypertext(data: dict[str, Any]) -> str:
+    kept = table(*_kept_rows(data), left=(1,))
+    return page("Reference tokens kept", kept, table((), _facts(data), left=(0, 1)), notes=data["notes"])
 
 
 def _kept_rows(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -9,7 +9,7 @@ the paper states, and 654 when the dense profiling step is counted: `Budget.mean
 from __future__ import annotations
 
 from ..errors import ConfigError
-from .base import Budget, Keep, Piecewise
+from .base import Budget, Keep, Piecewise, check_keep
 from .clock import Clock
 from .curves import Constant, Cosine, Descending, Linear, Pieces, Polynomial
 from .rounding import check_floor, floors, round_joint
@@ -29,6 +29,7 @@ __all__ = [
     "TopP",
     "budget",
     "check_floor",
+    "check_keep",
     "floors",
     "from_dict",
     "round_joint",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
+from ..vocabulary import chosen
 from .attention import AttentionMass, SelfAttention
 from .base import FromFunction, Selector
 from .combine import Mix, Union
@@ -51,9 +52,9 @@ def selector(choice: str | Selector) -> Selector:
     """
     if isinstance(choice, Selector):
         return choice
-    if isinstance(choice, str) and choice in NAMES:
-        return NAMES[choice]()
-    raise ConfigError(f"a selector must be a Selector or one of {', '.join(map(repr, NAMES))}, got {choice!r}")
+    if not isinstance(choice, str):
+        raise ConfigError(f"a selector must be a Selector or one of {', '.join(NAMES)}, got {choice!r}")
+    return NAMES[chosen("a selector's name", choice, NAMES)]()
 
 
 def to_dict(choice: Selector) -> dict[str, Any]:

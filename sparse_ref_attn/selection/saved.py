@@ -88,6 +88,13 @@ class Ranking:
         object.__setattr__(self, "scores", scores)
         object.__setattr__(self, "grids", grids)
 
+    def __repr__(self) -> str:
+        grids = ", ".join(
+            f"{size} tokens" if grid is None else f"{grid[0]} x {grid[1]}"
+            for size, grid in zip(self.sizes, self.grids, strict=True)
+        )
+        return f"Ranking({self.model}: {grids})"
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """Tokens of each reference."""

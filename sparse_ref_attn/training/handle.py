@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ..errors import ConfigError
 from ..patching.patch import Patch
+from ..report.page import plain
 from ..types import RefSelection
 from .draws import Draws
 from .random_drop import RandomDrop
@@ -25,6 +26,9 @@ class TrainingHandle:
 
     def __repr__(self) -> str:
         return f"TrainingHandle({self._draws.adapter.name}: {'removed' if self.removed else self.drop})"
+
+    def _repr_html_(self) -> str:
+        return plain(repr(self))
 
     @property
     def drop(self) -> RandomDrop:

@@ -14,6 +14,7 @@ from ..schedules import check_floor, floors
 from ..schedules.rounding import whole
 from ..selection.ranking import order, prefix
 from ..types import RefSelection
+from ..vocabulary import chosen
 
 __all__ = ["DISTRIBUTIONS", "RandomDrop"]
 
@@ -86,10 +87,7 @@ class RandomDrop:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", _ends(self.keep))
-        if self.distribution not in DISTRIBUTIONS:
-            raise ConfigError(
-                f"distribution must be one of {', '.join(map(repr, DISTRIBUTIONS))}, got {self.distribution!r}"
-            )
+        object.__setattr__(self, "distribution", chosen("distribution", self.distribution, DISTRIBUTIONS))
         if not isinstance(self.per_sample, bool):
             raise ConfigError(f"per_sample must be a bool, got {self.per_sample!r}")
         if not _is_number(self.full_probability) or not 0 <= self.full_probability <= 1:

@@ -33,16 +33,17 @@ def references_of(scores: Callable[[int], Any]) -> sra.FromFunction:
         (lambda: sra.SparseRef("grid", float("nan")), r"keep must be .*, got nan"),
         (lambda: sra.SparseRef("grid", True), r"keep must be .*, got True"),
         (lambda: sra.SparseRef("grid", "half"), r"a budget must be a Budget, .* got 'half'"),  # type: ignore[arg-type]
-        (lambda: sra.SparseRef("gird"), r"a selector must be a Selector or one of .*'grid'.*, got 'gird'"),
+        (lambda: sra.SparseRef("gird"), r"a selector's name must be one of .*grid.*, got 'gird'; did you"),
+        (lambda: sra.SparseRef(3), r"a selector must be a Selector or one of .*grid.*, got 3"),  # type: ignore[arg-type]
         (lambda: sra.SparseRef(floor=1.5), r"floor as a ratio must lie in \[0, 1\], got 1.5"),
         (lambda: sra.SparseRef(floor=-1), r"floor must be a ratio in \[0, 1\] or a number of tokens, got -1"),
         (lambda: sra.SparseRef(weights=(1, 0)), r"weights must be finite numbers above 0, .* got \(1, 0\)"),
         (lambda: sra.SparseRef(multiple=0), r"multiple must be an int of at least 1, got 0"),
-        (lambda: sra.SparseRef(clock="time"), r'clock must be "steps" or "sigma", got \'time\''),
+        (lambda: sra.SparseRef(clock="time"), r"clock must be one of steps, sigma, got 'time'"),
         (lambda: sra.SparseRef(execute="rows"), "execute must be one of tokens, cache, both, got 'rows'"),
         (lambda: sra.SparseRef(seed=0.5), r"seed must be an int, got 0.5"),  # type: ignore[arg-type]
         (lambda: sra.ReCAST(task="recolour"), r"task must be one of auto, edit, subject, style, got 'recolour'"),
-        (lambda: sra.ReCAST(2048, 1024), r"0 < n_min <= n_max <= reference_tokens must hold, got 2048, 1024, 4096"),
+        (lambda: sra.ReCAST(2048, 1024), r"n_min <= n_max <= reference_tokens must hold, got 2048, 1024, 4096"),
         (lambda: sra.SparseContext(0.0), r"keep must be .*, got 0.0"),
         (lambda: UniformGuard(top_quarter=0.1), r"guard top_quarter must lie in \[0.25, 1\] .*, got 0.1"),
         (lambda: sra.AttentionMass(blocks=()), r"blocks must be one or more ints of at least 0, got \(\)"),
@@ -60,7 +61,9 @@ def test_refused_when_it_is_written(make: Callable[[], Any], message: str) -> No
     ("config", "error", "message"),
     [
         (sra.SparseRef(sra.AttentionMass(blocks=(7,))), sra.ConfigError, r"within this model's 4 blocks, got \(7,\)"),
-        ("grid", sra.ConfigError, r"config must be a SparseRef \(.*\), got str"),
+        ("grid", sra.ConfigError, r"a configuration's name must be one of recast, sparse-context, got 'grid'"),
+        ([0.5], sra.ConfigError, r"config must be a SparseRef \(.*\), a preset's name or a share, got list"),
+        (1.5, sra.ConfigError, r"keep must be .* \(float in \(0, 1\]\), got 1.5"),
     ],
     ids=str,
 )

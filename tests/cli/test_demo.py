@@ -105,12 +105,13 @@ def test_demo_recast_profiles_and_then_drops(tmp_path: Path) -> None:
     text = run(*TINY, "--out", tmp_path, "--preset", "recast", "--keep", "0.5", "--steps", "3")
     by_step = report(tmp_path)["run"]["by_step"]
     assert by_step["kind"] == ["profile", "sparse", "sparse"]
-    assert by_step["kept"] == [64, 14, 32]  # 1/8 + 3/8 (1/2)^2 of 64, and 1/2
+    assert by_step["kept"] == [64, 10, 22]  # half of 64 on average, the last two by eq. (4) from 1/4 of its top
+    assert report(tmp_path)["run"]["reference_tokens"]["share"] == 0.5
     assert 'task="subject"' in text
 
 
 def test_demo_small_is_the_trained_model_on_subjects_that_it_never_saw(tmp_path: Path, photo: Path) -> None:
-    text = run("demo", "--out", tmp_path / "own", "--steps", "3", "--task", "swap", "--seed", "2", "--image", photo)
+    text = run("demo", "--out", tmp_path / "own", "--steps", "3", "--edit", "swap", "--seed", "2", "--image", photo)
     names = ("references", "answer", "dense", "sparse", "kept")
     pictures = {name: pixels(tmp_path / "own" / f"{name}.png") for name in names}
     assert all(pictures[name].shape == (128, 128, 3) for name in names[:4])
@@ -125,7 +126,7 @@ def test_demo_small_is_the_trained_model_on_subjects_that_it_never_saw(tmp_path:
     psnr = found["psnr_db"]["dense against the answer, whole picture"]
     assert psnr == pytest.approx(-10 * np.log10(np.square(error).mean()))
     assert f"dense against the answer, whole picture: {psnr:.1f} dB" in text
-    run("demo", "--out", tmp_path / "bundled", "--steps", "3", "--task", "swap", "--seed", "2")
+    run("demo", "--out", tmp_path / "bundled", "--steps", "3", "--edit", "swap", "--seed", "2")
     same = pixels(tmp_path / "bundled" / "references.png") == pictures["references"]
     assert 0.05 < same.all(-1).mean() < 0.6  # the subject is the same, what it stands on is another photo
 
@@ -133,9 +134,9 @@ def test_demo_small_is_the_trained_model_on_subjects_that_it_never_saw(tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "a cup"], "--prompt must come with --size large or tiny"),
-        (["--size", "tiny", "--task", "place"], "--task must come with --size small, got --size tiny"),
-        (["--task", "colour"], "invalid choice: 'colour'"),
+        (["--prompt", "a cup"], "--prompt must come with --builtin large or tiny"),
+        (["--size", "tiny", "--edit", "place"], "--edit must come with --builtin small, got --builtin tiny"),
+        (["--edit", "colour"], "must be one of place, pair, swap, local, global, got 'colour'"),
     ],
 )
 def test_demo_arguments_of_the_other_model(

@@ -8,16 +8,27 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import sparse_ref_attn as sra
-from sparse_ref_attn import doctor
+from sparse_ref_attn import doctor, vocabulary
 from sparse_ref_attn.adapters.geometries import named_model
+from sparse_ref_attn.adapters.pipelines import OF_MODEL
 from sparse_ref_attn.cli import main
+from sparse_ref_attn.cli.arguments import parser
+from sparse_ref_attn.eval.datasets import LAYOUTS
+from sparse_ref_attn.eval.embedded import SIZES
+from sparse_ref_attn.eval.loading import DTYPES
+from sparse_ref_attn.eval.methods import METHODS, rule_of
+from sparse_ref_attn.eval.scores import MEASURES
 from sparse_ref_attn.ops.gather_attention.api import BACKENDS
 from sparse_ref_attn.ops.verdicts import table
+from sparse_ref_attn.selection.names import NAMES
+from sparse_ref_attn.toy.words import TASKS as EDITS
+from sparse_ref_attn.training.random_drop import DISTRIBUTIONS
 from tests.cli.commands import run
 from tests.stand_in_backend import judged, spoiled
 
@@ -30,6 +41,29 @@ def test_estimate_is_that_of_the_library(models: Path) -> None:
     ).to_dict()
     assert found == json.loads(json.dumps(same))
     assert "FLOP ratio" in run(*command, "--model", models / "klein")
+
+
+@pytest.mark.parametrize("preset", ["recast", "sparse-context"])
+@pytest.mark.parametrize("keep", [100, 25, 10])
+def test_keep_is_the_mean_over_the_steps_whatever_the_preset(preset: str, keep: int) -> None:
+    """`--keep 100%` of recast was the top of its ramp: 2,177 of 4,096 tokens on average, and 16 % for 25 %."""
+    found = json.loads(run("estimate", "--model", "kontext", "--preset", preset, "--keep", f"{keep}%", "--json"))
+    assert found["mean_tokens"] == pytest.approx(4096 * keep / 100, abs=0.5)
+
+
+def test_estimate_knows_the_steps_and_the_references_of_a_model(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It had 28 steps for a four-step model, and three references for Kontext, which `run` refuses."""
+    found = {name: json.loads(run("estimate", "--model", name, "--json")) for name in ("kontext", "KLEIN_4B")}
+    assert [len(found[name]["kinds"]) for name in found] == [28, 4]
+    assert len(json.loads(run("estimate", "--model", models / "klein_kv", "--references", "3", "--json"))["kinds"]) == 4
+    for model in ("kontext", models / "kontext"):
+        assert main(["estimate", "--model", str(model), "--references", "3"]) == 2
+        assert "FluxKontextPipeline takes one reference image, got 3" in capsys.readouterr().err
+    assert "text encoders and VAE are not in it" in run("estimate", "--model", "kontext")
+    assert main(["estimate", "--model", "kontex"]) == 2
+    assert "got kontex; did you mean 'kontext'?" in capsys.readouterr().err
 
 
 def test_doctor_says_what_is_there_and_what_is_not() -> None:
@@ -100,6 +134,83 @@ def test_the_command_line_needs_nothing_of_the_eval_extra() -> None:
     assert done.returncode == 22
     assert "sra train cannot run: peft not installed: pip install 'sparse-ref-attn[train]'" in done.stderr
     assert "sra compare cannot run: scipy not installed: pip install 'sparse-ref-attn[eval]'" in done.stderr
+
+
+def test_help_and_the_version_import_nothing_that_runs() -> None:
+    asked = [[], ["--version"], ["--help"], *([name, "--help"] for name in ("demo", "run", "compare", "eval", "train"))]
+    code = (
+        "import contextlib, sys\n"
+        "for name in ('torch', 'numpy', 'diffusers', 'PIL'): sys.modules[name] = None\n"
+        "from sparse_ref_attn.cli import main\n"
+        f"for arguments in {asked}:\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        assert main(arguments) == 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("usage: sra") == len(asked) - 1
+    assert f"sparse_ref_attn {sra.__version__}\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("SELECTORS", NAMES),
+        ("RULES", {rule_of(name)[0] for name in METHODS} | {"subject mask"}),
+        ("BUILTIN", ("small", *SIZES)),
+        ("LAYOUTS", LAYOUTS),
+        ("METRICS", MEASURES),
+        ("DISTRIBUTIONS", DISTRIBUTIONS),
+        ("EDITS", EDITS),
+        ("DTYPES", DTYPES),
+        ("MODELS", OF_MODEL),
+    ],
+)
+def test_the_vocabulary_is_that_of_what_runs(name: str, known: Any) -> None:
+    assert set(getattr(vocabulary, name)) == set(known)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["esitmate"], "got 'esitmate'; did you mean 'estimate'?"),
+        (
+            ["estimate", "--model", "kontext", "--kepe", "3"],
+            "arguments must be known, got --kepe 3; did you mean '--keep'?",
+        ),
+        (["estimate", "--model", "kontext", "--preset", "recats"], "got 'recats'; did you mean 'recast'?"),
+        (["estimate", "--model", "kontext", "--task", "subjects"], "got 'subjects'; did you mean 'subject'?"),
+        (["estimate", "--model", "kontext", "--select", "edge"], "got 'edge'; did you mean 'edges'?"),
+        (["eval", "--out", "x", "--rules", "Mas"], "got 'Mas'; did you mean 'mass'?"),
+        (["eval", "--out", "x", "--layout", "pie bnch"], "did you mean 'pie-bench'?"),
+        (["eval", "--out", "x", "--metrics", "lpip"], "did you mean 'lpips'?"),
+        (["compare", "--out", "x", "--methods", "recast risin"], "did you mean 'ReCAST rising'?"),
+        (["train", "--out", "x", "--steps", "1", "--keep", "half"], "must be a share or two of them (5%-100%, 0.05-1)"),
+    ],
+)
+def test_a_near_miss_is_answered(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_names_are_the_same_everywhere_and_case_does_not_matter() -> None:
+    line = parser()
+    options = line.parse(["run", "--model", "m", "--image", "i", "--prompt", "p", "--out", "o", "--preset",
+                          "Sparse_Context", "--task", "SUBJECT", "--select", "Self_Attention", "--execute", "Both",
+                          "--dtype", "BFloat16", "--output", "64X32"])  # fmt: skip
+    assert (options.preset, options.task, options.select) == ("sparse-context", "subject", "self-attention")
+    assert (options.execute, options.dtype, options.output) == ("both", "bfloat16", (64, 32))
+    options = line.parse(["eval", "--out", "o", "--rules", "mass", "TOME", "--keep", "25%", "0.1"])
+    assert (options.rules, options.keep) == (["ReCAST", "ToMe"], [0.25, 0.1])
+    assert line.parse(["compare", "--out", "o", "--methods", "recast_flat"]).methods == ["ReCAST flat"]
+    for given, want in (("5%-100%", (0.05, 1.0)), ("0.05-1", (0.05, 1.0)), ("50%", (0.5, 0.5))):
+        assert line.parse(["train", "--out", "o", "--steps", "1", "--keep", given]).keep == want
+    assert sra.SparseRef("Edges", 0.25, execute="Tokens") == sra.SparseRef("edges", 0.25)
+    assert sra.ReCAST(task="Subject") == sra.ReCAST(task="subject")
+    with pytest.raises(sra.ConfigError, match=r"got 'gird'; did you mean 'grid'\?"):
+        sra.SparseRef("gird")
+    with pytest.raises(sra.ConfigError, match=r"got 'subjct'; did you mean 'subject'\?"):
+        sra.SparseContext(task="subjct")
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

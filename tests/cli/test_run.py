@@ -15,7 +15,7 @@ import torch
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.cli import execution, main
-from sparse_ref_attn.eval.loading import call_arguments
+from sparse_ref_attn.eval.calls import call_arguments
 from tests.cli.commands import KLEIN, KONTEXT, pixels, report, run
 from tests.pictures import picture
 from tests.pipelines import CASES
@@ -104,7 +104,7 @@ def test_run_reads_the_reference_cache_as_it_is_told(models: Path, photo: Path, 
 def test_demo_takes_its_execution_from_the_flags(
     flags: list[str], kinds: list[str], config: dict[str, Any], tmp_path: Path
 ) -> None:
-    run("demo", "--size", "tiny", "--steps", "4", "--keep", "0.5", "--out", tmp_path, *flags)
+    run("demo", "--size", "tiny", "--steps", "4", "--keep", "0.6", "--out", tmp_path, *flags)
     found = report(tmp_path)["run"]
     assert found["by_step"]["kind"] == kinds
     default = json.loads(sra.SparseRef().to_json())

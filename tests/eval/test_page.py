@@ -20,12 +20,13 @@ from sparse_ref_attn.eval.metrics import Psnr, Ssim
 from sparse_ref_attn.eval.page import rows_of
 
 METHODS = ["downscaled", "ReCAST rising", "edges", "ToMe"]
+TINY = ["--size", "tiny", "--steps", "3", "--keep", "50%", "--methods", *METHODS]
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("page")
-    assert main(["compare", "--out", str(out), "--size", "tiny", "--steps", "3", "--methods", *METHODS]) == 0
+    assert main(["compare", "--out", str(out), *TINY]) == 0
     return out
 
 
@@ -46,6 +47,8 @@ def test_every_form_holds_the_same_rows(page: Path) -> None:
     with (page / "compare.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == [row["method"] for row in table] == ["dense", *METHODS]
+    kept = {row["method"]: row["tokens_a_step"] for row in rows}
+    assert kept == {"dense": 64, "downscaled": 30, "ReCAST rising": 32, "edges": 32, "ToMe": 32}  # 30 is 5 x 6 tokens
     for row, line in zip(rows, table, strict=True):
         assert list(row) == list(line)
         assert all(float(line[k]) == v for k, v in row.items() if isinstance(v, float))
@@ -57,9 +60,7 @@ def test_execution_flags_reach_the_methods_that_they_mean_something_to(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--from-block", "1", "--profile", "in_flight", "--profile-blocks", "1"]
-    assert (
-        main(["compare", "--out", str(tmp_path), "--size", "tiny", "--steps", "3", "--methods", *METHODS, *flags]) == 0
-    )
+    assert main(["compare", "--out", str(tmp_path), *TINY, *flags]) == 0
     runs = json.loads((tmp_path / "compare.json").read_text())["runs"]
     configs = {name: found["run"]["config"] for name, found in runs.items()}
     assert {name: config["profile"] for name, config in configs.items()} == {
@@ -75,7 +76,7 @@ def test_rows_are_the_runs() -> None:
     """At every token a method is dense, bit for bit; what it keeps is in its row."""
     pipe = kontext_pipeline("tiny")
     pipe.set_progress_bar_config(disable=True)
-    made = builtin.builtin(Namespace(size="tiny", task=None, prompt="a cup", steps=3), None)
+    made = builtin.builtin(Namespace(builtin="tiny", edit=None, prompt="a cup", steps=3), None)
     arguments, steps = made.arguments, made.steps
     refused: dict[str, str] = {}
     configs = {

@@ -112,7 +112,7 @@ def test_streams_of_ranks_and_steps_differ() -> None:
         ({"keep": "half"}, r"keep must be a ratio or \(low, high\), got 'half'"),
         ({"keep": (0.1, 0.2, 0.3)}, r"keep must be a ratio or \(low, high\)"),
         ({"keep": (True, 1.0)}, r"keep must be a ratio or \(low, high\)"),
-        ({"distribution": "normal"}, "distribution must be one of 'uniform', 'log_uniform', 'arcsine', got 'normal'"),
+        ({"distribution": "normal"}, "distribution must be one of uniform, log_uniform, arcsine, got 'normal'"),
         ({"per_sample": 1}, "per_sample must be a bool, got 1"),
         ({"full_probability": 1.5}, r"full_probability must lie in \[0, 1\], got 1.5"),
         ({"full_probability": None}, r"full_probability must lie in \[0, 1\], got None"),

@@ -1,0 +1,88 @@
+"""The arguments of ``sra eval``."""
+
+from __future__ import annotations
+
+import argparse
+
+from .. import vocabulary
+from . import values
+from .parsing import later
+
+__all__ = ["add_evaluation"]
+
+KEEPS = (1.0, 0.5, 0.25, 0.15, 0.1, 0.05)
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Add them to a parser."""
+    parser.add_argument("--out", required=True, metavar="DIR", help="rows.csv and what is made of it; runs add to it")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        type=values.named,
+        metavar="NAME=PATH",
+        help="pipelines, or transformer folders of sra train, which go into the small pipeline (default: its own)",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="DIR", help="a data set on disk (default: the procedural task, held-out part)")
+    data.add_argument(
+        "--layout", **values.one_of(vocabulary.LAYOUTS), default="folder", help="how it lies there (default: folder)"
+    )
+    data.add_argument("--sprites", metavar="DIR", help="subjects of the procedural task (default: those that ship)")
+    part = parser.add_argument_group("part of the grid")
+    part.add_argument(
+        "--rules",
+        nargs="+",
+        **values.one_of(vocabulary.RULES, vocabulary.SAME) | {"metavar": "RULE"},
+        help=f"{', '.join(vocabulary.RULES)} (default: all)",
+    )
+    part.add_argument(
+        "--schedules",
+        nargs="+",
+        **values.one_of(vocabulary.SCHEDULES) | {"metavar": "S"},
+        default=["flat"],
+        help=", ".join(vocabulary.SCHEDULES),
+    )
+    part.add_argument(
+        "--keep", nargs="+", type=values.share, default=list(KEEPS), metavar="R", help="default: 100 to 5 %%"
+    )
+    part.add_argument(
+        "--mean-over",
+        **values.one_of(("run", "dropping")),
+        default="run",
+        help="--keep is the mean share over the whole run, a dense step included, or over the steps that drop tokens "
+        "(default: run)",
+    )
+    part.add_argument("--families", nargs="+", metavar="F", help="kinds of example (default: all)")
+    part.add_argument("--subjects", type=values.above(1), metavar="N", help="examples of each family (default: all)")
+    part.add_argument(
+        "--seeds", type=values.above(1), default=1, metavar="K", help="noises of each (default: %(default)s)"
+    )
+    how = parser.add_argument_group("settings, the same for all runs of a folder")
+    how.add_argument("--steps", type=values.above(1), default=8, help="denoising steps (default: %(default)s)")
+    how.add_argument(
+        "--side", type=values.above(16), help="of the square output in pixels (default: 128 for the small pipeline)"
+    )
+    how.add_argument(
+        "--set", action="append", type=values.setting, metavar="NAME=VALUE", help="of the pipeline's own call"
+    )
+    how.add_argument(
+        "--metrics",
+        nargs="+",
+        **values.one_of(vocabulary.METRICS) | {"metavar": "M"},
+        help=f"{', '.join(vocabulary.METRICS)} (default: the first four)",
+    )
+    how.add_argument("--clip", metavar="PATH", help="folder of a CLIP model: adds CLIP-I and CLIP-T")
+    how.add_argument("--dino", metavar="PATH", help="folder of a DINO or DINOv2 model: adds its similarity")
+    parser.add_argument(
+        "--dtype", **values.one_of(vocabulary.DTYPES), help="default: bfloat16 on CUDA, float32 elsewhere"
+    )
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu; the small pipeline: cpu")
+    parser.add_argument(
+        "--pictures",
+        type=values.above(0),
+        default=1,
+        metavar="N",
+        help="kept of each family (default: 1)",
+    )
+    parser.set_defaults(run=later("evaluating", "run"))

@@ -1,0 +1,50 @@
+"""The parser: errors of one line, near misses named, and commands whose code is imported when one runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from ..errors import ConfigError
+from ..vocabulary import near
+
+__all__ = ["Parser", "later"]
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are the library's: one line, no usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.set_defaults(parser=self)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} ({self.prog} --help)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = list(action.choices)
+            raise argparse.ArgumentError(
+                action, f"must be one of {', '.join(map(str, choices))}, got {value!r}{near(value, choices)}"
+            )
+
+    def parse(self, args: Sequence[str] | None = None) -> argparse.Namespace:
+        """As ``parse_args``, with the near misses of an unknown argument."""
+        options, unknown = self.parse_known_args(args)
+        if unknown:
+            parser = getattr(options, "parser", self)
+            known = [name for name in parser._option_string_actions if name.startswith("--")]
+            parser.error(f"arguments must be known, got {' '.join(unknown)}{near(unknown[0].partition('=')[0], known)}")
+        return options
+
+
+def later(module: str, name: str) -> Callable[[argparse.Namespace], int | None]:
+    """A function of a module of this package, imported when it is called."""
+
+    def call(options: argparse.Namespace) -> int | None:
+        found: int | None = getattr(importlib.import_module(f".{module}", __package__), name)(options)
+        return found
+
+    return call

@@ -1,0 +1,122 @@
+"""How the values of arguments are read; each error is a line that says what must hold."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ..errors import ConfigError
+from ..vocabulary import chosen
+
+__all__ = ["above", "factors", "keep", "named", "one_of", "seed", "setting", "share", "shares", "size", "typed"]
+
+
+def one_of(choices: Iterable[str], same: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Arguments of ``add_argument`` for a setting with these names: its type, and its metavar where they are few."""
+    choices = tuple(choices)
+
+    def read(text: str) -> str:
+        try:
+            return chosen("", text, choices, same)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error).strip()) from None
+
+    return {"type": read, "metavar": "{" + ",".join(choices) + "}"}
+
+
+def keep(text: str) -> float | int:
+    """ "0.25" and "25%" are shares, "256" is a number of tokens."""
+    try:
+        found: float | int = float(text[:-1]) / 100 if text.endswith("%") else _number(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a share (0.25, 25%) or a number of tokens (256), got {text!r}"
+        ) from None
+    if found == 1 and isinstance(found, int):
+        raise argparse.ArgumentTypeError("1 means one token or all of them: write 100% to keep all, got '1'")
+    return found
+
+
+def _number(text: str) -> float | int:
+    return int(text) if text.isdecimal() else float(text)
+
+
+def share(text: str) -> float:
+    """A share in (0, 1]."""
+    found = keep(text)
+    if isinstance(found, int) or not 0 < found <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share in (0, 1] such as 0.25 or 25%, got {text!r}")
+    return found
+
+
+def shares(text: str) -> tuple[float, float]:
+    """ "5%-100%": the lowest and the highest, or one share as both; a bare 1 is all."""
+    low, _, high = text.partition("-")
+    try:
+        return tuple(share("100%" if end == "1" else end) for end in (low, high or low))  # type: ignore[return-value]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"must be a share or two of them (5%-100%, 0.05-1), got {text!r}") from None
+
+
+def above(least: int) -> Callable[[str], int]:
+    """Whole numbers of at least `least`."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return number
+
+
+def seed(text: str) -> int:
+    """What torch's generators take."""
+    if not text.isdecimal() or not int(text) < 2**64:
+        raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2**64), got {text!r}")
+    return int(text)
+
+
+def size(text: str) -> tuple[int, int]:
+    """Width and height in pixels."""
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT in pixels, got {text!r}")
+    return int(width), int(height)
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value JSON or a string."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def named(text: str) -> tuple[str, str]:
+    """NAME=PATH."""
+    name, equals, path = text.partition("=")
+    if not (equals and name and path):
+        raise argparse.ArgumentTypeError(f"must be NAME=PATH, got {text!r}")
+    return name, path
+
+
+def factors(text: str) -> tuple[float, ...]:
+    """Numbers with commas between."""
+    try:
+        return tuple(float(factor) for factor in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be factors in (0, 1], one a layer, such as 1,0.5,0.5; got {text!r}"
+        ) from None
+
+
+def typed(options: argparse.Namespace) -> str:
+    """What was asked for, for the records of a run: each argument by its name."""
+    told = (f"{name}={value}" for name, value in vars(options).items() if value is not None)
+    return shlex.join(word for word in told if not word.startswith(("run=", "parser=")))

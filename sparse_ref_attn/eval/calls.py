@@ -1,0 +1,148 @@
+"""The keyword arguments of a pipeline's call, checked before anything is computed."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..adapters.pipelines import SEVERAL_REFERENCES, published, steps_of
+from ..errors import ConfigError, UnsupportedModelError
+
+__all__ = ["RESERVED", "call_arguments", "check_class", "check_more", "check_reserved"]
+
+RESERVED = {
+    "image": "the references are arguments of their own",
+    "prompt": "the prompt is an argument of its own",
+    "height": "the size is an argument of its own",
+    "width": "the size is an argument of its own",
+    "num_inference_steps": "the number of steps is an argument of its own",
+    "generator": "the seed is an argument of its own",
+    "num_images_per_prompt": "a call makes one picture; other seeds make others",
+    "output_type": "what is compared and saved is a picture",
+    "return_dict": "what is compared and saved is a picture",
+}
+"""Arguments of a pipeline's call that are said otherwise, and why."""
+
+
+def call_arguments(
+    pipe: Any,
+    images: Sequence[Any],
+    prompt: str,
+    *,
+    size: tuple[int, int] | None = None,
+    steps: int | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The keyword arguments of ``pipe(...)``, without the generator.
+
+    Parameters
+    ----------
+    pipe : diffusers pipeline
+    images : sequence of PIL.Image.Image
+        The references.
+    prompt : str
+    size : (int, int), optional
+        Height and width of the output in pixels; default the pipeline's own choice.
+    steps : int, optional
+        Default the pipeline's own, 4 of a distilled model.
+    more : mapping, optional
+        Arguments of the pipeline's ``__call__``, over all others.
+
+    Raises
+    ------
+    ConfigError
+        If the pipeline takes one reference and gets several, cannot make the size, or `more` is not for it.
+    UnsupportedModelError
+        If the pipeline is none of those that edit reference images.
+    """
+    name = check_class(pipe)
+    check_more(pipe, more or {})
+    if len(images) > 1 and not SEVERAL_REFERENCES[name]:
+        raise ConfigError(f"{name} takes one reference image, got {len(images)}")
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if size is not None:
+        _check_size(pipe, size)
+    arguments: dict[str, Any] = {"prompt": prompt, "image": list(images) if len(images) > 1 else images[0]}
+    if size is not None:
+        arguments |= {"height": size[0], "width": size[1]}
+        if "max_area" in parameters:  # Kontext scales the output to this area, whatever height and width say
+            arguments["max_area"] = size[0] * size[1]
+    arguments["num_inference_steps"] = (
+        steps_of(name, getattr(pipe.config, "is_distilled", None)) if steps is None else steps
+    )
+    return arguments | dict(more or {})
+
+
+def check_class(pipe: Any) -> str:
+    """The published class that the pipeline is, or derives from."""
+    if (name := published(pipe)) is not None:
+        return name
+    raise UnsupportedModelError(
+        f"the pipeline must be one of {', '.join(SEVERAL_REFERENCES)}, got {type(pipe).__name__}; others (inpainting, "
+        "your own) are patched from Python: sparse_ref_attn.patch(pipe)"
+    )
+
+
+def check_reserved(more: Iterable[str]) -> None:
+    """Raise ConfigError for arguments of the call that are said otherwise."""
+    for name in more:
+        if name in RESERVED:
+            raise ConfigError(f"{name} must not be set beside the call: {RESERVED[name]}")
+
+
+def check_more(pipe: Any, more: Mapping[str, Any]) -> None:
+    """Raise ConfigError as `check_reserved`, and for arguments that the pipeline lacks or of a wrong type."""
+    check_reserved(more)
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    unknown = sorted(set(more) - set(parameters))
+    if unknown:
+        raise ConfigError(f"{type(pipe).__name__} must have the arguments that are set, got {', '.join(unknown)}")
+    hints = _hints(type(pipe).__call__)
+    for name, value in more.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise ConfigError(f"{name} of {type(pipe).__name__} must be {_named(hints[name])}, got {value!r}")
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function)
+    except Exception:  # an annotation of somebody's own that does not resolve
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is what an annotation says; lists stand for tuples, and whole numbers for floats."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if hint in (None, type(None)):
+        return value is None
+    if hint is bool or isinstance(value, bool):
+        return hint is bool and isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, (int, float))
+    if (origin or hint) in (list, tuple):
+        items = [one for one in inner if one is not Ellipsis]
+        return isinstance(value, (list, tuple)) and (not items or all(_fits(v, items[0]) for v in value))
+    kind = origin or hint
+    return kind is Any or (isinstance(kind, type) and isinstance(value, kind))
+
+
+def _named(hint: Any) -> str:
+    text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    return text.replace("typing.", "").replace("NoneType", "None")
+
+
+def _check_size(pipe: Any, size: tuple[int, int]) -> None:
+    """Raise where the pipeline would round the size without a word."""
+    cell = 2 * getattr(pipe, "vae_scale_factor", 8)
+    if any(side % cell for side in size):
+        low = tuple(max(cell, side // cell * cell) for side in size)
+        high = tuple(-(-side // cell) * cell for side in size)
+        raise ConfigError(
+            f"height and width must be multiples of {cell} pixels, got {size[0]} x {size[1]}: "
+            f"{low[0]} x {low[1]} or {high[0]} x {high[1]}"
+        )
