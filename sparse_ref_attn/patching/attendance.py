@@ -163,5 +163,6 @@ class Attendance:
     def _beside(self) -> list[str]:
         """Names of the pipeline's other transformers of the class that nobody patched."""
         pipe, own = self._known()
-        others = {name: m for name, m in getattr(pipe, "__dict__", {}).items() if type(m) is type(own) and m is not own}
+        parts = {name: m for name, m in getattr(pipe, "__dict__", {}).items() if isinstance(m, nn.Module)}
+        others = {name: m for name, m in parts.items() if type(m) is type(own) and m is not own}
         return [name for name, m in others.items() if name != "transformer" and not is_patched(m)]
