@@ -72,4 +72,5 @@ def evaluate(options: argparse.Namespace) -> None:
     }
     rows = run_grid(options.out, data, models, grid, scorer, about=about, pictures=options.pictures)
     if rows:
-        print(f"\n{write_results(Path(options.out), rows, scorer.columns)}\n\n{len(rows)} rows in {options.out}")
+        tables = write_results(Path(options.out), rows, scorer.columns, models[0].steps)
+        print(f"\n{tables}\n\n{len(rows)} rows in {options.out}")

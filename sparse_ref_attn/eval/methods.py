@@ -8,6 +8,8 @@ from typing import Any
 from .. import schedules
 from ..config import SparseRef
 from ..errors import ConfigError
+from ..execution import Cache
+from ..refresh import Every, Never, Refresh
 from ..rivals import Downscale, ToMe
 from ..selection import AttentionMass, SubjectMask
 from ..selection.names import NAMES
@@ -28,11 +30,11 @@ def method_name(rule: str, schedule: str = "flat") -> str:
     --------
     >>> method_name("edges"), method_name("ReCAST"), method_name("edges", "falling")
     ('edges', 'ReCAST flat', 'edges falling')
-    >>> method_name("ReCAST", "dense-first")  # its first step is dense
-    'ReCAST flat'
+    >>> method_name("ReCAST", "dense-first"), method_name("cache", "rising")  # its first step is dense; it has no ramp
+    ('ReCAST flat', 'cache')
     """
     rule, schedule = chosen("a rule", rule, RULES, SAME), chosen("a schedule", schedule, SCHEDULES)
-    if schedule == "dense-first" and _measures(rule):
+    if rule == "cache" or (schedule == "dense-first" and _measures(rule)):
         schedule = "flat"
     return rule if schedule == "flat" and rule != "ReCAST" else f"{rule} {schedule}"
 
@@ -56,7 +58,8 @@ def methods(
     steps: int | None = None,
     mask: Any = None,
 ) -> dict[str, SparseRef]:
-    """Configurations by name that keep the same share of the tokens in the steps that drop any.
+    """Configurations by name that run the same share of the tokens: in each step that drops any, or, of "cache", all
+    of them in that share of the steps, between which everything that was stored is read.
 
     Those that measure the attention run their first step dense, so their mean over a run is higher: compare it too, or
     give the others a dense first step ("random dense-first").
@@ -71,7 +74,8 @@ def methods(
     seed : int
         Of what is drawn at random.
     steps : int, optional
-        Of the run: a ramp then has its mean over the steps that drop any, without the dense first one.
+        Of the run: a ramp then has its mean over the steps that drop any, without the dense first one, and the steps
+        in which "cache" computes the references lie at equal distances.
     mask : tensor, array or PIL image, optional
         What "subject mask" keeps: see `SubjectMask`.
 
@@ -96,9 +100,20 @@ def methods(
     found = {}
     for name in names:
         rule, schedule = _NAMED[name]
+        if rule == "cache":
+            found[name] = SparseRef("grid", 1.0, execute=Cache(refresh=_refresh(keep, steps)), seed=seed)
+            continue
         budget = _budget(schedule, keep, steps if _measures(rule) else None)
         found[name] = SparseRef(select=_select(rule, mask), budget=budget, seed=seed)
     return found
+
+
+def _refresh(keep: float, steps: int | None) -> Refresh:
+    """The steps that compute the references, `keep` of all."""
+    if steps is None:
+        return Every(max(1, round(1 / keep)))
+    full = max(1, round(keep * steps))
+    return Never() if full == 1 else Every(1 if full == steps else 1 / full)
 
 
 def _select(rule: str, mask: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from .aggregate import Mean
 from .methods import rule_of
 from .metrics import Metric
+from .work import flop_ratio
 
 __all__ = ["grid_plot", "quality_plot"]
 
@@ -19,6 +20,11 @@ _COLOURS = (
     "#f59e0b",
 )  # fmt: skip
 _STYLES = {"flat": "-", "rising": "--", "falling": ":", "dense-first": "-."}
+_OVER = {
+    "keep": "tokens kept",
+    "share": "tokens used, mean of all steps",
+    "work": "FLOP ratio of the run at FLUX.1 Kontext's sizes, 1 reference",
+}
 _INK, _QUIET, _BOUND = "#1c2430", "#5b6675", "#c2410c"
 
 
@@ -66,9 +72,16 @@ def quality_plot(rows: Sequence[Mapping[str, Any]], metric: Metric, over: str) -
 
 
 def grid_plot(
-    means: Sequence[Mean], metric: str, higher_is_better: bool, path: Path, *, over: str = "keep", against: str = ""
+    means: Sequence[Mean],
+    metric: str,
+    higher_is_better: bool,
+    path: Path,
+    *,
+    over: str = "keep",
+    against: str = "",
+    steps: int | None = None,
 ) -> None:
-    """One metric of every method over the share of the tokens, with intervals, a panel for each model and family.
+    """One metric of every method over the tokens or the work, with intervals, a panel for each model and family.
 
     Parameters
     ----------
@@ -78,12 +91,21 @@ def grid_plot(
     higher_is_better : bool
     path : Path
         Of the PNG.
-    over : {"keep", "share"}
-        The share that was asked for, or the one used on the mean of all steps, which a dense first step raises.
+    over : {"keep", "share", "work"}
+        The share that was asked for; the one used on the mean of all steps, which a dense first step raises; or the
+        FLOP ratio of the whole run at FLUX.1 Kontext's sizes, for which `steps` must be known.
     against : str
         A baseline, whose paired differences are drawn; default the means themselves.
+    steps : int, optional
+        Of the runs.
     """
     from matplotlib.figure import Figure
+
+    def place(mean: Mean) -> float:
+        if over != "work":
+            return float(getattr(mean, over))
+        assert steps is not None
+        return flop_ratio(mean.method, mean.keep, steps)
 
     own = [mean for mean in means if mean.metric == metric and mean.against == against]
     models, families, methods = (
@@ -103,24 +125,25 @@ def grid_plot(
             for k, method in enumerate(drawn):
                 rule, schedule = rule_of(method)
                 at = rules.index(rule)
-                line = sorted((mean for mean in here if mean.method == method), key=lambda mean: mean.keep)
-                aside = 1.006 ** (2 * k - len(drawn) + 1)  # or intervals hide each other
-                x, y = [getattr(mean, over) * aside for mean in line], [mean.mean for mean in line]
+                line = sorted((mean for mean in here if mean.method == method), key=place)
+                aside = 1.0 if over == "work" else 1.006 ** (2 * k - len(drawn) + 1)  # or intervals hide each other
+                x, y = [place(mean) * aside for mean in line], [mean.mean for mean in line]
                 spread = [[m.mean - m.low for m in line], [m.high - m.mean for m in line]]
                 axes.errorbar(
                     x, y, spread, color=_COLOURS[at % len(_COLOURS)], marker="osD^v<>PhX*"[at % 11], markersize=4,
                     linestyle=_STYLES[schedule], linewidth=1.2, elinewidth=0.8, capsize=2, label=method,
                 )  # fmt: skip
-            axes.set_xscale("log")
-            ticks = sorted({mean.keep for mean in own})
-            axes.set_xticks(ticks, [f"{100 * tick:.3g} %" for tick in ticks])
-            axes.minorticks_off()
+            if over != "work":
+                axes.set_xscale("log")
+                ticks = sorted({mean.keep for mean in own})
+                axes.set_xticks(ticks, [f"{100 * tick:.3g} %" for tick in ticks])
+                axes.minorticks_off()
             axes.set_title(f"{model}, {family}", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
         what = f"{metric} minus {against}'s" if against else metric
         panels[i][0].set_ylabel(f"{what}, {'higher' if higher_is_better else 'lower'} is better")
     for axes in panels[-1]:
-        axes.set_xlabel("tokens kept" if over == "keep" else "tokens used, mean of all steps")
+        axes.set_xlabel(_OVER[over])
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3 * len(models), fontsize=8, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})

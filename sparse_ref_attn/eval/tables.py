@@ -18,8 +18,11 @@ reference tokens that was kept. `summary.csv` has paired differences to dense, r
 """
 
 
-def write_results(folder: Path, rows: Sequence[Mapping[str, str]], metrics: Mapping[str, bool]) -> str:
-    """Write ``summary.csv``, ``summary.md`` and two plots a metric, three where ``random`` was run.
+def write_results(
+    folder: Path, rows: Sequence[Mapping[str, str]], metrics: Mapping[str, bool], steps: int | None = None
+) -> str:
+    """Write ``summary.csv``, ``summary.md`` and two plots a metric, three where ``random`` was run, and one over the
+    work of a published model where the number of `steps` is known.
 
     Parameters
     ----------
@@ -28,6 +31,8 @@ def write_results(folder: Path, rows: Sequence[Mapping[str, str]], metrics: Mapp
         As `evaluate` returns them.
     metrics : mapping of str to bool
         Columns, and whether higher is better.
+    steps : int, optional
+        Of the runs.
 
     Returns
     -------
@@ -43,6 +48,8 @@ def write_results(folder: Path, rows: Sequence[Mapping[str, str]], metrics: Mapp
         stem = re.sub(r"\W+", "-", metric.lower()).strip("-")
         grid_plot(means, metric, metrics[metric], folder / f"{stem}.png")
         grid_plot(means, metric, metrics[metric], folder / f"{stem}-used.png", over="share")
+        if steps is not None:
+            grid_plot(means, metric, metrics[metric], folder / f"{stem}-work.png", over="work", steps=steps)
         if any(mean.metric == metric and mean.against == "random" for mean in means):
             grid_plot(means, metric, metrics[metric], folder / f"{stem}-minus-random.png", against="random")
     return tables
