@@ -97,12 +97,13 @@ class At(Refresh):
     Parameters
     ----------
     places : sequence of int or float
-        Steps from 0, or shares of the run in (0, 1). The first step is full whether it is named or not.
+        Steps from 0, or shares of the run in (0, 1). The first step is full whether it is named or not, and a step that
+        a run does not have is none.
 
     Raises
     ------
     ConfigError
-        For a value outside its range, and, when a run begins, for a step that the run does not have.
+        For a value outside its range.
 
     Examples
     --------
@@ -130,11 +131,6 @@ class At(Refresh):
     def steps(self, total: int) -> frozenset[int]:
         at = (math.floor(place * total + 0.5) if isinstance(place, float) else place for place in self.places)
         return frozenset({0, *(step for step in at if step < total)})
-
-    def check(self, total: int) -> None:
-        late = [place for place in self.places if isinstance(place, int) and place >= total]
-        if late:
-            raise ConfigError(f"references must be computed within the run's {total} steps, got At({late})")
 
 
 @dataclass(frozen=True)
@@ -171,8 +167,7 @@ class Drift(Refresh):
     Raises
     ------
     ConfigError
-        For a value outside its range, and, when it begins, for a run of fewer than three steps, in which nothing could
-        be compared and used.
+        For a value outside its range, and, when it begins, for a run of one step, in which nothing can be compared.
 
     Examples
     --------
@@ -206,10 +201,8 @@ class Drift(Refresh):
         return frozenset({0, *range(min(1, total - 1), total, oldest)})
 
     def check(self, total: int) -> None:
-        if total < 3:
-            raise ConfigError(
-                f"Drift compares two full steps and saves work after them: a run must have 3 steps or more, got {total}"
-            )
+        if total < 2:
+            raise ConfigError(f"Drift compares two full steps: a run must have at least 2 steps, got {total}")
 
     def oldest(self, total: int) -> int:
         """Steps after which the stored are too old in any case."""

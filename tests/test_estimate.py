@@ -222,9 +222,13 @@ def test_a_share_is_the_mean_over_the_whole_run(family, share):
 
 
 def test_a_share_that_the_cache_gives():
-    model = named_model("klein-4b", num_layers=2, num_single_layers=2)
-    config = at_share(model, lambda keep: sra.SparseRef("mass", keep, "cache"), 0.5, 4)
-    assert config.budget.keep == pytest.approx(1 / 3, abs=1e-6)
+    """Of a model's own cache the step that fills it counts; of stored references what the other steps read."""
+    for name, share in (("klein-9b-kv", 1 / 3), ("klein-9b", 0.5)):
+        model = named_model(name, num_layers=2, num_single_layers=2)
+        config = at_share(model, lambda keep: sra.SparseRef("mass", keep, "cache"), 0.5, 4)
+        assert config.budget.keep == pytest.approx(share, abs=1e-6)
+    whole = sra.Cache(refresh=sra.Every(1))
+    assert at_share(model, lambda keep: sra.SparseRef("grid", keep, execute=whole), 0.5, 4).budget.keep == 0.5
 
 
 def test_a_dense_step_above_the_share_is_an_error():

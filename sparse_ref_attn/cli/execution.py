@@ -13,7 +13,7 @@ __all__ = ["MEASURING", "add_arguments", "settings"]
 MEASURING = ("profile", "profile_blocks", "rerank_every")
 """Fields that mean nothing to a rule that measures no attention."""
 
-FIELDS = ("execute", "from_block", "layers", "cache_rows", *MEASURING)
+FIELDS = ("execute", "from_block", "layers", "cache_rows", "refresh", *MEASURING)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--execute",
         **values.one_of(EXECUTIONS),
-        help="drop tokens at the transformer's input, prune the reference cache of a model that keeps one, or both",
+        help="drop tokens at the transformer's input; run the references now and then and read what is stored of them "
+        "(cache); or that of the kept tokens alone (both)",
     )
     group.add_argument("--from-block", type=values.above(0), metavar="N", help="drop from this block on (default: 0)")
     group.add_argument(
@@ -46,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache-rows",
         **values.one_of(CACHE_ROWS),
         help="what the cache holds: the rows of the largest budget to come, or all (default: budget)",
+    )
+    group.add_argument(
+        "--refresh",
+        type=values.refresh,
+        metavar="WHEN",
+        help="with the cache, when references run: every 4 steps (4) or quarters of the run (25%%), at steps (0,4,8), "
+        "never again (never), or when they have moved (drift:0.3); default: 25%%, or 50%% of up to eight steps",
     )
     group.add_argument(
         "--rerank-every", type=values.above(1), metavar="N", help="rank again every N steps (default: never)"

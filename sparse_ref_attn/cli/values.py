@@ -9,9 +9,23 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import ConfigError
+from ..refresh import At, Drift, Every, Never, Refresh
 from ..vocabulary import chosen
 
-__all__ = ["above", "factors", "keep", "named", "one_of", "seed", "setting", "share", "shares", "size", "typed"]
+__all__ = [
+    "above",
+    "factors",
+    "keep",
+    "named",
+    "one_of",
+    "refresh",
+    "seed",
+    "setting",
+    "share",
+    "shares",
+    "size",
+    "typed",
+]
 
 
 def one_of(choices: Iterable[str], same: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -70,6 +84,24 @@ def above(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def refresh(text: str) -> Refresh:
+    """ "4" or "25%": every so many steps, or shares of the run; "0,4,8" at these; "never"; "drift:0.3"."""
+    name, _, value = text.lower().partition(":")
+    try:
+        if name == "never":
+            return Never()
+        if name == "drift":
+            return Drift(float(value))
+        places = [float(part[:-1]) / 100 if part.endswith("%") else _number(part) for part in text.split(",")]
+        return At(places) if len(places) > 1 else Every(places[0])
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be steps (4), a share (25%), several of them (0,4,8), never, or drift:0.3, got {text!r}"
+        ) from None
 
 
 def seed(text: str) -> int:

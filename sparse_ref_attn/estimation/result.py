@@ -128,7 +128,7 @@ class Estimate:
             ),
             (
                 "steps",
-                f"{len(self.kinds)}: {self.kinds.count('sparse') + self.kinds.count('cached')} sparse, "
+                f"{len(self.kinds)}: {self.kinds.count('sparse')} sparse, {self.kinds.count('cached')} cached, "
                 f"{self.kinds.count('profile')} profiling, {self.kinds.count('in_flight')} profiling in flight, "
                 f"{self.kinds.count('dense')} dense",
             ),

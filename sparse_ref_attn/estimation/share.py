@@ -64,10 +64,15 @@ def at_share(transformer: nn.Module, family: Callable[[float], SparseRef], share
     sites = adapter.sites(transformer)
     kept_by_model = adapter.cache is not None and adapter.cache.kept_by(transformer)
 
+    def planned(config: SparseRef) -> PlannedRun:
+        return PlannedRun.of(config, sites, _LAYOUT, steps, kept_by_model)
+
     def mean(config: SparseRef) -> float:
-        return PlannedRun.of(config, sites, _LAYOUT, steps, kept_by_model).mean(_SIDE**2, len(sites)) / _SIDE**2
+        return planned(config).mean(_SIDE**2, len(sites)) / _SIDE**2
 
     check_cache(family(share), adapter, transformer)
+    if planned(family(share)).computes_always:
+        return family(share)
     for exact in (share, 1.0):
         if abs(mean(config := family(exact)) - share) < _EXACT:
             return config

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparse_ref_attn.cli import main
-from tests.cli.commands import KLEIN, KONTEXT, TINY
+from tests.cli.commands import KLEIN, TINY
 from tests.pictures import picture
 
 RUN = ["run", "--model", "{models}/kontext", "--prompt", "x", "--out", "{out}", "--image", "{photo}"]
@@ -46,7 +46,6 @@ RUN = ["run", "--model", "{models}/kontext", "--prompt", "x", "--out", "{out}", 
             "Flux2KleinPipeline refused the call: Image",
         ),
         ([*TINY, "--out", "{out}", "--execute", "kv"], "must be one of tokens, cache, both, got 'kv'"),
-        ([*TINY, "--out", "{out}", "--execute", "cache"], 'Use execute="tokens"'),
         ([*TINY, "--out", "{out}", "--layers", "1,half"], "must be factors in (0, 1]"),
         ([*TINY, "--out", "{out}", "--layers", "1,0.5"], 'with execute="cache" or "both", got'),
         ([*TINY, "--out", "{out}", "--from-block", "-1"], "at least 0"),
@@ -54,13 +53,17 @@ RUN = ["run", "--model", "{models}/kontext", "--prompt", "x", "--out", "{out}", 
         ([*TINY, "--out", "{out}", "--profile", "in_flight"], "needs a selector (or a guard) that measures"),
         ([*TINY, "--out", "{out}", "--profile-blocks", "1"], 'with profile="in_flight" only'),
         ([*TINY, "--out", "{out}", "--rerank-every", "0"], "at least 1"),
+        (
+            [*TINY, "--out", "{out}", "--refresh", "often"],
+            "must be steps (4), a share (25%), several of them (0,4,8), nev",
+        ),
+        ([*TINY, "--out", "{out}", "--refresh", "0"], "n must be a number of steps of at least 1"),
         ([*RUN, "--cache-rows", "some"], "must be one of budget, all, got 'some'"),
-        ([*RUN, "--execute", "both", *KONTEXT], "got FLUX.1 Kontext without such a cache"),
         (
             ["compare", "--out", "{out}/c", "--methods", "ToMe", "downscaled", "--execute", "cache"],
             "ToMe, downscaled: a rival that changes tokens",
         ),
-        (["estimate", "--model", "kontext", "--execute", "cache"], "got FLUX.1 Kontext without such a cache"),
+        (["estimate", "--model", "kontext", "--refresh", "never"], 'refresh goes with execute="cache" or "both" only'),
         (["estimate", "--model", "klein-9b", "--execute", "cache", "--layers", "1"], "each of the 32 attention layers"),
         (["estimate", "--model", "{out}"], "kontext, flux2-dev"),
         (["estimate", "--model", "kontext", "--size", "1024"], "WIDTHxHEIGHT"),

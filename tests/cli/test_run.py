@@ -98,6 +98,11 @@ def test_run_reads_the_reference_cache_as_it_is_told(models: Path, photo: Path, 
             ["profile", "sparse", "profile", "sparse"],
             {"rerank_every": 2},
         ),
+        (
+            ["--execute", "cache", "--refresh", "0,3"],
+            ["dense", "cached", "cached", "dense"],
+            {"execute": "cache", "refresh": {"kind": "At", "places": [0, 3]}},
+        ),
         ([], ["sparse"] * 4, {}),
     ],
 )
@@ -108,7 +113,7 @@ def test_demo_takes_its_execution_from_the_flags(
     found = report(tmp_path)["run"]
     assert found["by_step"]["kind"] == kinds
     default = json.loads(sra.SparseRef().to_json())
-    fields = ("execute", "from_block", "profile", "profile_blocks", "layers", "cache_rows", "rerank_every")
+    fields = ("execute", "from_block", "profile", "profile_blocks", "layers", "cache_rows", "rerank_every", "refresh")
     assert {name: found["config"][name] for name in fields} == {name: default[name] for name in fields} | config
 
 
