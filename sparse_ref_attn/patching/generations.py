@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter, Kwargs
@@ -26,7 +25,7 @@ from .call import Execution, GenerationCall
 from .execution.cache import CacheKeeper, check_cache
 from .execution.depth import ByDepth, check_call
 from .execution.tokens import AtInput
-from .lengths import Lengths
+from .lengths import Lengths, shape_of
 from .ownership import Generation, Ownership, Where
 from .pixels import PixelTap, encoder
 from .proving import prepare_run
@@ -234,7 +233,9 @@ class Generations:
             rows += kept - layout.reference_tokens
         around = self._lengths.enter(module, (rows, kept), measures)
         if not eager:
-            around = self._lengths.compiled(run, at, plan, kept, self._graphs(run, kwargs), measures) or around
+            around = (
+                self._lengths.compiled(run, at, plan, kept, shape_of(self.adapter, run, kwargs), measures) or around
+            )
         step = run.step_record(at.step, kind, kept, plan)
         return GenerationCall(
             self.adapter,
@@ -250,12 +251,6 @@ class Generations:
             measures=measures,
             around=around,
         )
-
-    def _graphs(self, run: Run, kwargs: Kwargs) -> tuple[object, ...]:
-        """What of a call makes graphs, besides its reference tokens."""
-        x, text = kwargs[self.adapter.tokens], kwargs.get(self.adapter.text_tokens or "")
-        rows = (run.layout.generation[1], None if text is None else text.shape[1])
-        return (torch.is_grad_enabled(), x.shape[0], x.dtype, rows, self.adapter.cached(kwargs))
 
     def _as_it_is(self, module: nn.Module, kwargs: Kwargs) -> None:
         """A call that the library leaves alone."""

@@ -240,6 +240,27 @@ def test_an_unknown_layout_after_a_run_has_no_report(rank: int) -> None:
         handle.summary()
 
 
+def test_a_model_of_somebodys_own_is_watched_by_the_layer_after_its_blocks(caplog: pytest.LogCaptureFixture) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.blocks = torch.nn.Linear(2, 2), torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+            self.last = torch.nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.last(self.blocks[0](self.first(x)))
+
+    adapter = sra.PlainAdapter(tokens="x", find=lambda kwargs: ((0, 4), (Reference(4, 4, (2, 2)),)))
+    model, x = Model(), torch.randn(1, 8, 2)
+    sra.patch(model, GRID, adapter=adapter)
+    with caplog.at_level(logging.WARNING, "sparse_ref_attn"):
+        model.blocks[0](model.first(x))
+        model(x, torch.ones(1))
+        assert not said(caplog, PAST)
+        model.last(model.blocks[0](model.first(x)))
+        assert said(caplog, PAST) == 1
+
+
 def test_copies_do_not_watch_and_nothing_stays(caplog: pytest.LogCaptureFixture) -> None:
     model, batch = build("klein").eval(), Batch("klein")
     handle = sra.patch(model, GRID)
