@@ -87,7 +87,7 @@ class Generations:
             undo.callback(self.pixels.remove)
 
     def _scheduled(self) -> None:
-        if self.attendance.scheduled():
+        if not self.removed and self.attendance.scheduled():
             self._outdate()
 
     def forget(self) -> None:

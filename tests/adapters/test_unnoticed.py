@@ -208,6 +208,20 @@ def test_a_second_transformer_beside_the_patched_one(caplog: pytest.LogCaptureFi
     assert not caplog.records
 
 
+def test_a_patch_that_replaces_another_hears_for_itself(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = CASES["klein"].build()
+    sra.patch(pipe, GRID)
+    CASES["klein"].call(pipe)
+    handle = sra.patch(pipe, GRID)
+    assert vars(pipe.scheduler)["set_timesteps"].earlier is None  # nothing stays of the replaced one
+    pipe.transformer = copy.deepcopy(pipe.transformer)
+    with caplog.at_level(logging.WARNING, "sparse_ref_attn"):
+        CASES["klein"].call(pipe)
+    assert said(caplog, "pipe.transformer is another one") == 1
+    handle.remove()
+    assert "set_timesteps" not in vars(pipe.scheduler)
+
+
 def test_a_patch_that_never_had_references_says_so_when_it_is_taken_off(caplog: pytest.LogCaptureFixture) -> None:
     """References stacked under the generation, in its own frame, look like a taller picture."""
     pipe = CASES["kontext"].build()
