@@ -127,7 +127,7 @@ class PipelineSteps:
         self._scheduler.set_timesteps = begun
 
         def stop() -> None:
-            scheduler = begun.scheduler()
+            scheduler: Any = begun.scheduler()
             outer = None if scheduler is None else vars(scheduler).get("set_timesteps")
             if outer is begun:
                 if begun.earlier is None:
