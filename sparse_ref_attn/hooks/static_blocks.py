@@ -134,7 +134,7 @@ class StaticBlocks:
         return not any(group.new(rows, call) for group in self.groups)
 
     def check(self, steps: Iterable[Rows], whole: int, call: Call, what: object, remedy: str) -> None:
-        """Raise IncompatibleError where calls that drop tokens need more lengths than torch may still compile.
+        """Raise IncompatibleError where calls need more lengths than torch may still compile.
 
         Parameters
         ----------
@@ -156,7 +156,7 @@ class StaticBlocks:
             each = max([1, *(n for (_, other, _), n in made.items() if other[0] == call[0])])
             unseen = graphs > sum(made.values())  # of calls before the patch, and so perhaps of the whole call
             needed = each * len(new - {whole} if unseen else new)
-            if new - {whole} and graphs + needed > group.most:
+            if needed and graphs + needed > group.most:
                 raise IncompatibleError(
                     "blocks that are compiled with fullgraph=True and dynamic=False run at most "
                     f"{group.most // each} sequence lengths (torch._dynamo.config.recompile_limit; {graphs} of "

@@ -30,11 +30,11 @@ def watch_parts(transformer: nn.Module, inside: Callable[[], bool], past: Callab
 
     Examples
     --------
-    >>> model, seen = nn.Sequential(nn.Linear(2, 2)), []
+    >>> model, seen = nn.Sequential(nn.ModuleList(), nn.Linear(2, 2)), []
     >>> end = watch_parts(model, inside=lambda: False, past=lambda: seen.append("past"))
-    >>> _ = model[0](torch.zeros(1, 2))
+    >>> _ = model[1](torch.zeros(1, 2))
     >>> end()
-    >>> _ = model[0](torch.zeros(1, 2))
+    >>> _ = model[1](torch.zeros(1, 2))
     >>> seen
     ['past']
     """
@@ -58,13 +58,18 @@ def watch_parts(transformer: nn.Module, inside: Callable[[], bool], past: Callab
 
 
 def _last_layer(transformer: nn.Module) -> nn.Module | None:
-    """The layer that makes the prediction: diffusers' ``proj_out``, otherwise the last child that is called."""
+    """The layer that makes the prediction: diffusers' ``proj_out``, otherwise the last child with weights after the
+    blocks."""
     known = getattr(transformer, "proj_out", None)
     if isinstance(known, nn.Module):
         return known
-    lists = (nn.ModuleList, nn.ModuleDict)
-    called = [m for m in transformer.children() if not isinstance(m, lists) and next(m.parameters(), None) is not None]
-    return called[-1] if called else None
+    after: list[nn.Module] | None = None
+    for child in transformer.children():
+        if isinstance(child, nn.ModuleList):
+            after = []
+        elif after is not None and next(child.parameters(), None) is not None:
+            after.append(child)
+    return after[-1] if after else None
 
 
 class Attendance:

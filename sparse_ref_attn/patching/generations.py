@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter, Kwargs
@@ -29,7 +28,7 @@ from .execution.cache import ReferenceStore, check_cache
 from .execution.depth import ByDepth, check_call
 from .execution.model_cache import CacheKeeper
 from .execution.tokens import AtInput
-from .lengths import Lengths
+from .lengths import Lengths, shape_of
 from .ownership import Generation, Ownership, Where
 from .pixels import PixelTap, encoder
 from .proving import prepare_run
@@ -91,7 +90,7 @@ class Generations:
             undo.callback(self.pixels.remove)
 
     def _scheduled(self) -> None:
-        if self.attendance.scheduled():
+        if not self.removed and self.attendance.scheduled():
             self._outdate()
 
     def forget(self) -> None:
@@ -242,7 +241,8 @@ class Generations:
             rows += (0 if plan.reads else kept) - layout.reference_tokens
         around = self._lengths.enter(module, (rows, kept), measures)
         if not eager and run.refreshing is None:  # what stores or reads keys and values runs uncompiled
-            around = self._lengths.compiled(run, at, plan, kept, self._graphs(run, kwargs), measures) or around
+            shape = shape_of(self.adapter, run, kwargs)
+            around = self._lengths.compiled(run, at, plan, kept, shape, measures) or around
         step = run.step_record(at.step, kind, kept, plan)
         return GenerationCall(
             self.adapter,
@@ -258,12 +258,6 @@ class Generations:
             measures=measures,
             around=around,
         )
-
-    def _graphs(self, run: Run, kwargs: Kwargs) -> tuple[object, ...]:
-        """What of a call makes graphs, besides its reference tokens."""
-        x, text = kwargs[self.adapter.tokens], kwargs.get(self.adapter.text_tokens or "")
-        rows = (run.layout.generation[1], None if text is None else text.shape[1])
-        return (torch.is_grad_enabled(), x.shape[0], x.dtype, rows, self.adapter.cached(kwargs))
 
     def _as_it_is(self, module: nn.Module, kwargs: Kwargs) -> None:
         """A call that the library leaves alone."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import nn
 
+from ..adapters.base import Adapter, Kwargs
 from ..adapters.depth import Block
 from ..hooks.compiled import compiled_blocks
 from ..hooks.diffusers import reset_step_cache, step_cache_active
@@ -16,7 +18,7 @@ from ..run import Plan, Run
 from ..schedules import Clock
 from .steps import RunStep
 
-__all__ = ["Lengths"]
+__all__ = ["Lengths", "shape_of"]
 
 _TIMES = 256
 _REMEDY = "budget.piecewise(n), a larger multiple=... or schedules.Constant"
@@ -105,6 +107,13 @@ class Lengths:
         if not (now and static.knows(now[0], call)):
             static.check([*now, *_to_come(run, at)], whole, call, run.config.budget, _REMEDY)
         return static.running(now[0], call) if now else nullcontext()
+
+
+def shape_of(adapter: Adapter, run: Run, kwargs: Kwargs) -> Call:
+    """What of a call of a run makes graphs, besides its reference tokens."""
+    x, text = kwargs[adapter.tokens], kwargs.get(adapter.text_tokens or "")
+    rows = (run.layout.generation[1], None if text is None else text.shape[1])
+    return (torch.is_grad_enabled(), x.shape[0], x.dtype, rows, adapter.cached(kwargs))
 
 
 def _to_come(run: Run, at: RunStep) -> list[Rows]:

@@ -55,7 +55,7 @@ class _SetTimesteps:
         self.earlier = vars(scheduler).get("set_timesteps")
         self.thread: int | None = None
         self.count = 0
-        functools.update_wrapper(self, scheduler.set_timesteps)  # pipelines look at its signature
+        functools.update_wrapper(self, scheduler.set_timesteps, updated=())  # pipelines look at its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         scheduler: Any = self.scheduler()
@@ -127,12 +127,17 @@ class PipelineSteps:
         self._scheduler.set_timesteps = begun
 
         def stop() -> None:
-            scheduler = begun.scheduler()
-            if scheduler is not None and vars(scheduler).get("set_timesteps") is begun:
+            scheduler: Any = begun.scheduler()
+            outer = None if scheduler is None else vars(scheduler).get("set_timesteps")
+            if outer is begun:
                 if begun.earlier is None:
                     del scheduler.set_timesteps
                 else:
                     scheduler.set_timesteps = begun.earlier
+            while isinstance(outer, _SetTimesteps):  # of a patch that replaces this one
+                if outer.earlier is begun:
+                    outer.earlier = begun.earlier
+                outer = outer.earlier
             self._begun = None
 
         return stop

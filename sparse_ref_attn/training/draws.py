@@ -128,6 +128,8 @@ class Draws:
         self, module: nn.Module, kwargs: Kwargs, layout: TokenLayout
     ) -> contextlib.AbstractContextManager[None] | None:
         """For a call on blocks that are compiled for one length each; raises where the draws have too many."""
+        if not compiled_blocks(module):
+            return None
         static = StaticBlocks(module, [block.module for block in self.adapter.blocks(module)])
         if not static:
             return None

@@ -208,6 +208,20 @@ def test_a_second_transformer_beside_the_patched_one(caplog: pytest.LogCaptureFi
     assert not caplog.records
 
 
+def test_a_patch_that_replaces_another_hears_for_itself(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = CASES["klein"].build()
+    sra.patch(pipe, GRID)
+    CASES["klein"].call(pipe)
+    handle = sra.patch(pipe, GRID)
+    assert vars(pipe.scheduler)["set_timesteps"].earlier is None  # nothing stays of the replaced one
+    pipe.transformer = copy.deepcopy(pipe.transformer)
+    with caplog.at_level(logging.WARNING, "sparse_ref_attn"):
+        CASES["klein"].call(pipe)
+    assert said(caplog, "pipe.transformer is another one") == 1
+    handle.remove()
+    assert "set_timesteps" not in vars(pipe.scheduler)
+
+
 def test_a_patch_that_never_had_references_says_so_when_it_is_taken_off(caplog: pytest.LogCaptureFixture) -> None:
     """References stacked under the generation, in its own frame, look like a taller picture."""
     pipe = CASES["kontext"].build()
@@ -238,6 +252,27 @@ def test_an_unknown_layout_after_a_run_has_no_report(rank: int) -> None:
     model(x=torch.randn((8, 2) if rank == 2 else (1, 2, 4, 2)), timestep=torch.ones(1))
     with pytest.raises(sra.SparseRefError, match=r"layout of its calls was not known: 'x' is missing or not"):
         handle.summary()
+
+
+def test_a_model_of_somebodys_own_is_watched_by_the_layer_after_its_blocks(caplog: pytest.LogCaptureFixture) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.blocks = torch.nn.Linear(2, 2), torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+            self.last = torch.nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.last(self.blocks[0](self.first(x)))
+
+    adapter = sra.PlainAdapter(tokens="x", find=lambda kwargs: ((0, 4), (Reference(4, 4, (2, 2)),)))
+    model, x = Model(), torch.randn(1, 8, 2)
+    sra.patch(model, GRID, adapter=adapter)
+    with caplog.at_level(logging.WARNING, "sparse_ref_attn"):
+        model.blocks[0](model.first(x))
+        model(x, torch.ones(1))
+        assert not said(caplog, PAST)
+        model.last(model.blocks[0](model.first(x)))
+        assert said(caplog, PAST) == 1
 
 
 def test_copies_do_not_watch_and_nothing_stays(caplog: pytest.LogCaptureFixture) -> None:
