@@ -49,7 +49,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if name in sys.modules:
             sys.modules[name].utils.logging.set_verbosity_error()
     gc.collect()
-    gc.freeze()  # the collector need not look at millions of imported objects each time that a test asks it
+    gc.freeze()  # the collector need not search all that was imported each time that a test asks it
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,7 @@
 """Programs that tests start, without the seconds that a new interpreter takes to import torch and diffusers.
 
 Each is a fork of a server, a process of its own that has imported the libraries and run nothing: no state of a test,
-of pytest or of CUDA is in it. What a bare interpreter imports is
-tested with one.
+of pytest or of CUDA is in it. What a bare interpreter imports is tested with one.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import torch.distributed as dist
 
 __all__ = ["pair", "run", "run_pair", "script", "start"]
 
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # an import may ask whether there is a card: CUDA outlives no fork
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pytest", "peft", "sparse_ref_attn.training", "sparse_ref_attn.eval", "tests.pipelines"])
 

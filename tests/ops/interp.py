@@ -4,8 +4,8 @@ Triton's interpreter (3.6 to 3.9) keeps bf16 as raw uint16: ``tl.dot`` multiplie
 arithmetic too, and float32 -> bf16 truncates. `mend_bf16` makes the dot and the arithmetic run in float32 and the cast
 round to nearest even, as the hardware does. fp16 and fp32 are right as they are.
 
-It also replaces all of ``tl`` anew at each call of a function by a kernel, which took a third of the time of these
-tests. `patch_once` makes it do so once a launch.
+It also replaces all of ``tl`` anew at each call of a function by a kernel, which takes longer than what the function
+does. `patch_once` makes it do so once a launch.
 
 The interpreter is chosen when ``@triton.jit`` decorates, so one process is either interpreted or not: tests that launch
 kernels live in ``tests/ops/interpreted`` (collected only under ``TRITON_INTERPRET=1``; `tests/ops/test_interpreted.py`
