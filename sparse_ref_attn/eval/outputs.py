@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from ..files import replacing
 from ..toy.calls import image
 from ..toy.scenes import Scene
-from .compare import Comparison
+from .comparison import Comparison
 from .metrics import MaskedPsnr, Psnr
 
 __all__ = ["Pictures", "against_answer", "prepare_directory", "table", "write", "write_answer"]

@@ -247,11 +247,11 @@ def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
 def test_bad_input_is_told(done: Path, models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = ["--out", str(tmp_path / "new"), "--models"]
     for arguments, words in (
-        ([*out, models[0], "--rules", "magic"], "a rule must be one of downscaled"),
-        ([*out, models[0], "--schedules", "up"], "a schedule must be one of flat, rising"),
+        ([*out, models[0], "--rules", "magic"], "argument --rules: must be one of downscaled"),
+        ([*out, models[0], "--schedules", "up"], "argument --schedules: must be one of flat, rising"),
         ([*out, models[0], "--keep", "120%"], "must be a share in (0, 1]"),
         ([*out, models[0], "--families", "x"], "families must be among subject-driven, aligned, got x"),
-        ([*out, models[0], "--metrics", "fid"], "metrics must be among psnr"),
+        ([*out, models[0], "--metrics", "fid"], "argument --metrics: must be one of psnr"),
         ([*out, models[0], models[0]], "models must have names of their own"),
         ([*out, "one"], "must be NAME=PATH, got 'one'"),
         ([*out, f"one={tmp_path}"], "must hold model_index.json or config.json"),
