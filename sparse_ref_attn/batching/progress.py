@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-__all__ = ["SharedBar", "TurnsBar"]
+__all__ = ["NoBar", "SharedBar", "TurnsBar"]
 
 
 class SharedBar:
@@ -43,6 +43,21 @@ class SharedBar:
         """The run is over."""
         if self._bar is not None:
             self._bar.close()
+
+
+class NoBar:
+    """In place of a bar where nobody has one to show."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def set_description(self, text: str) -> None: ...
+
+    def update(self, steps: int) -> None: ...
+
+    def refresh(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class _Part:

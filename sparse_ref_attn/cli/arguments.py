@@ -49,7 +49,7 @@ def parser() -> Parser:
     _add_config(
         demo,
         None,
-        "a quarter at every step that drops any; recast with random weights: 1/16 to 1/4, rising",
+        "25%%; recast after its dense step: a quarter, with random weights 1/16 to 1/4, rising",
         "recast; random weights: sparse-context",
     )
     _add_common(demo)

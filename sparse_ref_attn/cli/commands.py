@@ -23,7 +23,6 @@ from ..eval.geometry import meta_transformer, pipeline_of
 from ..kernels import toolchain
 from ..kernels.build import build_kernels
 from ..pictures import open_image
-from ..presets import ReCAST
 from ..toy.scenes import Scene
 from . import builtin, execution, failures
 from .amount import Amount
@@ -57,10 +56,9 @@ def demo(options: argparse.Namespace) -> None:
         options.keep = 0.25 if options.keep is None else options.keep
     elif not small:
         settings.setdefault("task", "subject")
-    amount = Amount(preset, options.keep, settings)
     if small and preset == "recast" and options.keep is None:
-        # The paper's ramp would begin with 16 tokens of 256.
-        amount = Amount.fixed(ReCAST(0.25, 0.25, **settings))
+        settings |= {"n_min": 0.25, "n_max": 0.25}  # the paper's ramp would begin with 16 tokens of 256
+    amount = Amount(preset, options.keep, settings)
     directory = outputs.prepare_directory(options.out)
     quiet(pipelines_too=True)
     began = time.perf_counter()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..adapters.base import Adapter, adapter_for
-from ..batching.progress import TurnsBar
+from ..batching.progress import NoBar, TurnsBar
 from ..config import SparseRef
 from ..errors import ConfigError, IncompatibleError, SparseRefError
 from ..hooks.compiled import unwrap
@@ -115,7 +115,8 @@ def compare_all(
     adapter = adapter_for(transformer)
     sites = _sites(adapter, transformer)
     short = min(steps, 2)
-    bar = TurnsBar(pipe.progress_bar, dense + short * len(configs) + repeats * steps * (dense + len(configs)))
+    make = getattr(pipe, "progress_bar", NoBar)  # a modular pipeline's blocks have bars of their own
+    bar = TurnsBar(make, dense + short * len(configs) + repeats * steps * (dense + len(configs)))
     with _instead(pipe, bar):
         bar.say("warm-up")
         if dense:
