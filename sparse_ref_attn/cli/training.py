@@ -12,6 +12,7 @@ import torch
 
 from ..errors import ConfigError
 from ..eval import loading
+from ..eval.outputs import check_name
 from . import commands
 from .values import typed
 
@@ -25,6 +26,7 @@ def train(options: argparse.Namespace) -> None:
     from ..training.loop import TrainConfig
     from ..training.loop import train as loop
 
+    check_name(options.out)
     if (options.sprites is None) == (options.data is None):
         raise ConfigError("train needs --sprites (the small model) or --data with --model (a real one)")
     if (options.data is None) != (options.model is None):

@@ -193,6 +193,8 @@ def _notes(config: SparseRef) -> list[str]:
 
 def _layout(references: Sequence[Size], output: Size, text: int, cell: int) -> TokenLayout:
     height, width = _grid("output", output, cell)
+    if any(side % cell for side in output):
+        raise ConfigError(f"the size of output must be multiples of {cell} pixels, got {output[0]} x {output[1]}")
     at = generation = height * width
     found = []
     if not isinstance(references, Sequence):

@@ -49,7 +49,7 @@ def call_arguments(
     steps : int, optional
         Default the pipeline's own, 4 of a distilled model.
     more : mapping, optional
-        Arguments of the pipeline's ``__call__``, over all others.
+        Further arguments of the pipeline's ``__call__``, none of `RESERVED`.
 
     Raises
     ------

@@ -126,7 +126,7 @@ def evaluate(
     folder = prepare_directory(out)
     columns = {"share": None, **scorer.columns}
     settings = {"data": data.about, "columns": columns, "steps": models[0].steps}
-    if grid.mean_over != "dropping":  # folders that say nothing are older than the setting
+    if grid.mean_over != "dropping":  # folders that say nothing are of the steps that drop
         settings["mean_over"] = grid.mean_over
     store = RowStore(folder, list(columns))
     if rank == 0:
@@ -259,7 +259,8 @@ def _write_header(folder: Path, settings: dict[str, Any], models: Sequence[EvalM
     header: dict[str, Any] = {"settings": settings, "models": {}, "runs": []}
     if path.is_file():
         header = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in settings.items():
+        for name in settings | header["settings"]:
+            value = settings.get(name)
             if header["settings"].get(name) != value:
                 raise ConfigError(
                     f"{folder} must hold results of the same settings, got {name} {header['settings'].get(name)} there "

@@ -16,10 +16,10 @@ from ..errors import ConfigError
 from ..files import replacing
 from ..toy.calls import image
 from ..toy.scenes import Scene
-from .compare import Comparison
+from .comparison import Comparison
 from .metrics import MaskedPsnr, Psnr
 
-__all__ = ["Pictures", "against_answer", "prepare_directory", "table", "write", "write_answer"]
+__all__ = ["Pictures", "against_answer", "check_name", "prepare_directory", "table", "write", "write_answer"]
 
 _OF_FILES = (".csv", ".gif", ".html", ".jpeg", ".jpg", ".json", ".md", ".png", ".safetensors", ".tif", ".tiff", ".webp")
 REPORT = "report.json"
@@ -35,9 +35,8 @@ def prepare_directory(path: str | os.PathLike[str]) -> Path:
     ConfigError
         If it is a file or named like one, or cannot be made or written to.
     """
+    check_name(path)
     directory = Path(path)
-    if directory.suffix.lower() in _OF_FILES and not directory.is_dir():
-        raise ConfigError(f"the output must be a directory, got {path}, which is named like a file")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -45,6 +44,12 @@ def prepare_directory(path: str | os.PathLike[str]) -> Path:
     if not os.access(directory, os.W_OK):
         raise ConfigError(f"the output must be a directory that can be written to, got {path}")
     return directory
+
+
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Raise ConfigError where an output directory that is not there yet is named like a file: ``result.png``."""
+    if Path(path).suffix.lower() in _OF_FILES and not Path(path).is_dir():
+        raise ConfigError(f"the output must be a directory, got {path}, which is named like a file")
 
 
 class Pictures:

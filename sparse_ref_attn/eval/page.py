@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..overlay import save_overlay
-from .compare import Comparison
+from .comparison import Comparison
 from .metrics import Metric
 from .plots import quality_plot
 

@@ -133,6 +133,7 @@ KLEIN_RUN = ["run", "--model", "{models}/klein", "--prompt", "x", "--out", "{out
         ([*RUN, "--model", "{broken}"], "that diffusers can load, got {broken}: "),
         ([*RUN, "--out", "{out}/result.png"], "the output must be a directory, got {out}/result.png, which is named"),
         ([*KLEIN_RUN, "--height", "104", "--width", "70"], "must be multiples of 8 pixels, got 104 x 70: 104 x 64 or"),
+        (["train", "--steps", "1", "--out", "{out}/lora.safetensors"], "lora.safetensors, which is named like a file"),
         (["eval", "--data", "{out}", "--out", "{out}/e"], "--data must come with --models"),
         (["eval", "--out", "{out}/e", "--set", "output_type=np"], "output_type must not be set"),
         (["eval", "--out", "{out}/e", "--device", "mps", "--keep", "50%", "--rules", "grid"], "device mps must be one"),

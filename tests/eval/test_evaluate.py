@@ -93,6 +93,23 @@ def test_every_picture_has_one_row(done: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_share_counts_the_dense_step_and_what_cannot_be_is_left_out(
+    models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A rule that measures had a dense step beside its share."""
+    arguments = ["--families", "aligned", "--subjects", "1", "--rules", "random", "ReCAST", "--keep", "75%", "40%"]
+    assert main(["eval", "--out", str(tmp_path), "--models", models[0], *SMALL, *arguments]) == 0
+    found = {(row["method"], row["keep"]): float(row["share"]) for row in rows(tmp_path)}
+    assert found == {
+        ("dense", "1.0"): 1.0, ("random", "0.75"): 0.75, ("ReCAST flat", "0.75"): 0.75,
+        ("random", "0.4"): pytest.approx(0.4, abs=0.01),
+    }  # fmt: skip
+    assert "one, ReCAST flat at 40 % is left out: a share of the tokens must be above" in capsys.readouterr().out
+    again = ["--mean-over", "dropping"]
+    assert main(["eval", "--out", str(tmp_path), "--models", models[0], *SMALL, *arguments, *again]) == 2
+    assert "mean_over" in capsys.readouterr().err
+
+
 def test_a_row_is_what_the_pipeline_makes(done: Path, models: list[str]) -> None:
     """A row of two references and a mask, from the pipeline's own call and PSNR by its formula."""
     data = procedural(side=64)
@@ -234,11 +251,11 @@ def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
 def test_bad_input_is_told(done: Path, models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = ["--out", str(tmp_path / "new"), "--models"]
     for arguments, words in (
-        ([*out, models[0], "--rules", "magic"], "a rule must be one of downscaled"),
-        ([*out, models[0], "--schedules", "up"], "a schedule must be one of flat, rising"),
+        ([*out, models[0], "--rules", "magic"], "argument --rules: must be one of downscaled"),
+        ([*out, models[0], "--schedules", "up"], "argument --schedules: must be one of flat, rising"),
         ([*out, models[0], "--keep", "120%"], "must be a share in (0, 1]"),
         ([*out, models[0], "--families", "x"], "families must be among subject-driven, aligned, got x"),
-        ([*out, models[0], "--metrics", "fid"], "metrics must be among psnr"),
+        ([*out, models[0], "--metrics", "fid"], "argument --metrics: must be one of psnr"),
         ([*out, models[0], models[0]], "models must have names of their own"),
         ([*out, "one"], "must be NAME=PATH, got 'one'"),
         ([*out, f"one={tmp_path}"], "must hold model_index.json or config.json"),

@@ -23,7 +23,6 @@ __all__ = [
     "offload_hook",
     "packed_reference",
     "per_row_modulation",
-    "progress_bar_settings",
     "qwen_frequencies",
     "rotate_pairs",
     "rotate_qwen",
@@ -159,11 +158,6 @@ def qwen_frequencies(pos_embed: Any, frame: int, shape: Sequence[int], positions
 def offload_hook(module: nn.Module | None) -> Any:
     """The hook by which accelerate offloads a module's weights, None without one."""
     return getattr(module, "_hf_hook", None)
-
-
-def progress_bar_settings(pipe: Any) -> dict[str, Any]:
-    """What a pipeline's progress bar was set to."""
-    return dict(getattr(pipe, "_progress_bar_config", {}))
 
 
 def tensors_on_disk(module: nn.Module) -> dict[int, tuple[str, str]]:
