@@ -14,13 +14,26 @@ import torch
 from benchmarks.results import environment
 from sparse_ref_attn.toy.pipeline import TRAINED, toy_pipeline
 
-from . import caches, cases, direction, mass, methods, reuse, sparse_context, stability, sweep, tasks
+from . import (
+    caches,
+    cases,
+    direction,
+    mass,
+    methods,
+    reading,
+    reading_grid,
+    reuse,
+    sparse_context,
+    stability,
+    sweep,
+    tasks,
+)
 from .generator import Generator
 from .rows import Rows
 
 PICTURES = {
     "methods": methods, "tasks": tasks, "sweep": sweep, "direction": direction, "reuse": reuse, "caches": caches,
-    "sparse_context": sparse_context,
+    "sparse_context": sparse_context, "reading_grid": reading_grid, "reading": reading,
 }  # fmt: skip
 ATTENTION = {"mass": mass, "stability": stability}
 WEIGHTS = Path(__file__).parent.parent / "weights"

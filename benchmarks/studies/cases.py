@@ -33,7 +33,8 @@ class Case:
         Share of the reference tokens that it is meant to keep after the first step.
     answer : callable
         (generator, question, seed) to `Run`.
-    task : str
+    task : str or tuple of str
+        Several are asked of the subjects by turns.
     model : str
         Of the generators given to `measure`.
     """
@@ -41,8 +42,12 @@ class Case:
     method: str
     keep: float
     answer: Answer
-    task: str = "place"
+    task: str | tuple[str, ...] = "place"
     model: str = "dense"
+
+    def asked(self, subject: int) -> str:
+        """The task of a subject."""
+        return self.task if isinstance(self.task, str) else self.task[subject % len(self.task)]
 
 
 def dense(generator: Generator, question: Question, seed: int) -> Run:
@@ -75,10 +80,11 @@ def measure(
 
 
 def _one(case: Case, generator: Generator, rows: Rows, subject: int, seed: int) -> None:
-    key = {**generator.key(case.model, case.task, subject, seed), "method": case.method, "keep": case.keep}
+    task = case.asked(subject)
+    key = {**generator.key(case.model, task, subject, seed), "method": case.method, "keep": case.keep}
     if rows.has(key):
         return
-    question = Question(case.task, subject)
+    question = Question(task, subject)
     run = case.answer(generator, question, seed)
     reference = None if case.answer is dense else generator.run(question, seed).picture
     measured = quality(run.picture, question.scene, reference)
