@@ -37,6 +37,8 @@ class Case:
         Several are asked of the subjects by turns.
     model : str
         Of the generators given to `measure`.
+    most : tuple of (int, int), optional
+        Subjects and seeds that it is run on at most; None for as many as are asked for.
     """
 
     method: str
@@ -44,6 +46,7 @@ class Case:
     answer: Answer
     task: str | tuple[str, ...] = "place"
     model: str = "dense"
+    most: tuple[int, int] | None = None
 
     def asked(self, subject: int) -> str:
         """The task of a subject."""
@@ -73,6 +76,8 @@ def measure(
     for subject in range(subjects):
         for seed in range(seeds):
             for case in cases:
+                if case.most is not None and not (subject < case.most[0] and seed < case.most[1]):
+                    continue
                 _one(case, generators[case.model], rows, subject, seed)
             for generator in generators.values():
                 generator.forget()

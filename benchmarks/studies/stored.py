@@ -44,6 +44,13 @@ class Reading:
         Rows that run at the steps `at` after the first: all, the share `part` that the first step ranks best, or a
         share `part` by turns. The rest is read as it was stored.
     part : float
+    steps : int, optional
+        Denoising steps; None for the generator's own.
+
+    Examples
+    --------
+    >>> Reading((0, 2), "tile", 0.125, cell=4, steps=6).name, Reading((0, 1, 2), steps=3).name
+    ('tile 4x4 + means 4x4 at 0 2 of 6', 'dense, 3 steps')
     """
 
     at: tuple[int, ...]
@@ -53,21 +60,25 @@ class Reading:
     cell: int = 0
     full: Literal["all", "kept", "rolling"] = "all"
     part: float = 0.25
+    steps: int | None = None
 
     @property
     def name(self) -> str:
         """All but the share that is read."""
+        if self.full == "all" and self.at == tuple(range(self.steps or 0)):
+            return f"dense, {self.steps} steps"
         read = f"tile {self.tile}x{self.tile}" if self.per == "tile" else self.per
         means = f" + means {self.cell}x{self.cell}" if self.cell else ""
         rows = "" if self.full == "all" else f", {self.full} {self.part:.0%}"
-        return f"{read}{means} at {' '.join(map(str, self.at))}{rows}"
+        steps = f" of {self.steps}" if self.steps else ""
+        return f"{read}{means} at {' '.join(map(str, self.at))}{steps}{rows}"
 
     def tokens(self, text: int, generation: int, references: int, steps: int) -> list[StepTokens]:
-        """Rows and stored keys of each step."""
+        """Rows and stored keys of each step, of the generator's `steps` if the reading has none of its own."""
         part = round(self.part * references)
         read = round(self.share * references) + (references // self.cell**2 if self.cell else 0)
         found = []
-        for step in range(steps):
+        for step in range(self.steps or steps):
             if step not in self.at:
                 found.append(StepTokens(text, generation, 0, cached=read))
             elif step == self.at[0] or self.full == "all":
@@ -160,9 +171,7 @@ class _Run:
             self.best = mass.topk(round(part * references)).indices.sort().values
         return self.best
 
-    def attend(
-        self, i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention
-    ) -> Tensor:  # fmt: skip
+    def attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
         if self.reads:
             return self._read(i, q, k, v, own)
         if self.rows is None:
