@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import readings
 from benchmarks.studies import caches, cases, reading, reading_work
+from benchmarks.studies.__main__ import RUNS
 from benchmarks.studies.generator import Generator, Run
 from benchmarks.studies.questions import Question
 from benchmarks.studies.rows import Rows
@@ -240,3 +243,50 @@ def test_a_first_look_is_at_few_subjects(tmp_path, generator):
     assert [each for each in asked if each[0] != "place"] == [
         (("swap", "local")[subject % 2], subject, seed) for subject in range(3) for seed in range(2)
     ]
+
+
+def planted(folder, value):
+    """Rows of two subjects and a seed in which each setting has the PSNR that `value` gives it."""
+    rows = Rows(folder / "reading.csv", cases.KEYS, cases.VALUES)
+    for case in reading.cases(readings.STEPS):
+        for subject in range(2):
+            key = {"model": "dense", "weights": "abc", "steps": readings.STEPS, "task": case.asked(subject)}
+            key |= {"subject": subject, "seed": 0, "method": case.method, "keep": case.keep}
+            if not rows.has(key):
+                rows.add([{**key, **dict.fromkeys(cases.VALUES, float(value(case)) + subject)}])
+    work_rows = Rows(folder / "reading_work.csv", reading_work.KEYS, reading_work.VALUES)
+    reading_work.measure({"dense": SimpleNamespace(steps=readings.STEPS)}, work_rows, 1, 1)
+    runs = dict.fromkeys(RUNS, "") | {"study": "reading", "model": "dense", "weights": "abc", "steps": readings.STEPS}
+    Rows(folder / "runs.csv", RUNS, ()).add([runs])
+
+
+def test_tables_are_of_the_settings_that_they_name(tmp_path):
+    planted(tmp_path, lambda case: 30 + 8 * case.keep + ("means" in case.method))
+    lines = {name: make(tmp_path).splitlines() for name, make in readings.TABLES.items()}
+    assert {len(each.split("|")) for line in lines.values() for each in line} == {10, 12}
+    (tile,) = [line for line in lines["reading"] if line.startswith("| tile 4x4 + means 4x4 at 0 6 |")]
+    assert [cell.strip() for cell in tile.split("|")][2:6] == [
+        "12.5 %", "1.79 / 1.75 / 1.79", "3.39 / 3.29 / 3.39", "32.5 ± 0.5",
+    ]  # fmt: skip
+    (tile,) = [line for line in lines["reading_all"] if line.startswith("| tile 4x4 + means 4x4 at 0 4 8, 12.5 % |")]
+    assert tile.count("-6.0 [-6.0, -6.0]") == 5
+    (means,) = [line for line in lines["reading_compared"] if "| tile 4x4 at 0 1 4 8, 12.5 % |" in line]
+    assert means.count("+1.0 [+1.0, +1.0]") == 6
+    (layer,) = [line for line in lines["reading_granularity"] if line.startswith("| each layer |")]
+    assert layer.split("|")[2:5] == [" 32.5 / 32.5 ", " 33.5 / 33.5 ", " 33.5 / 33.5 "]
+
+
+def test_a_mix_of_two_runs_costs_as_much_as_the_one(tmp_path):
+    planted(tmp_path, lambda case: 30)
+    rows = readings.Rows(tmp_path)
+    for references in (1, 4):
+        for setting in reading.AT_EQUAL_WORK:
+            mix = rows.mix(setting, reading.ALL_READ, references)
+            assert sum(mix.values()) == pytest.approx(1)
+            cost = sum(weight / rows.ratio(each, references) for each, weight in mix.items())
+            assert len(mix) == 1 or cost == pytest.approx(1 / rows.ratio(setting, references))
+    never, second = Reading((0,)), Reading((0, 2, 4, 6, 8, 10))
+    assert rows.mix(Reading((0, 2, 4), steps=6), reading.ALL_READ, 1) == {never: 1.0}
+    assert rows.mix(second, reading.FEWER, 4) == {Reading(tuple(range(6)), steps=6): 1.0}
+    with pytest.raises(ValueError, match="must hold rows of the study 'reading' with 12 steps, got"):
+        readings.Rows(tmp_path / "none")
