@@ -15,6 +15,7 @@ from statistics import fmean
 from sparse_ref_attn.eval.aggregate import paired
 from sparse_ref_attn.eval.rows import read_rows
 
+from .readings import TABLES as READINGS
 from .results import RESULTS, read
 
 ROOT = RESULTS.parent.parent
@@ -158,7 +159,7 @@ def _environment(row: dict[str, str]) -> str:
 
 def insert(text: str) -> str:
     """`text` with every ``<!-- table:NAME -->`` block filled from ``results/NAME.csv``, of ``configurations_CARD``
-    from ``results/configurations.csv``, or from ``results/eval``."""
+    from ``results/configurations.csv``, or from ``results/eval`` and ``results/studies``."""
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
@@ -166,6 +167,8 @@ def insert(text: str) -> str:
             made = findings(RESULTS / "eval")
         elif name.startswith("configurations_"):
             made = configurations(RESULTS / "configurations.csv", name.removeprefix("configurations_"))
+        elif name in READINGS:
+            made = READINGS[name](RESULTS / "studies")
         elif name in EVALUATIONS:
             made = learned(RESULTS / "eval/summary.csv", *EVALUATIONS[name])
         else:

@@ -14,17 +14,31 @@ import torch
 from benchmarks.results import environment
 from sparse_ref_attn.toy.pipeline import TRAINED, toy_pipeline
 
-from . import caches, cases, direction, mass, methods, reuse, sparse_context, stability, sweep, tasks
+from . import (
+    caches,
+    cases,
+    direction,
+    mass,
+    methods,
+    reading,
+    reading_work,
+    reuse,
+    sparse_context,
+    stability,
+    sweep,
+    tasks,
+)
 from .generator import Generator
 from .rows import Rows
 
 PICTURES = {
     "methods": methods, "tasks": tasks, "sweep": sweep, "direction": direction, "reuse": reuse, "caches": caches,
-    "sparse_context": sparse_context,
+    "sparse_context": sparse_context, "reading": reading,
 }  # fmt: skip
 ATTENTION = {"mass": mass, "stability": stability}
+WORK = {"reading_work": reading_work}
 WEIGHTS = Path(__file__).parent.parent / "weights"
-NAMES = (*ATTENTION, *PICTURES)
+NAMES = (*ATTENTION, *PICTURES, *WORK)
 RUNS = ("study", "model", "weights", "parameters", "steps", "subjects", "seeds", "seconds", "threads", "date", "commit",
         "device", "torch", "diffusers")  # fmt: skip
 
@@ -64,8 +78,8 @@ def _study(name: str, generators: dict[str, Generator], args: argparse.Namespace
         )
 
     path = args.out / f"{name}.csv"
-    if name in ATTENTION:
-        study = ATTENTION[name]
+    if name in ATTENTION | WORK:
+        study = (ATTENTION | WORK)[name]
         study.measure(generators, Rows(path, study.KEYS, study.VALUES), args.subjects, args.seeds, tell)
         return
     rows = Rows(path, cases.KEYS, cases.VALUES)

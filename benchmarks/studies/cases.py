@@ -33,16 +33,24 @@ class Case:
         Share of the reference tokens that it is meant to keep after the first step.
     answer : callable
         (generator, question, seed) to `Run`.
-    task : str
+    task : str or tuple of str
+        Several are asked of the subjects by turns.
     model : str
         Of the generators given to `measure`.
+    most : tuple of (int, int), optional
+        Subjects and seeds that it is run on at most; None for as many as are asked for.
     """
 
     method: str
     keep: float
     answer: Answer
-    task: str = "place"
+    task: str | tuple[str, ...] = "place"
     model: str = "dense"
+    most: tuple[int, int] | None = None
+
+    def asked(self, subject: int) -> str:
+        """The task of a subject."""
+        return self.task if isinstance(self.task, str) else self.task[subject % len(self.task)]
 
 
 def dense(generator: Generator, question: Question, seed: int) -> Run:
@@ -68,6 +76,8 @@ def measure(
     for subject in range(subjects):
         for seed in range(seeds):
             for case in cases:
+                if case.most is not None and not (subject < case.most[0] and seed < case.most[1]):
+                    continue
                 _one(case, generators[case.model], rows, subject, seed)
             for generator in generators.values():
                 generator.forget()
@@ -75,10 +85,11 @@ def measure(
 
 
 def _one(case: Case, generator: Generator, rows: Rows, subject: int, seed: int) -> None:
-    key = {**generator.key(case.model, case.task, subject, seed), "method": case.method, "keep": case.keep}
+    task = case.asked(subject)
+    key = {**generator.key(case.model, task, subject, seed), "method": case.method, "keep": case.keep}
     if rows.has(key):
         return
-    question = Question(case.task, subject)
+    question = Question(task, subject)
     run = case.answer(generator, question, seed)
     reference = None if case.answer is dense else generator.run(question, seed).picture
     measured = quality(run.picture, question.scene, reference)
