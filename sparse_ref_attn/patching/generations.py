@@ -17,8 +17,6 @@ from ..config import SparseRef
 from ..errors import HandleRemovedError, IncompatibleError, SparseRefError
 from ..execution import Cache
 from ..functional import pack_rows
-from ..hooks.compiled import compiled_blocks
-from ..hooks.diffusers import reset_step_cache, step_cache_active
 from ..record import RunRecord
 from ..run import Probing, Run
 from ..types import TokenLayout
@@ -83,7 +81,7 @@ class Generations:
     def install(self, transformer: nn.Module, undo: contextlib.ExitStack) -> None:
         """Listen to what the pipeline's VAE encodes, and to which thread its scheduler runs in."""
         self._owners.listen(undo, self._scheduled)
-        undo.callback(_forget_steps, weakref.ref(transformer))
+        undo.callback(self._lengths.leave, weakref.ref(transformer))
         vae = getattr(None if self._pipe is None else self._pipe(), "vae", None)
         if isinstance(vae, nn.Module) and hasattr(vae, "encode"):
             self.pixels = PixelTap(vae)
@@ -269,12 +267,7 @@ class Generations:
         """Begin a generation at its first call."""
         self.record = self._latest = None
         self._owners.make_room(where)
-        if step_cache_active(module) and self._varies == "every step":
-            raise IncompatibleError(
-                "a step cache needs a kept count that seldom changes, got a budget that changes at every step: "
-                f"{self.config.budget}. Use budget.piecewise(n) or schedules.Constant, or disable the cache"
-            )
-        self._lengths.begin(module, self.adapter.blocks(module))
+        self._lengths.begin(module, self.adapter.blocks(module), self.config.budget)
         if self.config.from_block or self._probing.first:
             check_call(self.adapter, module, kwargs)
         x, at = kwargs[self.adapter.tokens], where.at
@@ -292,22 +285,7 @@ class Generations:
         if reuse is not None:
             reuse.note(run.record)
         if self.store is not None and refreshing is not None:
-            self.store.check_room(module, run, at, layout, kwargs)
-            if compiled_blocks(module):
-                run.record.notes.append("compiled blocks run uncompiled where keys and values are stored or read")
+            self.store.began(module, run, at, layout, kwargs)
         prepare_run(self.adapter, module, layout, kwargs, run)
         self.attendance.began()
         return self._owners.add(where, run, kwargs)
-
-    @property
-    def _varies(self) -> str:
-        """How the number of kept tokens changes over a run: "never", "pieces" or "every step"."""
-        varies = self.config.budget.varies
-        return "pieces" if varies == "never" and self._probing.probes else varies
-
-
-def _forget_steps(known: weakref.ref[nn.Module]) -> None:
-    """Empty a step cache that goes on without the patch: what it holds is of the length of the last call."""
-    transformer = known()
-    if transformer is not None and step_cache_active(transformer):
-        reset_step_cache(transformer, for_good=True)

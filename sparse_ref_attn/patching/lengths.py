@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,12 +11,13 @@ from torch import nn
 
 from ..adapters.base import Adapter, Kwargs
 from ..adapters.depth import Block
+from ..errors import IncompatibleError
 from ..hooks.compiled import compiled_blocks
 from ..hooks.diffusers import reset_step_cache, step_cache_active
 from ..hooks.foreign import ExplainedSizes, foreign_code
 from ..hooks.static_blocks import Call, Rows, StaticBlocks
 from ..run import Plan, Run
-from ..schedules import Clock
+from ..schedules import Budget, Clock
 from .steps import RunStep
 
 __all__ = ["Lengths", "shape_of"]
@@ -37,12 +39,30 @@ class Lengths:
         self._code: str | None = None
         self._static: StaticBlocks | None = None
 
-    def begin(self, module: nn.Module, blocks: Sequence[Block]) -> None:
-        """At the beginning of a generation: see what others put into the model's forward, and what they compiled."""
+    def begin(self, module: nn.Module, blocks: Sequence[Block], budget: Budget) -> None:
+        """At the beginning of a generation: see what others put into the model's forward, and what they compiled.
+
+        Raises
+        ------
+        IncompatibleError
+            If a step cache is on, and the budget changes at every step.
+        """
+        if step_cache_active(module) and budget.varies == "every step":
+            raise IncompatibleError(
+                "a step cache needs a kept count that seldom changes, got a budget that changes at every step: "
+                f"{budget}. Use budget.piecewise(n) or schedules.Constant, or disable the cache"
+            )
         compiled = compiled_blocks(module)
         self._code = None if compiled else foreign_code(module)  # a mode would be a guard of the graphs
         static = StaticBlocks(module, [block.module for block in blocks]) if compiled else None
         self._static = static or None
+
+    @staticmethod
+    def leave(known: weakref.ref[nn.Module]) -> None:
+        """The patch is off: a step cache that goes on holds what is of the length of the last call, and is emptied."""
+        transformer = known()
+        if transformer is not None and step_cache_active(transformer):
+            reset_step_cache(transformer, for_good=True)
 
     def enter(self, module: nn.Module, length: Length, measures: bool = False) -> Explaining:
         """Before a call: a step cache forgets what it has stored of another length, or where the call `measures`.

@@ -15,7 +15,7 @@ from ...adapters.shortened import Shortened
 from ...config import SparseRef
 from ...errors import ConfigError, IncompatibleError, UnsupportedModelError
 from ...execution import Cache
-from ...hooks.compiled import eager_blocks
+from ...hooks.compiled import compiled_blocks, eager_blocks
 from ...hooks.diffusers import Attention, AttentionSite, splits_the_sequence, step_cache_active
 from ...reference_cache import RankedCache
 from ...refresh import Never
@@ -188,8 +188,10 @@ class ReferenceStore:
             )
         return Refreshing(self._config.refresh, None if at.observed else at.total)
 
-    def check_room(self, module: nn.Module, run: Run, at: RunStep, layout: TokenLayout, kwargs: Kwargs) -> None:
-        """Raise BudgetError where a run that begins would store more than there is memory for."""
+    def began(self, module: nn.Module, run: Run, at: RunStep, layout: TokenLayout, kwargs: Kwargs) -> None:
+        """A run has begun: raise BudgetError where it would store more than there is memory for."""
+        if compiled_blocks(module):
+            run.record.notes.append("compiled blocks run uncompiled where keys and values are stored or read")
         tokens = kwargs[self._adapter.tokens]
         try:
             shape = self._adapter.shape(module)
