@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
-from torch import Tensor
-
 from ..checks import is_number, is_one_of
 from ..errors import ConfigError, LayoutError
 from ..record import RunRecord, StepRecord, mean_over_blocks
+from .stored import stored
 from .words import KINDS, hypertext, markdown, text
 
 __all__ = ["FlopSummary", "summary"]
@@ -183,7 +182,7 @@ def _measure(record: RunRecord, flops: FlopSummary | None, dense_seconds: float 
             "dense_seconds": dense_seconds,
         },
         "flops": work,
-        "cache": _cache(record),
+        "cache": stored(record),
         "stability": [
             {
                 "step": entry.step,
@@ -205,28 +204,6 @@ def _measure(record: RunRecord, flops: FlopSummary | None, dense_seconds: float 
         "notes": list(record.notes),
         "config": dict(record.config),
     }
-
-
-def _cache(record: RunRecord) -> dict[str, Any] | None:
-    """Bytes of the reference K/V held between steps, and of those of every token, and their drift; None without any."""
-    if not record.dense_cache_bytes:
-        return None
-    held = [step.cache_bytes for step in record.steps]
-    moved = [(step.index, step.drift) for step in record.steps if step.drift is not None]
-    return {
-        "dense_bytes": record.dense_cache_bytes,
-        "peak_bytes": max(held),
-        "last_bytes": held[-1],
-        "exactness": record.exactness,
-        "drift": [
-            {"step": index, "median": _finite(drift.median()), "worst": _finite(drift.max())} for index, drift in moved
-        ],
-    }
-
-
-def _finite(value: Tensor) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None
 
 
 def _sparse_kind(record: RunRecord) -> str:

@@ -229,7 +229,7 @@ def test_what_is_stored_is_freed() -> None:
         store = handle._generations.store
         case.call(pipe, steps=4)
         run = handle._generations.run
-        assert all(branch.held is None for text in store._texts[run] for branch in text.branches)
+        assert [branch.held for branch in store._branches[run]] == [None]
         row = 2 * 4 * 2 * 16 * 4  # k and v, layers, heads, channels, bytes
         room = 2 * 2 * 2 * 16 * 4 * (handle.record.layout.text + GENERATION)
         assert [step.cache_bytes for step in handle.record.steps] == [24 * row + room] * 4
@@ -240,14 +240,14 @@ def test_what_is_stored_is_freed() -> None:
 
         with pytest.raises(KeyboardInterrupt):
             case.call(pipe, steps=4, callback=stop)
-        (text,) = store._texts[handle._generations.run]
-        held = weakref.ref(text.branches[0].held)
+        (branch,) = store._branches[handle._generations.run]
+        held = weakref.ref(branch.held)
         assert held() is not None
-        del text, run
+        del branch, run
         case.call(pipe, steps=4, seed=3)
         gc.collect()
         assert held() is None
-    assert not store._texts
+    assert not store._branches
 
 
 def test_a_call_that_is_broken_off_leaves_nothing_to_read() -> None:

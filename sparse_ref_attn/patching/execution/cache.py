@@ -24,6 +24,7 @@ from ...types import TokenLayout
 from ..call import Execution, GenerationCall
 from ..proving import computed_dtype, prefers_bank
 from ..steps import RunStep
+from .branches import Branch, Branches
 from .held import HeldRows
 from .room import check_room
 from .stored import to_stored
@@ -55,43 +56,6 @@ def joint_layers(adapter: Adapter, transformer: nn.Module) -> list[int]:
     if not adapter.routable(transformer):
         return []
     return [i for i, site in enumerate(sites) if site.kind != "other"]
-
-
-class Branch:
-    """What the calls of one branch of guidance have stored; None until a full call has come to its end."""
-
-    def __init__(self) -> None:
-        self.held: HeldRows | None = None
-
-
-class _Text:
-    """One text of a run, and the branches whose calls bring it: the first such call of a step, the second, ..."""
-
-    def __init__(self, text: Tensor | None) -> None:
-        self._known = None if text is None else weakref.ref(text)  # held by its pipeline alone (see RunIdentity)
-        self._values = None if text is None else text.detach().clone()
-        self.branches: list[Branch] = []
-        self._step, self._calls = -1, 0
-
-    def is_(self, text: Tensor | None) -> bool:
-        """Whether it is this very tensor."""
-        return text is None if self._known is None else self._known() is text
-
-    def equals(self, text: Tensor | None) -> bool:
-        """Whether it is one of the same values (syncs)."""
-        values = self._values
-        if values is None or text is None:
-            return values is text
-        return (values.shape, values.device) == (text.shape, text.device) and torch.equal(values, text)
-
-    def branch(self, step: int) -> Branch:
-        """Of the next call in `step`."""
-        if self._step != step:
-            self._step, self._calls = step, 0
-        self._calls += 1
-        while len(self.branches) < self._calls:
-            self.branches.append(Branch())
-        return self.branches[self._calls - 1]
 
 
 @dataclass(frozen=True)
@@ -165,7 +129,7 @@ class ReferenceStore:
 
     def __init__(self, adapter: Adapter, config: SparseRef) -> None:
         self._adapter, self._config = adapter, config
-        self._texts: weakref.WeakKeyDictionary[Run, list[_Text]] = weakref.WeakKeyDictionary()
+        self._branches: weakref.WeakKeyDictionary[Run, Branches] = weakref.WeakKeyDictionary()
 
     def begin(self, module: nn.Module, at: RunStep) -> Refreshing:
         """The full steps of a run that begins.
@@ -205,25 +169,17 @@ class ReferenceStore:
 
     def forget(self) -> None:
         """Let go of everything."""
-        self._texts.clear()
+        self._branches.clear()
 
     def execution(self, run: Run, at: RunStep, plan: Plan, kwargs: Kwargs) -> tuple[Execution, Plan]:
         """How a call with `plan` runs, and as what: one whose branch has stored nothing yet computes."""
-        branch = self._branch(run, at.step, kwargs)
+        text = None if self._adapter.text_tokens is None else kwargs.get(self._adapter.text_tokens)
+        branch = self._branches.setdefault(run, Branches()).of(at.step, text)
         if plan.reads and branch.held is not None:
             return Reading(self, branch), plan
         if plan.reads:
             plan = Plan("profile" if plan.kind == "profile" else "dense")
         return Computing(self, branch), plan
-
-    def _branch(self, run: Run, step: int, kwargs: Kwargs) -> Branch:
-        """The branch of guidance that a call is of: known by its text, and by how often that came in the step."""
-        known = self._texts.setdefault(run, [])
-        text = None if self._adapter.text_tokens is None else kwargs.get(self._adapter.text_tokens)
-        found = next((t for t in known if t.is_(text)), None) or next((t for t in known if t.equals(text)), None)
-        if found is None:
-            known.append(found := _Text(text))
-        return found.branch(step)
 
     # -- full calls ----------------------------------------------------------------------------
 
@@ -308,7 +264,7 @@ class ReferenceStore:
 
     def _account(self, call: GenerationCall) -> None:
         """Write down the bytes that are held."""
-        held = [branch.held for text in self._texts.get(call.run, []) for branch in text.branches]
+        held = [branch.held for branch in self._branches[call.run]]
         ranked = [each.ranked for each in held if each is not None and each.ranked is not None]
         call.step.cache_bytes = sum(each.row_bytes + each.room_bytes for each in ranked)
         total = call.run.layout.reference_tokens
