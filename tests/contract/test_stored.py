@@ -239,11 +239,14 @@ def test_a_step_cache_goes_with_references_that_are_computed_once() -> None:
         assert kinds(handle) == ["dense", "cached", "cached", "cached"]
 
 
-def test_compiled_blocks_run_uncompiled_and_it_is_said() -> None:
+def test_compiled_blocks_of_a_kind_that_nobody_knows_run_uncompiled_and_it_is_said() -> None:
+    """A processor of somebody's own may attend more than once in a layer."""
     case = CASES["klein"]
     pipe = case.build()
     with sra.patched(pipe, SETTINGS["all read"]):
         wanted = case.call(pipe, steps=STEPS)
+    own = pipe.transformer.transformer_blocks[0].attn.processor
+    own.__class__ = type("MyProcessor", (type(own),), {})
     torch._dynamo.reset()
     with sra.patched(pipe, SETTINGS["all read"]) as handle:
         pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")

@@ -24,6 +24,7 @@ from .attention import (
     tapped_attention,
 )
 from .caches import check_no_step_cache, reset_step_cache, splits_the_sequence, step_cache_active
+from .compiled_attention import CompiledAttention
 from .parts import (
     check_parts,
     encoded_reference,
@@ -43,6 +44,7 @@ __all__ = [
     "SLOT",
     "Attention",
     "AttentionSite",
+    "CompiledAttention",
     "PrivateBackend",
     "Route",
     "Tap",

@@ -16,7 +16,14 @@ from ...config import SparseRef
 from ...errors import ConfigError, IncompatibleError, UnsupportedModelError
 from ...execution import Cache
 from ...hooks.compiled import compiled_blocks, eager_blocks
-from ...hooks.diffusers import Attention, AttentionSite, splits_the_sequence, step_cache_active
+from ...hooks.diffusers import (
+    Attention,
+    AttentionSite,
+    CompiledAttention,
+    Route,
+    splits_the_sequence,
+    step_cache_active,
+)
 from ...reference_cache import RankedCache
 from ...refresh import Never
 from ...run import Plan, Refreshing, Run, covering
@@ -129,6 +136,7 @@ class ReferenceStore:
 
     def __init__(self, adapter: Adapter, config: SparseRef) -> None:
         self._adapter, self._config = adapter, config
+        self._compiled: CompiledAttention | None = None
         self._branches: weakref.WeakKeyDictionary[Run, Branches] = weakref.WeakKeyDictionary()
 
     def begin(self, module: nn.Module, at: RunStep) -> Refreshing:
@@ -154,7 +162,12 @@ class ReferenceStore:
 
     def began(self, module: nn.Module, run: Run, at: RunStep, layout: TokenLayout, kwargs: Kwargs) -> None:
         """A run has begun: raise BudgetError where it would store more than there is memory for."""
-        if compiled_blocks(module):
+        compiled = compiled_blocks(module)
+        branches = self._branches.setdefault(run, Branches())
+        branches.compiled = compiled and self._attends_once(module)
+        if branches.compiled and self._compiled is None:
+            self._compiled = CompiledAttention()
+        if compiled and not branches.compiled:
             run.record.notes.append("compiled blocks run uncompiled where keys and values are stored or read")
         tokens = kwargs[self._adapter.tokens]
         try:
@@ -170,16 +183,33 @@ class ReferenceStore:
     def forget(self) -> None:
         """Let go of everything."""
         self._branches.clear()
+        if self._compiled is not None:
+            self._compiled.remove()
+            self._compiled = None
 
     def execution(self, run: Run, at: RunStep, plan: Plan, kwargs: Kwargs) -> tuple[Execution, Plan]:
         """How a call with `plan` runs, and as what: one whose branch has stored nothing yet computes."""
         text = None if self._adapter.text_tokens is None else kwargs.get(self._adapter.text_tokens)
-        branch = self._branches.setdefault(run, Branches()).of(at.step, text)
+        branch = self._branches[run].of(at.step, text)
         if plan.reads and branch.held is not None:
             return Reading(self, branch), plan
         if plan.reads:
             plan = Plan("profile" if plan.kind == "profile" else "dense")
         return Computing(self, branch), plan
+
+    def _attends_once(self, module: nn.Module) -> bool:
+        """Whether each attention layer is of a kind that attends once in a call, in order."""
+        return all(type(site.processor).__name__ in self._adapter.processors for site in self._adapter.sites(module))
+
+    def _answer(self, call: GenerationCall, attend: Route) -> None:
+        """Let `attend` answer the attention of a call."""
+        compiled = self._branches[call.run].compiled and not torch.is_grad_enabled()
+        if compiled and self._compiled is not None:
+            route = self._compiled.route(self._adapter.sites(call.module), attend)
+        else:
+            call.contexts.enter_context(eager_blocks(call.module))
+            route = self._adapter.route(call.module, attend)
+        call.contexts.enter_context(route)
 
     # -- full calls ----------------------------------------------------------------------------
 
@@ -207,8 +237,7 @@ class ReferenceStore:
                 held.take(places[i], _Rows(k.detach()[:, whole], v.detach()[:, whole]))
             return own()
 
-        call.contexts.enter_context(eager_blocks(call.module))
-        call.contexts.enter_context(self._adapter.route(call.module, attend))
+        self._answer(call, attend)
 
     def computed(self, call: GenerationCall, held: HeldRows) -> None:
         """A full call has come to its end: what it stored counts from now on."""
@@ -253,8 +282,9 @@ class ReferenceStore:
             joint = i in places and q.shape[1] == k.shape[1] == own
             return answer(places[i], q, k, v, mask, user) if joint else user()
 
-        call.contexts.enter_context(eager_blocks(module))
-        call.contexts.enter_context(self._adapter.route(module, attend))
+        if call.measures:
+            call.contexts.enter_context(eager_blocks(module))
+        self._answer(call, attend)
         self._account(call)
 
     def over(self, call: GenerationCall, branch: Branch) -> None:

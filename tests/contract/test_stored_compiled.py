@@ -1,0 +1,98 @@
+"""Compiled blocks where references are stored and read: no break, no graph a layer, none once all lengths were seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import sparse_ref_attn as sra
+from tests.contract.state import kinds, state
+from tests.contract.test_compile import DEEP, Counting
+from tests.pipelines import CASES
+
+SETTINGS = {
+    "all read": sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=sra.Every(3))),
+    "ranked": sra.SparseRef("mass", sra.Linear(0.2, 0.6), execute=sra.Cache(refresh=sra.Every(3))),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("setting", list(SETTINGS))
+@pytest.mark.parametrize("name", list(DEEP))
+def test_repeated_blocks(name: str, setting: str) -> None:
+    case, backend = CASES[name], Counting()
+    plain, pipe = case.build(**DEEP[name]), case.build(**DEEP[name])
+    sra.patch(plain, SETTINGS[setting])
+    case.call(pipe, steps=1)  # a pipeline's first call changes its parts
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+    before = state(pipe)
+    handle = sra.patch(pipe, SETTINGS[setting])
+    blocks, seen = sum(DEEP[name].values()), []
+
+    def note(pipe: Any, step: int, timestep: Any, values: dict) -> dict:
+        seen.append((backend.graphs, backend.calls))
+        return values
+
+    for first in (0, 3):
+        got = case.call(pipe, steps=7, first=first, callback=note)
+        np.testing.assert_allclose(got, case.call(plain, steps=7, first=first), atol=1e-5)
+        whole = "profile" if setting == "ranked" else "dense"
+        assert kinds(handle) == [whole, "cached", "cached", "dense", "cached", "cached", "dense"]
+        assert not handle.notes
+    graphs, calls = zip(*seen, strict=True)
+    measured = setting == "ranked"  # a step that measures runs uncompiled
+    assert [n // blocks for n in calls] == [n - measured * (1 + (n > 7)) for n in range(1, 15)]
+    assert len(set(graphs[4:])) == 1
+    assert graphs[-1] <= 2 * next(filter(None, graphs)) + 1  # those of the whole length, and of the short one
+    assert not counters["graph_break"]
+    handle.remove()
+    assert state(pipe) == before
+
+
+def test_with_gradients_blocks_run_uncompiled() -> None:
+    pipe, calls = CASES["klein"].build(), []
+    hook = pipe.transformer.register_forward_pre_hook(lambda m, a, k: calls.append(dict(k)), with_kwargs=True)
+    CASES["klein"].call(pipe, steps=2)
+    hook.remove()
+    samples = []
+    for grad in (False, True):
+        model = CASES["klein"].build().transformer.requires_grad_()
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        handle = sra.patch(model, SETTINGS["all read"])
+        handle.begin(steps=2)
+        with torch.set_grad_enabled(grad):
+            model(**calls[0])
+            handle.step(1)
+            samples.append(model(**calls[1])[0])
+    assert samples[1].requires_grad
+    torch.testing.assert_close(samples[1].detach(), samples[0], rtol=1e-4, atol=1e-5)
+
+
+def test_two_models_share_the_backend_and_the_last_takes_it_away() -> None:
+    case = CASES["klein"]
+    pipes = [case.build(seed=seed) for seed in (0, 1)]
+    wanted = []
+    for pipe in pipes:
+        with sra.patched(pipe, SETTINGS["all read"]):
+            wanted.append(case.call(pipe, steps=4))
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    before = [state(pipe) for pipe in pipes]
+    handles = [sra.patch(pipe, SETTINGS["all read"]) for pipe in pipes]
+    for pipe, image in zip(pipes, wanted, strict=True):
+        np.testing.assert_allclose(case.call(pipe, steps=4), image, atol=1e-5)
+    handles[0].remove()
+    np.testing.assert_allclose(case.call(pipes[1], steps=4), wanted[1], atol=1e-5)
+    handles[1].remove()
+    assert [state(pipe) for pipe in pipes] == before
