@@ -172,7 +172,7 @@ def test_batched_guidance_scores_the_conditional_half() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"profile": "flight"}, r'must be "step" or "in_flight", got \'flight\''),
+        ({"profile": "flight"}, r"must be one of step, in_flight, got 'flight'"),
         ({"profile_blocks": 3}, 'with profile="in_flight" only, got 3'),
         ({"profile": "in_flight", "profile_blocks": 0}, "at least 1, got 0"),
         ({"profile": "in_flight", "profile_blocks": True}, "got True"),
