@@ -26,6 +26,7 @@ from .studies.stored import Reading
 __all__ = ["TABLES"]
 
 FAMILIES = {"subject-driven": ("place",), "aligned": ALIGNED, "two references": ("pair",)}
+FIRST_FAMILIES = ("subject-driven", "aligned")
 AGAINST = {"dense": "dense_psnr", "answer": "subject_psnr"}
 MODELS = ("kontext", "klein-9b", "qwen-image-edit")
 STEPS = 12
@@ -142,11 +143,13 @@ def granularity(folder: Path) -> str:
     named = {0: "", 4: " + 4x4", 2: " + 2x2"}
     lines = _header(["a ranking for"], [f"{_percent(share)}{named[cell]}" for share, cell in columns])
     by = {(each.per, each.tile, each.share, each.cell): each for each in GRID}
+    everything = " / ".join(f"{rows.first(family, Reading(GRID[0].at)):.1f}" for family in FIRST_FAMILIES)
+    lines.append(f"| everything, {everything} |{' |' * len(columns)}")
     for per, tile in GRANULARITIES:
         cells = [f"each tile of {tile}x{tile}" if per == "tile" else "the run" if per == "run" else "each layer"]
         for column in columns:
             found = by.get((per, tile, *column))
-            values = [] if found is None else [rows.first(family, found) for family in ("subject-driven", "aligned")]
+            values = [] if found is None else [rows.first(family, found) for family in FIRST_FAMILIES]
             cells.append(" / ".join(f"{value:.1f}" for value in values))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
