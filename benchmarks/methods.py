@@ -46,6 +46,9 @@ METHODS: dict[str, Method] = {
         for execute in ("tokens", "cache", "both")
         for keep in KEPT
     },
+    "stored": Method(sra.SparseRef("grid", 1.0, execute=sra.Cache())),
+    "stored once": Method(sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=sra.Never()))),
+    "stored once, 25% read": Method(sra.SparseRef("edges", 0.25, execute=sra.Cache(refresh=sra.Never()))),
     **{name: Method(step_cache=name) for name in STEP_CACHES},
     **{f"{name} + edges 25%": Method(sra.SparseRef("edges", 0.25), step_cache=name) for name in STEP_CACHES},
 }

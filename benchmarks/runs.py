@@ -92,7 +92,8 @@ def gate(pipe: Any, call: Callable[..., Any], case: PipelineCase, methods: Seque
 
     Every method gives finite images, and a sparse one other images than the dense run.
     """
-    small: dict[str, int] = {"steps": 2, "side": min(256, case.side)}
+    stores = any(method.config is not None and method.config.execute.name == "cache" for method in methods)
+    small: dict[str, int] = {"steps": 3 if stores else 2, "side": min(256, case.side)}  # 3: one reads what is stored
     dense = call(**small)
     with DenseTimes(pipe.transformer):
         same = [call(**small)]
@@ -181,8 +182,9 @@ def full_ratio(case: PipelineCase, name: str) -> float | str:
         return 1.0
     if method.config is None or method.step_cache:
         return ""
+    model = _published(f"{case.model}-kv" if method.cached else case.model)
     return sra.estimate(
-        _published(case.model), references=[size] * case.references, output=size, text_tokens=TEXT_TOKENS,
+        model, references=[size] * case.references, output=size, text_tokens=TEXT_TOKENS,
         steps=case.steps, config=method.config,
     ).flop_ratio  # fmt: skip
 

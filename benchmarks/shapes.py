@@ -124,6 +124,21 @@ SUITES: dict[str, Suite] = {
         ("Klein-KV", *EXECUTIONS),
         "cache",
     ),
+    "stored": Suite(
+        "references stored in full steps and read in the others, beside tokens dropped",
+        tuple(
+            replace(case, steps=4, rounds=1, side=512)
+            for case in (
+                KONTEXT,
+                KLEIN,
+                replace(KLEIN, references=2),
+                replace(KLEIN, references=4),
+                replace(KLEIN, model="flux2-dev", references=2),
+            )
+        ),
+        ("tokens 25%", "stored", "stored once", "stored once, 25% read"),
+        "stored",
+    ),
     "step-cache": Suite(
         "step caches beside ours, and the two together",
         tuple(replace(case, layers=2, single=2, steps=8, rounds=1, side=512) for case in (KONTEXT, KLEIN)),

@@ -147,7 +147,7 @@ def test_the_reference_caches_suite_puts_each_execution_beside_its_bound(capsys,
     assert [rows[f"{execute} 25%"]["kept_mean"] for execute in ("tokens", "cache", "both")] == ["32", "64", "32"]
     size = (128, 128)
     whole = estimate(
-        named_model("klein-9b"), references=[size] * 2, output=size, steps=3, config=SparseRef("edges", 0.05, "both")
+        named_model("klein-9b-kv"), references=[size] * 2, output=size, steps=3, config=SparseRef("edges", 0.05, "both")
     )
     assert float(rows["both 5%"]["full_flop_ratio"]) == pytest.approx(whole.flop_ratio, rel=1e-3)
     assert float(rows["both 5%"]["cache_mb"]) < float(rows["both 25%"]["cache_mb"])
@@ -159,6 +159,22 @@ def test_the_reference_caches_suite_puts_each_execution_beside_its_bound(capsys,
     assert main([*asked, "--resume"]) == 0
     assert "rows are there, passed over" in capsys.readouterr().out
     assert len(results.read(out)) == len(rows)
+
+
+def test_the_stored_suite_counts_each_step_as_it_ran(tmp_path):
+    out = tmp_path / "rows.csv"
+    methods = ["tokens 25%", "stored", "stored once", "stored once, 25% read"]
+    asked = ["pipeline", "--suite", "stored", "--model", "klein-9b", "--references", "2", *QUICK, "--side", "128"]
+    asked += ["--steps", "4"]
+    assert main([*asked, "--out", str(out), "--methods", *methods]) == 0
+    rows = rows_in(out)
+    assert list(rows) == ["dense", *methods]
+    ratio = {name: float(row["full_flop_ratio"]) for name, row in rows.items()}
+    assert 1 < ratio["stored"] < ratio["stored once"] < ratio["stored once, 25% read"]
+    size, once = (128, 128), METHODS["stored once"].config
+    whole = estimate(named_model("klein-9b"), references=[size] * 2, output=size, steps=4, config=once)
+    assert ratio["stored once"] == pytest.approx(whole.flop_ratio, rel=1e-3)
+    assert float(rows["stored once, 25% read"]["cache_mb"]) < float(rows["stored once"]["cache_mb"])
 
 
 def test_step_caches_are_charged_the_work_they_do(tmp_path):
