@@ -72,10 +72,9 @@ class PlannedRun:
             kinds, kept, tokens = with_cache(config, layout, kinds, kept)
         return cls(probing, line, kinds, kept, from_block, tokens, stored)
 
-    @property
-    def computes_always(self) -> bool:
-        """Whether references are stored, and no step reads them."""
-        return self.line.stores and not any(step.cached for step in self.tokens)
+    def reads_all(self, total: int) -> bool:
+        """Whether references are stored, and every step that reads them reads all `total` tokens."""
+        return self.line.stores and all(step.cached in (0, total) for step in self.tokens)
 
     def mean(self, total: int, blocks: int) -> float:
         """Reference tokens of `total` that take part, mean over the steps and the `blocks` of each; where references
