@@ -25,7 +25,7 @@ from ..execution import Cache
 from ..hooks.compiled import unwrap
 from ..hooks.diffusers import gives_lse
 from ..patching import transformer_of
-from ..patching.execution.cache import check_cache
+from ..patching.execution.joint import check_cache
 from ..presets import configuration
 from ..refresh import Drift
 from ..run import Probing, Timeline

@@ -9,7 +9,7 @@ from torch import nn
 from ..adapters.base import adapter_for
 from ..config import SparseRef
 from ..errors import ConfigError
-from ..patching.execution.cache import check_cache
+from ..patching.execution.joint import check_cache
 from ..types import Reference, TokenLayout
 from .planned import PlannedRun
 

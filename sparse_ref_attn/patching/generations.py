@@ -22,8 +22,9 @@ from ..run import Probing, Run
 from ..types import TokenLayout
 from .attendance import Attendance
 from .call import Execution, GenerationCall
-from .execution.cache import ReferenceStore, check_cache
+from .execution.cache import ReferenceStore
 from .execution.depth import ByDepth, check_call
+from .execution.joint import check_cache
 from .execution.model_cache import CacheKeeper
 from .execution.tokens import AtInput
 from .lengths import Lengths, shape_of
@@ -238,9 +239,9 @@ class Generations:
         if layout is not None and not plan.from_block:
             rows += (0 if plan.reads else kept) - layout.reference_tokens
         around = self._lengths.enter(module, (rows, kept), measures)
-        if not eager and run.refreshing is None:  # what stores or reads keys and values runs uncompiled
-            shape = shape_of(self.adapter, run, kwargs)
-            around = self._lengths.compiled(run, at, plan, kept, shape, measures) or around
+        if not eager and (self.store is None or self.store.stays_compiled(run)):
+            shape, own = shape_of(self.adapter, run, kwargs), 0 if plan.reads else kept
+            around = self._lengths.compiled(run, at, plan, own, shape, measures) or around
         step = run.step_record(at.step, kind, kept, plan)
         return GenerationCall(
             self.adapter,

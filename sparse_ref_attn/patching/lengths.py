@@ -101,7 +101,7 @@ class Lengths:
         at : RunStep
         plan : Plan
         kept : int
-            Reference tokens that take part.
+            Reference tokens whose rows run.
         call : tuple
             What else makes graphs (see `StaticBlocks`).
         eager : bool
@@ -133,7 +133,7 @@ def shape_of(adapter: Adapter, run: Run, kwargs: Kwargs) -> Call:
     """What of a call of a run makes graphs, besides its reference tokens."""
     x, text = kwargs[adapter.tokens], kwargs.get(adapter.text_tokens or "")
     rows = (run.layout.generation[1], None if text is None else text.shape[1])
-    return (torch.is_grad_enabled(), x.shape[0], x.dtype, rows, adapter.cached(kwargs))
+    return (torch.is_grad_enabled(), x.shape[0], x.dtype, rows, adapter.cached(kwargs), run.timeline.stores)
 
 
 def _to_come(run: Run, at: RunStep) -> list[Rows]:
@@ -141,12 +141,14 @@ def _to_come(run: Run, at: RunStep) -> list[Rows]:
     if run.config.budget.needs_mass and not run.ranking.known:
         return []
     timeline, whole = run.timeline, run.layout.reference_tokens
+    if timeline.stores and timeline.first == "all":
+        return [Rows(whole), Rows(0)]
     if at.observed:  # nobody knows at which times the steps to come will be
         counts = {sum(run.budgeting.counts(Clock.uniform(i, _TIMES))) for i in range(_TIMES)}
         return [Rows(count, timeline.from_block, whole) for count in counts]
     planned = timeline.planned(at.total, run.budgeting, run.clock)[at.step :]
     return [
-        Rows(step.kept, step.from_block, None if step.kind == "in_flight" else whole)
+        Rows(0 if step.reads else step.kept, step.from_block, None if step.kind == "in_flight" else whole)
         for step in planned
         if step.kind != "profile"
     ]

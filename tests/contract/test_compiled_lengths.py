@@ -241,3 +241,14 @@ def test_training_on_other_blocks_is_not_refused(dynamic: bool | None) -> None:
     sra.patch_for_training(model, sra.RandomDrop(keep=(0.1, 0.9)))
     for _ in range(5):
         batch.loss(model).backward()
+
+
+def test_stored_references_make_two_lengths_a_size() -> None:
+    """The whole one and that without reference rows, whatever is read."""
+    case, pipe = CASES["klein"], compiled("klein")
+    stored = sra.SparseRef("grid", sra.Linear(0.1, 0.9), execute=sra.Cache(refresh=sra.Every(2)))
+    sra.patch(pipe, stored)
+    for seed in (0, 1):
+        case.call(pipe, steps=8, seed=seed)
+    with pytest.raises(sra.IncompatibleError, match=r"at most 3 sequence lengths .*got 2 new"):
+        case.call(pipe, steps=8, side=96)

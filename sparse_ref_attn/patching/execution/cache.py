@@ -14,7 +14,6 @@ from ...adapters.mask_columns import reference_columns
 from ...adapters.shortened import Shortened
 from ...config import SparseRef
 from ...errors import ConfigError, IncompatibleError, UnsupportedModelError
-from ...execution import Cache
 from ...hooks.compiled import compiled_blocks, eager_blocks
 from ...hooks.diffusers import (
     Attention,
@@ -33,36 +32,12 @@ from ..proving import computed_dtype, prefers_bank
 from ..steps import RunStep
 from .branches import Branch, Branches
 from .held import HeldRows
+from .joint import joint_layers
 from .room import check_room
 from .stored import to_stored
 from .tokens import AtInput
 
-__all__ = ["ReferenceStore", "check_cache"]
-
-
-def check_cache(config: SparseRef, adapter: Adapter, transformer: nn.Module) -> None:
-    """Raise where keys and values of the references cannot be stored, or other layers are named than there are."""
-    if not isinstance(config.execute, Cache):
-        return
-    sites, name = joint_layers(adapter, transformer), config.execute.name
-    if not sites:
-        raise IncompatibleError(
-            f'execute="{name}" stores keys and values of the references, for which {adapter.name}\'s attention must be '
-            "known and go through processors that dispatch to attention backends, or be named to a PlainAdapter: "
-            'attention=["single"] * len(blocks). Use execute="tokens"'
-        )
-    if config.layers is not None and len(config.layers) != len(sites):
-        raise ConfigError(
-            f"layers must be a factor for each of the {len(sites)} attention layers, got {len(config.layers)}"
-        )
-
-
-def joint_layers(adapter: Adapter, transformer: nn.Module) -> list[int]:
-    """Which of the adapter's attention sites are joint attention that can be answered; none unless all of them."""
-    sites = adapter.sites(transformer)
-    if not adapter.routable(transformer):
-        return []
-    return [i for i, site in enumerate(sites) if site.kind != "other"]
+__all__ = ["ReferenceStore"]
 
 
 @dataclass(frozen=True)
@@ -203,13 +178,16 @@ class ReferenceStore:
 
     def _answer(self, call: GenerationCall, attend: Route) -> None:
         """Let `attend` answer the attention of a call."""
-        compiled = self._branches[call.run].compiled and not torch.is_grad_enabled()
-        if compiled and self._compiled is not None:
+        if self._compiled is not None and self.stays_compiled(call.run):
             route = self._compiled.route(self._adapter.sites(call.module), attend)
         else:
             call.contexts.enter_context(eager_blocks(call.module))
             route = self._adapter.route(call.module, attend)
         call.contexts.enter_context(route)
+
+    def stays_compiled(self, run: Run) -> bool:
+        """Whether a run's compiled blocks run compiled: it stores nothing, or their attention allows it."""
+        return run not in self._branches or (self._branches[run].compiled and not torch.is_grad_enabled())
 
     # -- full calls ----------------------------------------------------------------------------
 
