@@ -12,11 +12,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.errors import BudgetError, IncompatibleError
 from sparse_ref_attn.patching.execution import room
 from sparse_ref_attn.reference_cache import RankedCache
+from tests.adapters.test_masks_plain import Masked
 from tests.contract.state import kinds, state
 from tests.contract.test_offload import by_model, sequential
 from tests.pipelines import CASES
@@ -271,6 +273,36 @@ def test_a_run_that_cannot_fit_is_refused_before_its_first_step(name: str, monke
         with pytest.raises(BudgetError, match=words):
             case.call(pipe, steps=STEPS)
         assert not calls
+
+
+class Windowed(Masked):
+    """Its last layer lets the text and the image look at themselves alone."""
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        image = super().forward(x, text)
+        q, k, v = self.qkv[0](image).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return image + scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+def test_a_layer_that_does_not_attend_over_all_rows_is_told() -> None:
+    """There is nothing to store of it, and nothing stored is read."""
+    model, x, text = Windowed().eval(), torch.randn(2, 112, 32), torch.randn(2, 12, 32)
+    references, wanted = (sra.Reference(64, 48, (6, 8)),), model(x=x, text=text)
+    for kinds_, error in ((["single"] * 3, IncompatibleError), (["single", "single", "other"], None)):
+        adapter = sra.PlainAdapter("x", lambda kwargs: ((0, 64), references), text="text", attention=kinds_)
+        with sra.patched(model, SETTINGS["all read"], adapter=adapter) as handle:
+            handle.begin(steps=2)
+            if error is None:
+                assert torch.equal(model(x=x, text=text), wanted)
+                handle.step(1)
+                assert torch.isfinite(model(x=x, text=text)).all()
+                assert kinds(handle) == ["dense", "cached"]
+                continue
+            for _ in range(2):
+                with pytest.raises(error, match="each of the 3 attention layers must attend over all rows"):
+                    model(x=x, text=text)
+    assert torch.equal(model(x=x, text=text), wanted)
 
 
 def test_attention_that_cannot_be_answered_is_refused() -> None:

@@ -70,8 +70,7 @@ class Computing:
         return kwargs
 
     def after(self, call: GenerationCall, output: Any) -> Any:
-        self._branch.held = self._held
-        self._store.computed(call, self._held)
+        self._store.computed(call, self._branch, self._held)
         self._store.over(call, self._branch)
         return self._rows.after(call, output)
 
@@ -193,9 +192,8 @@ class ReferenceStore:
 
     def empty(self, call: GenerationCall) -> HeldRows:
         """Room for what a full call is about to store."""
-        run, later = call.run, range(call.at.step, call.at.total)
-        selection = call.plan.selection
-        needs = run.needed(later)
+        run, selection = call.run, call.plan.selection
+        needs = run.needed(range(call.at.step, call.at.total))
         limit = run.budgeting.full if selection is None else covering(needs)
         tokens = None if selection is None else selection.indices
         held = HeldRows(run, len(joint_layers(self._adapter, call.module)), tokens, limit)
@@ -217,7 +215,7 @@ class ReferenceStore:
 
         self._answer(call, attend)
 
-    def computed(self, call: GenerationCall, held: HeldRows) -> None:
+    def computed(self, call: GenerationCall, branch: Branch, held: HeldRows) -> None:
         """A full call has come to its end: what it stored counts from now on."""
         run, step = call.run, call.step
         if not held.complete:
@@ -226,6 +224,7 @@ class ReferenceStore:
                 "and values to be stored; got a step in which some did not"
             )
         assert run.refreshing is not None
+        branch.held = held
         moved = [held.moved[i] for i in sorted(held.moved)]
         drift = torch.stack([each.to(moved[0].device) for each in moved]) if moved else None
         if step.drift is None:
@@ -266,7 +265,7 @@ class ReferenceStore:
         self._account(call)
 
     def over(self, call: GenerationCall, branch: Branch) -> None:
-        """A cached call has come to its end: after the last step nothing is kept."""
+        """A call has come to its end: after the last step nothing is kept."""
         if not call.at.observed and call.at.step == call.at.total - 1:
             branch.held = None
 
