@@ -52,20 +52,21 @@ class RankedCache:
         self._room = room
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self._tokens: dict[int, Tensor] = {}
+        self._row_bytes: dict[int, int] = {}
 
     @property
     def row_bytes(self) -> int:
         """Bytes of reference rows."""
-        return sum(2 * self.rows[i] * self._row(i) for i in self._tokens)
+        return sum(2 * self.rows[i] * self._row_bytes[i // 2] for i in self._tokens)
 
     @property
     def room_bytes(self) -> int:
         """Bytes of the rooms for a call's own rows."""
-        return sum(2 * self._room * self._row(2 * pair) for pair in self._buffers)
+        return sum(2 * self._room * self._row_bytes[pair] for pair in self._buffers)
 
     def bytes_of(self, rows: int) -> int:
         """Bytes that `rows` rows of every layer would take."""
-        return sum(2 * rows * self._row(i) for i in self._tokens)
+        return sum(2 * rows * self._row_bytes[i // 2] for i in self._tokens)
 
     def store(self, layer: int, k: Tensor, v: Tensor, order: Tensor) -> None:
         """Take the rows `order` (K_l,) of a layer's k and v (B, R, H, C), the best first.
@@ -84,6 +85,7 @@ class RankedCache:
             left, right = self._sides(layer)
             shape = (k.shape[0], left + self._room + right, *k.shape[2:])
             self._buffers[layer // 2] = (k.new_empty(shape), v.new_empty(shape))
+            self._row_bytes[layer // 2] = k[:, :1].numel() * k.element_size()
         order = order.to(k.device)
         inner = order.flip(0) if layer % 2 == 0 else order
         self._check(layer, k)
@@ -234,10 +236,6 @@ class RankedCache:
         a, b = (left - count, left + own) if layer % 2 == 0 else (left + self._room - own, left + self._room + count)
         k, v = self._buffers[layer // 2]
         return k[:, a:b], v[:, a:b]
-
-    def _row(self, layer: int) -> int:
-        buffer = self._buffers[layer // 2][0]
-        return buffer[:, :1].numel() * buffer.element_size()
 
     def _check(self, layer: int, k: Tensor) -> None:
         buffer = self._buffers[layer // 2][0]

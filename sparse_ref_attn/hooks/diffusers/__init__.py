@@ -3,6 +3,7 @@
 The rest of the library uses torch's own module hooks and the public attributes of pipelines; a test holds that.
 """
 
+from .answered import AnsweredAttention
 from .attention import (
     SLOT,
     Attention,
@@ -24,7 +25,6 @@ from .attention import (
     tapped_attention,
 )
 from .caches import check_no_step_cache, reset_step_cache, splits_the_sequence, step_cache_active
-from .compiled_attention import CompiledAttention
 from .parts import (
     check_parts,
     encoded_reference,
@@ -42,9 +42,9 @@ from .versions import DIFFUSERS_RANGE, check_diffusers, internal
 __all__ = [
     "DIFFUSERS_RANGE",
     "SLOT",
+    "AnsweredAttention",
     "Attention",
     "AttentionSite",
-    "CompiledAttention",
     "PrivateBackend",
     "Route",
     "Tap",

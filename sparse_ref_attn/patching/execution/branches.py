@@ -55,8 +55,6 @@ class Branches:
 
     def __init__(self) -> None:
         self._texts: list[_Text] = []
-        self.compiled = False
-        """Whether their attention is answered from outside of compiled blocks."""
 
     def __iter__(self) -> Iterator[Branch]:
         return (branch for text in self._texts for branch in text.branches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,7 @@ from ...adapters.mask_columns import reference_columns
 from ...adapters.shortened import Shortened
 from ...config import SparseRef
 from ...errors import ConfigError, IncompatibleError, UnsupportedModelError
-from ...hooks.compiled import compiled_blocks, eager_blocks
-from ...hooks.diffusers import (
-    Attention,
-    AttentionSite,
-    CompiledAttention,
-    Route,
-    splits_the_sequence,
-    step_cache_active,
-)
+from ...hooks.diffusers import Attention, chosen_backend, splits_the_sequence, step_cache_active
 from ...reference_cache import RankedCache
 from ...refresh import Never
 from ...run import Plan, Refreshing, Run, covering
@@ -30,10 +23,10 @@ from ...types import TokenLayout
 from ..call import Execution, GenerationCall
 from ..proving import computed_dtype, prefers_bank
 from ..steps import RunStep
+from . import room
 from .branches import Branch, Branches
 from .held import HeldRows
-from .joint import joint_layers
-from .room import check_room
+from .joint import JointAttention
 from .stored import to_stored
 from .tokens import AtInput
 
@@ -110,8 +103,13 @@ class ReferenceStore:
 
     def __init__(self, adapter: Adapter, config: SparseRef) -> None:
         self._adapter, self._config = adapter, config
-        self._compiled: CompiledAttention | None = None
+        self._joints: list[JointAttention] = []
         self._branches: weakref.WeakKeyDictionary[Run, Branches] = weakref.WeakKeyDictionary()
+
+    def look_at(self, module: nn.Module) -> None:
+        """Know the model's attention layers; their processors may be others when a run begins."""
+        if not self._joints or not self._joints[-1].serves(module):
+            self._joints.append(JointAttention(self._adapter, module))
 
     def begin(self, module: nn.Module, at: RunStep) -> Refreshing:
         """The full steps of a run that begins.
@@ -136,30 +134,28 @@ class ReferenceStore:
 
     def began(self, module: nn.Module, run: Run, at: RunStep, layout: TokenLayout, kwargs: Kwargs) -> None:
         """A run has begun: raise BudgetError where it would store more than there is memory for."""
-        compiled = compiled_blocks(module)
-        branches = self._branches.setdefault(run, Branches())
-        branches.compiled = compiled and self._attends_once(module)
-        if branches.compiled and self._compiled is None:
-            self._compiled = CompiledAttention()
-        if compiled and not branches.compiled:
+        self._branches[run] = Branches()
+        self.look_at(module)
+        if self._attention.runs_uncompiled:
             run.record.notes.append("compiled blocks run uncompiled where keys and values are stored or read")
         tokens = kwargs[self._adapter.tokens]
+        if room.free_bytes(tokens.device) is None:
+            return
         try:
             shape = self._adapter.shape(module)
         except (ConfigError, UnsupportedModelError):  # a layer of no known stream: nothing can be said
             return
         kept = sum(covering(run.needed(range(at.total)))) if run.ranking.known else layout.reference_tokens
         rows = layout.reference_tokens if self._config.cache_rows == "all" else kept
-        check_room(
+        room.check_room(
             tokens.device, shape, rows, layout.text + layout.generation[1], tokens.shape[0], computed_dtype(tokens)
         )
 
     def forget(self) -> None:
         """Let go of everything."""
         self._branches.clear()
-        if self._compiled is not None:
-            self._compiled.remove()
-            self._compiled = None
+        while self._joints:
+            self._joints.pop().remove()
 
     def execution(self, run: Run, at: RunStep, plan: Plan, kwargs: Kwargs) -> tuple[Execution, Plan]:
         """How a call with `plan` runs, and as what: one whose branch has stored nothing yet computes."""
@@ -171,22 +167,13 @@ class ReferenceStore:
             plan = Plan("profile" if plan.kind == "profile" else "dense")
         return Computing(self, branch), plan
 
-    def _attends_once(self, module: nn.Module) -> bool:
-        """Whether each attention layer is of a kind that attends once in a call, in order."""
-        return all(type(site.processor).__name__ in self._adapter.processors for site in self._adapter.sites(module))
-
-    def _answer(self, call: GenerationCall, attend: Route) -> None:
-        """Let `attend` answer the attention of a call."""
-        if self._compiled is not None and self.stays_compiled(call.run):
-            route = self._compiled.route(self._adapter.sites(call.module), attend)
-        else:
-            call.contexts.enter_context(eager_blocks(call.module))
-            route = self._adapter.route(call.module, attend)
-        call.contexts.enter_context(route)
-
     def stays_compiled(self, run: Run) -> bool:
         """Whether a run's compiled blocks run compiled: it stores nothing, or their attention allows it."""
-        return run not in self._branches or (self._branches[run].compiled and not torch.is_grad_enabled())
+        return run not in self._branches or self._attention.stays_compiled
+
+    @property
+    def _attention(self) -> JointAttention:
+        return self._joints[-1]
 
     # -- full calls ----------------------------------------------------------------------------
 
@@ -196,7 +183,7 @@ class ReferenceStore:
         needs = run.needed(range(call.at.step, call.at.total))
         limit = run.budgeting.full if selection is None else covering(needs)
         tokens = None if selection is None else selection.indices
-        held = HeldRows(run, len(joint_layers(self._adapter, call.module)), tokens, limit)
+        held = HeldRows(run, len(self._attention.layers), tokens, limit)
         if self._config.cache_rows == "all":
             needs.append(limit)
         held.prepare(needs, call.layout.text + call.layout.generation[1])
@@ -204,16 +191,14 @@ class ReferenceStore:
 
     def listen(self, call: GenerationCall, held: HeldRows, kwargs: Kwargs) -> None:
         """Store what the joint attention of each layer is given as the references' keys and values."""
-        places = {site: layer for layer, site in enumerate(joint_layers(self._adapter, call.module))}
         joint, whole = call.layout.text + kwargs[self._adapter.tokens].shape[1], _reference_keys(call, held)
         held.moved.clear()
 
-        def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
-            if i in places and q.shape[1] == k.shape[1] == joint:
-                held.take(places[i], _Rows(k.detach()[:, whole], v.detach()[:, whole]))
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
+            held.take(layer, _Rows(k.detach()[:, whole], v.detach()[:, whole]))
             return own()
 
-        self._answer(call, attend)
+        self._attention.answer(call, joint, attend)
 
     def computed(self, call: GenerationCall, branch: Branch, held: HeldRows) -> None:
         """A full call has come to its end: what it stored counts from now on."""
@@ -236,7 +221,7 @@ class ReferenceStore:
 
     def read(self, call: GenerationCall, held: HeldRows) -> None:
         """Let every joint attention of a call read the rows of its plan; measured, where the call measures."""
-        run, module = call.run, call.module
+        run = call.run
         needs = run.needed([call.at.step] if call.at.observed else range(call.at.step, call.at.total))
         counts = run.counts(call.at.step) if run.ranking.known else run.budgeting.full
         if call.at.observed or self._config.cache_rows == "all":
@@ -244,25 +229,27 @@ class ReferenceStore:
         own = call.layout.text + call.layout.generation[1]
         held.arrange((), [counts, *needs], own, release=False)
         assert held.ranked is not None
-        layers = joint_layers(self._adapter, module)
-        reads = [sum(held.scaled(counts, i)) for i in range(len(layers))]
+        reads = held.reads(counts)
         if self._config.layers is not None:
             call.step.layers = tuple(reads)
-        sites = self._adapter.sites(module)
-        by_bank = [_by_bank(sites[site], held.ranked, i, own, reads[i]) for i, site in enumerate(layers)]
+        by_bank = self._by_bank(held.ranked, own, reads)
         mask, batch = self._adapter.mask(call.kwargs), call.kwargs[self._adapter.tokens].shape[0]
         columns = None if mask is None else reference_columns(mask, batch, call.layout)
         answer = to_stored(call, held.ranked, reads, by_bank, call.layout.text, columns)
-        places = {site: layer for layer, site in enumerate(layers)}
-
-        def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, user: Attention) -> Tensor:
-            joint = i in places and q.shape[1] == k.shape[1] == own
-            return answer(places[i], q, k, v, mask, user) if joint else user()
-
-        if call.measures:
-            call.contexts.enter_context(eager_blocks(module))
-        self._answer(call, attend)
+        self._attention.answer(call, own, answer)
         self._account(call)
+
+    def _by_bank(self, ranked: RankedCache, own: int, reads: Sequence[int]) -> list[bool]:
+        """Whether each layer's rows are read where they lie; layers that read as many are alike."""
+        known: dict[tuple[object, int], bool] = {}
+        found = []
+        for i, (site, count) in enumerate(zip(self._attention.layers, reads, strict=True)):
+            processor = self._attention.sites[site].processor
+            key = (chosen_backend(processor), count)
+            if key not in known:
+                known[key] = processor is not None and prefers_bank(processor, ranked, i, own, count)
+            found.append(known[key])
+        return found
 
     def over(self, call: GenerationCall, branch: Branch) -> None:
         """A call has come to its end: after the last step nothing is kept."""
@@ -293,7 +280,3 @@ def _reference_keys(call: GenerationCall, held: HeldRows) -> slice | Tensor:
     if last - first == layout.reference_tokens:
         return slice(layout.text + first, layout.text + last)
     return layout.text + layout.reference_rows(call.device)
-
-
-def _by_bank(site: AttentionSite, ranked: RankedCache, layer: int, own: int, count: int) -> bool:
-    return site.processor is not None and prefers_bank(site.processor, ranked, layer, own, count)

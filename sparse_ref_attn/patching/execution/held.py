@@ -39,7 +39,7 @@ class HeldRows:
         self.released = False
         """Whether the model's own cache gave its rows up, and holds views of the ranked ones."""
         self.bytes = 0
-        self.layers, self._foreign = layers, foreign
+        self.layers, self._foreign, self._factors = layers, foreign, run.config.layers
         self.moved: dict[int, Tensor] = {}
         """How far the rows of each layer moved when they were last taken anew (see `RankedCache.renew`)."""
         self._orders: dict[float, Tensor] = {}
@@ -57,6 +57,11 @@ class HeldRows:
     def are_of(self, run: Run) -> bool:
         """Whether they are a run's."""
         return self._run() is run
+
+    def reads(self, counts: Counts) -> list[int]:
+        """Rows that each layer reads where the budget is `counts`."""
+        by_factor = {factor: sum(scaled(counts, factor)) for factor in {self._factor(i) for i in range(self.layers)}}
+        return [by_factor[self._factor(i)] for i in range(self.layers)]
 
     @property
     def complete(self) -> bool:
@@ -157,5 +162,4 @@ class HeldRows:
         return torch.searchsorted(self.tokens, order)
 
     def _factor(self, i: int) -> float:
-        layers = self.run.config.layers
-        return 1.0 if layers is None else layers[i]
+        return 1.0 if self._factors is None else self._factors[i]

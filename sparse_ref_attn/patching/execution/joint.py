@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...adapters.base import Adapter
 from ...config import SparseRef
 from ...errors import ConfigError, IncompatibleError
 from ...execution import Cache
+from ...hooks.compiled import compiled_blocks, eager_blocks
+from ...hooks.diffusers import AnsweredAttention, Attention, Route
+from ..call import GenerationCall
 
-__all__ = ["check_cache", "joint_layers"]
+__all__ = ["JointAttention", "check_cache"]
 
 
 def check_cache(config: SparseRef, adapter: Adapter, transformer: nn.Module) -> None:
@@ -35,3 +39,58 @@ def joint_layers(adapter: Adapter, transformer: nn.Module) -> list[int]:
     if not adapter.routable(transformer):
         return []
     return [i for i, site in enumerate(sites) if site.kind != "other"]
+
+
+class JointAttention:
+    """The joint attention of one model: looked up once, answered in every call, in threads too.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    transformer : nn.Module
+    """
+
+    def __init__(self, adapter: Adapter, transformer: nn.Module) -> None:
+        self._adapter = adapter
+        self.sites = adapter.sites(transformer)
+        self.layers = joint_layers(adapter, transformer)
+        self._places = {site: layer for layer, site in enumerate(self.layers)}
+        self._compiled = False
+        once = all(type(site.processor).__name__ in adapter.processors for site in self.sites)
+        self._shared = AnsweredAttention(self.sites) if once else None
+        self.serves(transformer)
+
+    def serves(self, transformer: nn.Module) -> bool:
+        """At the beginning of a run: whether the model still has these processors; looks for compiled blocks."""
+        self._compiled = compiled_blocks(transformer)
+        now = self._adapter.sites(transformer)
+        return len(now) == len(self.sites) and all(
+            a.processor is b.processor for a, b in zip(now, self.sites, strict=True)
+        )
+
+    def remove(self) -> None:
+        """Leave nothing behind."""
+        if self._shared is not None:
+            self._shared.remove()
+
+    @property
+    def stays_compiled(self) -> bool:
+        """Whether compiled blocks run compiled while their attention is answered."""
+        return self._compiled and self._shared is not None and not torch.is_grad_enabled()
+
+    @property
+    def runs_uncompiled(self) -> bool:
+        """Whether they never do."""
+        return self._compiled and self._shared is None
+
+    def answer(self, call: GenerationCall, rows: int, attend: Route) -> None:
+        """Let ``attend(layer, ...)`` answer attention over `rows` joint rows until the call is over."""
+
+        def route(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
+            joint = i in self._places and q.shape[1] == k.shape[1] == rows
+            return attend(self._places[i], q, k, v, mask, own) if joint else own()
+
+        if self._compiled and (call.measures or not self.stays_compiled):
+            call.contexts.enter_context(eager_blocks(call.module))
+        shared = self._shared
+        call.contexts.enter_context(self._adapter.route(call.module, route) if shared is None else shared.route(route))

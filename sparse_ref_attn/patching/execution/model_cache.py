@@ -196,7 +196,7 @@ class CacheKeeper:
         self._account(call, held, cache)
         assert held.ranked is not None
         counts = run.budgeting.full if plan.selection is None else run.counts(call.at.step)
-        reads = [sum(held.scaled(counts, i)) for i in range(len(sites))]
+        reads = held.reads(counts)
         if run.config.layers is not None:
             call.step.layers = tuple(reads)
         if not routable or torch.is_grad_enabled() or (compiled_blocks(module) and not call.measures):
