@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-from .measured import Measured, Term, read, text
+from .measured import Measured, Term, text
 from .studies.reading import (
     ALIGNED,
     ALL_READ,
@@ -33,23 +33,23 @@ STEPS = 12
 NUMBERS = [f"{family}, {against}" for family in FAMILIES for against in AGAINST]
 
 
-class Rows:
-    """Both CSVs of the study in a folder, of runs of `STEPS` steps."""
+class ReadingRows:
+    """Both CSVs of the study in a folder: runs of `STEPS` steps, of the weights that were measured last."""
 
     def __init__(self, folder: Path) -> None:
-        measured = read(folder, "reading")
-        if measured is None or int(measured.rows[0]["steps"]) != STEPS:
+        rows, work = (
+            [row for row in _lines(folder / f"{name}.csv") if row["steps"] == str(STEPS)]
+            for name in ("reading", "reading_work")
+        )
+        if not rows:
             raise ValueError(f"the folder must hold rows of the study 'reading' with {STEPS} steps, got {folder}")
+        rows = [row for row in rows if row["weights"] == rows[-1]["weights"]]
         self.families = {
-            family: Measured([row for row in measured.rows if row["task"] in tasks], measured.runs)
-            for family, tasks in FAMILIES.items()
+            family: Measured([row for row in rows if row["task"] in tasks], []) for family, tasks in FAMILIES.items()
         }
-        with (folder / "reading_work.csv").open(newline="", encoding="utf-8") as file:
-            self._work = {
-                (row["method"], row["keep"], row["model"], row["references"]): float(row["flop_ratio"])
-                for row in csv.DictReader(file)
-                if int(row["steps"]) == STEPS
-            }
+        self._work = {
+            (row["method"], row["keep"], row["model"], row["references"]): float(row["flop_ratio"]) for row in work
+        }
 
     def ratio(self, reading: Reading, references: int, model: str = MODELS[0]) -> float:
         """Dense work over the run's."""
@@ -90,7 +90,8 @@ class Rows:
     def first(self, family: str, reading: Reading) -> float:
         """Mean PSNR against dense over the subjects and seeds of a first look."""
         values = self.families[family].values(AGAINST["dense"], _where(reading))
-        return fmean(value for (subject, seed), value in values.items() if (int(subject), int(seed)) < FIRST)
+        subjects, seeds = FIRST
+        return fmean(value for (i, seed), value in values.items() if int(i) < subjects and int(seed) < seeds)
 
 
 def _where(reading: Reading) -> dict[str, object]:
@@ -99,7 +100,7 @@ def _where(reading: Reading) -> dict[str, object]:
 
 def readings(folder: Path) -> str:
     """Markdown of every setting that was compared at length: run ratios, and PSNR with 95 % intervals."""
-    rows = Rows(folder)
+    rows = ReadingRows(folder)
     dense = {"model": "dense", "method": "dense", "keep": 1.0}
     lines = _header(["read, at steps with reference rows", "share", "1 reference", "4 references"], NUMBERS)
     lines.append(_line(["dense", "", "1", "1"], rows, partial(rows.mean, where=dense)))
@@ -111,7 +112,7 @@ def readings(folder: Path) -> str:
 
 def compared(folder: Path) -> str:
     """Markdown of pairs: paired differences with 95 % intervals, and run ratios with four references."""
-    rows = Rows(folder)
+    rows = ReadingRows(folder)
     lines = _header(["this", "ratio", "minus this", "ratio"], NUMBERS)
     for one, other in COMPARED:
         cells = [cell for reading in (one, other) for cell in (_named(reading), rows.ratios(reading, 4))]
@@ -121,11 +122,9 @@ def compared(folder: Path) -> str:
 
 def equal_work(of: Sequence[Reading], folder: Path) -> str:
     """Markdown of paired differences in PSNR against dense, to runs of `of` at the same work, with 95 % intervals."""
-    rows = Rows(folder)
+    rows = ReadingRows(folder)
     columns = [(family, n) for n in (1, 4) for family in FAMILIES if (family, n) != ("two references", 1)]
-    lines = _header(
-        ["", "1 reference", "4 references"], [f"{family}, work of {n}" for family, n in columns]
-    )  # fmt: skip
+    lines = _header(["", "1 reference", "4 references"], [f"{family}, work of {n}" for family, n in columns])
     for reading in AT_EQUAL_WORK:
         if reading not in of:
             cells = [_named(reading), *(f"{rows.ratio(reading, n):.2f}" for n in (1, 4))]
@@ -138,13 +137,13 @@ def equal_work(of: Sequence[Reading], folder: Path) -> str:
 
 def granularity(folder: Path) -> str:
     """Markdown of a first look at what is read, at one schedule: PSNR against dense, subject-driven / aligned."""
-    rows = Rows(folder)
+    rows = ReadingRows(folder)
     columns = list(dict.fromkeys((each.share, each.cell) for each in GRID))
     named = {0: "", 4: " + 4x4", 2: " + 2x2"}
     lines = _header(["a ranking for"], [f"{_percent(share)}{named[cell]}" for share, cell in columns])
     by = {(each.per, each.tile, each.share, each.cell): each for each in GRID}
     everything = " / ".join(f"{rows.first(family, Reading(GRID[0].at)):.1f}" for family in FIRST_FAMILIES)
-    lines.append(f"| everything, {everything} |{' |' * len(columns)}")
+    lines.append(f"| everything: {everything} |{'  |' * len(columns)}")
     for per, tile in GRANULARITIES:
         cells = [f"each tile of {tile}x{tile}" if per == "tile" else "the run" if per == "run" else "each layer"]
         for column in columns:
@@ -155,7 +154,14 @@ def granularity(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _line(cells: Sequence[str], rows: Rows, value: Callable[[str, str], str]) -> str:
+def _lines(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _line(cells: Sequence[str], rows: ReadingRows, value: Callable[[str, str], str]) -> str:
     numbers = [value(family, metric) for family in rows.families for metric in AGAINST.values()]
     return f"| {' | '.join([*cells, *numbers])} |"
 

@@ -11,7 +11,6 @@ import torch
 
 from benchmarks import readings
 from benchmarks.studies import caches, cases, reading, reading_work
-from benchmarks.studies.__main__ import RUNS
 from benchmarks.studies.generator import Generator, Run
 from benchmarks.studies.questions import Question
 from benchmarks.studies.rows import Rows
@@ -256,8 +255,6 @@ def planted(folder, value):
                 rows.add([{**key, **dict.fromkeys(cases.VALUES, float(value(case)) + subject)}])
     work_rows = Rows(folder / "reading_work.csv", reading_work.KEYS, reading_work.VALUES)
     reading_work.measure({"dense": SimpleNamespace(steps=readings.STEPS)}, work_rows, 1, 1)
-    runs = dict.fromkeys(RUNS, "") | {"study": "reading", "model": "dense", "weights": "abc", "steps": readings.STEPS}
-    Rows(folder / "runs.csv", RUNS, ()).add([runs])
 
 
 def test_tables_are_of_the_settings_that_they_name(tmp_path):
@@ -276,9 +273,14 @@ def test_tables_are_of_the_settings_that_they_name(tmp_path):
     assert layer.split("|")[2:5] == [" 32.5 / 32.5 ", " 33.5 / 33.5 ", " 33.5 / 33.5 "]
 
 
-def test_a_mix_of_two_runs_costs_as_much_as_the_one(tmp_path):
+def test_rows_are_of_one_study_and_a_mix_costs_as_much_as_the_one(tmp_path):
     planted(tmp_path, lambda case: 30)
-    rows = readings.Rows(tmp_path)
+    others = Rows(tmp_path / "reading.csv", cases.KEYS, cases.VALUES)
+    second = {"model": "dense", "weights": "abc", "steps": 12, "task": "place", "subject": 1, "seed": 1}
+    second |= {"method": "all at 0 1 4 8", "keep": 1.0, **dict.fromkeys(cases.VALUES, 90)}
+    others.add([second, dict.fromkeys((*cases.KEYS, *cases.VALUES), "8")])  # the last of other weights, in 8 steps
+    rows = readings.ReadingRows(tmp_path)
+    assert rows.first("subject-driven", Reading((0, 1, 4, 8))) == 30.5
     for references in (1, 4):
         for setting in reading.AT_EQUAL_WORK:
             mix = rows.mix(setting, reading.ALL_READ, references)
@@ -289,4 +291,4 @@ def test_a_mix_of_two_runs_costs_as_much_as_the_one(tmp_path):
     assert rows.mix(Reading((0, 2, 4), steps=6), reading.ALL_READ, 1) == {never: 1.0}
     assert rows.mix(second, reading.FEWER, 4) == {Reading(tuple(range(6)), steps=6): 1.0}
     with pytest.raises(ValueError, match="must hold rows of the study 'reading' with 12 steps, got"):
-        readings.Rows(tmp_path / "none")
+        readings.ReadingRows(tmp_path / "none")
