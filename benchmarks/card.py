@@ -134,6 +134,7 @@ PARTS = (
     pipelines("end-to-end", "the same with 2 references", "--model", "klein-9b", "--references", "2"),
     pipelines("end-to-end", "the same with 3 references", "--model", "klein-9b", "--references", "3"),
     pipelines("end-to-end", "the same with 4 references", "--model", "klein-9b", "--references", "4"),
+    pipelines("stored", "references stored in full steps and read in the others"),
     pipelines("step-cache", "step caches beside ours, and with ours"),
     pipelines("references", "scaling in references"),
     pipelines("kept", "scaling in the kept ratio"),

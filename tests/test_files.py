@@ -99,5 +99,5 @@ def test_a_command_without_room(
     with room(200):
         assert main(call) == 2
     told = capsys.readouterr().err
-    assert "sra: error: what is written must fit on the disk, got: " in told
+    assert f"sra: error: dense.png must fit into {tmp_path / 'out'}, got: " in told
     assert os.strerror(errno.EFBIG) in told

@@ -23,6 +23,10 @@ TORCH = {
     "_forward_hooks",
     "_forward_pre_hooks",
     "_asdict",
+    "_debug_get_cache_entry_list",
+    "_get_cache_entries_for_region",
+    "_isolate_recompiles_id",
+    "_recompile_limit",
 }  # of nn.Module, torch.compile, named tuples
 
 
