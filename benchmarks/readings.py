@@ -98,13 +98,13 @@ def _where(reading: Reading) -> dict[str, object]:
     return {"model": "dense", "method": reading.name, "keep": reading.share}
 
 
-def readings(folder: Path) -> str:
-    """Markdown of every setting that was compared at length: run ratios, and PSNR with 95 % intervals."""
+def readings(folder: Path, of: Sequence[Reading] = FINALISTS) -> str:
+    """Markdown of settings that were compared at length: run ratios, and PSNR with 95 % intervals."""
     rows = ReadingRows(folder)
     dense = {"model": "dense", "method": "dense", "keep": 1.0}
     lines = _header(["read, at steps with reference rows", "share", "1 reference", "4 references"], NUMBERS)
     lines.append(_line(["dense", "", "1", "1"], rows, partial(rows.mean, where=dense)))
-    for reading in FINALISTS:
+    for reading in of:
         cells = [reading.name, _percent(reading.share), *(rows.ratios(reading, n) for n in (1, 4))]
         lines.append(_line(cells, rows, partial(rows.mean, where=_where(reading))))
     return "\n".join(lines)
@@ -180,6 +180,7 @@ def _header(words: Sequence[str], numbers: Sequence[str]) -> list[str]:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "reading": readings,
+    "reading_stored": partial(readings, of=(*ALL_READ, *FEWER)),
     "reading_all": partial(equal_work, ALL_READ),
     "reading_steps": partial(equal_work, FEWER),
     "reading_compared": compared,
