@@ -75,7 +75,8 @@ class Cache:
 
     A *full* step runs the reference rows and stores each layer's keys and values, after QK-norm and RoPE; a *cached*
     one runs text and generation rows alone, and each attention reads its own rows and the stored ones that the budget
-    keeps, in the order of the ranking. Where a model's references see neither the time nor the generation (FLUX.2
+    keeps, in the order of the ranking; with a budget of 1.0 everything, which is best where references drift: one
+    ranking serves no layer well. Where a model's references see neither the time nor the generation (FLUX.2
     Klein-KV), what is stored is exact, the pipeline itself computes it once, and `refresh` has no meaning.
 
     Parameters
