@@ -84,7 +84,7 @@ class Generations:
         self._owners.listen(undo, self._scheduled)
         undo.callback(self._lengths.leave, weakref.ref(transformer))
         if self.store is not None:
-            self.store.look_at(transformer)
+            self.store.install(transformer)
         vae = getattr(None if self._pipe is None else self._pipe(), "vae", None)
         if isinstance(vae, nn.Module) and hasattr(vae, "encode"):
             self.pixels = PixelTap(vae)

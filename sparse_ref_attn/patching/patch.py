@@ -101,9 +101,9 @@ class Patch:
         others = [flag for thread, flag in list(self._inside.items()) if thread != me]
         if any(others) or (alone and others):
             raise IncompatibleError(
-                "where references leave by depth, a transformer must be in one call at a time, got calls of two "
-                "threads: give each a transformer of its own (copy.deepcopy), or drop at the input: from_block=0, "
-                'profile="step"'
+                "where references leave by depth, or are stored beside compiled blocks, a transformer must be in one "
+                "call at a time, got calls of two threads: give each a transformer of its own (copy.deepcopy), or drop "
+                'at the input: from_block=0, profile="step"'
             )
 
     def _is_inside(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import sparse_ref_attn as sra
 from tests.contract.state import kinds, state
 from tests.contract.test_compile import DEEP, Counting
 from tests.pipelines import CASES
+from tests.reliability.test_one_transformer import beside
 
 SETTINGS = {
     "all read": sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=sra.Every(3))),
@@ -96,3 +98,33 @@ def test_two_models_share_the_backend_and_the_last_takes_it_away() -> None:
     np.testing.assert_allclose(case.call(pipes[1], steps=4), wanted[1], atol=1e-5)
     handles[1].remove()
     assert [state(pipe) for pipe in pipes] == before
+
+
+def test_two_threads_are_refused_in_words_and_neither_gets_a_wrong_picture() -> None:
+    """Which layer asks is known by the order of the calls, of one call at a time."""
+    case = CASES["klein"]
+    pipe = case.build()
+    with sra.patched(pipe, SETTINGS["all read"]):
+        wanted = case.call(pipe, steps=4)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    found: list[Any] = []
+
+    def other() -> None:
+        try:
+            found.append(case.call(beside(pipe), steps=4))
+        except sra.IncompatibleError as error:
+            found.append(str(error))
+
+    def within(module: Any, args: Any) -> None:
+        if not found:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    with sra.patched(pipe, SETTINGS["all read"]):
+        hook = pipe.transformer.x_embedder.register_forward_pre_hook(within)
+        image = case.call(pipe, steps=4)
+        hook.remove()
+        np.testing.assert_allclose(image, wanted, atol=1e-5)
+        assert "must be in one call at a time, got calls of two threads" in found[0]
+        np.testing.assert_allclose(case.call(pipe, steps=4), wanted, atol=1e-5)

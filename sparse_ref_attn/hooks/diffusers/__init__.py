@@ -6,9 +6,8 @@ The rest of the library uses torch's own module hooks and the public attributes 
 from .answered import AnsweredAttention
 from .attention import (
     SLOT,
-    Attention,
     AttentionSite,
-    PrivateBackend,
+    KeptRoute,
     Route,
     Tap,
     answered_layer,
@@ -18,7 +17,6 @@ from .attention import (
     dispatches,
     gives_lse,
     layers_of,
-    note_thread,
     of_heads,
     routed_attention,
     tapped,
@@ -37,6 +35,7 @@ from .parts import (
     rotate_qwen,
     tensors_on_disk,
 )
+from .private_backend import Attention, PrivateBackend, note_thread
 from .versions import DIFFUSERS_RANGE, check_diffusers, internal
 
 __all__ = [
@@ -45,6 +44,7 @@ __all__ = [
     "AnsweredAttention",
     "Attention",
     "AttentionSite",
+    "KeptRoute",
     "PrivateBackend",
     "Route",
     "Tap",

@@ -50,10 +50,8 @@ class _Rows:
 class Computing:
     """A full call: all rows run, or those of a plan that keeps some, and the references' keys and values are stored."""
 
-    alone = False
-
     def __init__(self, store: ReferenceStore, branch: Branch) -> None:
-        self._store, self._branch, self._rows = store, branch, AtInput()
+        self._store, self._branch, self._rows, self.alone = store, branch, AtInput(), store.attention.stays_compiled
 
     def before(self, call: GenerationCall) -> Kwargs:
         kwargs = self._rows.before(call)
@@ -71,11 +69,9 @@ class Computing:
 class Reading:
     """A cached call: text and generation rows alone, which attend to stored keys and values too."""
 
-    alone = False
-
     def __init__(self, store: ReferenceStore, branch: Branch) -> None:
         assert branch.held is not None
-        self._store, self._branch, self._held = store, branch, branch.held
+        self._store, self._branch, self._held, self.alone = store, branch, branch.held, store.attention.stays_compiled
 
     def before(self, call: GenerationCall) -> Kwargs:
         first, length = call.layout.generation
@@ -104,12 +100,20 @@ class ReferenceStore:
     def __init__(self, adapter: Adapter, config: SparseRef) -> None:
         self._adapter, self._config = adapter, config
         self._joints: list[JointAttention] = []
+        self._keeps = False
         self._branches: weakref.WeakKeyDictionary[Run, Branches] = weakref.WeakKeyDictionary()
 
     def look_at(self, module: nn.Module) -> None:
         """Know the model's attention layers; their processors may be others when a run begins."""
         if not self._joints or not self._joints[-1].serves(module):
             self._joints.append(JointAttention(self._adapter, module))
+            if self._keeps:
+                self._joints[-1].keep()
+
+    def install(self, module: nn.Module) -> None:
+        """Keep what answers attention, until `forget`."""
+        self._keeps = True
+        self.look_at(module)
 
     def begin(self, module: nn.Module, at: RunStep) -> Refreshing:
         """The full steps of a run that begins.
@@ -136,7 +140,7 @@ class ReferenceStore:
         """A run has begun: raise BudgetError where it would store more than there is memory for."""
         self._branches[run] = Branches()
         self.look_at(module)
-        if self._attention.runs_uncompiled:
+        if self.attention.runs_uncompiled:
             run.record.notes.append("compiled blocks run uncompiled where keys and values are stored or read")
         tokens = kwargs[self._adapter.tokens]
         if room.free_bytes(tokens.device) is None:
@@ -169,10 +173,11 @@ class ReferenceStore:
 
     def stays_compiled(self, run: Run) -> bool:
         """Whether a run's compiled blocks run compiled: it stores nothing, or their attention allows it."""
-        return run not in self._branches or self._attention.stays_compiled
+        return run not in self._branches or self.attention.stays_compiled
 
     @property
-    def _attention(self) -> JointAttention:
+    def attention(self) -> JointAttention:
+        """The layers as they were last looked at."""
         return self._joints[-1]
 
     # -- full calls ----------------------------------------------------------------------------
@@ -183,7 +188,7 @@ class ReferenceStore:
         needs = run.needed(range(call.at.step, call.at.total))
         limit = run.budgeting.full if selection is None else covering(needs)
         tokens = None if selection is None else selection.indices
-        held = HeldRows(run, len(self._attention.layers), tokens, limit)
+        held = HeldRows(run, len(self.attention.layers), tokens, limit)
         if self._config.cache_rows == "all":
             needs.append(limit)
         held.prepare(needs, call.layout.text + call.layout.generation[1])
@@ -198,7 +203,7 @@ class ReferenceStore:
             held.take(layer, _Rows(k.detach()[:, whole], v.detach()[:, whole]))
             return own()
 
-        self._attention.answer(call, joint, attend)
+        self.attention.answer(call, joint, attend)
 
     def computed(self, call: GenerationCall, branch: Branch, held: HeldRows) -> None:
         """A full call has come to its end: what it stored counts from now on."""
@@ -236,15 +241,15 @@ class ReferenceStore:
         mask, batch = self._adapter.mask(call.kwargs), call.kwargs[self._adapter.tokens].shape[0]
         columns = None if mask is None else reference_columns(mask, batch, call.layout)
         answer = to_stored(call, held.ranked, reads, by_bank, call.layout.text, columns)
-        self._attention.answer(call, own, answer)
+        self.attention.answer(call, own, answer)
         self._account(call)
 
     def _by_bank(self, ranked: RankedCache, own: int, reads: Sequence[int]) -> list[bool]:
         """Whether each layer's rows are read where they lie; layers that read as many are alike."""
         known: dict[tuple[object, int], bool] = {}
         found = []
-        for i, (site, count) in enumerate(zip(self._attention.layers, reads, strict=True)):
-            processor = self._attention.sites[site].processor
+        for i, (site, count) in enumerate(zip(self.attention.layers, reads, strict=True)):
+            processor = self.attention.sites[site].processor
             key = (chosen_backend(processor), count)
             if key not in known:
                 known[key] = processor is not None and prefers_bank(processor, ranked, i, own, count)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from ...config import SparseRef
 from ...errors import ConfigError, IncompatibleError
 from ...execution import Cache
 from ...hooks.compiled import compiled_blocks, eager_blocks
-from ...hooks.diffusers import AnsweredAttention, Attention, Route
+from ...hooks.diffusers import AnsweredAttention, Attention, KeptRoute, Route, dispatches
 from ..call import GenerationCall
 
 __all__ = ["JointAttention", "check_cache"]
@@ -42,7 +44,7 @@ def joint_layers(adapter: Adapter, transformer: nn.Module) -> list[int]:
 
 
 class JointAttention:
-    """The joint attention of one model: looked up once, answered in every call, in threads too.
+    """The joint attention of one model: looked up once, answered in every call.
 
     Parameters
     ----------
@@ -55,27 +57,34 @@ class JointAttention:
         self.sites = adapter.sites(transformer)
         self.layers = joint_layers(adapter, transformer)
         self._places = {site: layer for layer, site in enumerate(self.layers)}
-        self._compiled = False
-        once = all(type(site.processor).__name__ in adapter.processors for site in self.sites)
-        self._shared = AnsweredAttention(self.sites) if once else None
-        self.serves(transformer)
+        self._once = all(type(site.processor).__name__ in adapter.processors for site in self.sites)
+        self._kept: KeptRoute | None = None
+        self._shared: AnsweredAttention | None = None
+        self._compiled = compiled_blocks(transformer)
 
     def serves(self, transformer: nn.Module) -> bool:
         """At the beginning of a run: whether the model still has these processors; looks for compiled blocks."""
         self._compiled = compiled_blocks(transformer)
         now = self._adapter.sites(transformer)
-        return len(now) == len(self.sites) and all(
-            a.processor is b.processor for a, b in zip(now, self.sites, strict=True)
-        )
+        return [id(site.processor) for site in now] == [id(site.processor) for site in self.sites]
+
+    def keep(self) -> None:
+        """Hold on to what answers the calls of this thread, to be removed."""
+        if all(dispatches(site.processor) for site in self.sites):
+            self._kept = KeptRoute(self.sites)
+        if self._once:
+            self._shared = AnsweredAttention(self.sites)
 
     def remove(self) -> None:
         """Leave nothing behind."""
-        if self._shared is not None:
-            self._shared.remove()
+        for kept in (self._kept, self._shared):
+            if kept is not None:
+                kept.remove()
+        self._kept = self._shared = None
 
     @property
     def stays_compiled(self) -> bool:
-        """Whether compiled blocks run compiled while their attention is answered."""
+        """Whether compiled blocks run compiled while their attention is answered; no other call may run meanwhile."""
         return self._compiled and self._shared is not None and not torch.is_grad_enabled()
 
     @property
@@ -90,7 +99,13 @@ class JointAttention:
             joint = i in self._places and q.shape[1] == k.shape[1] == rows
             return attend(self._places[i], q, k, v, mask, own) if joint else own()
 
-        if self._compiled and (call.measures or not self.stays_compiled):
+        if self.stays_compiled and not call.measures:
+            assert self._shared is not None
+            call.contexts.enter_context(self._shared.route(route))
+            return
+        if self._compiled:
             call.contexts.enter_context(eager_blocks(call.module))
-        shared = self._shared
-        call.contexts.enter_context(self._adapter.route(call.module, route) if shared is None else shared.route(route))
+        if self._kept is not None and self._kept.thread == threading.get_ident():
+            call.contexts.enter_context(self._kept.route(route))
+        else:
+            call.contexts.enter_context(self._adapter.route(call.module, route))
