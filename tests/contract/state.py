@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -57,7 +58,11 @@ def _attributes(thing: Any) -> dict[str, Any]:
 
 
 def state(pipe: Any) -> dict[str, Any]:
-    """Every module's and attention processor's attributes, the scheduler's, and diffusers' table of backends."""
+    """Every module's and attention processor's attributes, the scheduler's, and diffusers' table of backends.
+
+    Pipelines of earlier tests are collected first: what they leave in the table goes with them.
+    """
+    gc.collect()
     registry, names = attention_dispatch._AttentionBackendRegistry, attention_dispatch.AttentionBackendName
     tables = ("_backends", "_constraints", "_supported_arg_names", "_supports_context_parallel", "_active_backend")
     out: dict[str, Any] = {name: type(getattr(registry, name))(getattr(registry, name)) for name in tables}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ each = pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETT
 
 def state(pipe: Any) -> list[Any]:
     """What a patch touches for a moment: hooks, backends, and the tables that backends are looked up in."""
+    gc.collect()  # pipelines of earlier tests leave the tables
     attentions = [b.attn for b in (*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks)]
     registry = dispatcher()._AttentionBackendRegistry
     return [

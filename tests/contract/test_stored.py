@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -322,3 +323,14 @@ def test_attention_that_cannot_be_answered_is_refused() -> None:
         sra.patch(pipe, SETTINGS["all read"])
     attention.processor = attention.processor.inner
     assert state(pipe) == before
+
+
+def test_a_patched_pipeline_that_is_collected_leaves_no_backend() -> None:
+    other, pipe = CASES["klein"].build(), CASES["klein"].build()
+    before = state(other)
+    sra.patch(pipe, SETTINGS["all read"])
+    CASES["klein"].call(pipe, steps=2)
+    assert state(other) != before
+    del pipe
+    gc.collect()
+    assert state(other) == before

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -96,11 +95,10 @@ class AnsweredAttention:
     def __init__(self, sites: Sequence[AttentionSite]) -> None:
         self._sites = tuple(sites)
         _BACKEND.acquire()
-        self._release = weakref.finalize(self, _BACKEND.release)
 
     def remove(self) -> None:
-        """Diffusers' tables forget the backend if nobody else needs it."""
-        self._release()
+        """Diffusers' tables forget the backend if nobody else needs it; once."""
+        _BACKEND.release()
 
     @contextlib.contextmanager
     def route(self, attend: Route) -> Iterator[None]:

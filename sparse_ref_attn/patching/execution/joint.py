@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +62,7 @@ class JointAttention:
         self._once = all(type(site.processor).__name__ in adapter.processors for site in self.sites)
         self._kept: KeptRoute | None = None
         self._shared: AnsweredAttention | None = None
+        self._off: list[Callable[[], object]] = []
         self._compiled = compiled_blocks(transformer)
 
     def serves(self, transformer: nn.Module) -> bool:
@@ -72,15 +75,16 @@ class JointAttention:
         """Hold on to what answers the calls of this thread, to be removed."""
         if all(dispatches(site.processor) for site in self.sites):
             self._kept = KeptRoute(self.sites)
+            self._off.append(weakref.finalize(self, self._kept.remove))
         if self._once:
             self._shared = AnsweredAttention(self.sites)
+            self._off.append(weakref.finalize(self, self._shared.remove))
 
     def remove(self) -> None:
-        """Leave nothing behind."""
-        for kept in (self._kept, self._shared):
-            if kept is not None:
-                kept.remove()
+        """Leave nothing behind, as at the end of a model that is collected while it is patched."""
         self._kept = self._shared = None
+        while self._off:
+            self._off.pop()()
 
     @property
     def stays_compiled(self) -> bool:
