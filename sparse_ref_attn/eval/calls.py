@@ -109,7 +109,7 @@ def check_more(pipe: Any, more: Mapping[str, Any]) -> None:
 def _hints(function: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(function)
-    except Exception:  # an annotation of somebody's own that does not resolve
+    except (NameError, TypeError, AttributeError, SyntaxError):  # an annotation of somebody's own that does not resolve
         return {}
 
 

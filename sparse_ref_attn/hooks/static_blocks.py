@@ -37,8 +37,9 @@ class Rows(NamedTuple):
 Call = tuple[Hashable, ...]
 """What of a call makes graphs besides its reference tokens; whether it records gradients comes first."""
 
-_MADE: dict[tuple[CodeType, int], dict[tuple[Hashable, Call, int], int]] = {}
-"""Graphs that each length made, as far as this library saw. Torch keeps those of a function for all models together."""
+_MADE: dict[tuple[CodeType, int], tuple[dict[tuple[Hashable, Call, int], int], list[CodeType]]] = {}
+"""Graphs that each length made, as far as this library saw, and those that torch had then. Torch keeps the graphs of a
+function for all models together."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,17 @@ class _Group:
     @property
     def made(self) -> dict[tuple[Hashable, Call, int], int]:
         """Graphs that each length made, of any model whose blocks have this code."""
-        made = _MADE.setdefault((self.code, self.region), {})
-        if not self.count():
-            made.clear()  # by torch._dynamo.reset()
+        made, seen = _MADE.setdefault((self.code, self.region), ({}, []))
+        graphs = self._graphs()
+        if not any(code is graph for code in seen for graph in graphs):
+            made.clear()  # torch._dynamo.reset() took them all
+            seen.clear()
         return made
+
+    def note(self, made: dict[tuple[Hashable, Call, int], int]) -> None:
+        """Remember what lengths made, and which graphs torch has now."""
+        self.made.update(made)
+        _MADE[self.code, self.region][1][:] = self._graphs()
 
     def new(self, rows: Rows, call: Call) -> set[int]:
         """Which of a call's numbers of reference tokens are not known to have a graph."""
@@ -88,10 +96,15 @@ class _Group:
 
     def count(self) -> int:
         """Graphs that torch has."""
+        return len(self._graphs())
+
+    def _graphs(self) -> list[CodeType]:
         known: Any = torch._C._dynamo.eval_frame
         if self.region >= 0:
-            return len(known._get_cache_entries_for_region(self.code, self.region))
-        return len(known._debug_get_cache_entry_list(self.code))
+            entries = known._get_cache_entries_for_region(self.code, self.region)
+        else:
+            entries = known._debug_get_cache_entry_list(self.code)
+        return [entry.code for entry in entries]
 
 
 class StaticBlocks:
@@ -171,7 +184,7 @@ class StaticBlocks:
         yield
         for group, graphs, new in before:
             more = group.count() - graphs
-            group.made.update({(group.like, call, count): -(-more // len(new)) for count in new})
+            group.note({(group.like, call, count): -(-more // len(new)) for count in new})
 
 
 def _static(module: nn.Module) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,9 +63,10 @@ def test_a_budget_with_more_lengths_than_torch_compiles(name: str) -> None:
 )
 def test_few_lengths_run(config: sra.SparseRef) -> None:
     pipe = compiled("klein")
-    sra.patch(pipe, config)
-    CASES["klein"].call(pipe, steps=6)
-    CASES["klein"].call(pipe, steps=6, seed=1)
+    handle = sra.patch(pipe, config)
+    for seed in (0, 1):
+        assert np.isfinite(CASES["klein"].call(pipe, steps=6, seed=seed)).all()
+        assert [step.index for step in handle.record.steps] == list(range(6))
 
 
 @pytest.mark.parametrize(
@@ -98,8 +100,9 @@ def test_a_whole_call_of_a_measured_step_is_a_length_of_its_own() -> None:
 @pytest.mark.parametrize("options", [{"dynamic": True}, {"dynamic": None}, {"fullgraph": False}], ids=str)
 def test_other_compilations_are_not_refused(options: dict[str, Any]) -> None:
     pipe = compiled("klein", **options)
-    sra.patch(pipe, GRID)
+    handle = sra.patch(pipe, GRID)
     CASES["klein"].call(pipe, steps=5)
+    assert len({step.kept for step in handle.record.steps}) == 5  # more than the 3 that may be compiled
 
 
 def test_without_dynamic_shapes_none_is_static() -> None:
@@ -238,9 +241,11 @@ def test_training_where_a_length_makes_several_graphs() -> None:
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_training_on_other_blocks_is_not_refused(dynamic: bool | None) -> None:
     model, batch = tuned("klein", dynamic=dynamic), Batch("klein")
-    sra.patch_for_training(model, sra.RandomDrop(keep=(0.1, 0.9)))
+    handle, drawn = sra.patch_for_training(model, sra.RandomDrop(keep=(0.1, 0.9))), set()
     for _ in range(5):
         batch.loss(model).backward()
+        drawn.add(handle.kept[0].kept)
+    assert len(drawn) > 3  # more than may be compiled
 
 
 def test_stored_references_make_two_lengths_a_size() -> None:
@@ -252,3 +257,15 @@ def test_stored_references_make_two_lengths_a_size() -> None:
         case.call(pipe, steps=8, seed=seed)
     with pytest.raises(sra.IncompatibleError, match=r"at most 3 sequence lengths .*got 2 new"):
         case.call(pipe, steps=8, side=96)
+
+
+def test_graphs_that_torch_forgot_are_forgotten_though_it_has_others() -> None:
+    """After a reset calls without a patch compile as many again; the lengths of before have no graph."""
+    case, pipe = CASES["klein"], compiled("klein")
+    with sra.patched(pipe, GRID):
+        case.call(pipe, steps=3)
+    torch._dynamo.reset()
+    for side in (64, 80, 96):
+        case.call(pipe, steps=1, side=side)
+    with sra.patched(pipe, GRID), pytest.raises(sra.IncompatibleError, match=r"3 of 3 graphs are taken, .*got 3 new"):
+        case.call(pipe, steps=3)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...errors import IncompatibleError
 from .attention import AttentionSite, Route
+from .private_backend import list_backend, unlist
 from .versions import dispatcher
 
 __all__ = ["AnsweredAttention"]
@@ -42,15 +43,9 @@ class _Backend:
         with _LOCK:
             self.users -= 1
             if not self.users:
-                registry = dispatcher()._AttentionBackendRegistry
-                for table in (registry._backends, registry._constraints, registry._supported_arg_names):
-                    table.pop(self.member, None)
+                unlist(self.member)
 
     def _register(self) -> None:
-        dispatch, name = dispatcher(), "sparse_ref_attn_answered"
-        self.member = str.__new__(dispatch.AttentionBackendName, name)
-        self.member._name_, self.member._value_ = name.upper(), name
-
         def backend(
             query: Tensor,
             key: Tensor,
@@ -66,7 +61,7 @@ class _Backend:
                 raise IncompatibleError("attention is answered with a mask and nothing else, got other settings")
             return _answered(query, key, value, attn_mask)
 
-        dispatch._AttentionBackendRegistry.register(self.member)(backend)
+        self.member = list_backend("sparse_ref_attn_answered", backend)
 
 
 _BACKEND = _Backend()

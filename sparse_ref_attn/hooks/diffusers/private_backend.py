@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .versions import dispatcher
 
-__all__ = ["Attention", "PrivateBackend", "note_thread"]
+__all__ = ["Attention", "PrivateBackend", "list_backend", "note_thread", "unlist"]
 
 Attention = Callable[..., Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Attention], Tensor]
@@ -30,11 +30,24 @@ def note_thread(inside: bool) -> None:
 def _clear_tables() -> None:
     """Take private backends that nobody can use any more out of diffusers' tables."""
     if _RETIRED and not _INSIDE - {threading.get_ident()}:
-        registry = dispatcher()._AttentionBackendRegistry
         while _RETIRED:
-            member = _RETIRED.pop()._member
-            for table in (registry._backends, registry._constraints, registry._supported_arg_names):
-                table.pop(member, None)
+            unlist(_RETIRED.pop()._member)
+
+
+def list_backend(value: str, backend: Callable[..., Tensor]) -> Any:
+    """Put a function with the arguments of diffusers' backends into its tables; the unlisted name under which it is."""
+    dispatch = dispatcher()
+    member = str.__new__(dispatch.AttentionBackendName, value)
+    member._name_, member._value_ = value.upper(), value
+    dispatch._AttentionBackendRegistry.register(member)(backend)
+    return member
+
+
+def unlist(member: Any) -> None:
+    """Take it out again."""
+    registry = dispatcher()._AttentionBackendRegistry
+    for table in (registry._backends, registry._constraints, registry._supported_arg_names):
+        table.pop(member, None)
 
 
 class PrivateBackend:
@@ -59,9 +72,6 @@ class PrivateBackend:
         self._inner: Any = None
         self._own: bool | None = None
         self._thread: int | None = None
-        value = f"sparse_ref_attn_{id(processor)}_{id(self)}"
-        self._member = str.__new__(self._dispatch.AttentionBackendName, value)
-        self._member._name_, self._member._value_, self._member.owner = value.upper(), value, self
 
         def backend(
             query: Tensor,
@@ -90,7 +100,8 @@ class PrivateBackend:
 
             return user() if self._thread != threading.get_ident() else attend(query, key, value, attn_mask, user)
 
-        self._dispatch._AttentionBackendRegistry.register(self._member)(backend)
+        self._member = list_backend(f"sparse_ref_attn_{id(processor)}_{id(self)}", backend)
+        self._member.owner = self
 
     def enter(self) -> None:
         """Serve the processor's attention from now on."""
