@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import re
@@ -16,8 +17,8 @@ from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.eval import methods as named
 from sparse_ref_attn.eval.compare import compare_all
 from sparse_ref_attn.eval.embedded import kontext_pipeline
+from sparse_ref_attn.eval.method_rows import rows_of
 from sparse_ref_attn.eval.metrics import Psnr, Ssim
-from sparse_ref_attn.eval.page import rows_of
 
 METHODS = ["downscaled", "ReCAST rising", "edges", "ToMe"]
 TINY = ["--size", "tiny", "--steps", "3", "--keep", "50%", "--methods", *METHODS]
@@ -40,6 +41,25 @@ def test_page_needs_nothing_but_itself(page: Path) -> None:
     assert "random (seeded)" in text
     for name in ("dense", *METHODS):
         assert f"<b>{name}</b>" in text
+
+
+def test_what_was_asked_comes_first_and_every_picture_stands_beside_the_page(page: Path) -> None:
+    text = (page / "compare.html").read_text()
+    prompt = json.loads((page / "compare.json").read_text())["about"]["arguments"]["prompt"]
+    places = [text.index(part) for part in (f"<blockquote>{prompt}<", ">reference<", ">dense<", f">{METHODS[0]}<")]
+    assert places == sorted(places)
+    assert 'name="viewport"' in text
+    names = {path.stem for path in (page / "pictures").iterdir()}
+    assert names == {"reference", "dense", *METHODS, "kept ReCAST rising", "kept edges"}
+    inline = re.search(r'<img src="data:image/png;base64,([^"]*)" alt="reference"', text)
+    assert base64.b64decode(inline[1]) == (page / "pictures/reference.png").read_bytes()
+
+
+def test_the_small_models_right_answer_is_shown(tmp_path: Path) -> None:
+    assert main(["compare", "--out", str(tmp_path), "--steps", "2", "--keep", "50%", "--methods", "edges"]) == 0
+    text = (tmp_path / "compare.html").read_text()
+    assert text.index('alt="reference"') < text.index('alt="answer"') < text.index('alt="dense"')
+    assert (tmp_path / "pictures/answer.png").is_file()
 
 
 def test_every_form_holds_the_same_rows(page: Path) -> None:
