@@ -57,7 +57,7 @@ def compared(folder: Path) -> Any:
             kinds = found["runs"][row["method"]]["run"]["by_step"]["kind"]
             if "cached" in kinds:
                 tokens = f"run in {len(kinds) - kinds.count('cached')} of {len(kinds)} steps, else read"
-            likeness = f"{row['PSNR (dB)']:.1f} dB from dense"
+            likeness = f"PSNR to dense {row['PSNR (dB)']:.1f} dB"
         shown.append(panel(row["method"], tokens, likeness))
     return down([panels(shown[i : i + COLUMNS]) for i in range(0, len(shown), COLUMNS)], 0)
 

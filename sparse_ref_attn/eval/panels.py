@@ -56,8 +56,8 @@ def panels(row: Sequence[Panel]) -> Any:
 
     columns = []
     for each in row:
-        below = [words(line, 17, SIDE, FAINT) for line in each.lines]
-        columns.append(down([words(each.name, 22, SIDE), _fitted(each.picture), *below], 8))
+        below = [words(line, 24, SIDE, FAINT) for line in each.lines]
+        columns.append(down([words(each.name, 30, SIDE), _fitted(each.picture), *below], 8))
     shown = across(columns, GAP, SIDE)
     out = Image.new("RGB", (shown.width + 2 * GAP, shown.height + 2 * GAP), PAPER)
     out.paste(shown, (GAP, GAP))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import sparse_ref_attn as sra
+from benchmarks.front_page import compared
 from sparse_ref_attn.cli import builtin, commands, main
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.eval import methods as named
@@ -60,6 +61,7 @@ def test_the_small_models_right_answer_is_shown(tmp_path: Path) -> None:
     text = (tmp_path / "compare.html").read_text()
     assert text.index('alt="reference"') < text.index('alt="answer"') < text.index('alt="dense"')
     assert (tmp_path / "pictures/answer.png").is_file()
+    assert compared(tmp_path).width == 1400  # as the documentation shows it: four pictures in a row
 
 
 def test_every_form_holds_the_same_rows(page: Path) -> None:
