@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.base import adapter_for
 from sparse_ref_attn.eval.loading import load_pipeline
+from sparse_ref_attn.models import adapter_for
 from sparse_ref_attn.pictures import open_image
 
 TARGETS = [

@@ -17,9 +17,8 @@ from benchmarks.methods import METHODS
 from benchmarks.shapes import SUITES, TEXT_TOKENS, PipelineCase
 from benchmarks.work import counted_work
 from sparse_ref_attn import ConfigError, SparseRef, estimate, patched
-from sparse_ref_attn.adapters.base import adapter_for
-from sparse_ref_attn.adapters.geometries import named_model
 from sparse_ref_attn.cost import StepTokens, run_flops
+from sparse_ref_attn.models import adapter_for, named_model
 from sparse_ref_attn.report.work import recorded_flops
 from sparse_ref_attn.vocabulary import MODELS
 

@@ -14,9 +14,11 @@ from accelerate import Accelerator
 
 import sparse_ref_attn as sra
 from benchmarks import tables
-from sparse_ref_attn.adapters.base import Adapter, references_from_ids, take_rows
-from sparse_ref_attn.adapters.geometries import named_model
+from sparse_ref_attn.adapters import Adapter
+from sparse_ref_attn.adapters.position_ids import references_from_ids
+from sparse_ref_attn.adapters.row_arguments import take_rows
 from sparse_ref_attn.hooks.diffusers import attention_sites
+from sparse_ref_attn.models import named_model
 from sparse_ref_attn.selection import References, Selector
 from sparse_ref_attn.selection.cells import area_pool
 from sparse_ref_attn.types import Reference, TokenLayout
