@@ -19,8 +19,8 @@ from sparse_ref_attn.eval.examples import Example
 from sparse_ref_attn.eval.models import EvalModel
 from sparse_ref_attn.training.batches import training_of
 from sparse_ref_attn.training.folder import FolderBatches
-from sparse_ref_attn.training.lora import add_lora
 from sparse_ref_attn.training.loop import TrainConfig, train
+from sparse_ref_attn.training.lora import add_lora
 from tests import tiny_models
 from tests.pictures import generator, picture
 

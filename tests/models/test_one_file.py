@@ -20,7 +20,7 @@ PACKAGE, TESTS = Path(sra.__path__[0]), Path(__file__).parents[1]
 OWN = PACKAGE / "models"
 START = "FAMILIES: dict[str, tuple[str, ...]] = {\n"
 LINE = '    "longcat": ("longcat-small",),\n'
-BUILT = {"toy/pipeline.py", "eval/embedded.py"}  # the library's own small pipelines, of diffusers' classes
+BUILT = {"toy/pipeline.py", "eval/embedded.py", "eval/work.py"}  # the small pipelines, and what they stand for
 
 
 def own(path: Path) -> str | None:
@@ -97,9 +97,8 @@ def test_the_lines_name_the_models_that_the_files_describe() -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_new_family_is_patched_estimated_batched_evaluated_and_trained_by_one_file_and_one_line(
-    tmp_path: Path,
-) -> None:
+def test_one_file_and_one_line_make_a_new_family(tmp_path: Path) -> None:
+    """It is patched, estimated, batched, evaluated and trained."""
     package = tmp_path / PACKAGE.name
     package.mkdir()
     for entry in PACKAGE.iterdir():
