@@ -21,6 +21,8 @@ class PublishedSize:
     ----------
     pipeline : PipelineFacts
         The pipeline that it is published with.
+    billions : float
+        Of its parameters.
     config : mapping
         Fields of the config of the family's first class that are not its defaults.
     distilled : bool
@@ -30,6 +32,7 @@ class PublishedSize:
     """
 
     pipeline: PipelineFacts
+    billions: float
     config: Mapping[str, Any] = field(default_factory=dict)
     distilled: bool = False
     prepare: Callable[[nn.Module], None] | None = None

@@ -84,7 +84,9 @@ class FluxAdapter(Adapter):
     classes = ("diffusers.models.transformers.transformer_flux.FluxTransformer2DModel",)
     needs = ("img_ids", "txt_ids")
     pipelines = (KONTEXT, KONTEXT_INPAINT)
-    published: ClassVar[Mapping[str, PublishedSize]] = {"kontext": PublishedSize(KONTEXT, {"guidance_embeds": True})}
+    published: ClassVar[Mapping[str, PublishedSize]] = {
+        "kontext": PublishedSize(KONTEXT, 11.9, {"guidance_embeds": True})
+    }
     streams = _STREAMS
     stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
     per_item = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")

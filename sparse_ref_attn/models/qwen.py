@@ -60,8 +60,8 @@ class QwenImageAdapter(Adapter):
     needs = ("img_shapes",)
     pipelines = (EDIT, EDIT_PLUS, INPAINT)
     published: ClassVar[Mapping[str, PublishedSize]] = {
-        "qwen-image-edit": PublishedSize(EDIT),
-        "qwen-image-edit-2511": PublishedSize(EDIT_PLUS, {"zero_cond_t": True}),
+        "qwen-image-edit": PublishedSize(EDIT, 20.4),
+        "qwen-image-edit-2511": PublishedSize(EDIT_PLUS, 20.4, {"zero_cond_t": True}),
     }
     streams = _STREAMS
     stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double"}

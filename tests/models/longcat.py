@@ -65,7 +65,7 @@ class LongCatAdapter(Adapter):
     classes = ("diffusers.models.transformers.transformer_longcat_image.LongCatImageTransformer2DModel",)
     pipelines = (EDIT,)
     published: ClassVar[Mapping[str, PublishedSize]] = {
-        "longcat-small": PublishedSize(EDIT, {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 4}),
+        "longcat-small": PublishedSize(EDIT, 0.0, {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 4}),
     }
     needs = ("img_ids", "txt_ids")
     streams: ClassVar[Mapping[str, str]] = {

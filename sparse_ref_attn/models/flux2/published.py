@@ -30,8 +30,8 @@ _4B = {
     "joint_attention_dim": 7680,
 }
 PUBLISHED = {
-    "flux2-dev": PublishedSize(DEV),
-    "klein-9b": PublishedSize(KLEIN, _9B, distilled=True),
-    "klein-9b-kv": PublishedSize(KLEIN_KV, _9B, distilled=True, prepare=keep_references),
-    "klein-4b": PublishedSize(KLEIN, _4B, distilled=True),
+    "flux2-dev": PublishedSize(DEV, 32.2),
+    "klein-9b": PublishedSize(KLEIN, 9.1, _9B, distilled=True),
+    "klein-9b-kv": PublishedSize(KLEIN_KV, 9.1, _9B, distilled=True, prepare=keep_references),
+    "klein-4b": PublishedSize(KLEIN, 3.9, _4B, distilled=True),
 }
