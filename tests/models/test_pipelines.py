@@ -57,7 +57,7 @@ def test_what_derives_from_kontext_takes_one_reference_everywhere() -> None:
     pipe = CASES["kontext"].build()
     pipe.__class__ = type("Tuned", (type(pipe),), {})
     with pytest.raises(ConfigError, match="Tuned takes at most 1 reference an item, got 2 for item 0"):
-        sra.batch(pipe, ["a cup"], [PAIR])
+        item_arguments(pipe, ["a cup"], [PAIR], None, None, {})
     with pytest.raises(ConfigError, match="FluxKontextPipeline takes one reference image, got 2"):
         sra.estimate(pipe, references=[(32, 32)] * 2)
     with pytest.raises(ConfigError, match="FluxKontextPipeline takes one reference image, got 2"):
