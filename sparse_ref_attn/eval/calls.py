@@ -8,8 +8,9 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..adapters.pipelines import SEVERAL_REFERENCES, published, steps_of
+from ..adapters.pipeline_facts import PipelineFacts
 from ..errors import ConfigError, UnsupportedModelError
+from ..models import edit_facts, edit_pipelines
 
 __all__ = ["RESERVED", "call_arguments", "check_class", "check_more", "check_reserved"]
 
@@ -58,30 +59,30 @@ def call_arguments(
     UnsupportedModelError
         If the pipeline is none of those that edit reference images.
     """
-    name = check_class(pipe)
+    facts = check_class(pipe)
     check_more(pipe, more or {})
-    if len(images) > 1 and not SEVERAL_REFERENCES[name]:
-        raise ConfigError(f"{name} takes one reference image, got {len(images)}")
+    facts.check_references(len(images))
     parameters = inspect.signature(type(pipe).__call__).parameters
     if size is not None:
         _check_size(pipe, size)
     arguments: dict[str, Any] = {"prompt": prompt, "image": list(images) if len(images) > 1 else images[0]}
     if size is not None:
         arguments |= {"height": size[0], "width": size[1]}
-        if "max_area" in parameters:  # Kontext scales the output to this area, whatever height and width say
-            arguments["max_area"] = size[0] * size[1]
-    arguments["num_inference_steps"] = (
-        steps_of(name, getattr(pipe.config, "is_distilled", None)) if steps is None else steps
-    )
+        if facts.area is not None and facts.area in parameters:
+            arguments[facts.area] = size[0] * size[1]
+    if steps is None:
+        steps = facts.steps(getattr(pipe.config, "is_distilled", None))
+    arguments["num_inference_steps"] = steps
     return arguments | dict(more or {})
 
 
-def check_class(pipe: Any) -> str:
-    """The published class that the pipeline is, or derives from."""
-    if (name := published(pipe)) is not None:
-        return name
+def check_class(pipe: Any) -> PipelineFacts:
+    """What is known of the published class that the pipeline is, or derives from."""
+    if (facts := edit_facts(pipe)) is not None:
+        return facts
+    known = ", ".join(facts.name for facts in edit_pipelines())
     raise UnsupportedModelError(
-        f"the pipeline must be one of {', '.join(SEVERAL_REFERENCES)}, got {type(pipe).__name__}; others (inpainting, "
+        f"the pipeline must be one of {known}, got {type(pipe).__name__}; others (inpainting, "
         "your own) are patched from Python: sparse_ref_attn.patch(pipe)"
     )
 
