@@ -183,7 +183,7 @@ def read_rows(folder: Path) -> tuple[dict[str, Any], list[Row]]:
     header = folder / "eval.json"
     if not header.is_file():
         raise ConfigError(f"a folder of results must hold eval.json, got {folder}")
-    about = json.loads(header.readwritten(encoding="utf-8"))
+    about = json.loads(header.read_text(encoding="utf-8"))
     return about, sorted(RowStore(folder, list(about["settings"]["columns"]))._all(), key=_order)
 
 
