@@ -31,7 +31,7 @@ from .memory import page_faults, peak_memory, reserve
 from .methods import METHODS, Method
 from .options import Output, add_cuts, add_shared, prepare
 from .pipelines import build, caller, transformer_of, with_cache
-from .runs import Runs, about, gate, rows_of, run_once, running, witness
+from .runs import Runs, about, gate, rows_of, run_once, run_untimed, running
 from .shapes import SUITES, PipelineCase, changed
 from .work import sites_of
 
@@ -63,7 +63,7 @@ def bench(case: PipelineCase, names: Sequence[str], device: torch.device, dtype:
             faults = page_faults() - before
             print(f"  round {number + 1}, {name}: {runs[name].total[-1]:.2f} s, {faults} page faults", flush=True)
     for name, method in methods.items():
-        witness(pipes[method.cached], calls[method.cached], case, method, runs[name])
+        run_untimed(pipes[method.cached], calls[method.cached], case, method, runs[name])
     share = tap * len(sites_of(own.transformer)) * case.steps / median(runs["dense"].total)
     print(f"  timing the dense runs' attention took {share:.3%} of them")
     return rows_of(case, runs, own.transformer)

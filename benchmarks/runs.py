@@ -27,7 +27,7 @@ from .shapes import TEXT_TOKENS, PipelineCase
 from .step_caches import step_cached
 from .work import counted_work, sites_of
 
-__all__ = ["Runs", "about", "gate", "rows_of", "run_once", "running", "witness"]
+__all__ = ["Runs", "about", "gate", "rows_of", "run_once", "run_untimed", "running"]
 
 
 @dataclass
@@ -70,7 +70,7 @@ def run_once(pipe: Any, call: Callable[..., Any], case: PipelineCase, method: Me
     runs.total.append(seconds)
 
 
-def witness(pipe: Any, call: Callable[..., Any], case: PipelineCase, method: Method, runs: Runs) -> None:
+def run_untimed(pipe: Any, call: Callable[..., Any], case: PipelineCase, method: Method, runs: Runs) -> None:
     """One call that is not timed: the most memory it held, and under a step cache the work it did.
 
     On a CPU two steps are enough for the memory, and recording it is slow.

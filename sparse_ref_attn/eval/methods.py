@@ -116,7 +116,7 @@ def dense_first(keep: float) -> Pieces:
     --------
     >>> budget = dense_first(0.25)
     >>> [budget.tokens_at(schedules.Clock.uniform(step, 3), 256) for step in range(3)]
-    [256, 64, 64]
+    [256.0, 64.0, 64.0]
     """
     return Pieces((1.0, keep), at=(1e-6,))
 
