@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import is_int
 from ..errors import ConfigError, LayoutError
 from ..functional import pack_rows
 from ..types import TokenLayout
@@ -53,8 +52,8 @@ class RowArgument:
         RowArgument(name='rotary', axis=0, before='text', after=0)
         """
         parts = given if isinstance(given, tuple) else (given,)
-        right = 1 <= len(parts) <= 3 and is_int(parts[0])
-        if not right or not all(part == TEXT or (is_int(part) and part >= 0) for part in parts[1:]):
+        right = 1 <= len(parts) <= 3 and _is_int(parts[0])
+        if not right or not all(part == TEXT or (_is_int(part) and part >= 0) for part in parts[1:]):
             raise ConfigError(
                 "rows must give the axis of an argument's rows, or (axis, rows before, rows after) with numbers or "
                 f'"text" for the rows that stand around those of the image stream, got {given!r} for {name}'
@@ -106,3 +105,7 @@ class RowArgument:
             return pack_rows(x, rows.to(x.device), axis)
         inner = pack_rows(x.narrow(axis, before, layout.rows), rows.to(x.device), axis)
         return torch.cat([x.narrow(axis, 0, before), inner, x.narrow(axis, before + layout.rows, after)], axis)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
