@@ -12,12 +12,8 @@ import torch
 
 from . import __version__
 from .errors import VersionError
-<<<<<<< HEAD
 from .hooks.diffusers import TESTED, check_diffusers
-=======
-from .hooks.diffusers import DIFFUSERS_RANGE, check_diffusers
 from .models import supported
->>>>>>> models
 from .ops import _support
 from .ops.attention_mass.backends import explain as explain_mass
 from .ops.pack_rows.library import explain as explain_rows

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..checks import is_int
 from ..config import SparseRef
 from ..cost import (
     Flops,
@@ -119,7 +120,7 @@ def estimate(
     counts = {"steps": steps, "batch": batch, "calls_per_step": calls_per_step, "pixels_per_token": pixels_per_token}
     for name, value in (counts | {"text_tokens": text_tokens}).items():
         least = 0 if name == "text_tokens" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not is_int(value, least):
             raise ConfigError(f"{name} must be an int of at least {least}, got {value!r}")
     if config.budget.needs_mass:
         raise ConfigError(
@@ -209,7 +210,7 @@ def _layout(references: Sequence[Size], output: Size, text: int, cell: int) -> T
 
 def _grid(name: str, size: Size, cell: int) -> tuple[int, int]:
     """Height and width in tokens."""
-    ok = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int) and side >= cell for side in size)
+    ok = isinstance(size, Sequence) and len(size) == 2 and all(is_int(side, cell) for side in size)
     if not ok:
         raise ConfigError(f"the size of {name} must be (width, height) in pixels, each at least {cell}, got {size!r}")
     return size[1] // cell, size[0] // cell
