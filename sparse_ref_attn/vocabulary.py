@@ -15,6 +15,7 @@ SELECTORS = ("random", "grid", "edges", "saliency", "cosine", "self-attention", 
 MODELS = ("kontext", "flux2-dev", "klein-9b", "klein-9b-kv", "klein-4b", "qwen-image-edit", "qwen-image-edit-2511")
 DTYPES = ("bfloat16", "float16", "float32")
 OFFLOADS = ("none", "model", "sequential")
+QUANTIZATIONS = ("int8", "float8", "nf4")
 SCHEDULES: tuple[str, ...] = ("flat", "rising", "falling", "dense-first")
 """Ways to spread the same tokens over the steps; "dense-first" spends one dense step more, as ReCAST does."""
 RULES: tuple[str, ...] = (
