@@ -19,7 +19,18 @@ KEEP += "tokens of each reference at every step that drops any (256)"
 OWN = "recast: 1/16 to 1/4, rising; sparse-context: 10%%"
 TASK = "kind of edit, which picks rule and guard (default: the preset's)"
 STEPS = "denoising steps (default: the pipeline's, 4 of a distilled model)"
-SELECT = "rule that ranks the tokens (default: the preset's)"
+RUN = """\
+Edits pictures with a diffusers pipeline, computing the reference tokens that
+matter alone.
+
+  sra run photo.jpg -p "the cup on a beach" -o out.png --model PATH
+  sra run cup.jpg table.jpg -p "the cup on the table" -o out.png --model PATH
+  sra run photos/ -p "as a watercolour" -o out/ --model PATH
+  sra run edits.jsonl -o out/ --model PATH
+
+Each picture is saved as soon as it exists, and says in its file how it was
+made. Of many edits, those that are there already are not made again, and one
+that cannot be made does not end the others."""
 
 
 def parser() -> Parser:
@@ -60,8 +71,8 @@ def parser() -> Parser:
         "run",
         help="edit pictures with a model: FLUX.1 Kontext, FLUX.2, Klein, Qwen-Image-Edit",
         usage="%(prog)s IMAGE [IMAGE ...] -p TEXT -o PATH [--model PATH] [options]",
-        description="Edits pictures with a diffusers pipeline that computes the reference tokens that matter. Of many "
-        "edits, what is there already is not made again, and one that cannot be made does not end the others.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=RUN,
     )
     add_run(run)
     _add_config(run, "recast", OWN)
@@ -204,10 +215,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_config(parser: argparse.ArgumentParser, preset: str | None, keep: str, default: str = "%(default)s") -> None:
-    parser.add_argument("--preset", **values.one_of(vocabulary.PRESETS), default=preset, help=f"default: {default}")
-    parser.add_argument("--keep", type=values.keep, metavar="R", help=f"{KEEP}; default: {keep}")
-    parser.add_argument("--task", **values.one_of(vocabulary.TASKS), help=TASK)
-    parser.add_argument("--select", "--rule", **values.one_of(vocabulary.SELECTORS), help=SELECT)
+    group = parser.add_argument_group("what is kept")
+    group.add_argument("--preset", **values.one_of(vocabulary.PRESETS), default=preset, help=f"default: {default}")
+    group.add_argument("--keep", type=values.keep, metavar="R", help=f"{KEEP}; default: {keep}")
+    group.add_argument("--task", **values.one_of(vocabulary.TASKS), help=TASK)
+    group.add_argument(
+        "--select",
+        "--rule",
+        **values.one_of(vocabulary.SELECTORS) | {"metavar": "RULE"},
+        help=f"what ranks the tokens: {', '.join(vocabulary.SELECTORS)} (default: the preset's)",
+    )
     execution.add_arguments(parser)
 
 

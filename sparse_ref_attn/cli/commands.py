@@ -229,7 +229,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def quiet(pipelines_too: bool) -> None:
     """Silence notes about optional parts that other libraries lack; diffusers may warn about a real model's call."""
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("transformers", "diffusers")[: 1 + pipelines_too]:
         if importlib.util.find_spec(name) is not None:

@@ -15,10 +15,11 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     """Add them to a parser, but for those that say what is kept."""
     parser.add_argument(
         "images",
-        nargs="+",
+        nargs="*",
         metavar="IMAGE",
         help="references of one picture; or a folder, whose pictures are edited one by one; or a .jsonl file of edits",
     )
+    parser.add_argument("--image", action="append", metavar="IMAGE", help="the same, as sra compare has it")
     parser.add_argument("-p", "--prompt", metavar="TEXT", help="what to make; a line of a .jsonl file may say its own")
     parser.add_argument(
         "-o", "--out", required=True, metavar="PATH", help="a .png or .jpg; for many edits the folder they go to"
@@ -48,7 +49,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--offload", **values.one_of(vocabulary.OFFLOADS), default="none", help="keep the model in the CPU's memory"
     )
-    picture = parser.add_argument_group("picture; default: the pipeline's own")
+    picture = parser.add_argument_group("picture", "default: the pipeline's own")
     picture.add_argument("--negative", metavar="TEXT", help="what not to make, where the pipeline takes it")
     picture.add_argument(
         "--guidance",

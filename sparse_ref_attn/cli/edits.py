@@ -85,12 +85,14 @@ def edits_of(options: argparse.Namespace) -> tuple[list[Edit], bool]:
         For whatever can be known to fail without a model: references that are no pictures, outputs that cannot be
         written, would replace a reference or somebody else's file, or share a name.
     """
-    first, out = Path(options.images[0]), Path(options.out)
-    many = first.is_dir() or first.suffix.lower() == _LINES
-    if many and len(options.images) > 1:
-        raise ConfigError(
-            f"a folder or a JSON-lines file must stand alone, got {first} beside {', '.join(options.images[1:])}"
-        )
+    images = [*options.images, *(options.image or ())]
+    if not images:
+        raise ConfigError("an image must be given, a folder or a .jsonl file of edits, got none (sra run --help)")
+    first, out = Path(images[0]), Path(options.out)
+    many = [path for path in images if Path(path).is_dir() or Path(path).suffix.lower() == _LINES]
+    if many and len(images) > 1:
+        others = ", ".join(path for path in images if path != many[0])
+        raise ConfigError(f"a folder or a JSON-lines file must stand alone, got {many[0]} beside {others}")
     if many:
         if out.suffix.lower() in FORMATS and not out.is_dir():
             raise ConfigError(f"the output of many edits must be a folder, got {out}, which is named like a picture")
@@ -99,9 +101,9 @@ def edits_of(options: argparse.Namespace) -> tuple[list[Edit], bool]:
         lines = _folder(first) if first.is_dir() else _lines(first)
         edits = [edit for where, line in lines for edit in _edits(line, where, out, options)]
     else:
-        edits = _edits({_IMAGE: options.images}, "", out, options)
+        edits = _edits({_IMAGE: images}, "", out, options)
     _check(edits, options.compare_dense)
-    return edits, many
+    return edits, bool(many)
 
 
 def _folder(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -67,11 +67,12 @@ class Published:
     def check(self, edits: Sequence[Edit]) -> nn.Module | None:
         options, here = self._options, Path(self._name).is_dir()
         if not here and (self._name in MODELS or not _HUB_ID.fullmatch(self._name) or Path(self._name).exists()):
-            only = ", which sra estimate knows by this name, without weights" if self._name in MODELS else ""
-            raise ConfigError(f"the model must be a pipeline's directory or a hub id, got {self._name}{only}")
-        loading.check_place(options.device, options.offload)
+            why = "a file" if Path(self._name).exists() else "neither"
+            why = "a name that sra estimate knows, without weights" if self._name in MODELS else why
+            raise ConfigError(f"the model must be a pipeline's directory or a hub id, got {self._name}, which is {why}")
+        device = loading.check_place(options.device, options.offload)
         if options.quantize is not None:
-            check_quantization(options.quantize)
+            check_quantization(options.quantize, device)
         check_loras(self._loras)
         calls.check_reserved(self._more)
         if self._known is not None:
@@ -82,6 +83,10 @@ class Published:
                 calls.check_words(cls, self._distilled, negative=edit.negative, guidance=edit.guidance, more=self._more)
                 if cell is not None and edit.width and edit.height:
                     calls.check_size(cell, (edit.height, edit.width))
+                elif cell is not None and (side := edit.width or edit.height or 0) % cell:
+                    name, low = "width" if edit.width else "height", side // cell * cell
+                    near = f"{max(cell, low)} or {low + cell}"
+                    raise ConfigError(f"{name} must be a multiple of {cell} pixels, got {side}: {near}")
         return meta_transformer(self._name) if here and self._known is not None else None
 
     def load(self) -> tuple[Any, str]:

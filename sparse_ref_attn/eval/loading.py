@@ -72,7 +72,7 @@ def load_pipeline(
     diffusers = import_diffusers()
     if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "model_index.json")):
         raise ConfigError(f"a pipeline's directory must hold model_index.json, got {model}")
-    more = {} if quantize is None else {"quantization_config": quantization(quantize, DTYPES[dtype])}
+    more = {} if quantize is None else {"quantization_config": quantization(quantize, DTYPES[dtype], device)}
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=DTYPES[dtype], **more)
     except MemoryError:

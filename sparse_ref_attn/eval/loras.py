@@ -41,7 +41,7 @@ class Lora:
         Raises
         ------
         ConfigError
-            If there is none, or a folder has several.
+            If there is none, it is named like another kind of file, or a folder has several.
         """
         path = Path(self.path).expanduser()
         if path.is_dir():
@@ -51,8 +51,10 @@ class Lora:
                 names = ", ".join(file.name for file in found) or "none"
                 raise ConfigError(f"a LoRA's folder must hold one .safetensors file, got {path} with {names}")
             return found[0]
-        if path.is_file():
+        if path.is_file() and path.suffix in _FILES:
             return path
+        if path.is_file():
+            raise ConfigError(f"a LoRA's file must end in {', '.join(_FILES)}, got {path}")
         if _HUB_ID.fullmatch(self.path) and not self.path.startswith(".") and path.suffix not in _FILES:
             return None
         raise ConfigError(f"a LoRA must be a file, a folder or a hub id, got {self.path}, which does not exist")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import VersionError
+from ..errors import ConfigError, VersionError
 from ..vocabulary import QUANTIZATIONS, chosen
 
 __all__ = ["check_quantization", "quantization"]
@@ -15,23 +15,25 @@ __all__ = ["check_quantization", "quantization"]
 _PACKAGES = dict(zip(QUANTIZATIONS, ("torchao", "torchao", "bitsandbytes"), strict=True))
 
 
-def check_quantization(kind: str) -> str:
-    """The kind by its name in `QUANTIZATIONS`, where its package is installed.
+def check_quantization(kind: str, device: str) -> str:
+    """The kind by its name in `QUANTIZATIONS`, where its package is installed and can quantize for a device.
 
     Raises
     ------
     ConfigError
-        For an unknown kind.
+        For an unknown kind, and for "nf4" without a CUDA device.
     VersionError
         If the package is not installed.
     """
     kind = chosen("quantize", kind, QUANTIZATIONS)
     if importlib.util.find_spec(_PACKAGES[kind]) is None:
         raise VersionError(f"quantize {kind} needs {_PACKAGES[kind]}: pip install {_PACKAGES[kind]}")
+    if _PACKAGES[kind] == "bitsandbytes" and not device.startswith("cuda"):
+        raise ConfigError(f"quantize {kind} needs a CUDA device, got {device}; int8 needs none")
     return kind
 
 
-def quantization(kind: str, dtype: torch.dtype) -> Any:
+def quantization(kind: str, dtype: torch.dtype, device: str = "cpu") -> Any:
     """What ``DiffusionPipeline.from_pretrained`` takes as ``quantization_config``; the transformer alone is quantized.
 
     Parameters
@@ -40,6 +42,8 @@ def quantization(kind: str, dtype: torch.dtype) -> Any:
         Weights of 8 bits (torchao) or 4 (bitsandbytes).
     dtype : torch.dtype
         What the linear layers compute in.
+    device : str
+        Where the model is to run.
 
     Raises
     ------
@@ -51,7 +55,7 @@ def quantization(kind: str, dtype: torch.dtype) -> Any:
     >>> list(quantization("int8", torch.bfloat16).quant_mapping)
     ['transformer']
     """
-    kind = check_quantization(kind)
+    kind = check_quantization(kind, device)
     import diffusers
 
     try:
