@@ -23,7 +23,7 @@ from ..toy.words import LENGTH
 from ..vocabulary import MODELS
 from .edits import Edit
 
-__all__ = ["Model", "model_of"]
+__all__ = ["Model", "model_of", "size_of"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _QWEN = "temperal_downsample"  # of its VAE's configuration
@@ -98,7 +98,7 @@ class Published:
 
     def arguments(self, pipe: Any, edit: Edit, images: list[Any]) -> dict[str, Any]:
         return calls.call_arguments(
-            pipe, images, edit.prompt, size=_size(pipe, edit, images, self._more), steps=edit.steps,
+            pipe, images, edit.prompt, size=size_of(pipe, edit, images, self._more), steps=edit.steps,
             negative=edit.negative, guidance=edit.guidance, more=self._more,
         )  # fmt: skip
 
@@ -164,7 +164,7 @@ def _cell(folder: Path) -> int | None:
     return int(2 ** (halved + 1))
 
 
-def _size(pipe: Any, edit: Edit, images: Sequence[Any], more: dict[str, Any]) -> tuple[int, int] | None:
+def size_of(pipe: Any, edit: Edit, images: Sequence[Any], more: dict[str, Any]) -> tuple[int, int] | None:
     """Height and width: as given, one of them in the shape of the reference, or None where the pipeline keeps it.
 
     FLUX.1 Kontext alone would make a square of every reference: it gets the reference's shape at its own area.

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .terminal import show
+
 __all__ = ["Telling"]
 
 
@@ -40,7 +42,7 @@ class Telling:
         if self._as_json:
             print(json.dumps(record, allow_nan=False), flush=True)
         elif not self.quiet and record["status"] != "failed":
-            print(_line(record), flush=True)
+            show(_line(record))
 
     @contextmanager
     def hushed(self) -> Iterator[None]:

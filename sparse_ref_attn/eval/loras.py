@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,9 @@ def add_loras(pipe: Any, loras: Sequence[Lora]) -> None:
         file = lora.file
         place = (lora.path, {}) if file is None else (str(file.parent), {"weight_name": file.name})
         try:
-            pipe.load_lora_weights(place[0], adapter_name=name, **place[1])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # said of every LoRA but the first
+                pipe.load_lora_weights(place[0], adapter_name=name, **place[1])
         except MemoryError:
             raise
         except Exception as error:  # whatever a file for another model makes of it

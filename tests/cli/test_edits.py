@@ -18,6 +18,7 @@ from sparse_ref_attn.cli.recorded import record_of
 from sparse_ref_attn.eval import loading
 from tests import programs
 from tests.cli.commands import KONTEXT, pixels, run
+from tests.disk import largest_file
 from tests.pictures import picture
 
 FAST = ["--steps", "2", "--preset", "sparse-context", "--rule", "grid", *KONTEXT]
@@ -140,6 +141,19 @@ def test_memory_that_runs_out_at_one_is_told_with_its_code(
     assert "p1.png: memory must hold the run, got: MemoryError" in said
     assert "--quantize int8 halves the transformer's weights" in said
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"p0.png", "p2.png"}
+
+
+def test_a_full_disk_ends_it_and_leaves_no_half_picture(
+    folder: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To go on would compute every picture for nothing."""
+    command = ["run", folder, "-p", "a", "-o", tmp_path / "out", "--model", models / "kontext", *FAST]
+    with largest_file(1000):
+        assert main([str(word) for word in command]) == 2
+    said = capsys.readouterr().err
+    assert "Made 0 of 3 pictures before it ended." in said
+    assert said.splitlines()[-1].startswith("sra: error: p0.png must fit into ")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def run_in(arguments: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.cli import commands, main
+from sparse_ref_attn.cli.edits import Edit
+from sparse_ref_attn.cli.models import size_of
 from sparse_ref_attn.cli.recorded import record_of
 from sparse_ref_attn.eval import loading
 from tests.cli.commands import KLEIN, KONTEXT, pixels, run
@@ -156,6 +159,32 @@ def test_one_side_keeps_the_shape_of_the_reference(
     )  # fmt: skip
     assert json.loads(text)["size"] == size
     assert pixels(tmp_path / "out.png").shape == (*size[::-1], 3)
+
+
+def test_without_a_size_every_pipeline_keeps_the_shape_of_the_reference() -> None:
+    """FLUX.1 Kontext alone would make a square of it; Qwen-Image-Edit-Plus takes the last reference's shape."""
+    wide, tall = picture(300, 200), picture(200, 400)
+    edit = Edit((), "x", Path("o.png"), 0)
+
+    def size(name: str, *images: PIL.Image.Image, **sides: int) -> Any:
+        return size_of(CASES[name].build(), replace(edit, **sides), images, {})
+
+    assert size("kontext", wide) == (836, 1252)  # a megapixel of 3 : 2, in tokens of 4
+    assert size_of(CASES["kontext"].build(), edit, [wide], {"max_area": 100}) is None
+    assert size("klein", wide) is size("qwen_edit", wide) is None
+    assert size("klein", wide, tall, width=96) == (64, 96)
+    assert size("qwen_edit_plus", wide, tall, width=96) == (192, 96)
+    assert size("klein", wide, height=64, width=640) == (64, 640)
+
+
+def test_a_reference_stands_upright_before_its_shape_is_taken(models: Path, tmp_path: Path) -> None:
+    turned = picture(128, 64)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # the camera was held upright
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    command = ["run", tmp_path / "turned.jpg", "-p", "x", "-o", tmp_path / "out.png", "--model", models / "kontext"]
+    run(*command, "--steps", "1", "--width", "32", *GRID, *KONTEXT[:4])
+    assert pixels(tmp_path / "out.png").shape == (64, 32, 3)
 
 
 def test_without_a_model_it_is_the_small_one_and_says_so_in_one_line(

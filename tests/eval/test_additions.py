@@ -23,10 +23,10 @@ from tests.pipelines import CASES
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pipelines, and a LoRA of each."""
+    """A pipeline, a LoRA of it, and one of a pipeline of another width."""
     directory = tmp_path_factory.mktemp("models")
-    for name in ("kontext", "klein"):
-        pipe = CASES[name].build()
+    for name, head_dim in (("kontext", 16), ("wide", 32)):
+        pipe = CASES["kontext"].build(head_dim=head_dim)
         pipe.save_pretrained(directory / name)
         add_lora(pipe.transformer, 2)
         random = torch.Generator().manual_seed(3)
@@ -76,9 +76,13 @@ def test_what_is_no_lora_is_told_before_the_model(saved: Path, tmp_path: Path) -
     check_loras([Lora("somebody/lora")])
 
 
-def test_a_lora_of_another_model_is_told_in_one_line(saved: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a LoRA must .*klein_lora"):
-        load_pipeline(str(saved / "kontext"), loras=[Lora(str(saved / "klein_lora"))])
+def test_a_lora_of_another_model_is_told_in_one_line(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a LoRA must be one that FluxKontextPipeline can load, got .*wide_lora: "):
+        load_pipeline(str(saved / "kontext"), loras=[Lora(str(saved / "wide_lora"))])
+    foreign = {f"unet.down.to_q.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    save_file(foreign, tmp_path / "unet.safetensors")
+    with pytest.raises(ConfigError, match=r"must have weights for the transformer of FluxKontextPipeline, got .*unet"):
+        load_pipeline(str(saved / "kontext"), loras=[Lora(str(tmp_path / "unet.safetensors"))])
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8"])
