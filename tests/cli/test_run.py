@@ -104,7 +104,9 @@ def test_json_is_alone_on_stdout_and_the_file_says_the_same(
     assert record["model"] == "klein"
 
 
-def test_quiet_says_nothing(models: Path, photo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_quiet_says_nothing(
+    models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     see_through = picture(32, 32).convert("RGBA")
     see_through.putalpha(100)
     see_through.save(tmp_path / "alpha.png")
@@ -113,6 +115,7 @@ def test_quiet_says_nothing(models: Path, photo: Path, tmp_path: Path, capfd: py
     assert main([str(word) for word in command]) == 0
     said = capfd.readouterr()
     assert (said.out, said.err) == ("", "")
+    assert [line for line in caplog.messages if "put on white" in line] == []
     assert pixels(tmp_path / "out.png").shape == (32, 32, 3)
 
 
