@@ -50,8 +50,8 @@ class Telling:
         if not self.quiet:
             yield
             return
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
+        from diffusers import logging as diffusers_logging
+        from transformers import logging as transformers_logging
 
         logger = logging.getLogger("sparse_ref_attn")
         level = logger.level
