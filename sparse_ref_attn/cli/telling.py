@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
@@ -50,13 +51,10 @@ class Telling:
         if not self.quiet:
             yield
             return
-        from diffusers import logging as diffusers_logging
-        from transformers import logging as transformers_logging
-
         logger = logging.getLogger("sparse_ref_attn")
         level = logger.level
         logger.setLevel(logging.ERROR)
-        others = (diffusers_logging, transformers_logging)
+        others = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
         levels = [other.get_verbosity() for other in others]
         for other in others:
             other.disable_progress_bar()
