@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from sparse_ref_attn.adapters.base import adapter_for
 from sparse_ref_attn.errors import ConfigError
+from sparse_ref_attn.models import adapter_for
 
 from . import results
 from .bench_ops import REFUSALS, told

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.base import adapter_for
-from sparse_ref_attn.adapters.geometries import MODELS
 from sparse_ref_attn.cost import bound_seconds
+from sparse_ref_attn.models import MODELS, adapter_for
 
 from .dense_times import DenseTimes, timed
 from .memory import peak_memory, peak_of, reserve

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.base import adapter_for
-from sparse_ref_attn.adapters.geometries import named_model
 from sparse_ref_attn.cost import Flops, ModelShape, StepTokens, bound_seconds, run_flops
 from sparse_ref_attn.functional import attention_mass
+from sparse_ref_attn.models import adapter_for, named_model
 from sparse_ref_attn.record import RunRecord
 from sparse_ref_attn.report.work import recorded_flops
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from . import __version__
-from .adapters import supported
 from .errors import VersionError
 from .hooks.diffusers import TESTED, check_diffusers
+from .models import supported
 from .ops import _support
 from .ops.attention_mass.backends import explain as explain_mass
 from .ops.pack_rows.library import explain as explain_rows

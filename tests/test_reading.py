@@ -15,8 +15,7 @@ from benchmarks.studies.generator import Generator, Run
 from benchmarks.studies.questions import Question
 from benchmarks.studies.rows import Rows
 from benchmarks.studies.stored import Reading, _cells, _Run, stored, work
-from sparse_ref_attn.adapters.base import adapter_for
-from sparse_ref_attn.adapters.geometries import named_model
+from sparse_ref_attn.models import adapter_for, named_model
 from sparse_ref_attn.toy.pipeline import toy_pipeline
 from sparse_ref_attn.toy.words import LENGTH
 from sparse_ref_attn.types import Reference, TokenLayout

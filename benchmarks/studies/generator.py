@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.base import adapter_for
+from sparse_ref_attn.models import adapter_for
 from sparse_ref_attn.record import RunRecord
 from sparse_ref_attn.report.work import dense_flops, recorded_flops
 from sparse_ref_attn.toy.calls import call_arguments

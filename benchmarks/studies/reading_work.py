@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.shapes import TEXT_TOKENS
-from sparse_ref_attn.adapters.base import adapter_for
-from sparse_ref_attn.adapters.geometries import named_model
 from sparse_ref_attn.cost import ModelShape, StepTokens, step_flops
+from sparse_ref_attn.models import adapter_for, named_model
 
 from .generator import Generator
 from .reading import READINGS

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from .. import doctor
-from ..adapters.pipelines import SEVERAL_REFERENCES, steps_of
 from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
 from ..estimation import estimate as estimated
@@ -174,10 +173,10 @@ def estimate(options: argparse.Namespace) -> None:
     quiet(pipelines_too=True)
     transformer = meta_transformer(options.model)
     pipeline, distilled = pipeline_of(options.model)
-    if pipeline is not None and not SEVERAL_REFERENCES[pipeline] and options.references > 1:
-        raise ConfigError(f"{pipeline} takes one reference image, got {options.references}")
+    if pipeline is not None:
+        pipeline.check_references(options.references)
     if options.steps is None:
-        options.steps = 28 if pipeline is None else steps_of(pipeline, distilled)
+        options.steps = 28 if pipeline is None else pipeline.steps(distilled)
     found = estimated(
         transformer,
         references=[options.reference_size] * options.references,

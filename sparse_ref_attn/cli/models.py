@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..adapters.pipelines import steps_of
+from ..adapters.classes import load_class
 from ..errors import ConfigError
 from ..eval import calls, loading
 from ..eval.geometry import meta_transformer, pipeline_of
@@ -76,10 +76,11 @@ class Published:
         check_loras(self._loras)
         calls.check_reserved(self._more)
         if self._known is not None:
-            cls, cell = getattr(loading.import_diffusers(), self._known), _cell(Path(self._name))
+            loading.import_diffusers()
+            cls, cell = load_class(self._known.cls), _cell(Path(self._name))
             calls.check_more(cls, self._more)
             for edit in edits:
-                calls.check_references(self._known, len(edit.images))
+                self._known.check_references(len(edit.images))
                 calls.check_words(cls, self._distilled, negative=edit.negative, guidance=edit.guidance, more=self._more)
                 if cell is not None and edit.width and edit.height:
                     calls.check_size(cell, (edit.height, edit.width))
@@ -105,7 +106,7 @@ class Published:
     def steps(self, edit: Edit) -> int | None:
         if edit.steps is not None or self._known is None:
             return edit.steps
-        return steps_of(self._known, self._distilled)
+        return self._known.steps(self._distilled)
 
 
 class Small:
@@ -171,15 +172,15 @@ def size_of(pipe: Any, edit: Edit, images: Sequence[Any], more: dict[str, Any]) 
     """
     if edit.width and edit.height:
         return edit.height, edit.width
-    cell = 2 * getattr(pipe, "vae_scale_factor", 8)
-    image = images[-1 if "QwenImage" in calls.check_class(pipe) else 0]  # the one whose shape the pipeline takes
+    cell, facts = 2 * getattr(pipe, "vae_scale_factor", 8), calls.check_class(pipe)
+    image = images[facts.shaped_by]
     ratio = image.width / image.height
     if edit.width or edit.height:
         height, width = edit.height or edit.width / ratio, edit.width or edit.height * ratio
         rounded = (max(cell, round(side / cell) * cell) for side in (height, width))
         return tuple(given or side for given, side in zip((edit.height, edit.width), rounded, strict=True))  # type: ignore[return-value]
-    area = inspect.signature(type(pipe).__call__).parameters.get("max_area")
-    if area is None or "max_area" in more:
+    if facts.area is None or facts.area in more:
         return None
-    height, width = (int((area.default * shape) ** 0.5) // cell * cell for shape in (1 / ratio, ratio))
+    area = inspect.signature(load_class(facts.cls).__call__).parameters[facts.area].default
+    height, width = (int((area * shape) ** 0.5) // cell * cell for shape in (1 / ratio, ratio))
     return max(cell, height), max(cell, width)

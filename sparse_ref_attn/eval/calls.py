@@ -8,12 +8,13 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..adapters.pipelines import SEVERAL_REFERENCES, published, steps_of
+from ..adapters.pipeline_facts import PipelineFacts
 from ..errors import ConfigError, UnsupportedModelError
+from ..models import edit_facts, edit_pipelines
 
 __all__ = [
-    "RESERVED", "call_arguments", "check_class", "check_more", "check_references", "check_reserved", "check_size",
-    "check_words", "guidance_argument",
+    "RESERVED", "call_arguments", "check_class", "check_more", "check_reserved", "check_size", "check_words",
+    "guidance_argument",
 ]  # fmt: skip
 
 RESERVED = {
@@ -68,10 +69,10 @@ def call_arguments(
     UnsupportedModelError
         If the pipeline is none of those that edit reference images.
     """
-    name = check_class(pipe)
+    facts = check_class(pipe)
     distilled = getattr(pipe.config, "is_distilled", None)
     check_more(type(pipe), more or {})
-    check_references(name, len(images))
+    facts.check_references(len(images))
     check_words(type(pipe), distilled, negative=negative, guidance=guidance, more=more or {})
     parameters = inspect.signature(type(pipe).__call__).parameters
     if size is not None:
@@ -79,13 +80,13 @@ def call_arguments(
     arguments: dict[str, Any] = {"prompt": prompt, "image": list(images) if len(images) > 1 else images[0]}
     if size is not None:
         arguments |= {"height": size[0], "width": size[1]}
-        if "max_area" in parameters:  # Kontext scales the output to this area, whatever height and width say
-            arguments["max_area"] = size[0] * size[1]
+        if facts.area is not None and facts.area in parameters:
+            arguments[facts.area] = size[0] * size[1]
     if negative is not None:
         arguments["negative_prompt"] = negative
     if guidance is not None:
         arguments[str(guidance_argument(type(pipe)))] = guidance
-    arguments["num_inference_steps"] = steps_of(name, distilled) if steps is None else steps
+    arguments["num_inference_steps"] = facts.steps(distilled) if steps is None else steps
     return arguments | dict(more or {})
 
 
@@ -102,12 +103,6 @@ def guidance_argument(cls: type) -> str | None:
     if "guidance_scale" in parameters and parameters["guidance_scale"].default is not None:
         return "guidance_scale"
     return "true_cfg_scale" if "true_cfg_scale" in parameters else None
-
-
-def check_references(name: str, count: int) -> None:
-    """Raise ConfigError where a published pipeline takes fewer references than `count`."""
-    if count > 1 and not SEVERAL_REFERENCES[name]:
-        raise ConfigError(f"{name} takes one reference image, got {count}")
 
 
 def check_words(
@@ -144,12 +139,13 @@ def check_words(
         )
 
 
-def check_class(pipe: Any) -> str:
-    """The published class that the pipeline is, or derives from."""
-    if (name := published(pipe)) is not None:
-        return name
+def check_class(pipe: Any) -> PipelineFacts:
+    """What is known of the published class that the pipeline is, or derives from."""
+    if (facts := edit_facts(pipe)) is not None:
+        return facts
+    known = ", ".join(facts.name for facts in edit_pipelines())
     raise UnsupportedModelError(
-        f"the pipeline must be one of {', '.join(SEVERAL_REFERENCES)}, got {type(pipe).__name__}; others (inpainting, "
+        f"the pipeline must be one of {known}, got {type(pipe).__name__}; others (inpainting, "
         "your own) are patched from Python: sparse_ref_attn.patch(pipe)"
     )
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ..adapters.base import Adapter, adapter_for
+from ..adapters.base import Adapter
 from ..batching.progress import NoBar, TurnsBar
 from ..config import SparseRef
 from ..errors import ConfigError, IncompatibleError, SparseRefError
 from ..hooks.compiled import unwrap
 from ..hooks.diffusers import AttentionSite, check_measurable
+from ..models import adapter_for
 from ..patching import PatchHandle, patched
 from ..report.work import dense_flops, recorded_flops
 from .clock import CallTimes, time_call

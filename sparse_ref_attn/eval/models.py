@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from ..adapters.pipelines import SEVERAL_REFERENCES
 from ..errors import ConfigError, SparseRefError
-from .calls import call_arguments, check_more
+from .calls import call_arguments, check_class, check_more
 from .examples import Example, Mask
 from .loading import check_device, load_pipeline
 
@@ -85,7 +84,7 @@ class EvalModel:
             self.id = _weights_id([root]) if root.is_dir() else path
         check_more(type(self.pipe), self.more)
         self.pipe.set_progress_bar_config(disable=True)
-        self._several = SEVERAL_REFERENCES.get(type(self.pipe).__name__, False)
+        self._several = check_class(self.pipe).several
 
     @property
     def about(self) -> dict[str, Any]:

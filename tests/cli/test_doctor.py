@@ -15,8 +15,6 @@ import torch
 
 import sparse_ref_attn as sra
 from sparse_ref_attn import doctor, vocabulary
-from sparse_ref_attn.adapters.geometries import named_model
-from sparse_ref_attn.adapters.pipelines import OF_MODEL
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.cli.arguments import parser
 from sparse_ref_attn.eval.datasets import LAYOUTS
@@ -24,6 +22,8 @@ from sparse_ref_attn.eval.embedded import SIZES
 from sparse_ref_attn.eval.loading import DTYPES
 from sparse_ref_attn.eval.methods import METHODS, rule_of
 from sparse_ref_attn.eval.scores import MEASURES
+from sparse_ref_attn.models import named_model
+from sparse_ref_attn.models.registry import families
 from sparse_ref_attn.ops.gather_attention.api import BACKENDS
 from sparse_ref_attn.ops.verdicts import table
 from sparse_ref_attn.selection.names import NAMES
@@ -163,7 +163,7 @@ def test_help_and_the_version_import_nothing_that_runs() -> None:
         ("DISTRIBUTIONS", DISTRIBUTIONS),
         ("EDITS", EDITS),
         ("DTYPES", DTYPES),
-        ("MODELS", OF_MODEL),
+        ("MODELS", [name for family in families() for name in family.published]),
     ],
 )
 def test_the_vocabulary_is_that_of_what_runs(name: str, known: Any) -> None:

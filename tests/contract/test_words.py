@@ -13,9 +13,9 @@ import torch
 from diffusers.models import attention_dispatch
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters import supported
-from sparse_ref_attn.adapters.flux2 import Flux2Adapter
 from sparse_ref_attn.hooks.diffusers import self_check
+from sparse_ref_attn.models import supported
+from sparse_ref_attn.models.flux2 import Flux2Adapter
 from tests.contract.state import ALL, GRID, MASS, kinds, state
 from tests.pipelines import CASES
 

@@ -53,8 +53,11 @@ def batches(pipe, step, process, processes):
     ids[:, 2] = torch.arange(32) % 4
     d = config.in_channels
     return Batch(
-        draw(2, 16, d), draw(2, 16, d), ids, draw(2, 3, config.joint_attention_dim),
-        draw(2, config.pooled_projection_dim), torch.zeros(3, 3),
+        draw(2, 16, d), draw(2, 16, d),
+        {
+            "img_ids": ids, "encoder_hidden_states": draw(2, 3, config.joint_attention_dim),
+            "pooled_projections": draw(2, config.pooled_projection_dim), "txt_ids": torch.zeros(3, 3),
+        },
     )  # fmt: skip
 
 
@@ -362,8 +365,8 @@ def test_a_folder_gives_every_pair_once_a_turn(folder):
     assert len({tuple(turn) for turn in turns}) > 1
     batch = data(pipe, 0, 0, 1)
     assert batch.target.shape == batch.references.shape == (1, 64, 64)
-    assert batch.ids.shape == (128, 3)
-    assert batch.text.shape[1] == 8
+    assert batch.arguments["img_ids"].shape == (128, 3)
+    assert batch.arguments["encoder_hidden_states"].shape[1] == 8
 
 
 @pytest.mark.parametrize(
