@@ -42,6 +42,7 @@ PACKAGES = {
     "flash-attn-3": "optional attention kernels",
     "fa3-fwd": "optional attention kernels",
     "torchao": "optional quantised transformers",
+    "bitsandbytes": "optional quantised transformers",
 }
 EXTRAS = {
     "diffusers": ("diffusers", "transformers", "pillow"),

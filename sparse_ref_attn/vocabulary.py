@@ -21,6 +21,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 MODELS = tuple(name for names in FAMILIES.values() for name in names)
 DTYPES = ("bfloat16", "float16", "float32")
 OFFLOADS = ("none", "model", "sequential")
+QUANTIZATIONS = ("int8", "float8", "nf4")
 SCHEDULES: tuple[str, ...] = ("flat", "rising", "falling", "dense-first")
 """Ways to spread the same tokens over the steps; "dense-first" spends one dense step more, as ReCAST does."""
 RULES: tuple[str, ...] = (

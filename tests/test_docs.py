@@ -37,6 +37,7 @@ PAGES = (
     "csrc/emulator/README.md",
     "benchmarks/README.md",
     "docs/configurations.md",
+    "docs/run.md",
 )
 
 

@@ -94,7 +94,7 @@ class EvalModel:
             self.pipe, _ = load_pipeline(path, device=device, dtype=dtype)
             self.side = side
             self.id = _weights_id([root]) if root.is_dir() else path
-        check_more(self.pipe, self.more)
+        check_more(type(self.pipe), self.more)
         self.pipe.set_progress_bar_config(disable=True)
         self._several = check_class(self.pipe).several
 

@@ -1,4 +1,4 @@
-"""What `demo` and `run` leave behind: pictures, report.json, and the table they print."""
+"""What `sra demo` leaves behind: pictures, report.json, and the table it prints."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ __all__ = ["FAMILY", "QwenImageAdapter", "frequencies"]
 
 _MODULE = "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit"
 EDIT = PipelineFacts(f"{_MODULE}.QwenImageEditPipeline", references=(1, 1))
-EDIT_PLUS = PipelineFacts(f"{_MODULE}_plus.QwenImageEditPlusPipeline", references=(1, None))
+EDIT_PLUS = PipelineFacts(f"{_MODULE}_plus.QwenImageEditPlusPipeline", references=(1, None), shaped_by=-1)
 INPAINT = PipelineFacts(f"{_MODULE}_inpaint.QwenImageEditInpaintPipeline", references=(1, 1), edits=False)
 
 # With zero_cond_t the references have timestep 0: the timestep embedding and the image modulation run twice an item.
