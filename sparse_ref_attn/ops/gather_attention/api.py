@@ -189,10 +189,12 @@ def gather_attention(
     The score matrix is never stored (but by "reference", and by "flex" on a CPU). "sdpa", "flash" and "flex" hold one
     copy of the kept keys and values. "triton", "cuda" and "flash" never wait for the device, so a CUDA graph can hold
     them; "sdpa" does, to read offsets that neither `host` nor the shapes tell. Selections per key/value head need
-    "triton", "cuda", "sdpa" or "reference"; selections of query tiles "sdpa" or "reference".
+    "triton", "cuda", "sdpa" or "reference"; selections of query tiles "triton", "sdpa" or
+    "reference".
 
-    With query tiles, "sdpa" attends once to the keys that an item's tiles share, and for tiles of equal size together
-    to those that are each tile's own, a copy that fits a cache at a time; the two are joined by their LSE.
+    With query tiles, "triton" and "sdpa" attend once to the keys that an item's tiles share, and then to those that are
+    each tile's own: the one kernel goes on with the other's softmax, "sdpa" joins the two by their LSE. "sdpa" is made for
+    many tiles of equal numbers of queries and kept rows.
 
     The Triton kernels are proved under the interpreter, those of csrc under their emulator, and both are compiled ahead
     of time for compute capabilities 8.0, 9.0 and 10.0; docs/configurations.md says what a card has run.

@@ -19,12 +19,15 @@ from .tuning import FORWARD, GRAD_KV, GRAD_Q, TILES
 __all__ = ["backward", "forward"]
 
 
-def forward(a: Arguments, config: Config | None = None) -> tuple[Tensor, Tensor]:
+def forward(a: Arguments, config: Config | None = None, tiles: Config | None = None) -> tuple[Tensor, Tensor]:
     """Out (T, H, C) and lse (H, T), contiguous."""
     config = config or config_for(FORWARD, capability_of(a.q), a.q.shape[2])
     if a.cu_tiles is None:
         return launch_forward(a, config)
-    return launch_tiles(a, config, config_for(TILES[block_of(a)], capability_of(a.q), a.q.shape[2]))
+    out, lse = None, a.q.new_empty(a.q.shape[1::-1], dtype=torch.float32)
+    if a.shared is not None:
+        out, lse = launch_forward(a.shared, config, torch.float32)
+    return launch_tiles(a, out, lse, tiles or config_for(TILES[block_of(a)], capability_of(a.q), a.q.shape[2])), lse
 
 
 def backward(

@@ -19,8 +19,8 @@ from .._ranges import tiles_at_most
 from .._tiles import LOG2E, natural_lse, softmax_step, tile_offsets
 from .._tuning import Config
 from .arguments import Arguments
-from .triton_forward import _attend_tile, launch_forward, operands, precision, slots
-from .triton_walk import _segment
+from .triton_forward import attend_keys, operands, precision, slots
+from .triton_walk import segment
 
 __all__ = ["block_of", "launch_tiles"]
 
@@ -129,8 +129,8 @@ def _tiles(
         count = (tl.load(OFFSETS + tile + 1) - at).to(tl.int32)
         k = K_REF + key_head * k_ref_head
         v = V_REF + key_head * v_ref_head
-        acc, m, total = _segment(
-            _attend_tile, (q,), (acc, m, total), k, v, INDICES + at, count, k_ref_row, v_ref_row, scale2,
+        acc, m, total = segment(
+            attend_keys, (q,), (acc, m, total), k, v, INDICES + at, count, k_ref_row, v_ref_row, scale2,
             C, BLOCK_N, STAGES, SPLIT, True, PRECISION,
         )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -138,31 +138,27 @@ def _tiles(
     tl.store(lse_at, natural_lse(m, total, scale2), mask=live)
 
 
-def launch_tiles(a: Arguments, of_shared: Config, of_tiles: Config) -> tuple[Tensor, Tensor]:
-    """Out (T, H, C) and lse (H, T); reads no offset on the host."""
-    assert a.cu_tiles is not None
+def launch_tiles(a: Arguments, shared: Tensor | None, lse: Tensor, config: Config) -> Tensor:
+    """Out (T, H, C) from that of the shared keys, float32, or from None; `lse` (H, T) becomes that of all keys.
+
+    Reads no offset on the host.
+    """
     queries, heads, C = a.q.shape
-    shared = None
-    if a.shared is None:
-        lse = torch.empty((heads, queries), dtype=torch.float32, device=a.q.device)
-    else:
-        shared, lse = launch_forward(a.shared, of_shared, torch.float32)
     out = torch.empty((queries, heads, C), dtype=a.q.dtype, device=a.q.device)
-    block = of_tiles.block_m
     if queries:
         tensors, strides = operands(a)
         with torch.cuda.device_of(a.q):
-            _tiles[tiles_at_most(queries, a.tiles, block), heads](
+            _tiles[tiles_at_most(queries, a.tiles, config.block_m), heads](
                 tensors[0], *tensors[3:], shared, out, lse, a.cu_tiles, a.cu_seqlens_q, a.cu_seqlens_k,
                 a.ref_indices, a.ref_offsets, a.bias, a.tiles, a.items, queries, heads // a.key_heads, a.scale,
                 *strides[:2], *strides[6:], *out.stride()[:2], 0 if a.bias is None else a.bias.stride(0),
-                C=C, BLOCK_M=block, BLOCK_N=of_tiles.block_n, STAGES=of_tiles.stages, SPLIT=of_tiles.split,
+                C=C, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages, SPLIT=config.split,
                 SLOTS=min(triton.next_power_of_2(a.tiles), MOST_SLOTS), PARTS=a.cu_seqlens_q.shape[0],
                 ITEM_SLOTS=slots(a.cu_seqlens_q), CARRY=shared is not None, BIASED=a.bias is not None,
                 GATHER=a.ref_indices is not None, PER_HEAD=a.per_head, PRECISION=precision(a.q),
-                num_warps=of_tiles.warps, num_stages=of_tiles.stages, enable_fp_fusion=True,
+                num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
             )  # fmt: skip
-    return out, lse
+    return out
 
 
 def block_of(a: Arguments) -> int:

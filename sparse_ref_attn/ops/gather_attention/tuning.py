@@ -32,15 +32,15 @@ TILES: dict[int, Table] = {
         (100, 128): Config(16, 64, 4, 3),
     },
     64: {
-        (80, 32): Config(64, 64, 4, 3),
-        (80, 64): Config(64, 64, 4, 3),
-        (80, 128): Config(64, 64, 4, 2),
+        (80, 32): Config(64, 64, 4, 3, split=False),
+        (80, 64): Config(64, 64, 4, 3, split=False),
+        (80, 128): Config(64, 32, 4, 2, split=False),
         (90, 32): Config(64, 64, 4, 3),
         (90, 64): Config(64, 64, 4, 3),
         (90, 128): Config(64, 64, 4, 3),
-        (100, 32): Config(64, 64, 4, 3),
-        (100, 64): Config(64, 64, 4, 3),
-        (100, 128): Config(64, 64, 4, 3),
+        (100, 32): Config(64, 64, 4, 3, split=False),
+        (100, 64): Config(64, 64, 4, 3, split=False),
+        (100, 128): Config(64, 32, 4, 3, split=False),
     },
 }
 GRAD_Q: Table = {

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.ops._tuning import Config
-from sparse_ref_attn.ops.gather_attention import triton_tiles
+from sparse_ref_attn.ops.gather_attention import triton_backend, triton_tiles
 from sparse_ref_attn.ops.gather_attention.normal_form import normalise
-from sparse_ref_attn.ops.gather_attention.triton_tiles import block_of, launch_tiles
+from sparse_ref_attn.ops.gather_attention.triton_tiles import block_of
 
 from ..guards import Canaries, in_nan
 from ..problems import NAMES, Problem, truth
@@ -39,7 +39,7 @@ def check(problem: Problem, dtype: torch.dtype, config: Config) -> None:
             *(operands.get(n) for n in NAMES), *(layout.get(n) for n in names), None, False, None,
             layout["cu_tiles"], layout.get("bias"),
         )  # fmt: skip
-        got_out, got_lse = launch_tiles(a, SHARED, config)
+        got_out, got_lse = triton_backend.forward(a, SHARED, config)
     deviations = of_attention(low)
     assert got_out.dtype == dtype
     assert_rounded(got_lse, lse, deviations["lse"], "lse")  # float32 whatever the operands are
