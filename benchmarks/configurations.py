@@ -33,8 +33,8 @@ from . import results
 from .aot import Launch, compiled_for
 
 __all__ = [
-    "CALLS", "CARDS", "COLUMNS", "KERNELS", "PATH", "add_arguments", "arguments", "compiled", "faults", "hold", "launches",
-    "row", "run",
+    "CALLS", "CARDS", "COLUMNS", "KERNELS", "PATH", "add_arguments", "arguments", "compiled", "faults", "hold",
+    "launches", "row", "run",
 ]  # fmt: skip
 
 PATH = results.RESULTS / "configurations.csv"
@@ -133,7 +133,7 @@ def compiled(card: str, launch: Callable[[], object]) -> Launch:
 def faults(seen: Launch, kernel: str = "") -> list[str]:
     """What is wrong with a compiled kernel, in words; empty where nothing is.
 
-    A block of 16 queries fills Ampere's matrix instruction and no other, so that is what every card of NVIDIA's has there.
+    A block of 16 queries fills Ampere's matrix instruction and no other, so every card of NVIDIA's has that one there.
     """
     card, found = seen.card, []
     narrow = kernel == NARROW and card.startswith("sm_")

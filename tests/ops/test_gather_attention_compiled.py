@@ -98,15 +98,14 @@ def test_second_dense_tensor_and_a_selection_per_head(card: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("card", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_selections_of_tiles_per_head_and_the_float32_that_they_go_on_from(card: str) -> None:
+def test_tiles_with_a_selection_per_head_and_the_float32_that_they_go_on_from(card: str) -> None:
     for kernel, case in CALLS.items():
-        a = arguments(128, **case)._replace(
-            ref_offsets=torch.empty(24, case["tiles"] + 1, dtype=torch.int32, device="meta")
-        )
+        per_head = torch.empty(24, case["tiles"] + 1, dtype=torch.int32, device="meta")
+        a = arguments(128, **case)._replace(ref_offsets=per_head)
         assert not faults(compiled(card, launches(a, shipped(card, kernel, 128))[kernel]), kernel)
-        assert a.shared is not None
-        forward = config_for(FORWARD, CAPABILITY[card], 128)
-        assert not faults(compiled(card, lambda a=a: launch_forward(a.shared, forward, torch.float32)))
+    shared, config = a.shared, shipped(card, "forward", 128)
+    assert shared is not None
+    assert not faults(compiled(card, lambda: launch_forward(shared, config, torch.float32)))
 
 
 @pytest.mark.parametrize(
