@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 from sparse_ref_attn.errors import ConfigError, LayoutError
@@ -13,7 +15,7 @@ from tests.device_reads import device_reads
 
 from .problems import Problem, gradients, truth
 from .test_gather_attention import same
-from .tile_problems import make_tiles, tile_grid
+from .tile_problems import make_tiles, ragged_tiles, tile_grid
 
 PROBLEMS = tile_grid(16)
 
@@ -28,6 +30,14 @@ def known(problem: Problem) -> HostOffsets:
 def test_output_and_lse_equal_dense_attention(name: str, backend: str) -> None:
     for got, want in zip(PROBLEMS[name].run(backend), truth(PROBLEMS[name]), strict=True):
         same(got, want)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(problem=ragged_tiles(st.integers(0, 20), 30, st.sampled_from([8, 24])))
+def test_fuzz_of_ragged_tiles(problem: Problem) -> None:
+    for backend in ("reference", "sdpa"):
+        for got, want in zip(problem.run(backend), truth(problem), strict=True):
+            same(got, want)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -76,6 +86,26 @@ def test_tiles_that_all_read_the_same_are_the_item() -> None:
         **o, ref_indices=rows.expand(2, 4), cu_seqlens_q=cu["cu_seqlens_q"], cu_seqlens_k=cu["cu_seqlens_k"]
     )
     same(tiled, whole)
+
+
+def test_the_order_of_kept_rows_and_of_tiles_does_not_matter() -> None:
+    problem = make_tiles(((3, 16, 5),), ((6,),), (4, 5, 3), 9, means=(4,), seed=3)
+    o, layout = problem.operands, problem.layout
+    order = [2, 0, 1]
+    q, rows = o["q"].split([3, 16, 5]), layout["ref_indices"].split([4, 5, 3])
+    moved = Problem(
+        o | {"q": torch.cat([q[t] for t in order])},
+        layout
+        | {
+            "cu_tiles": torch.tensor([0, 5, 8, 24]),
+            "ref_indices": torch.cat([rows[t].flip(0) for t in order]),
+            "ref_offsets": torch.tensor([0, 3, 7, 12]),
+            "bias": layout["bias"][order],
+        },
+    )
+    for backend in ("reference", "sdpa"):
+        outs = moved.run(backend)[0].split([5, 3, 16])
+        same(torch.cat([outs[1], outs[2], outs[0]]), problem.run(backend)[0])
 
 
 def test_no_bias_is_a_bias_of_zero_and_columns_beyond_k2_are_not_read() -> None:

@@ -193,8 +193,8 @@ def gather_attention(
     "reference".
 
     With query tiles, "triton" and "sdpa" attend once to the keys that an item's tiles share, and then to those that are
-    each tile's own: a kernel goes on with the first one's softmax, and "sdpa" joins the two by their LSE. "sdpa" is made
-    for many tiles of equal numbers of queries and kept rows.
+    each tile's own: a kernel goes on with the first one's softmax, and "sdpa" joins the two by their LSE. "sdpa"
+    is made for many tiles of equal numbers of queries and kept rows.
 
     The Triton kernels are proved under the interpreter, those of csrc under their emulator, and both are compiled ahead
     of time for compute capabilities 8.0, 9.0 and 10.0; docs/configurations.md says what a card has run.
