@@ -72,8 +72,8 @@ def attention_mass(
         "reference" is the formula as it stands and stores the N x S block; "chunked" is plain PyTorch;
         "triton" takes float16 and bfloat16, C in {32, 64, 128}, a scale above 0, and tensors with a
         contiguous last dim whose pointers and strides are multiples of 16 bytes and elements; "cuda" (the
-        kernels of csrc) the same with C in {64, 128} and 16 bytes for both. Neither knows `tiles`. A named backend
-        never falls back.
+        kernels of csrc) the same with C in {64, 128} and 16 bytes for both and no `tiles`. A named backend never
+        falls back.
         "auto" is "chunked" on a CPU, and on a card the fastest that agreed with float64 there.
 
     Returns

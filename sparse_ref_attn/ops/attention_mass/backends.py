@@ -80,8 +80,6 @@ def _cuda(q: Tensor, k: Tensor, scale: float, tiled: bool) -> list[str]:
 
 def _triton(q: Tensor, k: Tensor, scale: float, tiled: bool) -> list[str]:
     why = triton_reasons(q, k)
-    if tiled:
-        why.append("cannot give each tile a mass of its own")
     if q.dtype not in HALF and not (q.dtype == torch.float32 and not q.is_cuda):
         why.append(f"needs float16 or bfloat16, got {q.dtype}")
     if q.shape[-1] not in CHANNELS:

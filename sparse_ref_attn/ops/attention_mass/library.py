@@ -21,7 +21,7 @@ from .ragged import Ragged
 from .reference import attention_mass_reference
 from .tuning import LSE, MASS
 
-__all__ = ["LAUNCHERS", "compute", "mass_op", "mass_varlen_op"]
+__all__ = ["LAUNCHERS", "Launchers", "compute", "mass_op", "mass_varlen_op"]
 
 PLAIN = ("reference", "chunked")
 
