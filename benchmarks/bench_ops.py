@@ -38,8 +38,8 @@ from .options import Output, add_shared, prepare
 from .results import ENVIRONMENT
 
 __all__ = [
-    "COLUMNS", "REFUSALS", "Method", "add_arguments", "attention_methods", "mass_methods", "measure", "refused", "run",
-    "told",
+    "COLUMNS", "REFUSALS", "TILES", "Method", "add_arguments", "attention_methods", "mass_methods", "measure",
+    "refused", "run", "told",
 ]  # fmt: skip
 
 COLUMNS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sparse_ref_attn.ops.attention_mass.masked import attention_mass_masked
 from sparse_ref_attn.ops.attention_mass.tiled import mass_tiles_op
 from sparse_ref_attn.ops.attention_mass.tiling import chunks_of
 from sparse_ref_attn.ops.attention_mass.trial import kind_of
+from tests import stand_in_backend
 from tests.device_reads import device_reads
 
 from .rounding import assert_rounded, of_mass
@@ -280,3 +282,21 @@ def test_verdicts_of_tiles_are_their_own() -> None:
     verdict = verdicts.dispatch.verdict_of(kind)
     assert set(verdict.order) == {"chunked", "reference"}
     assert not verdict.unusable
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_auto_takes_what_its_verdict_says(wrong: bool, tmp_path: Path) -> None:
+    """A backend whose masses per tile are off is not taken for tiles, whatever it makes of the pooled mass."""
+    q, k = draw()
+    tiles = torch.tensor(TILINGS["equal"])
+    with stand_in_backend.judged(tmp_path, ("stand_in",)):
+        if wrong:
+            stand_in_backend.spoiled["tile_mass"] = lambda mass: mass * 1.01
+            with pytest.raises(ConfigError, match="none that agrees with the definition"):
+                attention_mass(q, k, SPAN, tiles=tiles)
+        else:
+            attention_mass(q, k, SPAN, tiles=tiles)
+            assert [name for name, _ in stand_in_backend.calls][-2:] == ["lse", "tile_mass"]
+        stand_in_backend.calls.clear()
+        attention_mass(q, k, SPAN)
+        assert stand_in_backend.calls[-1][0] == "mass"
