@@ -13,6 +13,7 @@ from sparse_ref_attn.errors import ConfigError, LayoutError
 from sparse_ref_attn.functional import attention_mass
 from sparse_ref_attn.ops import verdicts
 from sparse_ref_attn.ops.attention_mass import chunked
+from sparse_ref_attn.ops.attention_mass.backends import keys_read
 from sparse_ref_attn.ops.attention_mass.masked import attention_mass_masked
 from sparse_ref_attn.ops.attention_mass.tiled import mass_tiles_op
 from sparse_ref_attn.ops.attention_mass.tiling import chunks_of
@@ -27,7 +28,7 @@ TILINGS = {
     "equal": [0, 16, 32, 48, 64],
     "ragged, as at the edge of a grid": [0, 16, 32, 40, 56, 60, 61, 62, 63, 64],
     "one": [0, 64],
-    "empty ones": [0, 0, 16, 16, 16, 64, 64],
+    "empty ones": [0, 0, 16, 16, 32, 32, 32, 64, 64],
     "each query": list(range(65)),
     "long ones": [0, 1, 50, 64],
 }
@@ -282,6 +283,15 @@ def test_verdicts_of_tiles_are_their_own() -> None:
     verdict = verdicts.dispatch.verdict_of(kind)
     assert set(verdict.order) == {"chunked", "reference"}
     assert not verdict.unusable
+
+
+def test_the_work_of_tiles_goes_by_their_own_verdict(tmp_path: Path) -> None:
+    q, k = draw()
+    with stand_in_backend.judged(tmp_path):
+        for tiled, form in ((False, "LSE computed"), (True, "LSE computed, per tile")):
+            assert keys_read(q, k, 63, tiled) == 100
+            assert form in {kind.form for kind in verdicts.store.known()}
+        assert len(verdicts.store.known()) == 2
 
 
 @pytest.mark.parametrize("wrong", [False, True])

@@ -93,7 +93,7 @@ def attention_mass(
 
     See Also
     --------
-    attention_mass_varlen : The same for packed rows of items of unequal length.
+    attention_mass_varlen : The same for packed rows of items of unequal length, without tiles.
 
     Notes
     -----
