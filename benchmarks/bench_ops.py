@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from sparse_ref_attn.errors import ConfigError
 
-from .op_calls import Attention, Mass
+from .op_calls import Attention, Mass, TileMass
 from .op_rivals import ATTENTION, DENSE, MASS, Rival, by_hand, mass_by_hand
 from .op_shapes import MODELS, quick
 from .options import Output, add_shared, prepare
@@ -39,14 +39,15 @@ from .results import ENVIRONMENT
 from .tile_calls import Tiled
 
 __all__ = [
-    "COLUMNS", "REFUSALS", "Method", "add_arguments", "attention_methods", "mass_methods", "measure", "refused", "run",
-    "told",
+    "COLUMNS", "REFUSALS", "TILES", "Method", "add_arguments", "attention_methods", "mass_methods", "measure",
+    "refused", "run", "told",
 ]  # fmt: skip
 
 COLUMNS = (
     *ENVIRONMENT, "model", "heads", "references", "share", "kept", "op",
     "direction", "method", "ms_median", "ms_min", "ms_max", "rounds", "tflops", "of_bound", "of_hand",
 )  # fmt: skip
+TILES = (16, 64)  # queries: patches of 4 x 4 and 8 x 8 tokens
 HAND = {"gather_attention": "index_select + sdpa", "attention_mass": "softmax by hand"}
 MASKED = "sdpa with a mask"  # by hand, where query tiles select
 TILED = 0.125  # of the references, that each query tile keeps
@@ -81,8 +82,8 @@ def tile_methods(call: Tiled) -> dict[str, Method]:
     return out
 
 
-def mass_methods(call: Mass) -> dict[str, Method]:
-    """Ours, alone and with the LSE of the step's own attention, with every fourth query, and our rivals."""
+def mass_methods(call: Mass, tiled: Sequence[TileMass]) -> dict[str, Method]:
+    """Ours, alone and with the LSE of the step's own attention, pooled and per tile, and our rivals."""
     out = {HAND[call.op]: Method(mass_by_hand(call), call, call.flops)}
     for backend in ("auto", "triton", "cuda"):
         out[f"ours ({backend})"] = Method(lambda backend=backend: call.ours(backend), call, call.flops)
@@ -93,6 +94,9 @@ def mass_methods(call: Mass) -> dict[str, Method]:
         for backend in ("auto", "triton", "cuda"):
             run = partial(call.ours, backend, lse=lse)
             out[f"ours ({backend}), LSE given"] = Method(run, call, call.flops_with_lse)
+        for tiles, backend in product(tiled, ("auto", "triton")):
+            run = partial(tiles.ours, backend, lse=lse)
+            out[f"ours ({backend}), LSE given, tiles of {tiles.size}"] = Method(run, tiles, call.flops_with_lse)
     out["ours (auto), every 4th query"] = Method(lambda: call.ours("auto", 4), None, call.flops / 4)
     return out | _rivals(MASS, call)
 
@@ -207,7 +211,8 @@ def tile_rows(call: Tiled, rounds: int) -> list[dict[str, Any]]:
 
 def mass_rows(call: Mass, dense: Attention, rounds: int) -> list[dict[str, Any]]:
     """attention_mass of all reference tokens, by every method that passes its gate; `dense` sets the bound."""
-    passed = {"dense": Method(by_hand(dense), None, dense.flops)} | gated(mass_methods(call))
+    methods = mass_methods(call, [TileMass(dense, size) for size in TILES])
+    passed = {"dense": Method(by_hand(dense), None, dense.flops)} | gated(methods)
     with torch.no_grad():
         times = measure({name: method.run for name, method in passed.items()}, call.device, rounds)
     flops = {name: method.flops for name, method in passed.items()}

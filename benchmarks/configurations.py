@@ -21,7 +21,8 @@ from torch import Tensor
 
 from sparse_ref_attn.ops._tuning import Config, Table
 from sparse_ref_attn.ops.attention_mass.triton_mass import launch_lse, launch_mass
-from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS
+from sparse_ref_attn.ops.attention_mass.triton_tiles import launch_parts
+from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS, TILE_MASS
 from sparse_ref_attn.ops.gather_attention.arguments import Arguments
 from sparse_ref_attn.ops.gather_attention.triton_forward import launch_forward
 from sparse_ref_attn.ops.gather_attention.triton_grad_kv import launch_grad_kv, launch_grad_kv_gathered
@@ -49,7 +50,7 @@ HEADS = 24
 #: Name -> the table that has its configuration.
 KERNELS: dict[str, Table] = {
     "forward": FORWARD, "grad_q": GRAD_Q, "grad_kv dense": GRAD_KV, "grad_kv gathered": GRAD_KV, "lse": LSE,
-    "mass": MASS, "tiles of 16": TILES[16], "tiles of 64": TILES[64],
+    "mass": MASS, "mass per tile": TILE_MASS, "tiles of 16": TILES[16], "tiles of 64": TILES[64],
 }  # fmt: skip
 
 #: What else `arguments` are: Kontext's tiles.
@@ -105,12 +106,13 @@ def arguments(
 def launches(a: Arguments, config: Config) -> dict[str, Callable[[], object]]:
     """Each kernel's launch in one configuration; those that `a` has no keys for are left out."""
     rows = torch.empty(HEADS, a.q.shape[0], device="meta")
-    q = a.q[None]
+    q, tiles = a.q[None], torch.empty(a.q.shape[0] // 16 + 1, dtype=torch.int32, device="meta")
     out: dict[str, Callable[[], object]] = {
         "forward": lambda: launch_forward(a, config),
         "grad_q": lambda: launch_grad_q(a, a.q, rows, rows, config),
         "lse": lambda: launch_lse(q, q, a.scale, 1, config),
         "mass": lambda: launch_mass(q, q, rows[None], a.scale, 1, config),
+        "mass per tile": lambda: launch_parts(q, q, rows[None], tiles, a.scale, True, config),
     }
     if a.k is not None and a.v is not None and a.cu_seqlens_k is not None:
         k, v, cu = a.k, a.v, a.cu_seqlens_k
