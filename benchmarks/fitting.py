@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.geometries import named_model
+from sparse_ref_attn.models import named_model
 
 from .plots import NAMES
 

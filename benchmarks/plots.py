@@ -33,7 +33,7 @@ NAMES = {
     "klein-9b": "FLUX.2 Klein 9B", "klein-9b-kv": "FLUX.2 Klein-KV 9B", "qwen-image-edit": "Qwen-Image-Edit",
     "qwen-image-edit-2511": "Qwen-Image-Edit-Plus 2511",
 }  # fmt: skip
-"""Of `adapters.geometries.MODELS`, in words."""
+"""Of `vocabulary.MODELS`, in words."""
 
 AXES = {
     "side": "output and references, pixels a side", "batch": "pictures of one call", "references": "reference images",
@@ -238,7 +238,7 @@ def run(options: argparse.Namespace) -> int:
     written = []
     for stem in STEMS:
         path = options.results / f"{stem}_{options.device}.csv"
-        rows = latest(results.read(path)) if path.exists() else []
+        rows = latest(results.known(path))
         for name in PLOTS:
             figure = draw(rows, name) if rows else None
             if figure is not None:

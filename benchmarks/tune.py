@@ -22,7 +22,8 @@ from triton.runtime.errors import OutOfResources
 
 from sparse_ref_attn.ops._tuning import Config, capability_of, config_for
 from sparse_ref_attn.ops.attention_mass.triton_mass import launch_lse, launch_mass
-from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS
+from sparse_ref_attn.ops.attention_mass.triton_tiles import launch_tile_mass
+from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS, TILE_MASS
 from sparse_ref_attn.ops.gather_attention.arguments import Arguments
 from sparse_ref_attn.ops.gather_attention.normal_form import normalise
 from sparse_ref_attn.ops.gather_attention.triton_forward import launch_forward
@@ -41,8 +42,16 @@ COLUMNS = (
     "of_table",
 )  # fmt: skip
 
-TABLES = {"forward": FORWARD, "grad_q": GRAD_Q, "grad_kv": GRAD_KV, "lse": LSE, "mass": MASS}
-PRODUCTS = {"forward": 2, "grad_q": 3, "grad_kv": 4, "lse": 1, "mass": 1}  # of queries and keys
+TABLES = {
+    "forward": FORWARD,
+    "grad_q": GRAD_Q,
+    "grad_kv": GRAD_KV,
+    "lse": LSE,
+    "mass": MASS,
+    "mass per tile": TILE_MASS,
+}
+PRODUCTS = {"forward": 2, "grad_q": 3, "grad_kv": 4, "lse": 1, "mass": 1, "mass per tile": 1}  # of queries and keys
+MASSES = ("mass", "mass per tile")  # tiles of 16 queries
 
 Launch = Callable[[Config], "tuple[Tensor, ...]"]
 
@@ -74,12 +83,17 @@ def kernels(a: Arguments, base: Config) -> dict[str, Launch]:
     out, lse = launch_forward(a, base)
     grad = torch.randn_like(out)
     delta = launch_delta(out, grad, None)
+    rows = a.q.shape[0]
+    tiles = torch.tensor([*range(0, rows, 16), rows], dtype=torch.int32, device=a.q.device)
     return {
         "forward": lambda config: launch_forward(a, config),
         "grad_q": lambda config: (launch_grad_q(a, grad, lse, delta, config),),
         "grad_kv": lambda config: launch_grad_kv_gathered(a, grad, lse, delta, config),
         "lse": lambda config: (launch_lse(a.q[None], a.k[None], a.scale, 1, config),),
         "mass": lambda config: (launch_mass(a.q[None], a.k_ref[None], lse[None], a.scale, 1, config),),
+        "mass per tile": lambda config: (
+            launch_tile_mass(a.q[None], a.k_ref[None], lse[None], tiles, a.scale, True, config),
+        ),
     }
 
 
@@ -134,8 +148,8 @@ def run(options: argparse.Namespace) -> int:
             base = config_for(TABLES[kernel], capability, channels)
             tried = {base, *candidates(kernel)[: options.candidates]}
             found = sweep(launches[kernel], base, tried, device, options.rounds or 10)
-            # dk/dv of the gathered rows alone, the LSE over the dense keys, the mass of the whole bank
-            keys = {"grad_kv": options.kept, "lse": options.queries, "mass": options.bank}
+            # dk/dv of the gathered rows alone, the LSE over the dense keys, the masses of the whole bank
+            keys = {"grad_kv": options.kept, "lse": options.queries} | dict.fromkeys(MASSES, options.bank)
             pairs = options.queries * keys.get(kernel, options.queries + options.kept)
             flops = PRODUCTS[kernel] * 2.0 * pairs * options.heads * channels
             own = next(ms for ms, config in found if config == base)

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import refresh as refreshing
 from . import schedules
-from .checks import numbers
+from .checks import is_int, numbers
 from .errors import ConfigError
 from .execution import CACHE_ROWS, EXECUTIONS, PROFILES, Cache, Execution, Tokens, execution
 from .guard import UniformGuard
@@ -137,9 +137,9 @@ class SparseRef:
                 raise ConfigError(f"weights must be finite numbers above 0, one a reference, got {self.weights!r}")
             object.__setattr__(self, "weights", weights)
         schedules.check_floor("floor", self.floor)
-        if isinstance(self.multiple, bool) or not isinstance(self.multiple, int) or self.multiple < 1:
+        if not is_int(self.multiple, 1):
             raise ConfigError(f"multiple must be an int of at least 1, got {self.multiple!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+        if not is_int(self.seed):
             raise ConfigError(f"seed must be an int, got {self.seed!r}")
         if not -(2**63) <= self.seed < 2**64:
             raise ConfigError(f"seed must fit torch's generators, in [-2**63, 2**64), got {self.seed}")

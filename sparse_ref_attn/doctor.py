@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from . import __version__
-from .adapters import supported
 from .errors import VersionError
-from .hooks.diffusers import DIFFUSERS_RANGE, check_diffusers
+from .hooks.diffusers import TESTED, check_diffusers
+from .models import supported
 from .ops import _support
 from .ops.attention_mass.backends import explain as explain_mass
 from .ops.pack_rows.library import explain as explain_rows
@@ -42,6 +42,7 @@ PACKAGES = {
     "flash-attn-3": "optional attention kernels",
     "fa3-fwd": "optional attention kernels",
     "torchao": "optional quantised transformers",
+    "bitsandbytes": "optional quantised transformers",
 }
 EXTRAS = {
     "diffusers": ("diffusers", "transformers", "pillow"),
@@ -202,8 +203,8 @@ def diagnose() -> dict[str, Any]:
 def report() -> str:
     """What `diagnose` found, as text."""
     found = diagnose()
-    (low, high) = DIFFUSERS_RANGE
-    wanted = f"supported: >= {low[0]}.{low[1]}, < {high[0]}.{high[1]}"
+    first, last = (f"{major}.{minor}" for major, minor in TESTED)
+    wanted = f"tested: {first} to {last}"
     lines = ["Versions"]
     for name, version in found["versions"].items():
         use = f"{PACKAGES[name]}; {wanted}" if name == "diffusers" else PACKAGES.get(name, "")

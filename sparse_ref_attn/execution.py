@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .checks import is_one_of, numbers
+from .checks import is_int, is_one_of, numbers
 from .errors import ConfigError
 from .refresh import Refresh
 
@@ -53,9 +53,9 @@ class Tokens:
     rerank_every: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.from_block, bool) or not isinstance(self.from_block, int) or self.from_block < 0:
+        if not is_int(self.from_block, 0):
             raise ConfigError(f"from_block must be an int of at least 0, got {self.from_block!r}")
-        if not isinstance(self.in_flight, bool) and (not isinstance(self.in_flight, int) or self.in_flight < 1):
+        if not isinstance(self.in_flight, bool) and not is_int(self.in_flight, 1):
             raise ConfigError(f"in_flight must be a bool or an int of at least 1, got {self.in_flight!r}")
         _check_every(self.rerank_every)
         if self.in_flight and self.rerank_every is not None:
@@ -200,7 +200,7 @@ def execution(way: object, settings: Mapping[str, Any]) -> Execution:
         if profile is not None:
             way = replace(way, in_flight=profile == "in_flight")
     if blocks is not None:
-        if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+        if not is_int(blocks, 1):
             raise ConfigError(f"profile_blocks must be an int of at least 1, got {blocks!r}")
         if isinstance(way, Cache) or not way.in_flight:
             raise ConfigError(f'profile_blocks counts blocks with profile="in_flight" only, got {blocks}')
@@ -209,5 +209,5 @@ def execution(way: object, settings: Mapping[str, Any]) -> Execution:
 
 
 def _check_every(every: object) -> None:
-    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+    if every is not None and not is_int(every, 1):
         raise ConfigError(f"rerank_every must be an int of at least 1, got {every!r}")

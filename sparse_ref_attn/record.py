@@ -157,6 +157,11 @@ class RunRecord:
     exactness: str = ""
     blocks: int = 0
 
+    @property
+    def mean_tokens(self) -> float:
+        """Reference tokens that took part, mean over the steps and blocks."""
+        return sum(self.mean_kept(step) for step in self.steps) / len(self.steps)
+
     def mean_kept(self, step: StepRecord) -> float:
         """Reference tokens that took part in `step`, mean over the blocks."""
         return mean_over_blocks(step.kept, self.layout.reference_tokens, step.from_block, self.blocks)

@@ -12,9 +12,16 @@ __all__ = ["chosen"]
 PRESETS = ("recast", "sparse-context")
 TASKS = ("auto", "edit", "subject", "style")
 SELECTORS = ("random", "grid", "edges", "saliency", "cosine", "self-attention", "mass")
-MODELS = ("kontext", "flux2-dev", "klein-9b", "klein-9b-kv", "klein-4b", "qwen-image-edit", "qwen-image-edit-2511")
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "flux": ("kontext",),
+    "flux2": ("flux2-dev", "klein-9b", "klein-9b-kv", "klein-4b"),
+    "qwen": ("qwen-image-edit", "qwen-image-edit-2511"),
+}
+"""The model families, one line each: the module in `models`, and the published models that it describes."""
+MODELS = tuple(name for names in FAMILIES.values() for name in names)
 DTYPES = ("bfloat16", "float16", "float32")
 OFFLOADS = ("none", "model", "sequential")
+QUANTIZATIONS = ("int8", "float8", "nf4")
 SCHEDULES: tuple[str, ...] = ("flat", "rising", "falling", "dense-first")
 """Ways to spread the same tokens over the steps; "dense-first" spends one dense step more, as ReCAST does."""
 RULES: tuple[str, ...] = (

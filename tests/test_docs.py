@@ -15,9 +15,13 @@ from accelerate import Accelerator
 
 import sparse_ref_attn as sra
 from benchmarks import tables
-from sparse_ref_attn.adapters.base import Adapter, references_from_ids, take_rows
-from sparse_ref_attn.adapters.geometries import named_model
+from sparse_ref_attn.adapters import Adapter
+from sparse_ref_attn.adapters.pipeline_facts import PipelineFacts
+from sparse_ref_attn.adapters.position_ids import references_from_ids
+from sparse_ref_attn.adapters.published_size import PublishedSize
+from sparse_ref_attn.adapters.row_arguments import take_rows
 from sparse_ref_attn.hooks.diffusers import attention_sites
+from sparse_ref_attn.models import named_model
 from sparse_ref_attn.selection import References, Selector
 from sparse_ref_attn.selection.cells import area_pool
 from sparse_ref_attn.types import Reference, TokenLayout
@@ -213,13 +217,17 @@ def test_the_contributing_pages_adapter_is_one() -> None:
     source = next(block for block in blocks("CONTRIBUTING.md") if "class MyModelAdapter" in block)
     names: dict[str, Any] = {
         "Adapter": Adapter, "references_from_ids": references_from_ids, "take_rows": take_rows,
-        "attention_sites": attention_sites,
+        "attention_sites": attention_sites, "PipelineFacts": PipelineFacts, "PublishedSize": PublishedSize,
     }  # fmt: skip
     exec(source.replace('"image", ...', '"image"'), names)
     adapter = names["MyModelAdapter"]()
     attention = SimpleNamespace(processor=object())
     model = SimpleNamespace(blocks=[SimpleNamespace(attn=attention)])
     assert [site.kind for site in adapter.sites(model)] == ["single"]
+    assert (names["FAMILY"].pipelines[0].name, names["FAMILY"].published["my-model"].pipeline.several) == (
+        "MyModelEditPipeline",
+        False,
+    )
 
 
 @pytest.mark.parametrize("page", tables.PAGES)

@@ -15,9 +15,9 @@ from ..hooks.diffusers import Attention, AttentionSite, Route
 from ..selection import Reduced
 from ..types import TokenLayout
 from . import masks
-from .base import Adapter, Found, Kwargs, take_rows
-from .flux import place_by_ids
-from .row_arguments import RowArgument
+from .base import Adapter, Found, Kwargs
+from .position_ids import place_by_ids
+from .row_arguments import RowArgument, take_rows
 from .serving import check_arguments
 
 __all__ = ["PlainAdapter"]

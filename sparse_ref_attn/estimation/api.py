@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..adapters.base import adapter_for
-from ..adapters.pipelines import SEVERAL_REFERENCES, published, steps_of
+from ..checks import is_int
 from ..config import SparseRef
 from ..cost import (
     Flops,
@@ -24,6 +23,7 @@ from ..errors import ConfigError
 from ..execution import Cache
 from ..hooks.compiled import unwrap
 from ..hooks.diffusers import gives_lse
+from ..models import adapter_for, edit_facts
 from ..patching import transformer_of
 from ..patching.execution.joint import check_cache
 from ..presets import configuration
@@ -57,7 +57,7 @@ def estimate(
     ----------
     pipe : diffusers pipeline or torch.nn.Module
         A pipeline with a supported transformer, or the transformer itself, on any device, the meta device included
-        (`adapters.geometries.named_model`).
+        (`models.named_model`).
     config : SparseRef, str, float or int, optional
         As for `patch`; default ``ReCAST()``.
     references : sequence of (int, int)
@@ -104,23 +104,23 @@ def estimate(
     Examples
     --------
     >>> import sparse_ref_attn as sra
-    >>> from sparse_ref_attn.adapters.geometries import named_model
+    >>> from sparse_ref_attn.models import named_model
     >>> e = estimate(named_model("kontext"), sra.SparseContext(0.10))
     >>> e.tokens[0], round(e.flop_ratio, 2)
     (410, 2.01)
     """
     config, transformer = configuration(config), unwrap(transformer_of(pipe))
-    name = published(pipe)
-    if name is not None and not SEVERAL_REFERENCES[name] and isinstance(references, Sequence) and len(references) > 1:
-        raise ConfigError(f"{name} takes one reference image, got {len(references)}")
+    facts = edit_facts(pipe)
+    if facts is not None and isinstance(references, Sequence):
+        facts.check_references(len(references))
     if steps is None:
-        steps = 28 if name is None else steps_of(name, getattr(pipe.config, "is_distilled", None))
+        steps = 28 if facts is None else facts.steps(getattr(pipe.config, "is_distilled", None))
     if pixels_per_token is None:
         pixels_per_token = 2 * getattr(pipe, "vae_scale_factor", 8)
     counts = {"steps": steps, "batch": batch, "calls_per_step": calls_per_step, "pixels_per_token": pixels_per_token}
     for name, value in (counts | {"text_tokens": text_tokens}).items():
         least = 0 if name == "text_tokens" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not is_int(value, least):
             raise ConfigError(f"{name} must be an int of at least {least}, got {value!r}")
     if config.budget.needs_mass:
         raise ConfigError(
@@ -210,7 +210,7 @@ def _layout(references: Sequence[Size], output: Size, text: int, cell: int) -> T
 
 def _grid(name: str, size: Size, cell: int) -> tuple[int, int]:
     """Height and width in tokens."""
-    ok = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int) and side >= cell for side in size)
+    ok = isinstance(size, Sequence) and len(size) == 2 and all(is_int(side, cell) for side in size)
     if not ok:
         raise ConfigError(f"the size of {name} must be (width, height) in pixels, each at least {cell}, got {size!r}")
     return size[1] // cell, size[0] // cell

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..adapters.base import adapter_for
 from ..config import SparseRef
 from ..errors import ConfigError
+from ..models import adapter_for
 from ..patching.execution.joint import check_cache
 from ..types import Reference, TokenLayout
 from .planned import PlannedRun
@@ -53,7 +53,7 @@ def at_share(transformer: nn.Module, family: Callable[[float], SparseRef], share
     Examples
     --------
     >>> import sparse_ref_attn as sra
-    >>> from sparse_ref_attn.adapters.geometries import named_model
+    >>> from sparse_ref_attn.models import named_model
     >>> model = named_model("kontext", num_layers=2, num_single_layers=2)
     >>> at_share(model, lambda keep: sra.SparseRef("edges", keep), 0.25, steps=4).budget.keep
     0.25

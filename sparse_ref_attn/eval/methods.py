@@ -11,11 +11,12 @@ from ..errors import ConfigError
 from ..execution import Cache
 from ..refresh import Every, Never, Refresh
 from ..rivals import Downscale, ToMe
+from ..schedules import Pieces
 from ..selection import AttentionMass, SubjectMask
 from ..selection.names import NAMES
 from ..vocabulary import METHODS, RULES, SAME, SCHEDULES, chosen
 
-__all__ = ["METHODS", "RULES", "SCHEDULES", "method_name", "methods", "rule_of"]
+__all__ = ["METHODS", "RULES", "SCHEDULES", "dense_first", "method_name", "methods", "rule_of"]
 
 
 def method_name(rule: str, schedule: str = "flat") -> str:
@@ -108,6 +109,18 @@ def methods(
     return found
 
 
+def dense_first(keep: float) -> Pieces:
+    """The share `keep` after a first step with all tokens, which is what a rule that measures attention spends.
+
+    Examples
+    --------
+    >>> budget = dense_first(0.25)
+    >>> [budget.tokens_at(schedules.Clock.uniform(step, 3), 256) for step in range(3)]
+    [256.0, 64.0, 64.0]
+    """
+    return Pieces((1.0, keep), at=(1e-6,))
+
+
 def _refresh(keep: float, steps: int | None) -> Refresh:
     """The steps that compute the references, `keep` of all."""
     if steps is None:
@@ -137,7 +150,7 @@ def _budget(schedule: str, keep: float, steps: int | None) -> Any:
     if schedule == "flat":
         return keep
     if schedule == "dense-first":
-        return schedules.Pieces((1.0, keep), at=(1e-6,))
+        return dense_first(keep)
     # Mean progress of the steps that drop: one half, or more where the first of `steps` is dense.
     middle = 0.5 if steps is None or steps < 2 else steps / (2 * (steps - 1))
     swing = min(0.6, (1 / keep - 1) / (2 * middle), 0.9 / (2 * middle))
