@@ -12,7 +12,7 @@ from . import refresh as refreshing
 from . import schedules
 from .checks import numbers
 from .errors import ConfigError
-from .execution import CACHE_ROWS, EXECUTIONS, PROFILES, Cache, Execution, Tokens, execution
+from .execution import CACHE_ROWS, EXECUTIONS, PERS, PROFILES, RESTS, Cache, Execution, Tokens, execution
 from .guard import UniformGuard
 from .refresh import Refresh
 from .schedules import Budget
@@ -45,9 +45,10 @@ class SparseRef:
         budget keeps (all of them with a budget of 1.0); "both", ``Cache(first="kept")``, drops rows from
         the steps that compute them, too. On a model that keeps its references' keys and values itself
         (FLUX.2 Klein-KV) "tokens" does what "both" does.
-    from_block, profile, profile_blocks, cache_rows, layers, rerank_every, refresh
+    from_block, profile, profile_blocks, cache_rows, layers, rerank_every, refresh, per, tile, rest, cell
         Fields of the execution, said beside it: ``execute="cache", cache_rows="all"`` is
-        ``Cache(rows="all")``, and ``profile="in_flight", profile_blocks=n`` is ``Tokens(in_flight=n)``.
+        ``Cache(rows="all")``, and ``profile="in_flight", profile_blocks=n`` is ``Tokens(in_flight=n)``;
+        ``rest="none"`` is ``Cache(rest=None)``.
     floor : float or int
         Least kept of each reference: a ratio of it, or tokens. Matters where references compete
         (a budget with ``per="all"``). Default 0.
@@ -105,15 +106,21 @@ class SparseRef:
         layers: Sequence[float] | None = None,
         rerank_every: int | None = None,
         refresh: Refresh | None = None,
+        per: str | None = None,
+        tile: int | None = None,
+        rest: str | None = None,
+        cell: int | None = None,
     ) -> None:
         if isinstance(execute, str):
             execute = chosen("execute", execute, EXECUTIONS)
         profile = chosen("profile", profile, PROFILES) if isinstance(profile, str) else profile
         cache_rows = chosen("cache_rows", cache_rows, CACHE_ROWS) if isinstance(cache_rows, str) else cache_rows
+        per = chosen("per", per, PERS) if isinstance(per, str) else per
+        rest = chosen("rest", rest, RESTS) if isinstance(rest, str) else rest
         clock = chosen("clock", clock, CLOCKS)
         given: dict[str, Any] = {"from_block": from_block, "profile": profile, "profile_blocks": profile_blocks}
         given |= {"cache_rows": cache_rows, "layers": layers, "rerank_every": rerank_every}
-        given |= {"refresh": refresh}
+        given |= {"refresh": refresh, "per": per, "tile": tile, "rest": rest, "cell": cell}
         fields = {
             "select": select if isinstance(select, Reducer) else selector(select),
             "budget": schedules.budget(budget),
@@ -166,6 +173,13 @@ class SparseRef:
             )
         if isinstance(way, Tokens):
             self._check_in_flight(way)
+        elif way.per == "tile":
+            plain = isinstance(select, AttentionMass) and select.query_stride == 1 and not select.value_norm
+            if not plain:
+                raise ConfigError(
+                    'per="tile" ranks for each tile by its own attention mass: select must be AttentionMass ("mass") '
+                    f"without query_stride and value_norm, got {select}"
+                )
         elif way.rerank_every is not None and any(probe.queries != "generation" for probe in probes):
             raise ConfigError(
                 'rerank_every with execute="cache" has no queries of the reference tokens to measure, got '
@@ -232,7 +246,7 @@ class SparseRef:
         """JSON types only; raises ConfigError for a selector that holds a function or an array."""
         if isinstance(self.select, Reducer):
             raise ConfigError(f"a rival does not travel to JSON, got {type(self.select).__name__}")
-        return {
+        data = {
             "select": selector_to_dict(self.select),
             "budget": self.budget.to_dict(),
             "execute": self.execute.name,
@@ -250,6 +264,10 @@ class SparseRef:
             "rerank_every": self.rerank_every,
             "refresh": None if self.refresh is None else self.refresh.to_dict(),
         }
+        if isinstance(self.execute, Cache) and self.execute.per == "tile":
+            way = self.execute
+            data |= {"per": way.per, "tile": way.tile, "rest": way.rest or "none", "cell": way.cell}
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SparseRef:
@@ -291,4 +309,5 @@ class SparseRef:
         depth = f" from block {self.from_block}" if self.from_block else ""
         profile = ", profiled in flight" if self.profile == "in_flight" else ""
         again = "" if self.refresh is None else f", refreshed {self.refresh}"
-        return f"{name}, {self.budget}, {self.execute.name}{depth}{profile}{again}"
+        tiles = self.execute.reading if isinstance(self.execute, Cache) else ""
+        return f"{name}, {self.budget}, {self.execute.name}{tiles}{depth}{profile}{again}"

@@ -119,6 +119,11 @@ class Adapter:
         masks.check_mask(self.mask(kwargs), batch, text + rows)
         return TokenLayout(rows, text, (first, length), references)
 
+    def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
+        """Height and width in tokens of the generation, whose rows run left to right, top to bottom; None where they
+        are no grid, or nobody says. Asked once a run; may sync."""
+        return None
+
     def _text(self, kwargs: Kwargs) -> int:
         """Text rows of a call's joint sequence."""
         given = None if self.text_tokens is None else kwargs.get(self.text_tokens)
@@ -324,6 +329,19 @@ def references_from_ids(ids: Tensor) -> Found | None:
         for a, b in zip(again, [*again[1:], stop - start], strict=True):
             references.append(Reference(start + a, b - a, _grid(cells[a:b])))
     return generation, tuple(references)
+
+
+def grid_of_ids(ids: Tensor, layout: TokenLayout) -> tuple[int, int] | None:
+    """The generation's grid from position ids (rows, >= 3): (frame, y, x, ...); None where it is none.
+
+    Examples
+    --------
+    >>> ids = torch.cartesian_prod(torch.zeros(1).long(), torch.arange(2), torch.arange(3))
+    >>> grid_of_ids(ids, TokenLayout(6, 0, (0, 6), ()))
+    (2, 3)
+    """
+    first, length = layout.generation
+    return _grid(ids.reshape(-1, *ids.shape[-2:])[0, first : first + length, 1:3].float().cpu())
 
 
 def _grid(cells: Tensor) -> tuple[int, int] | None:

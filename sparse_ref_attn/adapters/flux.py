@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..hooks.diffusers import encoded_reference, packed_reference, rotate_pairs
 from ..selection import Reduced
 from ..types import TokenLayout
-from .base import Adapter, Found, Kwargs, references_from_ids, take_rows
+from .base import Adapter, Found, Kwargs, grid_of_ids, references_from_ids, take_rows
 from .depth import DepthCut
 from .joining import flat_ids, pad, same, stack
 from .masks import cut_in_block
@@ -61,6 +61,9 @@ class FluxAdapter(Adapter):
         if kwargs.get("img_ids") is None or kwargs.get("controlnet_block_samples") is not None:
             return None
         return references_from_ids(kwargs["img_ids"])
+
+    def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
+        return grid_of_ids(kwargs["img_ids"], layout)
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
         return take_rows(self.cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)

@@ -17,7 +17,7 @@ from ..hooks.diffusers import encoded_reference, packed_reference, per_row_modul
 from ..run import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
-from .base import Adapter, Found, Kwargs, references_from_ids, take_rows
+from .base import Adapter, Found, Kwargs, grid_of_ids, references_from_ids, take_rows
 from .depth import DepthCut
 from .flux import place_by_ids
 from .flux2_cache import Flux2CacheSeam
@@ -88,6 +88,9 @@ class Flux2Adapter(Adapter):
             "the attention mask has no effect: the model reads none where it stores or reads reference keys and values"
         )
         return [text] if unread else []
+
+    def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
+        return grid_of_ids(kwargs["img_ids"], layout)
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
         kwargs = take_rows(self.cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)

@@ -81,6 +81,11 @@ class QwenImageAdapter(Adapter):
             return None
         return (0, prod(generation)), tuple(references)
 
+    def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
+        shape = kwargs["img_shapes"][0]
+        frames, height, width = shape[0] if isinstance(shape, list) else shape
+        return (height, width) if frames == 1 else None
+
     def layout(self, kwargs: Kwargs, found: Found) -> TokenLayout:
         why = self._foreign_mask(kwargs)
         if why is not None:
