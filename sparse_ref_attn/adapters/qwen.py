@@ -161,6 +161,11 @@ class QwenImageAdapter(Adapter):
             "img_shapes": shapes,
         }
 
+    def keys(self, kwargs: Kwargs) -> Tensor | None:
+        batch, rows = kwargs["hidden_states"].shape[:2]
+        mask = kwargs.get("encoder_hidden_states_mask")
+        return None if mask is None else torch.cat([mask.bool(), mask.new_ones(batch, rows, dtype=torch.bool)], 1)
+
     def key_masks(self, items: Sequence[Kwargs]) -> list[Tensor | None]:
         return [self._text_keys(item) for item in items]
 

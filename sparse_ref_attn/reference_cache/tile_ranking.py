@@ -83,6 +83,7 @@ class TileRanking:
         self._orders: dict[int, list[Tensor]] = {}
         self._tallies: dict[int, list[Tensor]] = {}
         self._found: dict[int, tuple[Counts, TileSelection]] = {}
+        self._means: list[Tensor] = []
         self._offsets: dict[object, tuple[Tensor, tuple[int, ...]]] = {}
         self._tables: dict[str, Tensor] = {}
         self._seen: Tensor | None = None
@@ -95,15 +96,16 @@ class TileRanking:
         held += [x for _, found in self._found.values() for x in (found.indices, found.bias) if x is not None]
         return sum(x.numel() * x.element_size() for x in held)
 
-    def knows(self, layer: int, counts: Counts) -> bool:
-        """Whether the layer's tiles have a ranking of so many tokens."""
-        orders = self._orders.get(layer)
+    def knows(self, counts: Counts) -> bool:
+        """Whether the tiles have a ranking of so many tokens."""
+        orders = next(iter(self._orders.values()), None)
         return orders is not None and all(o.shape[-1] >= n for o, n in zip(orders, counts, strict=True))
 
     def forget(self, layer: int) -> None:
         """The layer's mass is out of date."""
         for known in (self._orders, self._tallies, self._found):
             known.pop(layer, None)  # type: ignore[attr-defined]
+        self._means = []
 
     def hide(self, seen: Tensor | None) -> None:
         """Say which tokens may be attended to, (B, R) bool; None for all. Before layers are ranked; syncs with a mask."""
@@ -150,9 +152,10 @@ class TileRanking:
     def read(self, counts: Counts) -> Tensor:
         """Of each reference the tokens that a query reads and the share of its mass that these have, means over the
         generation's queries, the layers and the items, (references, 2)."""
+        if not self._means:
+            self._means = [torch.stack(tallies).mean(0) for tallies in zip(*self._tallies.values(), strict=True)]
         at = [counts[0 if self._shared else i] - 1 for i in range(len(self.sizes))]
-        layers = [torch.stack([tally[:, n] for tally, n in zip(t, at, strict=True)]) for t in self._tallies.values()]
-        return torch.stack(layers).mean(0)
+        return torch.stack([means[:, n] for means, n in zip(self._means, at, strict=True)])
 
     # -- parts -----------------------------------------------------------------------------------
 
@@ -166,7 +169,7 @@ class TileRanking:
             scores = torch.cat([part * weight for part, weight in weighted], -1)
         ranked = _sorted(scores)
         if any(self._floors):
-            ranked = ranked.gather(-1, first.gather(-1, ranked).sort(-1, stable=True).indices)
+            ranked = ranked.gather(-1, first.gather(-1, ranked).sort(dim=-1, stable=True).indices)
         return ranked
 
     def _select(self, orders: list[Tensor], counts: Counts) -> TileSelection:
@@ -242,4 +245,4 @@ class TileRanking:
 
 
 def _sorted(scores: Tensor) -> Tensor:
-    return scores.sort(-1, descending=True, stable=True).indices
+    return scores.sort(dim=-1, descending=True, stable=True).indices

@@ -96,14 +96,15 @@ class JointAttention:
         """Whether they never do."""
         return self._compiled and self._shared is None
 
-    def answer(self, call: GenerationCall, rows: int, attend: Route) -> None:
-        """Let ``attend(layer, ...)`` answer attention over `rows` joint rows until the call is over."""
+    def answer(self, call: GenerationCall, rows: int, attend: Route, eager: bool) -> None:
+        """Let ``attend(layer, ...)`` answer attention over `rows` joint rows until the call is over; `eager`: compiled
+        blocks run uncompiled."""
 
         def route(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
             joint = i in self._places and q.shape[1] == k.shape[1] == rows
             return attend(self._places[i], q, k, v, mask, own) if joint else own()
 
-        if self.stays_compiled and not call.measures:
+        if self.stays_compiled and not eager:
             assert self._shared is not None
             call.contexts.enter_context(self._shared.route(route))
             return
