@@ -104,11 +104,11 @@ class TileRanking:
     def forget(self, layer: int) -> None:
         """The layer's mass is out of date."""
         for known in (self._orders, self._tallies, self._found):
-            known.pop(layer, None)  # type: ignore[attr-defined]
+            known.pop(layer, None)
         self._means = []
 
     def hide(self, seen: Tensor | None) -> None:
-        """Say which tokens may be attended to, (B, R) bool; None for all. Before layers are ranked; syncs with a mask."""
+        """Say which tokens may be attended to, (B, R) bool, before layers are ranked; None for all (else it syncs)."""
         self._seen, self._allowed = seen, None
         self._tables.pop("cell sizes", None)
         if seen is not None:
@@ -202,7 +202,7 @@ class TileRanking:
         return self._offsets[key]
 
     def _unread(self, block: Tensor, item: int) -> Tensor | None:
-        """Log of the cells' tokens that are not in `block` (b, tiles, n), whose first item is `item`, (b * tiles, cells)."""
+        """Log of the cells' tokens not in `block` (b, tiles, n), which begins at `item`, (b * tiles, cells)."""
         if self.cells is None:
             return None
         sizes, of_tokens = self._cell_sizes(block.device), self._table("cells", self.cells.of_tokens, block.device)

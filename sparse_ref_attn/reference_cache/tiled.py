@@ -1,4 +1,4 @@
-"""Reference K/V of all layers in the order of the tokens, the means of their cells, and what each tile reads of them."""
+"""Reference K/V of all layers in the order of the tokens, their cells' means, and what each tile reads of them."""
 
 from __future__ import annotations
 

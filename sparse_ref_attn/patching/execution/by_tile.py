@@ -160,8 +160,9 @@ class ByTile:
             wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
             q = q.index_select(1, held.order)
             if packed is not None:
-                q, k, v, k2, v2 = (None if x is None else x.flatten(0, 1) for x in (q, k, v, k2, v2))
-                k, v = (x.index_select(0, packed.rows) for x in (k, v))
+                q = q.flatten(0, 1)
+                k, v = (x.flatten(0, 1).index_select(0, packed.rows) for x in (k, v))
+                k2, v2 = (None if x is None else x.flatten(0, 1) for x in (k2, v2))
             out = gather_attention(
                 q, k, v, k_ref, v_ref, found.indices, found.offsets, k2=k2, v2=v2, cu_tiles=held.tiles,
                 bias=found.bias, host=host._replace(ref_offsets=[found.known]),

@@ -1,4 +1,4 @@
-"""Which keys of a call may be attended to, where attention knows masks of keys alone, and which layers say otherwise."""
+"""Which keys of a call may be attended to, where attention knows masks of keys alone, and whether its layers agree."""
 
 from __future__ import annotations
 
@@ -123,6 +123,6 @@ class SeenKeys:
 
     def _words(self, got: object) -> str:
         return (
-            "where each tile reads reference tokens of its own, every attention layer must mask the keys that the call's "
-            f'own mask names and no others, got {got}: name the mask to the adapter, or use per="run"'
+            "where each tile reads reference tokens of its own, every attention layer must mask the keys that the "
+            f"call's own mask names and no others, got {got}: name the mask to the adapter, or use per='run'"
         )

@@ -102,8 +102,8 @@ class HeldTiles:
         held = self.cache.seen
         if (held is None) != (seen is None) or (held is not None and seen is not None and not torch.equal(held, seen)):
             raise LayoutError(
-                "where each tile reads reference tokens of its own, the attention mask must hide the same of them as in "
-                'the step that stored their keys and values, got one that hides others: use per="run"'
+                "where each tile reads reference tokens of its own, the attention mask must hide the same of them as "
+                'in the step that stored their keys and values, got one that hides others: use per="run"'
             )
 
     def record(self) -> TileRecord:
