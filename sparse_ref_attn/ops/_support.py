@@ -45,6 +45,7 @@ ORDER: dict[str, tuple[str, ...]] = {
 }
 
 
+_UNTILED = "cannot give each query tile a selection of its own"
 _UNALIGNED = "needs a pointer at a multiple of 16 bytes and strides of multiples of 16 elements"
 
 
@@ -54,7 +55,8 @@ class Call(NamedTuple):
     ``items`` is the batch size, ``per_head`` whether key/value heads have selections of their own, ``aligned`` whether
     every row of every operand starts at a multiple of 16 bytes, ``gradients`` whether an operand requires any.
     ``queries``, dense ``keys`` and ``kept`` rows are those of all items together; verdicts go by them.
-    ``known_aligned``: whether Triton will know the alignment too (`is_aligned`).
+    ``known_aligned``: whether Triton will know the alignment too (`is_aligned`). ``tiles``: query tiles with selections
+    of their own, 0 for none.
     """
 
     device: torch.device
@@ -70,6 +72,7 @@ class Call(NamedTuple):
     keys: int = 0
     kept: int = 0
     known_aligned: bool = True
+    tiles: int = 0
 
 
 def _sdpa(call: Call) -> list[str]:
@@ -95,6 +98,8 @@ def _triton(call: Call) -> list[str]:
         against.append(f"needs a head dim of 32, 64 or 128, got {call.channels}")
     if not (call.aligned and call.known_aligned):
         against.append(_UNALIGNED)
+    if call.tiles:
+        against.append(_UNTILED)
     return against
 
 
@@ -114,6 +119,8 @@ def _flash(call: Call) -> list[str]:
         against.append(f"needs a head dim that is a multiple of 8 and at most {most}, got {call.channels}")
     if call.per_head:
         against.append("cannot give each key/value head a selection of its own")
+    if call.tiles:
+        against.append(_UNTILED)
     if not call.aligned:
         against.append("needs every row to start at a multiple of 16 bytes (strides and storage offset)")
     return against
@@ -170,6 +177,8 @@ def _flex(call: Call) -> list[str]:
         against.append(f"needs a head dim of at least 16, got {call.channels}")
     if call.per_head:
         against.append("cannot give each key/value head a selection of its own")
+    if call.tiles:
+        against.append(_UNTILED)
     return against
 
 
@@ -182,6 +191,8 @@ def cuda_reasons(call: Call) -> list[str]:
         why.append(f"needs a head dim of 64 or 128, got {call.channels}")
     if not call.aligned:
         why.append("needs every row to start at a multiple of 16 bytes (strides and storage offset)")
+    if call.tiles:
+        why.append(_UNTILED)
     if call.gradients:
         why += [f"leaves the backward to triton, which {reason}" for reason in _triton(call)]
     return why
