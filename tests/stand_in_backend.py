@@ -75,7 +75,7 @@ def judged(folder: Path, candidates: tuple[str, ...] = ("stand_in",)) -> Iterato
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setitem(_support._PREDICATES, "stand_in", lambda call: [])
         patch.setitem(attention_library.MODULES, "stand_in", __name__)
-        patch.setitem(mass_backends.PREDICATES, "stand_in", lambda q, k, scale: [])
+        patch.setitem(mass_backends.PREDICATES, "stand_in", lambda q, k, scale, tiled: [])
         patch.setitem(mass_library.LAUNCHERS, "stand_in", _launchers)
         patch.setitem(rows_library.PREDICATES, "stand_in", lambda tensors, rows, dim: [])
         patch.setitem(rows_library.MODULES, "stand_in", __name__)

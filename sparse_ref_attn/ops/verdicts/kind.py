@@ -17,8 +17,8 @@ class Kind(NamedTuple):
     ----------
     op : {"gather_attention", "attention_mass", "pack_rows"}
     form : str
-        gather_attention: "dense", "gathered", "per head"; attention_mass: "LSE given", "LSE computed"; pack_rows:
-        "pack", "unpack".
+        gather_attention: "dense", "gathered", "per head"; attention_mass: "LSE given", "LSE computed", and each
+        with ", per tile"; pack_rows: "pack", "unpack".
     device : torch.device
     dtype : torch.dtype
     heads, key_heads, channels : int

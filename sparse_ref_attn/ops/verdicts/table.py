@@ -31,7 +31,7 @@ def usual_kinds(device: torch.device) -> list[Kind]:
     ]
     kinds += [
         Kind("attention_mass", form, device, dtype, HEADS, HEADS, channels, False, False, (queries, 2 * keys, keys))
-        for form in ("LSE given", "LSE computed")
+        for form in ("LSE given", "LSE computed", "LSE given, per tile", "LSE computed, per tile")
         for channels in CHANNELS
         for dtype in half
     ]

@@ -1,0 +1,84 @@
+"""The mass of each query tile: registration with torch, and what each backend is called with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import choose
+from .chunked import attention_mass_chunked
+from .library import PLAIN, library
+from .offsets import check_tiles
+from .reference import attention_mass_reference
+
+__all__ = ["compute_tiles", "mass_tiles_op"]
+
+library.define(
+    "attention_mass_tiles(Tensor q, Tensor k, SymInt start, SymInt stop, float scale, Tensor? key_mask, Tensor? lse, "
+    "Tensor tiles, SymInt[]? host, bool reduce_heads, str backend) -> Tensor"
+)
+
+
+def _mass_tiles(
+    q: Tensor,
+    k: Tensor,
+    start: int,
+    stop: int,
+    scale: float,
+    key_mask: Tensor | None,
+    lse: Tensor | None,
+    tiles: Tensor,
+    host: list[int] | None,
+    reduce_heads: bool,
+    backend: str,
+) -> Tensor:
+    chosen = choose(backend, q, k, scale, stop - start, lse is not None, tiled=True)
+    if host is None and (chosen in PLAIN or not q.is_cuda):
+        host = tiles.tolist()
+    if host is not None:
+        check_tiles(host, q.shape[1])
+    return compute_tiles(q, k, start, stop, scale, key_mask, lse, tiles, host, reduce_heads, chosen)
+
+
+def compute_tiles(
+    q: Tensor,
+    k: Tensor,
+    start: int,
+    stop: int,
+    scale: float,
+    key_mask: Tensor | None,
+    lse: Tensor | None,
+    tiles: Tensor,
+    host: list[int] | None,
+    reduce_heads: bool,
+    chosen: str,
+) -> Tensor:
+    """The op by the backend `chosen`, which can do the call; `host`, what `tiles` holds, is plain PyTorch's need."""
+    if chosen == "reference":
+        mass = attention_mass_reference(q, k, (start, stop), scale, key_mask, lse, host).float()
+        return mass.mean(dim=1) if reduce_heads else mass
+    return attention_mass_chunked(q, k, (start, stop), scale, key_mask, lse, host, reduce_heads)
+
+
+library.impl("attention_mass_tiles", _mass_tiles, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("sparse_ref_attn::attention_mass_tiles", lib=library)
+def _(
+    q: Tensor,
+    k: Tensor,
+    start: int,
+    stop: int,
+    scale: float,
+    key_mask: Tensor | None,
+    lse: Tensor | None,
+    tiles: Tensor,
+    host: list[int] | None,
+    reduce_heads: bool,
+    backend: str,
+) -> Tensor:
+    rows = (tiles.shape[0] - 1, stop - start)
+    return q.new_empty((q.shape[0], *rows) if reduce_heads else (q.shape[0], q.shape[2], *rows), dtype=torch.float32)
+
+
+mass_tiles_op = torch.ops.sparse_ref_attn.attention_mass_tiles.default
