@@ -123,7 +123,8 @@ def test_each_branch_of_guidance_ranks_by_its_own_mass(name: str) -> None:
     for i in (2, 3):
         by, got = by_hand(record, calls[i].text, 1), calls[i].sample[:, :GENERATION]
         assert error(got, wanted(fresh, calls[i], calls[i - 2], by)) < ROUNDING
-        assert error(got, wanted(fresh, calls[i], calls[3 - (i - 2) - 2], by)) > 10 * ROUNDING
+        if calls[0].text == calls[1].text:
+            assert error(got, wanted(fresh, calls[i], calls[3 - i], by)) > 10 * ROUNDING
 
 
 @pytest.mark.parametrize("name", ["kontext", "klein", "qwen_edit"])

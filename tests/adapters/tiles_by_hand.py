@@ -1,4 +1,4 @@
-"""Each tile of generation tokens with reference keys of its own, in plain PyTorch: a score bias stands for the choice."""
+"""Each tile of generation tokens with reference keys of its own, in plain PyTorch: a bias stands for the choice."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ def squares(grids: list[tuple[int, int]], side: int) -> Tensor:
         first = max(found, default=-1) + 1
         found += [first + y // side * -(-width // side) + x // side for y in range(height) for x in range(width)]
     return torch.tensor(found)
+
+
+def of_keys(mask: Tensor, batch: int) -> Tensor:
+    """A mask of keys as (B, S) bool."""
+    keys = mask[(None,) * (4 - mask.ndim)][:, 0, 0]
+    return (keys if keys.dtype == torch.bool else keys == 0).expand(batch, -1)
 
 
 @dataclass
@@ -64,9 +70,7 @@ class ByTile:
         batch = old.q.shape[0]
         if old.mask is None:
             return torch.ones(batch, sum(self.sizes)).bool()
-        keys = old.mask.expand(batch, *old.mask.shape[1:])[:, 0, 0]
-        keys = keys if keys.dtype == torch.bool else keys == 0
-        return keys.expand(batch, old.k.shape[1])[:, self.own :]
+        return of_keys(old.mask, batch)[:, self.own :]
 
     def mass(self, old: Attention) -> Tensor:
         """Summed attention of the text's tile and of each other, (B, 1 + tiles, R), the heads' mean."""
@@ -101,8 +105,7 @@ class ByTile:
             torch.zeros(read.shape).double().masked_fill(~read, -math.inf),
         ]
         if mask is not None:
-            mask = mask.expand(batch, *mask.shape[1:])[:, 0, 0].expand(batch, -1)[:, None, : self.own]
-            bias[0] = bias[0].masked_fill(~(mask if mask.dtype == torch.bool else mask == 0), -math.inf)
+            bias[0] = bias[0].masked_fill(~of_keys(mask, batch)[:, None, : self.own], -math.inf)
         keys, values = [k[:, :, : self.own].double(), old_k], [v[:, :, : self.own].double(), old_v]
         if self.cell is not None:
             cells = one_hot(squares(self.references, self.cell)).double() * seen[..., None]  # (B, R, cells)

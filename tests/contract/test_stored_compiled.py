@@ -20,6 +20,7 @@ from tests.reliability.test_one_transformer import beside
 SETTINGS = {
     "all read": sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=sra.Every(3))),
     "ranked": sra.SparseRef("mass", sra.Linear(0.2, 0.6), execute=sra.Cache(refresh=sra.Every(3))),
+    "tiles": sra.SparseRef("mass", 0.25, execute=sra.Cache(per="tile", tile=3, cell=3, refresh=sra.Every(3))),
 }
 
 
