@@ -215,7 +215,6 @@ class ReferenceStore:
         if step.drift is None:
             step.drift = drift
         run.refreshing.computed(call.at.step, drift)
-        self._account(call)
 
     # -- cached calls --------------------------------------------------------------------------
 
@@ -223,10 +222,10 @@ class ReferenceStore:
         """Let every joint attention of a call read the rows of its plan."""
         own = call.layout.text + call.layout.generation[1]
         self.attention.answer(call, own, self.form.reading(call, held, self.attention), eager=call.measures)
-        self._account(call)
 
     def over(self, call: GenerationCall, branch: Branch) -> None:
         """A call has come to its end: after the last step nothing is kept."""
+        self._account(call)
         if not call.at.observed and call.at.step == call.at.total - 1:
             branch.held = None
 
