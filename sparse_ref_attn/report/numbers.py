@@ -107,8 +107,9 @@ def summary(
         "flops", "cache" (bytes of the reference K/V held between steps, their exactness, and how far they had moved at
         each full step after the first, median and worst of the layers; None without), "tiles" (how many
         tiles of the generation read tokens of their own, their side, and cells whose means stand for the rest; None
-        without), "stability" (one entry each time the run ranked again), "by_step", "batch", "notes" and "config". Kept counts are over all steps, where dense and
-        profile steps count as all tokens, and a step whose dropped tokens leave by depth as the mean over its blocks.
+        without), "stability" (one entry each time the run ranked again), "by_step", "batch", "notes" and "config".
+        Kept counts are over all steps, where dense and profile steps count as all tokens, and a step whose dropped
+        tokens leave by depth as the mean over its blocks.
         ``mass_kept`` is the share, in [0, 1], of the profiled mass that the kept tokens hold, mean over the steps that
         drop any. ``speedup["sparse_step"]`` compares with dense steps only: a profile step also measures.
 
