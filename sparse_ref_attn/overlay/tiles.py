@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 __all__ = ["tile_overlay"]
 
 Tile = int | tuple[int, int]
-TALLEST = 620  # pixels of a reference
+TALLEST = 560  # pixels of a reference
 MAP = 260  # pixels of the generation's side
 
 
 def tile_overlay(record: RunRecord, layer: int, tile: Tile | None = None) -> Image.Image:
     """Draw what the tiles of a run's last cached step read in one attention layer.
 
-    Beside a map of the generation stands each reference: with the tokens that `tile` read in their own colours, and
-    the heat of how often each token is read, the share of the generation's tokens whose tile does. Of a batch, the
-    first item.
+    Each reference is drawn with the tokens that `tile` read in their own colours, and with the heat of how often each
+    is read: the share of the generation's tokens whose tile does. A map shows where in the generation the tile lies.
+    Of a batch, the first item.
 
     Parameters
     ----------
@@ -73,8 +73,8 @@ def tile_overlay(record: RunRecord, layer: int, tile: Tile | None = None) -> Ima
         line = f"{int(read.sum()):,} of {len(read):,} ({percent(read.mean())}); tile {number} of {height * width}"
     rest = f", the others by the means of {tiles.cell} x {tiles.cell} cells" if tiles.cell else ""
     head = down([words(title, 30, inner), words(line + rest, 18, inner, FAINT)], 4)
-    generation = down([words("generation", 18, MAP), _map(tiles, number)], 8)
-    room = inner - generation.width - 2 * GAP
+    generation = None if number is None else down([words("generation", 18, MAP), _map(tiles, number)], 8)
+    room = inner if generation is None else inner - generation.width - 2 * GAP
     rows, first = [], 0
     for i, reference in enumerate(record.layout.references):
         part = slice(first, first + reference.length)
@@ -82,7 +82,10 @@ def tile_overlay(record: RunRecord, layer: int, tile: Tile | None = None) -> Ima
         own = None if number is None else read[part].reshape(grid)
         rows.append(_reference(record, i, own, often[part].reshape(grid), room))
         first += reference.length
-    return page(down([head, across([generation, down(rows, GAP)], 2 * GAP)], GAP))
+    pictures = down(rows, GAP)
+    if generation is not None:
+        pictures = across([_as_high(generation, pictures.height), pictures], 2 * GAP)
+    return page(down([head, pictures], GAP))
 
 
 def _tiles(record: RunRecord, layer: int) -> TileRecord:
@@ -124,7 +127,16 @@ def _often(record: RunRecord, tiles: TileRecord, layer: int) -> np.ndarray:
     return often / sizes.sum()
 
 
-def _map(tiles: TileRecord, number: int | None) -> Image.Image:
+def _as_high(image: Image.Image, height: int) -> Image.Image:
+    """An image with paper below it, up to a height."""
+    from PIL import Image
+
+    out = Image.new("RGB", (image.width, max(height, image.height)), PAPER)
+    out.paste(image, (0, 0))
+    return out
+
+
+def _map(tiles: TileRecord, number: int) -> Image.Image:
     """The generation's tiles, the chosen one filled."""
     from PIL import Image, ImageDraw
 
@@ -133,7 +145,7 @@ def _map(tiles: TileRecord, number: int | None) -> Image.Image:
     image = Image.new("RGB", (round(width * scale) + 1, round(height * scale) + 1), NEUTRAL[0])
     draw = ImageDraw.Draw(image)
     down_, across_ = tiles.shape
-    for n in range(down_ * across_):
+    for n in (*range(down_ * across_), number):
         y, x = (n // across_ * tiles.side, n % across_ * tiles.side)
         box = [round(v * scale) for v in (x, y, min(x + tiles.side, width), min(y + tiles.side, height))]
         draw.rectangle(box, fill=OUTLINE if n == number else None, outline=INK if n == number else PAPER)

@@ -91,7 +91,7 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
         )
         rows.append(("stored K/V", _EXACTNESS.get(held["exactness"], "-") + _drift(held["drift"])))
     if data["tiles"] is not None:
-        rows.append(("read by", _tiles(data["tiles"])))
+        rows.append(("stored K/V read by", _tiles(data["tiles"])))
     if again:
         ranks = [r for entry in again for r in entry["spearman"] if r is not None]
         likeness = f"rank correlation {min(ranks):.2f} to {max(ranks):.2f}" if ranks else "rank correlation undefined"

@@ -31,6 +31,11 @@ def check_cache(config: SparseRef, adapter: Adapter, transformer: nn.Module) -> 
             "known and go through processors that dispatch to attention backends, or be named to a PlainAdapter: "
             'attention=["single"] * len(blocks). Use execute="tokens"'
         )
+    if config.execute.per == "tile" and adapter.cache is not None and adapter.cache.kept_by(transformer):
+        raise IncompatibleError(
+            'per="tile" reads keys and values that the library stores, got a model that keeps its references\' own '
+            f'({adapter.name} with a KV pipeline): use per="run"'
+        )
     if config.layers is not None and len(config.layers) != len(sites):
         raise ConfigError(
             f"layers must be a factor for each of the {len(sites)} attention layers, got {len(config.layers)}"
