@@ -13,7 +13,7 @@ from sparse_ref_attn.ops.with_lse import attention_with_lse
 
 from .op_shapes import OpShape
 
-__all__ = ["Attention", "Mass"]
+__all__ = ["GATED", "Attention", "Mass"]
 
 GATED = 64  # queries whose float64 truth is computed
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["EXTRA", "attend", "attend_backward", "attend_batch", "carry_lse"]
+__all__ = ["EXTRA", "attend", "attend_backward", "carry_lse"]
 
 aten: Any = torch.ops.aten
 EXTRA = 8  # columns added to carry dlse: kernels on CUDA want multiples of 8
@@ -41,26 +41,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
         lse = scores.logsumexp(-1)
         out = (scores - lse[..., None]).exp() @ v4
     return out[0].transpose(0, 1), lse[0]
-
-
-def attend_batch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """q (B, N, H, C), k and v (B, K, G, C), bias (B, K) of the scores, float32 -> out (B, N, H, C), lse (B, H, N).
-
-    At least one key, and one whose bias is not -inf; else the LSE is any number.
-    """
-    q4, k4, v4 = (x.transpose(1, 2) for x in (q, k, v))
-    # the CPU kernel reads float32 wrongly beside float64
-    mask = None if bias is None else bias[:, None, None].to(_lse_dtype(q))
-    if q.device.type == "cpu":
-        mask = None if mask is None else mask.expand(*q4.shape[:3], -1)
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q4, k4, v4, 0.0, False, attn_mask=mask, scale=scale)
-    else:
-        k4, v4 = (_repeat(x, q4.shape[1]) for x in (k4, v4))
-        scores = (q4 @ k4.transpose(-1, -2)).to(_lse_dtype(q)) * scale
-        scores = scores if mask is None else scores + mask
-        lse = scores.logsumexp(-1)
-        out = (scores - torch.where(lse.isinf(), 0.0, lse)[..., None]).exp().to(q.dtype) @ v4
-    return out.transpose(1, 2), lse
 
 
 def attend_backward(

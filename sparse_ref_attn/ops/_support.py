@@ -98,8 +98,6 @@ def _triton(call: Call) -> list[str]:
         against.append(f"needs a head dim of 32, 64 or 128, got {call.channels}")
     if not (call.aligned and call.known_aligned):
         against.append(_UNALIGNED)
-    if call.tiles:
-        against.append(_UNTILED)
     return against
 
 

@@ -39,9 +39,9 @@ def test_gradients_of_the_definition(name: str) -> None:
         same(got[tensor], want[tensor])
 
 
-@pytest.mark.parametrize("copied", [1, 700, 1 << 18])
-def test_as_many_tiles_at_once_as_may_be_copied(copied: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sdpa_tiles.COPIED, "cpu", copied)
+@pytest.mark.parametrize("held", [1, 3000, 1 << 17])
+def test_as_many_tiles_at_once_as_may_be_held(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sdpa_tiles.SCORES, "cpu", held)
     for name in ("tiles alike", "ragged tiles of ragged items"):
         for got, want in zip(PROBLEMS[name].run("sdpa"), truth(PROBLEMS[name]), strict=True):
             same(got, want)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import strategies as st
 
 from .problems import Problem, make, tiling
 
@@ -67,3 +68,29 @@ def tile_grid(channels: int) -> dict[str, Problem]:
             channels=channels,
         ),
     }  # fmt: skip
+
+
+@st.composite
+def ragged_tiles(
+    draw: st.DrawFn, longest: st.SearchStrategy[int], bank: int, channels: st.SearchStrategy[int]
+) -> Problem:
+    """Any way to cut at most three items of one part or two into at most three tiles each."""
+    items = draw(st.integers(1, 3))
+
+    def row(count: int) -> Row:
+        return tuple(draw(longest) for _ in range(count))
+
+    key_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 3)]))
+    parts = draw(st.integers(1, 2))
+    tiles = tuple(tuple(row(draw(st.integers(1, 3))) for _ in range(items)) for _ in range(parts))
+    count = sum(len(item) for part in tiles for item in part)
+    keys = draw(st.sampled_from([0, 1, 2]))
+    means = row(items) if keys == 1 and draw(st.booleans()) else None
+    kept = None
+    if means is None or draw(st.booleans()):
+        kept = tuple(row(count) for _ in range(key_heads)) if draw(st.booleans()) else row(count)
+    return make_tiles(
+        tiles, tuple(row(items) for _ in range(keys)) if keys else None, kept, bank, means=means,
+        heads=key_heads * group, key_heads=key_heads, channels=draw(channels), repeats=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
+    )  # fmt: skip

@@ -71,10 +71,10 @@ def _forward(
     tl.store(LSE + head * queries + rows, natural_lse(m, total, scale2), mask=live)
 
 
-def launch_forward(a: Arguments, config: Config) -> tuple[Tensor, Tensor]:
-    """Out (T, H, C) and lse (H, T); reads no offset on the host."""
+def launch_forward(a: Arguments, config: Config, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Out (T, H, C), in the dtype of q or in `dtype`, and lse (H, T); reads no offset on the host."""
     queries, heads, C = a.q.shape
-    out = torch.empty((queries, heads, C), dtype=a.q.dtype, device=a.q.device)
+    out = torch.empty((queries, heads, C), dtype=dtype or a.q.dtype, device=a.q.device)
     lse = torch.empty((heads, queries), dtype=torch.float32, device=a.q.device)
     parts = a.cu_seqlens_q.shape[0]
     grid = (tiles_at_most(queries, parts * a.items, config.block_m), heads)
