@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import diffusers
@@ -75,32 +74,6 @@ def test_in_a_batch_each_item_has_its_own(name: str) -> None:
     for got, alone in zip(done.images, want, strict=True):
         assert np.array_equal(got, alone)
     assert [record(h) if images else [] for h, images in zip(done.handles, items.images, strict=True)] == steps
-
-
-def test_in_threads() -> None:
-    """Each with a pipeline of its own around the same transformer."""
-    case, pipe = CASES["klein"], CASES["klein"].build()
-    other = type(pipe)(**pipe.components)
-    other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    wanted = {}
-    for seed in (0, 5):
-        with sra.patched(case.build(), TILES) as handle:
-            del handle
-    fresh = case.build()
-    with sra.patched(fresh, TILES):
-        wanted = {seed: case.call(fresh, steps=STEPS, seed=seed, first=seed) for seed in (0, 5)}
-    got: dict[int, np.ndarray] = {}
-    with sra.patched(pipe, TILES):
-
-        def work(own: Any, seed: int) -> None:
-            got[seed] = case.call(own, steps=STEPS, seed=seed, first=seed)
-
-        threads = [threading.Thread(target=work, args=pair) for pair in ((pipe, 0), (other, 5))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert {seed: np.array_equal(got[seed], wanted[seed]) for seed in wanted} == {0: True, 5: True}
 
 
 @pytest.mark.parametrize("name", ["kontext", "qwen_edit_plus"])
