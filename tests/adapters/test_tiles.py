@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
+from benchmarks.studies.stored import Reading, stored
+from sparse_ref_attn.adapters.base import adapter_for
 from tests.adapters.test_dropping import ROUNDING, error
 from tests.adapters.test_stored_references import JOINT, dense, run, with_keys_of
 from tests.adapters.tiles_by_hand import ByTile, TilesOf
@@ -160,3 +162,17 @@ def test_drift_is_measured_on_the_rows_as_they_lie() -> None:
         rows = [(x[:, -96:].double(), y[:, -96:].double()) for x, y in ((old.k, new.k), (old.v, new.v))]
         moved.append(max(float((y - x).norm() / y.norm()) for x, y in rows))
     torch.testing.assert_close(record.steps[4].drift.double(), torch.tensor(moved).double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("cell", "rest"), [(4, "means"), (0, None)])
+def test_as_the_study_that_proposed_it(cell: int, rest: str | None) -> None:
+    """``benchmarks/studies/stored.py``, whose masks and biases stand in for a gather: whole pictures."""
+    case, pipe = CASES["kontext"], CASES["kontext"].build()
+    way = sra.Cache(per="tile", tile=2, rest=rest, refresh=sra.At((3,)))
+    with sra.patched(pipe, sra.SparseRef("mass", 0.125, execute=way)):
+        got = case.call(pipe, steps=6)
+    transformer = pipe.transformer
+    with stored(transformer, adapter_for(transformer), Reading((0, 3), "tile", 0.125, tile=2, cell=cell)):
+        study = case.call(pipe, steps=6)
+    dense = case.call(pipe, steps=6)
+    assert np.abs(got - study).max() < 1e-4 < 0.01 * np.abs(study - dense).max()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -109,8 +108,7 @@ class ReferenceStore:
     def __init__(self, adapter: Adapter, config: SparseRef) -> None:
         self._adapter, self._config = adapter, config
         tiled = isinstance(config.execute, Cache) and config.execute.per == "tile"
-        kind: Callable[[Adapter, SparseRef], Form] = ByTile if tiled else ByRank
-        self.form = kind(adapter, config)
+        self.form: Form = ByTile(adapter, config) if tiled else ByRank(adapter, config)
         self._joints: list[JointAttention] = []
         self._keeps = False
         self._branches: weakref.WeakKeyDictionary[Run, Branches] = weakref.WeakKeyDictionary()

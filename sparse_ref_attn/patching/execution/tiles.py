@@ -53,7 +53,7 @@ class HeldTiles:
     device : torch.device
     """
 
-    tokens = None
+    tokens: Tensor | None = None
 
     def __init__(
         self, run: Run, layers: int, grid: tuple[int, int], layout: TokenLayout, batch: int, device: torch.device
