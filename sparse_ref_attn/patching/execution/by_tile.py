@@ -136,13 +136,10 @@ class ByTile:
         if call.step.calls == 0:
             run.record.tiles = record
         own, packed = seen.own, seen.packed()
-        host = HostOffsets(tiles=held.tiles_known)
+        rows_q = rows_k = None
         given: dict[str, Any] = {}
         if packed is not None:
-            means = 0 if held.cells is None else held.cells.count
-            rows_q = [i * held.tiling.rows for i in range(held.batch + 1)]
-            rows_k = [list(packed.offsets), *([[i * means for i in range(held.batch + 1)]] if means else [])]
-            host = HostOffsets(rows_q, rows_k, tiles=held.tiles_known)
+            rows_q, rows_k = packed.known(held.tiling.rows, call.step.means)
             given = {
                 "cu_seqlens_q": torch.tensor(rows_q, dtype=torch.int32, device=call.device),
                 "cu_seqlens_k": torch.tensor(rows_k, dtype=torch.int32, device=call.device),
@@ -165,7 +162,7 @@ class ByTile:
                 k2, v2 = (None if x is None else x.flatten(0, 1) for x in (k2, v2))
             out = gather_attention(
                 q, k, v, k_ref, v_ref, found.indices, found.offsets, k2=k2, v2=v2, cu_tiles=held.tiles,
-                bias=found.bias, host=host._replace(ref_offsets=[found.known]),
+                bias=found.bias, host=HostOffsets(rows_q, rows_k, [found.known], held.tiles_known),
                 backend="reference" if wanted else "auto", **given,
             )  # fmt: skip
             return out.view(held.batch, -1, *out.shape[-2:]).index_select(1, held.places)

@@ -30,6 +30,18 @@ class PackedKeys:
     rows: Tensor
     offsets: tuple[int, ...]
 
+    def known(self, rows: int, others: int) -> tuple[list[int], list[list[int]]]:
+        """Offsets of items of `rows` queries, and of their keys, beside which each has `others` more.
+
+        Examples
+        --------
+        >>> PackedKeys(torch.tensor([1, 2]), (0, 1, 2)).known(3, 4)
+        ([0, 3, 6], [[0, 1, 2], [0, 4, 8]])
+        """
+        items = range(len(self.offsets))
+        keys = [list(self.offsets), *([[i * others for i in items]] if others else [])]
+        return [i * rows for i in items], keys
+
 
 @dataclass
 class SeenKeys:
