@@ -22,7 +22,7 @@ from ..execution import Cache
 from ..hooks.compiled import unwrap
 from ..hooks.diffusers import gives_lse
 from ..patching import transformer_of
-from ..patching.execution.joint import check_cache
+from ..patching.execution.joint import check_cache, check_not_kept
 from ..presets import configuration
 from ..refresh import Drift
 from ..types import Reference, TokenLayout
@@ -133,6 +133,8 @@ def estimate(
         adapter.check_depth(transformer)
     sites = adapter.sites(transformer)
     kept_by_model = adapter.cache is not None and adapter.cache.kept_by(transformer)
+    if kept_by_model:
+        check_not_kept(config, adapter.name)
     run = PlannedRun.of(config, sites, layout, steps, kept_by_model)
     probing, kinds, tokens = run.probing, run.kinds, run.tokens
     if probing.probes:

@@ -24,7 +24,7 @@ from .attendance import Attendance
 from .call import Execution, GenerationCall
 from .execution.cache import ReferenceStore
 from .execution.depth import ByDepth, check_call
-from .execution.joint import check_cache
+from .execution.joint import check_cache, check_not_kept
 from .execution.model_cache import CacheKeeper
 from .execution.tokens import AtInput
 from .lengths import Lengths, shape_of
@@ -279,6 +279,8 @@ class Generations:
         pixels = [None] * len(layout.references) if self.pixels is None else self.pixels.take(layout, tokens)
         encode = None if self._pipe is None or self.pixels is None else encoder(self._pipe, self.adapter.encode)
         extracts = self.adapter.extracts(kwargs)
+        if extracts:
+            check_not_kept(self.config, self.adapter.name)
         refreshing = None if self.store is None or extracts else self.store.begin(module, at, layout, kwargs)
         reuse = self.cache.reuse if self.cache is not None and extracts else None
         scores = None if reuse is None else reuse.ranked(module, kwargs, layout, tokens)

@@ -101,9 +101,10 @@ def test_through_offload(name: str, offload: Callable[[Any], None]) -> None:
     assert np.array_equal(case.call(pipe), case.call(case.build()))
 
 
+@pytest.mark.parametrize("setting", [SETTINGS["all read"], SETTINGS["tiles"]], ids=["all read", "tiles"])
 @models
-def test_a_copy_made_within_a_run_takes_nothing_along(name: str) -> None:
-    case, setting = CASES[name], SETTINGS["all read"]
+def test_a_copy_made_within_a_run_takes_nothing_along(name: str, setting: sra.SparseRef) -> None:
+    case = CASES[name]
     pipe = case.build()
     size = len(_pickled(pipe.transformer))
     copies: list[Any] = []

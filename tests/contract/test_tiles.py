@@ -13,7 +13,7 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.errors import ConfigError, IncompatibleError
 from sparse_ref_attn.reference_cache import TiledCache
 from tests.adapters.test_masks_plain import Masked
-from tests.contract.state import kinds, state
+from tests.contract.state import kinds
 from tests.contract.test_offload import by_model, sequential
 from tests.pipelines import CASES
 from tests.test_batch import Items, record
@@ -149,11 +149,18 @@ def test_a_model_without_grids_is_refused_before_anything_runs() -> None:
 
 
 def test_a_model_that_keeps_its_references_itself_is_refused_by_name() -> None:
-    pipe = CASES["klein_kv"].build()
-    before = state(pipe)
-    with pytest.raises(IncompatibleError, match=r"got a model that keeps its references' own \(FLUX.2 with a KV"):
-        sra.patch(pipe, ONCE)
-    assert state(pipe) == before
+    case, pipe = CASES["klein_kv"], CASES["klein_kv"].build()
+    dense, ran = case.call(pipe, steps=2), []
+    words = r"got a pipeline whose model keeps those of its references itself \(FLUX.2 with a KV cache\)"
+    with sra.patched(pipe, ONCE):
+        hook = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *args: ran.append(args))
+        with pytest.raises(IncompatibleError, match=words):
+            case.call(pipe, steps=2)
+        hook.remove()
+        assert not ran
+    with pytest.raises(IncompatibleError, match=words):
+        sra.estimate(pipe, ONCE)
+    assert np.array_equal(case.call(pipe, steps=2), dense)
 
 
 def test_what_tiles_hold_is_freed_and_counted() -> None:

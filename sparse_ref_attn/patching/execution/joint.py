@@ -17,7 +17,7 @@ from ...hooks.compiled import compiled_blocks, eager_blocks
 from ...hooks.diffusers import AnsweredAttention, Attention, KeptRoute, Route, dispatches
 from ..call import GenerationCall
 
-__all__ = ["JointAttention", "check_cache"]
+__all__ = ["JointAttention", "check_cache", "check_not_kept"]
 
 
 def check_cache(config: SparseRef, adapter: Adapter, transformer: nn.Module) -> None:
@@ -31,14 +31,18 @@ def check_cache(config: SparseRef, adapter: Adapter, transformer: nn.Module) -> 
             "known and go through processors that dispatch to attention backends, or be named to a PlainAdapter: "
             'attention=["single"] * len(blocks). Use execute="tokens"'
         )
-    if config.execute.per == "tile" and adapter.cache is not None and adapter.cache.kept_by(transformer):
-        raise IncompatibleError(
-            'per="tile" reads keys and values that the library stores, got a model that keeps its references\' own '
-            f'({adapter.name} with a KV pipeline): use per="run"'
-        )
     if config.layers is not None and len(config.layers) != len(sites):
         raise ConfigError(
             f"layers must be a factor for each of the {len(sites)} attention layers, got {len(config.layers)}"
+        )
+
+
+def check_not_kept(config: SparseRef, name: str) -> None:
+    """Raise IncompatibleError where tiles are to read what a model of the family `name` stores itself."""
+    if isinstance(config.execute, Cache) and config.execute.per == "tile":
+        raise IncompatibleError(
+            'per="tile" reads keys and values that the library stores, got a pipeline whose model keeps those of its '
+            f'references itself ({name} with a KV cache): use per="run"'
         )
 
 
