@@ -12,7 +12,7 @@ from . import refresh as refreshing
 from . import schedules
 from .checks import numbers
 from .errors import ConfigError
-from .execution import CACHE_ROWS, EXECUTIONS, PERS, PROFILES, RESTS, Cache, Execution, Tokens, execution
+from .execution import EXECUTIONS, Cache, Execution, Tokens, execution
 from .guard import UniformGuard
 from .refresh import Refresh
 from .schedules import Budget
@@ -113,18 +113,16 @@ class SparseRef:
     ) -> None:
         if isinstance(execute, str):
             execute = chosen("execute", execute, EXECUTIONS)
-        profile = chosen("profile", profile, PROFILES) if isinstance(profile, str) else profile
-        cache_rows = chosen("cache_rows", cache_rows, CACHE_ROWS) if isinstance(cache_rows, str) else cache_rows
-        per = chosen("per", per, PERS) if isinstance(per, str) else per
-        rest = chosen("rest", rest, RESTS) if isinstance(rest, str) else rest
         clock = chosen("clock", clock, CLOCKS)
         given: dict[str, Any] = {"from_block": from_block, "profile": profile, "profile_blocks": profile_blocks}
         given |= {"cache_rows": cache_rows, "layers": layers, "rerank_every": rerank_every}
         given |= {"refresh": refresh, "per": per, "tile": tile, "rest": rest, "cell": cell}
-        fields = {
+        fields: dict[str, Any] = {
             "select": select if isinstance(select, Reducer) else selector(select),
             "budget": schedules.budget(budget),
             "execute": execution(execute, given),
+        }
+        fields |= {
             "floor": floor,
             "weights": weights,
             "multiple": multiple,
@@ -150,7 +148,7 @@ class SparseRef:
             raise ConfigError(f"seed must be an int, got {self.seed!r}")
         if not -(2**63) <= self.seed < 2**64:
             raise ConfigError(f"seed must fit torch's generators, in [-2**63, 2**64), got {self.seed}")
-        if self.guard is not None and not isinstance(self.guard, UniformGuard):
+        if not isinstance(self.guard, UniformGuard | None):
             raise ConfigError(f"guard must be a UniformGuard or None, got {self.guard!r}")
 
     def _check_selector(self) -> None:
@@ -172,10 +170,9 @@ class SparseRef:
                 "ranking would not change"
             )
         if isinstance(way, Tokens):
-            self._check_in_flight(way)
+            way.check_probes(() if isinstance(select, Reducer) else probes, type(select).__name__)
         elif way.per == "tile":
-            plain = isinstance(select, AttentionMass) and select.query_stride == 1 and not select.value_norm
-            if not plain:
+            if not isinstance(select, AttentionMass) or select.query_stride > 1 or select.value_norm:
                 raise ConfigError(
                     'per="tile" ranks for each tile by its own attention mass: select must be AttentionMass ("mass") '
                     f"without query_stride and value_norm, got {select}"
@@ -185,19 +182,6 @@ class SparseRef:
                 'rerank_every with execute="cache" has no queries of the reference tokens to measure, got '
                 f"{type(select).__name__}; use AttentionMass"
             )
-
-    def _check_in_flight(self, way: Tokens) -> None:
-        if not way.in_flight:
-            return
-        probes = self.probes()
-        if isinstance(self.select, Reducer) or not probes:
-            raise ConfigError(
-                'profile="in_flight" needs a selector (or a guard) that measures attention, got '
-                f"{type(self.select).__name__}, which needs no profiling at all"
-            )
-        for probe in probes:
-            if tuple(probe.steps) != (0,):
-                raise ConfigError(f'profile="in_flight" measures in step 0 alone, got steps {tuple(probe.steps)}')
 
     @property
     def from_block(self) -> int:

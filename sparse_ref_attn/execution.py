@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .checks import is_one_of, numbers
 from .errors import ConfigError
 from .refresh import Refresh
+from .vocabulary import chosen
 
 __all__ = ["CACHE_ROWS", "EXECUTIONS", "PERS", "PROFILES", "RESTS", "Cache", "Execution", "Tokens", "execution"]
 
@@ -17,6 +18,7 @@ PROFILES = ("step", "in_flight")
 CACHE_ROWS = ("budget", "all")
 PERS = ("run", "tile")
 RESTS = ("means", "none")
+NAMES = {"profile": PROFILES, "cache_rows": CACHE_ROWS, "per": PERS, "rest": RESTS}
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,17 @@ class Tokens:
                 'profile="in_flight" goes with execute="tokens" and without rerank_every, got '
                 f"'tokens' and {self.rerank_every}"
             )
+
+    def check_probes(self, probes: Sequence[Any], selector: str) -> None:
+        """Raise ConfigError where attention is measured in flight, and a selector's probes cannot be."""
+        if self.in_flight and not probes:
+            raise ConfigError(
+                'profile="in_flight" needs a selector (or a guard) that measures attention, got '
+                f"{selector}, which needs no profiling at all"
+            )
+        for probe in probes if self.in_flight else ():
+            if tuple(probe.steps) != (0,):
+                raise ConfigError(f'profile="in_flight" measures in step 0 alone, got steps {tuple(probe.steps)}')
 
     @property
     def name(self) -> str:
@@ -237,6 +250,9 @@ def execution(way: object, settings: Mapping[str, Any]) -> Execution:
             )
         way = Tokens() if way == "tokens" else Cache("all" if way == "cache" else "kept")
     given = {name: value for name, value in settings.items() if value is not None}
+    for name, choices in NAMES.items():
+        if isinstance(given.get(name), str):
+            given[name] = chosen(name, given[name], choices)
     profile, blocks = given.pop("profile", None), given.pop("profile_blocks", None)
     if profile is not None and not is_one_of(profile, PROFILES):
         raise ConfigError(f'profile must be "step" or "in_flight", got {profile!r}')
