@@ -10,7 +10,7 @@ import torch
 
 import sparse_ref_attn as sra
 from benchmarks.studies.stored import Reading, stored
-from sparse_ref_attn.adapters.base import adapter_for
+from sparse_ref_attn.models import adapter_for
 from tests.adapters.test_dropping import ROUNDING, error
 from tests.adapters.test_stored_references import JOINT, dense, run, with_keys_of
 from tests.adapters.tiles_by_hand import ByTile, TilesOf
