@@ -29,7 +29,7 @@ RULES: tuple[str, ...] = (
     "cache", "tiles", "subject mask",
 )  # fmt: skip
 """Ways to spend tokens on a reference, the user's real alternative first; "cache" computes them in that share of the
-steps, "tiles" reads an eighth of what it stored, and the means of the rest, whatever the share."""
+steps and reads all that it stored, "tiles" an eighth of it, each tile its own, and the means of the rest."""
 METHODS: tuple[str, ...] = (
     "downscaled", "ReCAST rising", "ReCAST flat", "edges", "saliency", "mass x values", "self-attention", "cosine",
     "grid", "random", "ToMe", "cache", "tiles",
