@@ -166,6 +166,11 @@ CONFIGS = {
     ),
     "in flight, keep all": sra.SparseRef(select="mass", budget=1.0, profile="in_flight"),
     "keep all": sra.SparseRef(select="grid", budget=1.0),
+    "tiles": sra.SparseRef("mass", sra.Linear(0.1, 0.5), execute=sra.Cache(per="tile", tile=3, cell=3)),
+    "tiles, no means": sra.SparseRef(
+        sra.AttentionMass("all", steps=(0, 1)), 0.25, execute=sra.Cache(per="tile", rest=None, refresh=sra.Never())
+    ),
+    "tiles, keep all": sra.SparseRef("mass", 1.0, execute=sra.Cache(per="tile", refresh=sra.Every(2))),
 }
 
 
