@@ -221,7 +221,8 @@ def _kept(result: Comparison) -> Any:
     if not sparse:
         return "every step ran dense."
     if all(step.selection is None for step in sparse):
-        return "changes the tokens instead of choosing among them."
+        cached = all(step.kind == "cached" for step in sparse)
+        return "reads every token." if cached else "changes the tokens instead of choosing among them."
     return overlay(result.handle.record)
 
 

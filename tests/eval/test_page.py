@@ -56,6 +56,16 @@ def test_what_was_asked_comes_first_and_every_picture_stands_beside_the_page(pag
     assert base64.b64decode(inline[1]) == (page / "pictures/reference.png").read_bytes()
 
 
+def test_a_method_that_reads_everything_is_not_one_that_changes_tokens(tmp_path: Path) -> None:
+    """Of "cache" the page said that it changed the tokens."""
+    given = ["--size", "tiny", "--steps", "3", "--keep", "50%", "--methods", "cache", "ToMe"]
+    assert main(["compare", "--out", str(tmp_path), *given]) == 0
+    text = (tmp_path / "compare.html").read_text()
+    assert "<p>cache: reads every token.</p>" in text
+    assert "<p>ToMe: changes the tokens" in text
+    assert "references run in 2 of 3 steps" in text
+
+
 def test_the_small_models_right_answer_is_shown(tmp_path: Path) -> None:
     assert main(["compare", "--out", str(tmp_path), "--steps", "2", "--keep", "50%", "--methods", "edges"]) == 0
     text = (tmp_path / "compare.html").read_text()
