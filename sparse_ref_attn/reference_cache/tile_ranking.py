@@ -153,7 +153,8 @@ class TileRanking:
         """Of each reference the tokens that a query reads and the share of its mass that these have, means over the
         generation's queries, the layers and the items, (references, 2)."""
         if not self._means:
-            self._means = [torch.stack(tallies).mean(0) for tallies in zip(*self._tallies.values(), strict=True)]
+            tallies = zip(*self._tallies.values(), strict=True)
+            self._means = [torch.stack([t.to(each[0].device) for t in each]).mean(0) for each in tallies]
         at = [counts[0 if self._shared else i] - 1 for i in range(len(self.sizes))]
         return torch.stack([means[:, n] for means, n in zip(self._means, at, strict=True)])
 
@@ -195,7 +196,7 @@ class TileRanking:
         return TileSelection(torch.cat(rows), offsets, known, bias)
 
     def _csr(self, lengths: list[int], tiles: int, device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
-        key = (*lengths, tiles)
+        key = (*lengths, tiles, device)
         if key not in self._offsets:
             known = tuple(accumulate((n for n in lengths for _ in range(tiles)), initial=0))
             self._offsets = {key: (torch.tensor(known, dtype=torch.int32, device=device), known)}

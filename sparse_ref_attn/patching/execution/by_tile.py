@@ -155,17 +155,17 @@ class ByTile:
             record.reads[layer] = (found.indices, found.known)
             q, k, v = (_computed(x) for x in (q, k, v))
             wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-            q = q.index_select(1, held.order)
+            q = q.index_select(1, held.order.to(q.device))
             if packed is not None:
                 q = q.flatten(0, 1)
                 k, v = (x.flatten(0, 1).index_select(0, packed.rows) for x in (k, v))
                 k2, v2 = (None if x is None else x.flatten(0, 1) for x in (k2, v2))
             out = gather_attention(
-                q, k, v, k_ref, v_ref, found.indices, found.offsets, k2=k2, v2=v2, cu_tiles=held.tiles,
+                q, k, v, k_ref, v_ref, found.indices, found.offsets, k2=k2, v2=v2, cu_tiles=held.tiles.to(q.device),
                 bias=found.bias, host=HostOffsets(rows_q, rows_k, [found.known], held.tiles_known),
                 backend="reference" if wanted else "auto", **given,
             )  # fmt: skip
-            return out.view(held.batch, -1, *out.shape[-2:]).index_select(1, held.places)
+            return out.view(held.batch, -1, *out.shape[-2:]).index_select(1, held.places.to(q.device))
 
         return attend
 
@@ -199,13 +199,14 @@ def _mass(
     """Mean attention (B, tiles, R) of each tile's queries to the reference tokens, the heads' mean."""
     layout, heads, record = call.layout, q.shape[2], call.run.record
     first, length = layout.text + layout.generation[0], layout.generation[1]
-    queries = q[:, first : first + length].index_select(1, held.generation)
-    lse = None if lse is None else lse[..., first : first + length].index_select(-1, held.generation)
+    order = held.generation.to(q.device)
+    queries = q[:, first : first + length].index_select(1, order)
+    lse = None if lse is None else lse[..., first : first + length].index_select(-1, order)
     start = layout.references[0].start
     span = (layout.text + start, layout.text + layout.references[-1].start + layout.references[-1].length)
     k = of_heads(k, heads)
     mass = attention_mass(
-        queries, k, span, key_mask=keys, lse=lse, reduce_heads=True, tiles=held.generation_tiles,
+        queries, k, span, key_mask=keys, lse=lse, reduce_heads=True, tiles=held.generation_tiles.to(q.device),
         host=held.generation_tiles_known,
     )  # fmt: skip
     read = span[1] - span[0] if lse is not None else keys_read(queries, k, span[1] - span[0])
