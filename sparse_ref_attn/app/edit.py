@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..config import SparseRef
 from ..errors import ConfigError
-from ..estimation import Amount, at_share
-from ..eval.methods import methods
+from ..estimation import at_share
+from ..eval.ways import WAYS, family_of
 from ..execution import EXECUTIONS
 from ..refresh import named
-from ..vocabulary import METHODS, PRESETS, SAME, chosen
+from ..vocabulary import PRESETS, SAME, chosen
 
-__all__ = ["WAYS", "Edit"]
-
-WAYS: tuple[str, ...] = (*PRESETS, *METHODS)
-"""Presets first, then every rule by the name that it has everywhere."""
+__all__ = ["Edit"]
 
 
 @dataclass(frozen=True)
@@ -91,13 +88,7 @@ class Edit:
             If the settings contradict each other, the steps with every token take more than the share, or the model
             cannot store references.
         """
-        settings = self._settings()
-        if self.way in PRESETS:
-            return Amount(self.way, float(self.share), settings).config(transformer, steps)
-
-        def family(share: float) -> SparseRef:
-            return replace(methods(share, [self.way], seed=self.seed, steps=steps)[self.way], **settings)
-
+        family = family_of(self.way, steps=steps, seed=self.seed, settings=self._settings())
         return at_share(transformer, family, self.share, steps)
 
     def _settings(self) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import gradio as gr
 
+from ..eval.ways import WAYS
 from ..execution import EXECUTIONS
 from ..vocabulary import EDITS
-from .edit import WAYS, Edit
+from .edit import Edit
 from .handlers import Handlers
 from .session import Session
 

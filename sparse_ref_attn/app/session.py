@@ -62,8 +62,8 @@ class Made:
         rows = table_rows(self.result)
         stored = self.result.handle.record.dense_cache_bytes
         if stored:
-            held = max(step.cache_bytes for step in self.result.handle.record.steps)
-            rows.append(("stored keys and values", "", f"{held / 1e6:,.3g} MB", ""))
+            most = max(step.cache_bytes for step in self.result.handle.record.steps)
+            rows.append(("stored keys and values", "", f"{most / 1e6:,.3g} MB", ""))
         if self.memory:
             where, held = self.memory
             rows.append((f"memory {where}, at most", "", held, ""))

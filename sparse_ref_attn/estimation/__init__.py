@@ -3,6 +3,6 @@
 from .amount import Amount
 from .api import estimate
 from .result import Estimate, RunMemory
-from .share import at_share
+from .share import at_share, at_share_of_sites
 
-__all__ = ["Amount", "Estimate", "RunMemory", "at_share", "estimate"]
+__all__ = ["Amount", "Estimate", "RunMemory", "at_share", "at_share_of_sites", "estimate"]
