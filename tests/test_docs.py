@@ -33,6 +33,7 @@ PAGES = (
     "csrc/emulator/README.md",
     "benchmarks/README.md",
     "docs/configurations.md",
+    "integrations/comfyui/README.md",
 )
 
 

@@ -50,18 +50,18 @@ class SparseReferences:
                         "tooltip": "Mean share of the reference tokens over all steps, a dense first step included.",
                     },
                 ),
-                "seed": ("INT", {"default": 0, "min": 0, "max": 2**53 - 1, "tooltip": "Of rules that draw."}),
+                "rule_seed": ("INT", {"default": 0, "min": 0, "max": 2**53 - 1, "tooltip": "Of rules that draw."}),
             },
             "optional": dict.fromkeys(PHOTOS, photo),
         }  # fmt: skip
 
-    def patch(self, model: Any, rule: str, share: float, seed: int, **photos: Tensor) -> tuple[Any]:
+    def patch(self, model: Any, rule: str, share: float, rule_seed: int, **photos: Tensor) -> tuple[Any]:
         """The patched clone.
 
         Parameters
         ----------
         model : comfy.model_patcher.ModelPatcher
-        rule, share, seed
+        rule, share, rule_seed
             As in `Sampling`.
         **photos : Tensor, shape (B, H, W, 3), 0 to 1
             By the names of `PHOTOS`; the first of each batch counts.
@@ -76,7 +76,7 @@ class SparseReferences:
         kinds_of(model.get_model_object("diffusion_model"))
         given = [photos[name] for name in PHOTOS if photos.get(name) is not None]
         pixels = [photo[:1, ..., :3].movedim(-1, 1) * 2 - 1 for photo in given]
-        sampling = Sampling(rule, share, seed, pixels)
+        sampling = Sampling(rule, share, rule_seed, pixels)
         patched = model.clone()
         options = patched.model_options["transformer_options"]
         before = options.get(KEY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -44,12 +45,8 @@ def core() -> Any:
     from comfy.cli_args import args
 
     args.cpu = True
-    import comfy.model_patcher
-    import comfy.patcher_extension
-    import comfy.sample
-    import comfy.samplers
-    import comfy.supported_models
-
+    for part in ("conds", "model_patcher", "patcher_extension", "sample", "samplers", "supported_models"):
+        importlib.import_module(f"comfy.{part}")
     return sys.modules["comfy"]
 
 

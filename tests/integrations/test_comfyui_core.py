@@ -13,6 +13,7 @@ from integrations.comfyui.rows import kinds_of
 from sparse_ref_attn.errors import (
     ConfigError,
     IncompatibleError,
+    LayoutError,
     PixelsUnavailableError,
     SparseRefError,
     UnsupportedModelError,
@@ -112,6 +113,41 @@ def test_dropped_rows_are_never_computed(name: str) -> None:
         other[..., where] += 1.0
         found = sample(patched(model, share=0.5), name, condition(1, [other]), steps=2)
         assert torch.equal(found, before) is same
+
+
+def test_kept_rows_have_their_own_places(name: str) -> None:
+    """The same as every row under a mask that hides the dropped ones' keys: what is kept stands where it stood."""
+    model, positive = patcher(name), condition(1, references(name))
+    sparse = patched(model, share=0.5)
+    found = sample(sparse, name, positive)
+    kept, total = record(sparse).steps[-1].selection.indices, record(sparse).layout.reference_tokens
+
+    def hide(attend: Any, q: Tensor, k: Tensor, v: Tensor, n: int, *args: Any, **kwargs: Any) -> Any:
+        q, k, v = (x if kwargs.get("skip_reshape") else x.unflatten(-1, (n, -1)).transpose(1, 2) for x in (q, k, v))
+        seen = torch.ones(k.shape[2], dtype=torch.bool)
+        seen[-total:] = False
+        seen[k.shape[2] - total + kept] = True
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen[None]).transpose(1, 2).flatten(2)
+
+    masked = model.clone()
+    masked.model_options["transformer_options"]["optimized_attention_override"] = hide
+    assert torch.allclose(sample(masked, name, positive), found, atol=1e-3, rtol=1e-4)
+    assert not torch.allclose(sample(model, name, positive), found, atol=1e-1)
+
+
+def test_references_with_a_time_of_their_own(name: str) -> None:
+    """FLUX.2 and Qwen may modulate references as at the end of the sampling; their rows are told by slices."""
+    if name == "kontext":
+        pytest.skip("FLUX.1's own embeddings have no such time")
+    model = patcher(name)
+    positive = condition(1, references(name), reference_latents_method="index_timestep_zero")
+    dense = sample(model, name, positive)
+    assert torch.equal(sample(patched(model, share=1.0), name, positive), dense)
+    sparse = patched(model, share=0.5)
+    found = sample(sparse, name, positive)
+    assert torch.isfinite(found).all()
+    assert not torch.equal(found, dense)
+    assert not torch.equal(found, sample(sparse, name, condition(1, references(name))))
 
 
 def test_attention_is_what_ranks(name: str) -> None:
@@ -275,8 +311,16 @@ def test_what_cannot_be_done_is_said(name: str) -> None:
 
     model = patcher(name)
     model.model.diffusion_model = Other()
-    with pytest.raises(UnsupportedModelError, match="FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit family, got Other"):
+    with pytest.raises(UnsupportedModelError, match=r"FLUX\.1 Kontext, FLUX\.2 or Qwen-Image-Edit family, got Other"):
         patched(model)
+
+
+def test_rows_that_another_node_has_changed_are_told() -> None:
+    model, positive = patcher("kontext"), condition(1, references("kontext"))
+    other = model.clone()
+    other.set_model_patch(lambda args: {**args, "img": args["img"][:, :-12]}, "post_input")
+    with pytest.raises(LayoutError, match="must have 36 rows, got 24: another node"):
+        sample(patched(other), "kontext", positive)
 
 
 def test_a_model_that_calls_no_post_input_is_refused_at_its_first_call() -> None:
