@@ -12,7 +12,7 @@ import PIL.Image
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 
-from sparse_ref_attn.adapters.geometries import named_model
+from sparse_ref_attn.models import named_model
 from sparse_ref_attn.pictures import open_image
 
 from .shapes import TEXT_TOKENS, PipelineCase

@@ -20,7 +20,7 @@ class PipelineCase:
     Parameters
     ----------
     model : str
-        A name that `sparse_ref_attn.adapters.geometries.named_model` takes; its width is kept.
+        A name that `sparse_ref_attn.models.named_model` takes; its width is kept.
     references : int
         Reference images, each of `side` x `side` pixels, as the output; 1 to 8.
     layers, single : int, optional
@@ -136,7 +136,7 @@ SUITES: dict[str, Suite] = {
                 replace(KLEIN, model="flux2-dev", references=2),
             )
         ),
-        ("tokens 25%", "stored", "stored once", "stored once, 25% read"),
+        ("tokens 25%", "stored", "stored once", "stored once, 25% read", "stored, tiles"),
         "stored",
     ),
     "step-cache": Suite(

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_ref_attn.adapters.base import adapter_for
 from sparse_ref_attn.cost import Flops
 from sparse_ref_attn.hooks.diffusers import AttentionSite, tapped_attention
+from sparse_ref_attn.models import adapter_for
 
 __all__ = ["counted_work", "sites_of"]
 

@@ -25,13 +25,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.base import adapter_for
 from sparse_ref_attn.eval.loading import load_pipeline
+from sparse_ref_attn.models import adapter_for
 from sparse_ref_attn.pictures import open_image
 
 TARGETS = [
@@ -181,9 +182,9 @@ def train(options: argparse.Namespace) -> Path:
     )
     pipe, _ = load_pipeline(options.model, device=str(accelerator.device), dtype=options.dtype)
     transformer = pipe.transformer
-    if not hasattr(transformer.config, "axes_dims_rope") or "Flux" not in type(transformer).__name__:
+    if not isinstance(transformer, (FluxTransformer2DModel, Flux2Transformer2DModel)):
         raise sra.ConfigError(f"the model must be FLUX.1 Kontext or FLUX.2, got {type(pipe).__name__}")
-    if "Kontext" in type(pipe).__name__ and len(pairs[0]["references"]) > 1:
+    if isinstance(transformer, FluxTransformer2DModel) and len(pairs[0]["references"]) > 1:
         raise sra.ConfigError(f"FLUX.1 Kontext takes one reference a pair, got {len(pairs[0]['references'])}")
     encoded = [encode(pipe, pair, options) for pair in tqdm(pairs, desc="encode", disable=options.quiet)]
     for name in ("vae", "text_encoder", "text_encoder_2"):  # no longer needed: their memory is the transformer's

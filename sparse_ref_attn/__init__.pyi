@@ -6,7 +6,6 @@ from . import functional as functional
 from . import schedules as schedules
 from . import selection as selection
 from .adapters import PlainAdapter as PlainAdapter
-from .adapters import register_adapter as register_adapter
 from .batching import BatchResult as BatchResult
 from .batching import batch as batch
 from .config import SparseRef as SparseRef
@@ -26,6 +25,7 @@ from .errors import VersionError as VersionError
 from .estimation import estimate as estimate
 from .execution import Cache as Cache
 from .execution import Tokens as Tokens
+from .models import register_adapter as register_adapter
 from .patching import PatchHandle as PatchHandle
 from .patching import patch as patch
 from .patching import patched as patched

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from . import __version__
-from .adapters import supported
 from .errors import VersionError
-from .hooks.diffusers import DIFFUSERS_RANGE, check_diffusers
+from .hooks.diffusers import TESTED, check_diffusers
+from .models import supported
 from .ops import _support
+from .ops._flash import flash_packages
 from .ops.attention_mass.backends import explain as explain_mass
 from .ops.pack_rows.library import explain as explain_rows
 from .ops.verdicts import JUDGED
@@ -43,6 +44,7 @@ PACKAGES = {
     "flash-attn-3": "optional attention kernels",
     "fa3-fwd": "optional attention kernels",
     "torchao": "optional quantised transformers",
+    "bitsandbytes": "optional quantised transformers",
 }
 EXTRAS = {
     "diffusers": ("diffusers", "transformers", "pillow"),
@@ -141,6 +143,11 @@ def backends() -> dict[str, dict[str, list[str]]]:
     }
 
 
+def _flash_packages() -> dict[str, list[str]]:
+    call = _plain_call()
+    return flash_packages(call.device, call.dtype)
+
+
 def _plain_call() -> _support.Call:
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return _support.Call(where, torch.bfloat16, CHANNELS)
@@ -198,15 +205,15 @@ def diagnose() -> dict[str, Any]:
             }
             for op, found in backends().items()
         },
-        "flash_packages": {name: "; ".join(why) for name, why in _support.flash_packages(_plain_call()).items()},
+        "flash_packages": {name: "; ".join(why) for name, why in _flash_packages().items()},
     }
 
 
 def report() -> str:
     """What `diagnose` found, as text."""
     found = diagnose()
-    (low, high) = DIFFUSERS_RANGE
-    wanted = f"supported: >= {low[0]}.{low[1]}, < {high[0]}.{high[1]}"
+    first, last = (f"{major}.{minor}" for major, minor in TESTED)
+    wanted = f"tested: {first} to {last}"
     lines = ["Versions"]
     for name, version in found["versions"].items():
         use = f"{PACKAGES[name]}; {wanted}" if name == "diffusers" else PACKAGES.get(name, "")

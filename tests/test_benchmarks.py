@@ -17,9 +17,8 @@ from benchmarks.methods import METHODS
 from benchmarks.shapes import SUITES, TEXT_TOKENS, PipelineCase
 from benchmarks.work import counted_work
 from sparse_ref_attn import ConfigError, SparseRef, estimate, patched
-from sparse_ref_attn.adapters.base import adapter_for
-from sparse_ref_attn.adapters.geometries import named_model
 from sparse_ref_attn.cost import StepTokens, run_flops
+from sparse_ref_attn.models import adapter_for, named_model
 from sparse_ref_attn.report.work import recorded_flops
 from sparse_ref_attn.vocabulary import MODELS
 
@@ -72,13 +71,17 @@ def test_every_row_says_where_it_comes_from():
             assert row["commit"], path.name
 
 
+GEOMETRIES = {case.model for case in SUITES["geometries"].cases}
+
+
 def test_suites_have_real_shapes():
     assert {case.side for case in SUITES["pipeline"].cases} == {1024}
     assert {(case.model, case.references) for case in SUITES["pipeline"].cases} == {
         ("kontext", 1), ("klein-9b", 1), ("klein-9b", 2), ("klein-9b", 4)
     }  # fmt: skip
     named = {model.removesuffix("-kv") for model in MODELS}  # with other processors, of the same size
-    assert {case.model for case in SUITES["geometries"].cases} == named
+    assert len(GEOMETRIES) >= 6
+    assert named >= GEOMETRIES
     assert [case.references for case in SUITES["references"].cases] == [1, 2, 3, 4, 6, 8]
     assert {(case.model, case.references, case.steps) for case in SUITES["end-to-end"].cases} == {
         ("kontext", 1, 28), *(("klein-9b", n, 4) for n in (1, 2, 3, 4))
@@ -164,7 +167,7 @@ def test_the_reference_caches_suite_puts_each_execution_beside_its_bound(capsys,
 
 def test_the_stored_suite_counts_each_step_as_it_ran(tmp_path):
     out = tmp_path / "rows.csv"
-    methods = ["tokens 25%", "stored", "stored once", "stored once, 25% read"]
+    methods = ["tokens 25%", "stored", "stored once", "stored once, 25% read", "stored, tiles"]
     asked = ["pipeline", "--suite", "stored", "--model", "klein-9b", "--references", "2", *QUICK, "--side", "128"]
     asked += ["--steps", "4"]
     assert main([*asked, "--out", str(out), "--methods", *methods]) == 0
@@ -175,6 +178,9 @@ def test_the_stored_suite_counts_each_step_as_it_ran(tmp_path):
     size, once = (128, 128), METHODS["stored once"].config
     whole = estimate(named_model("klein-9b"), references=[size] * 2, output=size, steps=4, config=once)
     assert ratio["stored once"] == pytest.approx(whole.flop_ratio, rel=1e-3)
+    tiles = rows["stored, tiles"]
+    assert float(tiles["flop_ratio"]) > float(rows["stored"]["flop_ratio"])
+    assert float(tiles["scoring_seconds"]) > 0
     assert float(rows["stored once, 25% read"]["cache_mb"]) < float(rows["stored once"]["cache_mb"])
 
 
@@ -204,7 +210,7 @@ def test_kontext_end_to_end_at_cut_size_and_a_method_that_it_cannot_run(capsys, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", sorted(GEOMETRIES | {"klein-9b-kv"}))
 def test_every_named_model_runs(model: str, tmp_path):
     out = tmp_path / "rows.csv"
     asked = ["pipeline", "--suite", "geometries", "--model", model, *QUICK, "--side", "128"]

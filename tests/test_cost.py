@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_ref_attn.adapters.streams import FLUX2_STREAMS, FLUX_STREAMS, QWEN_STREAMS
 from sparse_ref_attn.cost import (
     Flops,
     ModelShape,
@@ -35,8 +34,12 @@ from sparse_ref_attn.cost import (
     step_memory,
 )
 from sparse_ref_attn.errors import ConfigError, UnsupportedModelError
+from sparse_ref_attn.models.flux import FluxAdapter
+from sparse_ref_attn.models.flux2 import Flux2Adapter
+from sparse_ref_attn.models.qwen import QwenImageAdapter
 from sparse_ref_attn.types import Reference, TokenLayout
 
+FLUX_STREAMS, FLUX2_STREAMS, QWEN_STREAMS = FluxAdapter.streams, Flux2Adapter.streams, QwenImageAdapter.streams
 BF16 = torch.bfloat16
 KLEIN = {"guidance_embeds": False, "attention_head_dim": 128}
 KLEIN_9B = KLEIN | {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
@@ -394,7 +397,7 @@ def test_activations_are_estimated_within_15_percent(cls, config, streams, call,
 
 def test_costs_and_stream_maps_need_no_diffusers():
     code = (
-        "import sys, sparse_ref_attn.cost, sparse_ref_attn.schedules, sparse_ref_attn.adapters.streams; "
+        "import sys, sparse_ref_attn.cost, sparse_ref_attn.schedules, sparse_ref_attn.models; "
         "assert 'diffusers' not in sys.modules and 'PIL' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,9 +14,13 @@ from accelerate import Accelerator
 
 import sparse_ref_attn as sra
 from benchmarks import tables
-from sparse_ref_attn.adapters.base import Adapter, references_from_ids, take_rows
-from sparse_ref_attn.adapters.geometries import named_model
+from sparse_ref_attn.adapters import Adapter
+from sparse_ref_attn.adapters.pipeline_facts import PipelineFacts
+from sparse_ref_attn.adapters.position_ids import references_from_ids
+from sparse_ref_attn.adapters.published_size import PublishedSize
+from sparse_ref_attn.adapters.row_arguments import take_rows
 from sparse_ref_attn.hooks.diffusers import attention_sites
+from sparse_ref_attn.models import named_model
 from sparse_ref_attn.selection import References, Selector
 from sparse_ref_attn.selection.cells import area_pool
 from sparse_ref_attn.types import Reference, TokenLayout
@@ -33,6 +37,7 @@ PAGES = (
     "csrc/emulator/README.md",
     "benchmarks/README.md",
     "docs/configurations.md",
+    "docs/run.md",
     "integrations/comfyui/README.md",
 )
 
@@ -119,6 +124,16 @@ def test_the_readmes_reference_cache_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert names["handle"].record.steps[0].kind == "cached"
 
 
+def test_the_readmes_reading_per_tile_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipe, call = CASES["klein"].build(), {"prompt": "a cup", "image": [picture(64, 96)], "height": 64, "width": 64}
+    call |= {"max_sequence_length": 48, "text_encoder_out_layers": (1, 2, 3), "num_inference_steps": 3}
+    names = {"pipe": pipe, "sra": sra, "call": call}
+    exec(next(block for block in blocks("README.md") if 'per="tile"' in block), names)
+    assert names["handle"].record.steps[1].means > 0
+    assert (tmp_path / "tile.png").stat().st_size > 1000
+
+
 def test_the_readmes_ratios_of_the_reference_cache_are_those_of_estimate() -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^\| (\d) references? \| ([\d.]+)x \| ([\d.]+)x \| ([\d.]+)x \|$", page, re.MULTILINE)
@@ -183,13 +198,17 @@ def test_the_contributing_pages_adapter_is_one() -> None:
     source = next(block for block in blocks("CONTRIBUTING.md") if "class MyModelAdapter" in block)
     names: dict[str, Any] = {
         "Adapter": Adapter, "references_from_ids": references_from_ids, "take_rows": take_rows,
-        "attention_sites": attention_sites,
+        "attention_sites": attention_sites, "PipelineFacts": PipelineFacts, "PublishedSize": PublishedSize,
     }  # fmt: skip
     exec(source.replace('"image", ...', '"image"'), names)
     adapter = names["MyModelAdapter"]()
     attention = SimpleNamespace(processor=object())
     model = SimpleNamespace(blocks=[SimpleNamespace(attn=attention)])
     assert [site.kind for site in adapter.sites(model)] == ["single"]
+    assert (names["FAMILY"].pipelines[0].name, names["FAMILY"].published["my-model"].pipeline.several) == (
+        "MyModelEditPipeline",
+        False,
+    )
 
 
 @pytest.mark.parametrize("page", tables.PAGES)

@@ -14,14 +14,16 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.base import adapter_for
 from sparse_ref_attn.adapters.depth import DepthCut
-from sparse_ref_attn.adapters.geometries import named_model
-from sparse_ref_attn.adapters.pipelines import steps_of
 from sparse_ref_attn.config import UniformGuard
 from sparse_ref_attn.cost import StepTokens, step_flops
 from sparse_ref_attn.errors import BudgetError, ConfigError, UnsupportedModelError
 from sparse_ref_attn.estimation import at_share, estimate
+from sparse_ref_attn.estimation.planned import PlannedRun
+from sparse_ref_attn.eval.methods import methods
+from sparse_ref_attn.models import adapter_for, named_model
+from sparse_ref_attn.models.pipelines import edit_facts_named
+from sparse_ref_attn.models.published import published_size
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
 from sparse_ref_attn.patching.execution.depth import leaving
 from sparse_ref_attn.selection import Reducer
@@ -166,6 +168,11 @@ CONFIGS = {
     ),
     "in flight, keep all": sra.SparseRef(select="mass", budget=1.0, profile="in_flight"),
     "keep all": sra.SparseRef(select="grid", budget=1.0),
+    "tiles": sra.SparseRef("mass", sra.Linear(0.1, 0.5), execute=sra.Cache(per="tile", tile=3, cell=3)),
+    "tiles, no means": sra.SparseRef(
+        sra.AttentionMass("all", steps=(0, 1)), 0.25, execute=sra.Cache(per="tile", rest=None, refresh=sra.Never())
+    ),
+    "tiles, keep all": sra.SparseRef("mass", 1.0, execute=sra.Cache(per="tile", refresh=sra.Every(2))),
 }
 
 
@@ -229,6 +236,17 @@ def test_a_share_that_the_cache_gives():
         assert config.budget.keep == pytest.approx(share, abs=1e-6)
     whole = sra.Cache(refresh=sra.Every(1))
     assert at_share(model, lambda keep: sra.SparseRef("grid", keep, execute=whole), 0.5, 4).budget.keep == 0.5
+
+
+def test_an_eighth_per_tile_is_no_matter_of_the_share():
+    model = named_model("kontext", num_layers=2, num_single_layers=2)
+    found = {share: at_share(model, lambda keep: methods(keep, ["tiles"])["tiles"], share, 12) for share in (0.05, 0.6)}
+    assert found[0.05] == found[0.6] == sra.SparseRef("mass", 1 / 8, execute=sra.Cache(per="tile"))
+    asked = at_share(model, lambda keep: sra.SparseRef("mass", keep, execute=sra.Cache(per="tile")), 0.3, 12)
+    assert asked.budget.keep == pytest.approx(0.3)  # of the steps that read; the means are no tokens
+    layout = TokenLayout(2 * 4096, 0, (0, 4096), (Reference(4096, 4096, (64, 64)),))
+    planned = PlannedRun.of(asked, adapter_for(model).sites(model), layout, 12, kept_by_model=False)
+    assert {step.cached for step in planned.tokens} == {0, round(0.3 * 4096) + 256}
 
 
 def test_a_dense_step_above_the_share_is_an_error():
@@ -347,7 +365,7 @@ def test_a_pipeline_says_what_it_takes_and_how_many_steps_it_makes():
     ],
 )
 def test_steps_of_a_pipeline(name, distilled, steps):
-    assert steps_of(name, distilled) == steps
+    assert edit_facts_named(name).steps(distilled) == steps
 
 
 def test_an_unsupported_model_is_named():
@@ -355,13 +373,10 @@ def test_an_unsupported_model_is_named():
         estimate(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize(
-    ("name", "billions"),
-    list(zip(MODELS, (11.9, 32.2, 9.1, 9.1, 3.9, 20.4, 20.4), strict=True)),
-)
-def test_named_models_have_their_published_size(name, billions):
+@pytest.mark.parametrize("name", MODELS)
+def test_named_models_have_their_published_size(name):
     parameters = list(named_model(name).parameters())
-    assert sum(p.numel() for p in parameters) / 1e9 == pytest.approx(billions, abs=0.1)
+    assert sum(p.numel() for p in parameters) / 1e9 == pytest.approx(published_size(name).billions, abs=0.1)
     assert {(p.device.type, p.dtype, p.requires_grad) for p in parameters} == {("meta", torch.bfloat16, False)}
 
 

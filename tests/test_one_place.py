@@ -9,8 +9,8 @@ import pytest
 from torch import nn
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.base import adapter_for
 from sparse_ref_attn.hooks.diffusers import check_parts
+from sparse_ref_attn.models import adapter_for
 from tests.pipelines import CASES
 
 PACKAGE = Path(sra.__path__[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sparse_ref_attn as sra
 from sparse_ref_attn import rivals
-from sparse_ref_attn.hooks.diffusers import qwen_frequencies
+from sparse_ref_attn.models.qwen import frequencies
 from sparse_ref_attn.selection import References
 from tests.pictures import generator, picture
 from tests.pipelines import CASES, Case, each_case
@@ -352,7 +352,7 @@ def test_qwen_positions_at_whole_cells_are_the_models_own(scale_rope, theta):
     at = 16
     for i, (_, height, width) in enumerate(shapes[1:], start=1):
         cells = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
-        assert torch.equal(qwen_frequencies(embed, i, (1, height, width), cells), own[at : at + height * width])
+        assert torch.equal(frequencies(embed, i, (1, height, width), cells), own[at : at + height * width])
         at += height * width
 
 

@@ -131,3 +131,23 @@ def qwen(pipeline: type, zero_cond_t: bool = False) -> Callable[..., Any]:
         return _ready(pipe, seed)
 
     return build
+
+
+def longcat() -> Any:
+    """LongCat-Image-Edit, which no family serves; the VAE makes one token of 8 x 8 pixels."""
+    torch.manual_seed(0)
+    transformer = diffusers.LongCatImageTransformer2DModel(
+        in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=_rope_axes(16, 3),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        sample_size=32, block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=16,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4,
+        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035,
+    )  # fmt: skip
+    tokenizer, processor, encoder = text_encoders.qwen_vl()
+    pipe = diffusers.LongCatImageEditPipeline(
+        scheduler=_scheduler(), vae=vae, text_encoder=encoder, tokenizer=tokenizer, text_processor=processor,
+        transformer=transformer,
+    )  # fmt: skip
+    return _ready(pipe, 0)

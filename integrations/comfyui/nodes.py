@@ -19,7 +19,7 @@ from .sampling import Sampling
 __all__ = ["KEY", "NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "OFFERED", "SparseReferences", "TokensRead"]
 
 KEY = "sparse_ref_attn"
-OFFERED = tuple(way for way in WAYS if way not in ("downscaled", "ToMe", "cache"))
+OFFERED = tuple(way for way in WAYS if way not in ("downscaled", "ToMe", "cache", "tiles"))
 """The rules that choose among the reference's own tokens: in ComfyUI tokens are dropped, not changed and not stored."""
 PHOTOS = ("reference_1", "reference_2", "reference_3")
 

@@ -1,13 +1,9 @@
-"""Model families: where their tokens lie, and how rows are dropped from their calls."""
+"""What the library asks of a model, and what answers for most: where tokens lie, how rows are dropped, masks, depth.
 
-from .base import Adapter, register_adapter, supported
-from .flux import FluxAdapter
-from .flux2 import Flux2Adapter
+The families themselves stand in `models`.
+"""
+
+from .base import Adapter
 from .plain import PlainAdapter
-from .qwen import QwenImageAdapter
 
-__all__ = ["Adapter", "PlainAdapter", "register_adapter", "supported"]
-
-for _adapter in (FluxAdapter(), Flux2Adapter(), QwenImageAdapter()):
-    for _name in _adapter.classes:
-        register_adapter(_name, _adapter)
+__all__ = ["Adapter", "PlainAdapter"]

@@ -1,18 +1,16 @@
-"""What a model family must tell the library, and the registry that finds it by class."""
+"""What a model family must tell the library."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..cost import ModelShape
-from ..errors import IncompatibleError, LayoutError, UnsupportedModelError
-from ..functional import pack_rows, unpack_rows
+from ..errors import IncompatibleError, LayoutError
+from ..functional import unpack_rows
 from ..hooks.diffusers import (
     AttentionSite,
     Route,
@@ -31,10 +29,11 @@ from . import masks
 from .cache_seam import CacheSeam
 from .depth import Block, DepthCut, blocks_of
 from .joining import sample_of, split_items, with_sample
-from .serving import check_serves, full_name
+from .pipeline_facts import PipelineFacts
+from .published_size import PublishedSize
 from .shortened import Shortened
 
-__all__ = ["Adapter", "Found", "adapter_for", "full_name", "references_from_ids", "register_adapter", "supported"]
+__all__ = ["Adapter", "Found", "Kwargs"]
 
 Kwargs = dict[str, Any]
 Found = tuple[tuple[int, int], tuple[Reference, ...]]
@@ -51,6 +50,10 @@ class Adapter:
     """Name in tables and messages."""
     classes: ClassVar[tuple[str, ...]] = ()
     """Full names (module.qualname) of the transformer classes."""
+    pipelines: ClassVar[tuple[PipelineFacts, ...]] = ()
+    """The published pipelines, and what is known of their calls."""
+    published: ClassVar[Mapping[str, PublishedSize]] = {}
+    """The published models by the names of `vocabulary.FAMILIES`."""
     streams: ClassVar[Mapping[str, str]] = {}
     """Which stream each Linear sees, for `cost.ModelShape.from_module`."""
     stacks: ClassVar[Mapping[str, str]] = {}
@@ -119,6 +122,11 @@ class Adapter:
         masks.check_mask(self.mask(kwargs), batch, text + rows)
         return TokenLayout(rows, text, (first, length), references)
 
+    def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
+        """Height and width in tokens of the generation, whose rows run left to right, top to bottom; None where they
+        are no grid, or nobody says. Asked once a run; may sync."""
+        return None
+
     def _text(self, kwargs: Kwargs) -> int:
         """Text rows of a call's joint sequence."""
         given = None if self.text_tokens is None else kwargs.get(self.text_tokens)
@@ -127,6 +135,28 @@ class Adapter:
     def mask(self, kwargs: Kwargs) -> Any:
         """The caller's mask of joint attention (see `masks`), or None; None too where the model does not read it."""
         return masks.mask_in(kwargs, self.attention_arguments)
+
+    def keys(self, kwargs: Kwargs) -> Tensor | None:
+        """Joint rows of a call, text first, that may be attended to, (B, rows) bool; None for all (may sync).
+
+        Raises
+        ------
+        IncompatibleError
+            If the call's mask says more than that.
+        """
+        mask, (batch, rows) = self.mask(kwargs), kwargs[self.tokens].shape[:2]
+        rows += self._text(kwargs)
+        if mask is None:
+            return None
+        masks.check_mask(mask, batch, rows)
+        keys = masks.key_mask(mask, batch, rows)
+        if keys is None:
+            raise IncompatibleError(
+                "where each tile reads reference tokens of its own, an attention mask must be of keys, (B, S) or "
+                f"(B, 1, 1, S), bool or 0 and -inf, got {tuple(mask.shape)} in {mask.dtype} that differs between rows "
+                'or heads, or has other values: use per="run"'
+            )
+        return keys
 
     def notes(self, kwargs: Kwargs) -> list[str]:
         """What a run's record says of a call that begins it, in words."""
@@ -292,112 +322,3 @@ class Adapter:
     def encode(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Reference tokens (b, R, D) and grid of an image (b, 3, H, W), by the pipeline's own VAE."""
         raise IncompatibleError(f"the {self.name} adapter cannot encode images; rivals work on latents there")
-
-
-def references_from_ids(ids: Tensor) -> Found | None:
-    """Generation and references from position ids (rows, >= 3): (frame, y, x, ...).
-
-    The generation comes first; a reference is a run of rows with another frame, or one that
-    starts its grid anew. One device-to-host copy.
-
-    Examples
-    --------
-    >>> grid = lambda f, h, w: torch.cartesian_prod(torch.tensor([f]), torch.arange(h), torch.arange(w))
-    >>> references_from_ids(torch.cat([grid(0, 2, 2), grid(1, 1, 3)]))
-    ((0, 4), (Reference(start=4, length=3, grid=(1, 3)),))
-    """
-    table = ids[..., :3].float().cpu()
-    if table.ndim == 3:
-        table = table[0]
-    frames = table[:, 0]
-    changed = (frames[1:] != frames[:-1]).nonzero().flatten() + 1
-    edges = [0, *changed.tolist(), table.shape[0]]
-    generation = (0, edges[1])
-    if any(bool(frames[start] == frames[0]) for start in edges[1:-1]):
-        return None
-    if len(edges) == 2 and _grid(table[:, 1:3]) is None:  # a reference beside the generation, with its frame
-        return None
-    references = []
-    for start, stop in pairwise(edges[1:]):
-        cells = table[start:stop, 1:3]
-        again = (cells == cells[0]).all(1).nonzero().flatten().tolist()
-        for a, b in zip(again, [*again[1:], stop - start], strict=True):
-            references.append(Reference(start + a, b - a, _grid(cells[a:b])))
-    return generation, tuple(references)
-
-
-def _grid(cells: Tensor) -> tuple[int, int] | None:
-    """The grid whose cells (y, x) these are in reading order, if they are one."""
-    ys, xs = cells[:, 0].unique(), cells[:, 1].unique()
-    if len(ys) * len(xs) != len(cells) or not torch.equal(cells, torch.cartesian_prod(ys, xs).reshape(-1, 2)):
-        return None
-    return len(ys), len(xs)
-
-
-def take_rows(kwargs: Kwargs, names: Mapping[str, int], rows: Tensor) -> Kwargs:
-    """Arguments with `rows` of each named tensor along its axis (negative axes count from the end).
-
-    Raises
-    ------
-    LayoutError
-        If they have not all as many rows.
-    """
-    out = dict(kwargs)
-    counts = {name: out[name].shape[axis] for name, axis in names.items() if out.get(name) is not None}
-    if len(set(counts.values())) > 1:
-        raise LayoutError(f"arguments with a row for each token must have the same number of rows, got {counts}")
-    for name, axis in names.items():
-        if out.get(name) is not None:
-            out[name] = pack_rows(out[name], rows.to(out[name].device), axis % out[name].ndim)
-    return out
-
-
-_REGISTRY: dict[str, Adapter] = {}
-
-
-def register_adapter(cls: type[nn.Module] | str, adapter: Adapter) -> None:
-    """Serve transformers of class `cls` with `adapter`; a later registration replaces an earlier one.
-
-    Parameters
-    ----------
-    cls : class or str
-        The class, or its full name "module.qualname" (nothing is imported then).
-    adapter : Adapter
-        An instance, for example of `PlainAdapter`.
-
-    Examples
-    --------
-    >>> from sparse_ref_attn.adapters import PlainAdapter
-    >>> class MyDiT(torch.nn.Module): ...
-    >>> layout = lambda kwargs: ((0, 16), (Reference(16, 16, (4, 4)),))
-    >>> register_adapter(MyDiT, PlainAdapter(tokens="x", rows={"ids": 0}, find=layout))
-    """
-    _REGISTRY[cls if isinstance(cls, str) else full_name(cls)] = adapter
-
-
-def supported() -> dict[str, str]:
-    """Class name and adapter name of everything registered."""
-    return {name: adapter.name for name, adapter in sorted(_REGISTRY.items())}
-
-
-def adapter_for(transformer: nn.Module) -> Adapter:
-    """The adapter of a transformer, by its class or a base class.
-
-    Raises
-    ------
-    UnsupportedModelError
-        Naming the class, what is supported, and how to add it; or what the class lacks that its adapter needs.
-    """
-    for cls in type(transformer).__mro__:
-        adapter = _REGISTRY.get(full_name(cls))
-        if adapter is not None:
-            check_serves(adapter, transformer)
-            return adapter
-    known = "\n".join(f"  {name} ({label})" for name, label in supported().items())
-    raise UnsupportedModelError(
-        f"a transformer's class must have an adapter, got {full_name(type(transformer))}. Supported:\n{known}\n"
-        "Your own model takes three lines:\n"
-        "  adapter = sparse_ref_attn.PlainAdapter(\n"
-        '      tokens="x", rows={"ids": 0}, find=lambda kwargs: ((0, n_gen), (Reference(n_gen, n_ref, (h, w)),)))\n'
-        "  sparse_ref_attn.register_adapter(MyDiT, adapter)"
-    )

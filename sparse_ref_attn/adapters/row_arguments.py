@@ -13,9 +13,11 @@ from ..errors import ConfigError, LayoutError
 from ..functional import pack_rows
 from ..types import TokenLayout
 
-__all__ = ["RowArgument"]
+__all__ = ["RowArgument", "take_rows"]
 
 TEXT = "text"
+
+Kwargs = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,24 @@ class RowArgument:
             return pack_rows(x, rows.to(x.device), axis)
         inner = pack_rows(x.narrow(axis, before, layout.rows), rows.to(x.device), axis)
         return torch.cat([x.narrow(axis, 0, before), inner, x.narrow(axis, before + layout.rows, after)], axis)
+
+
+def take_rows(kwargs: Kwargs, names: Mapping[str, int], rows: Tensor) -> Kwargs:
+    """Arguments with `rows` of each named tensor along its axis (negative axes count from the end).
+
+    Raises
+    ------
+    LayoutError
+        If they have not all as many rows.
+    """
+    out = dict(kwargs)
+    counts = {name: out[name].shape[axis] for name, axis in names.items() if out.get(name) is not None}
+    if len(set(counts.values())) > 1:
+        raise LayoutError(f"arguments with a row for each token must have the same number of rows, got {counts}")
+    for name, axis in names.items():
+        if out.get(name) is not None:
+            out[name] = pack_rows(out[name], rows.to(out[name].device), axis % out[name].ndim)
+    return out
 
 
 def _is_int(value: Any) -> bool:

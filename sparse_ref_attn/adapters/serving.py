@@ -10,15 +10,12 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..hooks.diffusers import missing_parts
+from .classes import full_name
 
 if TYPE_CHECKING:
     from .base import Adapter
 
-__all__ = ["check_arguments", "check_serves", "full_name"]
-
-
-def full_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+__all__ = ["check_arguments", "check_serves"]
 
 
 def check_serves(adapter: Adapter, transformer: nn.Module) -> None:

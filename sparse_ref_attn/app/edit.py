@@ -35,8 +35,8 @@ class Edit:
     steps : int, optional
         Default the model's own.
     seed : int, in [0, 2**64)
-    size : (int, int), optional
-        Height and width in pixels; default the model's own choice.
+    width, height : int, optional
+        In pixels; one alone keeps the photo's shape, and so does neither.
     execute : str, optional
         "tokens", "cache" or "both"; default that of `way`.
     refresh : str
@@ -59,7 +59,8 @@ class Edit:
     share: float = 0.25
     steps: int | None = None
     seed: int = 0
-    size: tuple[int, int] | None = None
+    width: int | None = None
+    height: int | None = None
     execute: str | None = None
     refresh: str = ""
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import gradio as gr
 
-from ..errors import ConfigError
 from ..execution import EXECUTIONS
 from .edit import Edit
 from .model import SMALL, example
@@ -45,8 +44,6 @@ class Handlers:
         """Edit; the fields of the page in its order."""
 
         def edit() -> Made:
-            if bool(width) != bool(height):
-                raise ConfigError("width and height must be given together, got one of them")
             asked = Edit(
                 images=tuple(_path(image) for image in images or ()),
                 prompt=prompt or "",
@@ -54,7 +51,8 @@ class Handlers:
                 share=share / 100,
                 steps=None if not steps else int(steps),
                 seed=int(seed or 0),
-                size=(int(height), int(width)) if width and height else None,
+                width=int(width) if width else None,
+                height=int(height) if height else None,
                 execute=execute if execute in EXECUTIONS else None,
                 refresh=refresh or "",
             )

@@ -14,6 +14,7 @@ import torch
 from ..errors import ConfigError, SparseRefError
 from ..eval.calls import call_arguments, check_more
 from ..eval.loading import load_pipeline, open_image
+from ..eval.sizes import size_of
 from ..hooks.compiled import unwrap
 from ..toy.calls import image, written
 from ..toy.pipeline import toy_pipeline
@@ -74,7 +75,7 @@ class Model:
             pipe, where = toy_pipeline(), "cpu"
         else:
             pipe, where = load_pipeline(name, **settings)
-            check_more(pipe, more or {})
+            check_more(type(pipe), more or {})
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe, name, where, dict(more or {}))
 
@@ -106,10 +107,11 @@ class Model:
         """
         images = [open_image(path) for path in edit.images]
         if not self.small:
-            return call_arguments(self.pipe, images, edit.prompt, size=edit.size, steps=edit.steps, more=self.more)
+            size = size_of(self.pipe, images, edit.width, edit.height, self.more)
+            return call_arguments(self.pipe, images, edit.prompt, size=size, steps=edit.steps, more=self.more)
         if len(images) > 1:
             raise ConfigError(f"the small model takes one photo, got {len(images)}")
-        if edit.size is not None:
+        if edit.width or edit.height:
             raise ConfigError(f"the small model makes pictures of {_SMALL_SIDE} x {_SMALL_SIDE} pixels alone")
         if words := unknown(edit.prompt):
             raise ConfigError(

@@ -128,8 +128,12 @@ def _asked() -> dict[str, Any]:
             steps = gr.Number(None, label="Steps", info="Empty: the model's own", precision=0, minimum=1, min_width=120)
             seed = gr.Number(0, label="Seed", info="Of the noise", precision=0, minimum=0, min_width=120)
         with gr.Row():
-            width = gr.Number(None, label="Width", info="Pixels", precision=0, minimum=16, min_width=120)
-            height = gr.Number(None, label="Height", info="Pixels", precision=0, minimum=16, min_width=120)
+            width = gr.Number(
+                None, label="Width", info="One alone keeps the shape", precision=0, minimum=16, min_width=120
+            )
+            height = gr.Number(
+                None, label="Height", info="Empty: the model's own", precision=0, minimum=16, min_width=120
+            )
         execute = gr.Dropdown(
             [DEFAULT, *EXECUTIONS], value=DEFAULT, label="Execution", elem_id="execute",
             info="tokens: the rest is dropped. cache: references run now and then, what is stored is read. both.",

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ..adapters.base import adapter_for
 from ..errors import ConfigError, SparseRefError
 from ..eval.clock import time_call, timed_sites
 from ..eval.comparison import Comparison
 from ..eval.outputs import table_rows
+from ..models import adapter_for
 from ..patching import PatchHandle, patch
 from ..report.work import dense_flops, recorded_flops
 from .edit import Edit

@@ -9,18 +9,10 @@ import torch
 
 from ..adapters.base import Kwargs
 from ..errors import ConfigError
+from ..models import facts_of
 
 __all__ = ["item_arguments"]
 
-# Least and most references that a call of the pipeline takes; None: any number.
-_REFERENCES: dict[str, tuple[int, int | None]] = {
-    "FluxKontextPipeline": (0, 1),
-    "FluxKontextInpaintPipeline": (1, 1),
-    "Flux2KleinInpaintPipeline": (1, 1),
-    "QwenImageEditPipeline": (1, 1),
-    "QwenImageEditInpaintPipeline": (1, 1),
-    "QwenImageEditPlusPipeline": (1, None),
-}
 _OWN = {"prompt": "prompts", "image": "images", "generator": "generators"}
 
 
@@ -82,7 +74,8 @@ def _check_references(pipe: Any, item: int, references: Any) -> None:
     if any(reference is None for reference in references):
         raise ConfigError(f"references must be images, got None for item {item}; an empty list is an item without any")
     name = type(pipe).__name__
-    least, most = _REFERENCES.get(name, (0, None))
+    facts = facts_of(pipe)
+    least, most = (0, None) if facts is None else facts.references
     if len(references) < least:
         raise ConfigError(f"{name} needs a reference for every item, got none for item {item}")
     if most is not None and len(references) > most:

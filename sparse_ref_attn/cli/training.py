@@ -98,6 +98,7 @@ def _vae(options: argparse.Namespace) -> None:
 
 
 def _real(options: argparse.Namespace) -> tuple[Any, Any]:
+    from ..training.batches import training_of
     from ..training.folder import FolderBatches
     from ..training.lora import add_lora
 
@@ -105,10 +106,12 @@ def _real(options: argparse.Namespace) -> tuple[Any, Any]:
         options.data, options.batch, side=options.side, text_tokens=options.text_tokens, seed=options.seed
     )
     pipe, _ = loading.load_pipeline(options.model)
-    if type(pipe).__name__ != "FluxKontextPipeline":
-        raise ConfigError(f"train needs a FluxKontextPipeline, got {type(pipe).__name__} from {options.model}")
+    try:
+        seam = training_of(pipe)
+    except ConfigError as error:
+        raise ConfigError(f"{error} from {options.model}") from error
     batches.check(pipe)
-    add_lora(pipe.transformer, options.lora_rank)
+    add_lora(pipe.transformer, options.lora_rank, seam.lora)
     return pipe, batches
 
 

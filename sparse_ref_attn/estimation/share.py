@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from ..adapters.base import adapter_for
 from ..config import SparseRef
 from ..errors import ConfigError
 from ..hooks.diffusers import AttentionSite
+from ..models import adapter_for
 from ..patching.execution.joint import check_cache
 from ..types import Reference, TokenLayout
 from .planned import PlannedRun
@@ -42,7 +42,8 @@ def at_share(transformer: nn.Module, family: Callable[[float], SparseRef], share
     Returns
     -------
     SparseRef
-        ``family(share)`` where no step keeps more than its budget, or all that is stored of references is read.
+        ``family(share)`` where no step keeps more than its budget, all that is stored of references is read, or the
+        amount changes nothing.
 
     Raises
     ------
@@ -54,7 +55,7 @@ def at_share(transformer: nn.Module, family: Callable[[float], SparseRef], share
     Examples
     --------
     >>> import sparse_ref_attn as sra
-    >>> from sparse_ref_attn.adapters.geometries import named_model
+    >>> from sparse_ref_attn.models import named_model
     >>> model = named_model("kontext", num_layers=2, num_single_layers=2)
     >>> at_share(model, lambda keep: sra.SparseRef("edges", keep), 0.25, steps=4).budget.keep
     0.25
@@ -97,7 +98,7 @@ def at_share_of_sites(
     def mean(config: SparseRef) -> float:
         return planned(config).mean(_SIDE**2, len(sites)) / _SIDE**2
 
-    if planned(family(share)).reads_all(_SIDE**2):
+    if family(share).budget == family(1.0).budget or planned(family(share)).reads_all(_SIDE**2):
         return family(share)
     for exact in (share, 1.0):
         if abs(mean(config := family(exact)) - share) < _EXACT:

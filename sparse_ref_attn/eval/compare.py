@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ..adapters.base import adapter_for
-from ..batching.progress import NoBar, TurnsBar
+from ..batching.progress import NoBar, SequentialBar
 from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
 from ..hooks.compiled import unwrap
+from ..models import adapter_for
 from ..patching import PatchHandle, patched
 from ..report.work import dense_flops, recorded_flops
 from .clock import CallTimes, time_call, timed_sites
@@ -115,7 +115,7 @@ def compare_all(
     sites = timed_sites(adapter, transformer)
     short = min(steps, 2)
     make = getattr(pipe, "progress_bar", NoBar)  # a modular pipeline's blocks have bars of their own
-    bar = TurnsBar(make, dense + short * len(configs) + repeats * steps * (dense + len(configs)))
+    bar = SequentialBar(make, dense + short * len(configs) + repeats * steps * (dense + len(configs)))
     with _instead(pipe, bar):
         bar.say("warm-up")
         if dense:
@@ -163,7 +163,7 @@ def compare_all(
 
 
 @contextmanager
-def _instead(pipe: Any, bar: TurnsBar) -> Iterator[None]:
+def _instead(pipe: Any, bar: SequentialBar) -> Iterator[None]:
     """Inside, the pipeline's calls move one bar, with the time that is left."""
     own = vars(pipe)  # past the pipeline's __setattr__, which would note the bar in its config
     before = own.get("progress_bar")

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..adapters.geometries import named_model
-from ..adapters.pipelines import OF_MODEL, SEVERAL_REFERENCES
+from ..adapters.pipeline_facts import PipelineFacts
 from ..errors import ConfigError, VersionError
+from ..models import edit_facts_named, named_model, published_size
 from ..vocabulary import MODELS, chosen, near
 
 __all__ = ["meta_transformer", "pipeline_of"]
@@ -22,7 +22,7 @@ def meta_transformer(model: str) -> Any:
     Parameters
     ----------
     model : str
-        A published model's name (`adapters.geometries.MODELS`), or a directory that ``save_pretrained`` wrote: the
+        A published model's name (`models.MODELS`), or a directory that ``save_pretrained`` wrote: the
         pipeline's, or its transformer's. Its weights are not read.
 
     Raises
@@ -60,18 +60,20 @@ def meta_transformer(model: str) -> Any:
         return cls.from_config(config)
 
 
-def pipeline_of(model: str) -> tuple[str | None, bool]:
+def pipeline_of(model: str) -> tuple[PipelineFacts | None, bool]:
     """The published pipeline of `model`, as in `meta_transformer`, and whether it is distilled to few steps.
 
-    None for a transformer's directory, and for a pipeline that is not among `SEVERAL_REFERENCES`.
+    None for a transformer's directory, and for a pipeline that is not known.
 
     Examples
     --------
-    >>> pipeline_of("klein-9b")
+    >>> facts, distilled = pipeline_of("klein-9b")
+    >>> facts.name, distilled
     ('Flux2KleinPipeline', True)
     """
     if (name := _named(model)) is not None:
-        return OF_MODEL[name]
+        size = published_size(name)
+        return size.pipeline, size.distilled
     path = Path(model, "model_index.json")
     if not path.is_file():
         return None, False
@@ -80,9 +82,10 @@ def pipeline_of(model: str) -> tuple[str | None, bool]:
         cls, distilled = index.get("_class_name"), index.get("is_distilled")
     except (json.JSONDecodeError, AttributeError) as error:
         raise ConfigError(f"{path} must be a JSON object, got {error}") from error
-    if cls not in SEVERAL_REFERENCES:
+    facts = edit_facts_named(cls)
+    if facts is None:
         return None, False
-    return cls, bool(distilled if distilled is not None else cls == "Flux2KleinKVPipeline")
+    return facts, bool(facts.distilled if distilled is None else distilled)
 
 
 def _named(model: str) -> str | None:

@@ -10,13 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters.base import Adapter, adapter_for, full_name
+from ..adapters.base import Adapter
+from ..adapters.classes import full_name
 from ..adapters.serving import check_serves
 from ..config import SparseRef
 from ..errors import ConfigError, UnsupportedModelError
 from ..hooks.compiled import check_not_compiled, unwrap
 from ..hooks.diffusers import check_diffusers
 from ..hooks.instance import check_free
+from ..models import adapter_for
 from ..presets import configuration
 from .generations import Generations
 from .handle import PatchHandle

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import Adapter, Kwargs, full_name
+from ..adapters.base import Adapter, Kwargs
+from ..adapters.classes import full_name
 from ..adapters.weights import weights_fingerprint
 from ..config import SparseRef
 from ..errors import ConfigError, LayoutError

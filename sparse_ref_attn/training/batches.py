@@ -10,12 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..hooks.diffusers import encoded_reference
+from ..adapters.training_seam import TrainingSeam
+from ..errors import ConfigError
+from ..hooks.compiled import unwrap
+from ..models import adapter_for, edit_pipelines, facts_of
 from ..toy.scenes import TOKEN, scene
 from ..toy.sprites import load_sprites
 from ..toy.words import LENGTH, TASKS
 
-__all__ = ["Batch", "ToyBatches", "encode", "seeded"]
+__all__ = ["Batch", "ToyBatches", "encode", "seeded", "training_of"]
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,8 @@ class Batch:
         (B, N, D) packed latents of the answers.
     references : Tensor
         (B, R, D) packed latents of the references.
-    ids : Tensor
-        (N + R, 3) position ids of both.
-    text, pooled, text_ids : Tensor
-        What ``FluxKontextPipeline.encode_prompt`` returns for the prompts.
+    arguments : dict
+        The model's other arguments, such as the prompts and the position ids of both.
     weight : Tensor, optional
         (B, N, 1) weights of the loss, 1 by default.
     subjects : Tensor, optional
@@ -40,17 +41,14 @@ class Batch:
 
     target: Tensor
     references: Tensor
-    ids: Tensor
-    text: Tensor
-    pooled: Tensor
-    text_ids: Tensor
+    arguments: dict[str, Any]
     weight: Tensor | None = None
     subjects: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """B (N + R)."""
-        return len(self.target) * len(self.ids)
+        return len(self.target) * (self.target.shape[1] + self.references.shape[1])
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -115,35 +113,41 @@ def encode(pipe: Any, targets: Tensor, references: Tensor, prompts: list[str], t
 
     Parameters
     ----------
-    pipe : diffusers.FluxKontextPipeline
+    pipe : diffusers pipeline
+        One that its family says how to train.
     targets, references : Tensor
         (B, 3, height, width) pictures, -1 to 1.
     prompts : list of str
         B of them.
     text_tokens : int
         Length that the prompts are padded or cut to.
+
+    Raises
+    ------
+    ConfigError
+        If nothing says how the pipeline is trained.
     """
+    seam, adapter = training_of(pipe), adapter_for(unwrap(pipe.transformer))
     with torch.no_grad():
-        latents = [encoded_reference(pipe, x.to(pipe.vae.device, pipe.vae.dtype)) for x in (targets, references)]
-        text, pooled, text_ids = pipe.encode_prompt(prompt=prompts, prompt_2=None, max_sequence_length=text_tokens)
-    ids = [position_ids(z.shape[2] // 2, z.shape[3] // 2, i) for i, z in enumerate(latents)]
-    target, reference = (pack(z.float()) for z in latents)
-    return Batch(target, reference, torch.cat(ids).to(target.device), text, pooled, text_ids)
+        pictures = [x.to(pipe.vae.device, pipe.vae.dtype) for x in (targets, references)]
+        (target, rows), (reference, reference_rows) = (adapter.encode(pipe, x) for x in pictures)
+        arguments = seam.arguments(pipe, (rows, reference_rows), prompts, pictures[1], text_tokens)
+    return Batch(target.float(), reference.float(), arguments)
 
 
-def pack(z: Tensor) -> Tensor:
-    """(B, D, h, w) latents to (B, h/2 * w/2, 4 D) tokens, as the pipeline packs them."""
-    b, d, h, w = z.shape
-    return z.view(b, d, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), 4 * d)
+def training_of(pipe: Any) -> TrainingSeam:
+    """How its family says that the pipeline's model is trained.
 
-
-def position_ids(rows: int, columns: int, first: int) -> Tensor:
-    """(rows * columns, 3) ids: `first`, row, column."""
-    ids = torch.zeros(rows, columns, 3)
-    ids[..., 0] = first
-    ids[..., 1] = torch.arange(rows)[:, None]
-    ids[..., 2] = torch.arange(columns)
-    return ids.view(-1, 3)
+    Raises
+    ------
+    ConfigError
+        If it says nothing.
+    """
+    facts = facts_of(pipe)
+    if facts is None or facts.training is None:
+        known = " or ".join(facts.name for facts in edit_pipelines() if facts.training is not None)
+        raise ConfigError(f"train needs a {known}, got {type(pipe).__name__}")
+    return facts.training
 
 
 def _pixels(pictures: Sequence[Any]) -> Tensor:

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..metadata import read_lines
+from ..models import edit_pipelines, facts_of
 from ..pictures import open_image
-from .batches import Batch, encode
+from .batches import Batch, encode, training_of
 
 __all__ = ["FolderBatches"]
-
-MAX_TEXT = 512
-"""Tokens of a prompt that FLUX.1 pipelines take."""
 
 _FIELDS = ("reference", "target", "prompt")
 
@@ -54,22 +52,29 @@ class FolderBatches:
         self.root, self.size, self.side, self.text_tokens, self.seed = Path(folder), size, side, text_tokens, seed
         if side < 16 or side % 16:
             raise ConfigError(f"side must be a multiple of 16 pixels, got {side}")
-        if not 1 <= text_tokens <= MAX_TEXT:
-            raise ConfigError(f"text_tokens must lie in [1, {MAX_TEXT}], as the pipeline's own, got {text_tokens}")
+        self._check_text(max(facts.training.max_text for facts in edit_pipelines() if facts.training is not None))
         self.pairs = _pairs(self.root)
         for pair in self.pairs:
             for name in _FIELDS[:2]:
                 open_image(self.root / pair[name])
 
     def check(self, pipe: Any) -> None:
-        """Raise ConfigError if the pictures do not fit the pipeline's cells, or are larger than it makes any."""
-        cell = 2 * pipe.vae_scale_factor
-        most = inspect.signature(type(pipe).__call__).parameters["max_area"].default
-        if self.side % cell or self.side**2 > most:
+        """Raise ConfigError if the pictures do not fit the pipeline's cells, or they or the prompts are larger than it
+        takes any."""
+        cell, facts = 2 * pipe.vae_scale_factor, facts_of(pipe)
+        most = self.side
+        if facts is not None and facts.area is not None:
+            most = math.isqrt(inspect.signature(type(pipe).__call__).parameters[facts.area].default)
+        if self.side % cell or self.side > most:
+            limit = "" if most == self.side else f" and at most {most}"
             raise ConfigError(
-                f"side must be a multiple of {cell} pixels and at most {math.isqrt(most)} for this "
-                f"{type(pipe).__name__}, got {self.side}"
+                f"side must be a multiple of {cell} pixels{limit} for this {type(pipe).__name__}, got {self.side}"
             )
+        self._check_text(training_of(pipe).max_text)
+
+    def _check_text(self, most: int) -> None:
+        if not 1 <= self.text_tokens <= most:
+            raise ConfigError(f"text_tokens must lie in [1, {most}], as the pipeline's own, got {self.text_tokens}")
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -113,7 +113,7 @@ def train(
 
     Parameters
     ----------
-    pipe : diffusers.FluxKontextPipeline
+    pipe : diffusers pipeline
         Its transformer is trained in place, the rest is frozen.
     batches : callable
         (pipe, step, process, processes) to a `Batch`.
@@ -156,6 +156,7 @@ def train(
     if found is not None:
         start = _resume(found, weights, ema, optimizers, drop, config)
     model = accelerator.prepare(transformer)
+    guided = bool(getattr(transformer.config, "guidance_embeds", False))
     log = Log(out, start) if accelerator.is_main_process else None
     bar = progress(start, config.steps)
     for step in range(start, config.steps):
@@ -167,7 +168,7 @@ def train(
                 group["lr"] = rate * (top or 0)
         with accelerator.autocast():
             random = seeded(config.seed, step, accelerator.process_index)
-            loss, parts = _loss(model, batch, config, random, transformer.config.guidance_embeds)
+            loss, parts = _loss(model, batch, config, random, guided)
         accelerator.backward(loss)
         value = accelerator.reduce(loss.detach(), "mean").item()
         if not math.isfinite(value):
@@ -271,12 +272,9 @@ def _loss(
     level = sigma[:, None, None]
     out = model(
         hidden_states=torch.cat([(1 - level) * batch.target + level * noise, batch.references], 1),
-        encoder_hidden_states=batch.text,
-        pooled_projections=batch.pooled,
         timestep=sigma,
-        guidance=sigma.new_full((b,), config.guidance) if guided else None,
-        img_ids=batch.ids,
-        txt_ids=batch.text_ids,
+        **({"guidance": sigma.new_full((b,), config.guidance)} if guided else {}),
+        **batch.arguments,
         return_dict=False,
     )[0].float()
     error = (out[:, :n] - (noise - batch.target)).square()

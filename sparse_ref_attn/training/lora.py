@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
 
+from ..adapters.training_seam import TrainingSeam
 from ..errors import ConfigError, VersionError
 from ..files import fits
 from .random_drop import RandomDrop
 
-__all__ = ["TARGETS", "add_lora", "save_lora"]
-
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+__all__ = ["add_lora", "save_lora"]
 
 
-def add_lora(transformer: Any, rank: int) -> None:
-    """Freeze the transformer and add trainable float32 LoRA matrices to its attention.
+def add_lora(transformer: Any, rank: int, targets: Sequence[str] = TrainingSeam.lora) -> None:
+    """Freeze the transformer and add trainable float32 LoRA matrices, by default to its attention.
 
     Parameters
     ----------
@@ -28,6 +27,8 @@ def add_lora(transformer: Any, rank: int) -> None:
         Changed in place.
     rank : int
         Of the matrices, at least 1; their scale is 1.
+    targets : sequence of str
+        Ends of the names of the Linear layers that get them.
     """
     try:
         from peft import LoraConfig
@@ -37,7 +38,7 @@ def add_lora(transformer: Any, rank: int) -> None:
         raise ConfigError(f"the rank of a LoRA must be at least 1, got {rank}")
     transformer.requires_grad_(False)
     transformer.add_adapter(
-        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS))
+        LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets))
     )
     for parameter in transformer.parameters():
         if parameter.requires_grad:

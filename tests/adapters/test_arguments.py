@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.base import adapter_for
+from sparse_ref_attn.models import adapter_for
 from sparse_ref_attn.types import TokenLayout
 from tests.adapters.pipeline_calls import ARGUMENTS, CALLS, PIPELINES, base_arguments, small_pictures
 from tests.adapters.test_dropping import KEEP, ROUNDING, error, noise, scores

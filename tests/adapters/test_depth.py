@@ -9,7 +9,7 @@ import torch
 from diffusers import ContextParallelConfig, ParallelConfig
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.flux2 import Flux2Adapter
+from sparse_ref_attn.models.flux2 import Flux2Adapter
 from tests.adapters.test_dropping import KEEP, ROUNDING, error, noise, scores
 from tests.adapters.witnesses import GENERATION, best, hidden_keys, witnessed
 from tests.pipelines import CASES, Case, each_case

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.flux2 import Flux2Adapter
-from sparse_ref_attn.adapters.geometries import named_model
+from sparse_ref_attn.models import named_model
+from sparse_ref_attn.models.flux2 import Flux2Adapter
 from sparse_ref_attn.selection import Selector
 from tests.adapters.test_dropping import ROUNDING, error
 from tests.adapters.test_mass import close, columns, joint

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters import FluxAdapter, QwenImageAdapter, base
-from sparse_ref_attn.adapters.flux2 import Flux2Adapter
 from sparse_ref_attn.errors import UnsupportedModelError
+from sparse_ref_attn.models import registry
+from sparse_ref_attn.models.flux import FluxAdapter
+from sparse_ref_attn.models.flux2 import Flux2Adapter
+from sparse_ref_attn.models.qwen import QwenImageAdapter
 from tests.pipelines import CASES
 
 GRID = sra.SparseRef("grid", 0.5)
@@ -115,14 +117,14 @@ def test_a_class_of_ones_own_that_is_built_otherwise(model: nn.Module, adapter: 
         sra.patch(model, GRID, adapter=adapter)
     with pytest.raises(UnsupportedModelError, match=message):
         sra.patch_for_training(model, sra.RandomDrop(), adapter=adapter)
-    before = dict(base._REGISTRY)
+    before = dict(registry._REGISTRY)
     try:
         sra.register_adapter(type(model), adapter)
         with pytest.raises(UnsupportedModelError, match=message):
             sra.patch(model, GRID)
     finally:
-        base._REGISTRY.clear()
-        base._REGISTRY.update(before)
+        registry._REGISTRY.clear()
+        registry._REGISTRY.update(before)
     untouched(model)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.base import adapter_for
 from sparse_ref_attn.eval.embedded import kontext_pipeline
+from sparse_ref_attn.models import adapter_for
 from sparse_ref_attn.ops.with_lse import forget_proofs
 from sparse_ref_attn.run import profile as profiling
 from tests.pipelines import CASES

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_ref_attn.adapters.base import adapter_for
 from sparse_ref_attn.adapters.joining import sample_of
 from sparse_ref_attn.adapters.shortened import Shortened
 from sparse_ref_attn.errors import IncompatibleError, LayoutError
+from sparse_ref_attn.models import adapter_for
 from sparse_ref_attn.patching.execution.ragged import Item, Ragged
 from sparse_ref_attn.types import Reference, TokenLayout
 from tests.pipelines import CASES

@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.base import references_from_ids
+from sparse_ref_attn.adapters.position_ids import references_from_ids
 from sparse_ref_attn.types import Reference
 from tests.pipelines import CASES
 from tests.training.batches import Batch, build, lora

@@ -47,7 +47,7 @@ def test_fields_become_the_edit() -> None:
     more = {"images": [("a.png", None), ("b.png", "words")], "width": 64, "height": 32, "execute": "cache"}
     values = Handlers(session).run(**FIELDS | more | {"refresh": "never"})
     assert session.edit == Edit(
-        ("a.png", "b.png"), "a cup", "edges", 0.5, 2, 1, (32, 64), execute="cache", refresh="never"
+        ("a.png", "b.png"), "a cup", "edges", 0.5, 2, 1, width=64, height=32, execute="cache", refresh="never"
     )
     assert said(values).startswith("Memory ran out: ")
     assert len(values) == 8
@@ -57,7 +57,6 @@ def test_fields_become_the_edit() -> None:
     ("more", "words"),
     [
         ({}, "There must be a photo, got none: drop one in."),
-        ({"images": [("a.png", None)], "width": 64}, "Width and height must be given together, got one of them."),
         ({"images": [("a.png", None)], "way": None}, "The rule must be one of recast"),
     ],
 )

@@ -85,7 +85,7 @@ def test_edits_in_turn_on_one_model_and_what_is_stored(session: Session, drawn: 
 def test_a_loaded_model_takes_two_photos(klein: Path, photos: tuple[str, str]) -> None:
     session = Session()
     session.load(str(klein), device="cpu", more=KLEIN)
-    made = session.run(Edit(photos, "a cup", way="grid", share=0.5, steps=2, size=(64, 64)))
+    made = session.run(Edit(photos, "a cup", way="grid", share=0.5, steps=2, width=64, height=64))
     assert [r.grid for r in made.result.handle.record.layout.references] == [(12, 8), (12, 8)]
     assert made.result.sparse_image.size == (64, 64)
 
@@ -137,7 +137,7 @@ def test_one_model_in_memory(session: Session, klein: Path, drawn: tuple[str, st
     ("settings", "words"),
     [
         ({"prompt": "place it on a beach"}, "knows the words of its own task alone, got it on a beach"),
-        ({"size": (64, 64)}, "128 x 128 pixels alone"),
+        ({"width": 64}, "128 x 128 pixels alone"),
         ({"images": ("a.png", "b.png")}, "an image must be a file, got a.png, which does not exist"),
     ],
 )

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.base import adapter_for
 from sparse_ref_attn.eval.clock import time_call
 from sparse_ref_attn.eval.compare import compare
 from sparse_ref_attn.eval.embedded import kontext_pipeline
+from sparse_ref_attn.models import adapter_for
 from tests.cli.commands import embedded_call
 from tests.pictures import picture
 

@@ -9,7 +9,7 @@ import pytest
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.adapters.base import Kwargs
-from sparse_ref_attn.adapters.flux2 import Flux2Adapter
+from sparse_ref_attn.models.flux2 import Flux2Adapter
 from tests.contract.state import ALL, GRID, MASS, kinds, state
 from tests.pipelines import CASES, Case, each_case
 

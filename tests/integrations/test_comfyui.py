@@ -46,7 +46,7 @@ def test_the_rules_are_the_vocabulary() -> None:
     kind, options = sockets(NODE_CLASS_MAPPINGS["SparseReferences"])["rule"]
     assert kind == list(OFFERED)
     assert options["default"] in kind
-    assert set(WAYS) - set(kind) == {"downscaled", "ToMe", "cache"}
+    assert set(WAYS) - set(kind) == {"downscaled", "ToMe", "cache", "tiles"}
 
 
 def test_comfyui_can_load_the_folder_from_anywhere() -> None:

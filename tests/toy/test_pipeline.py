@@ -93,10 +93,10 @@ def test_batches_are_what_the_pipeline_makes(pipe, subjects, count):
     hook.remove()
     rounded = pixels([np.asarray(reference, np.float32) / 255])
     batch = encode(pipe, pixels([pair.target]), rounded, [pair.prompt], 16)
-    assert torch.equal(seen["img_ids"], batch.ids)
+    assert torch.equal(seen["img_ids"], batch.arguments["img_ids"])
     assert (seen["hidden_states"][:, 256:] - batch.references).abs().max() < 1e-5
-    assert torch.equal(seen["encoder_hidden_states"], batch.text)
-    assert torch.equal(seen["pooled_projections"], batch.pooled)
+    assert torch.equal(seen["encoder_hidden_states"], batch.arguments["encoder_hidden_states"])
+    assert torch.equal(seen["pooled_projections"], batch.arguments["pooled_projections"])
     assert batch.references.shape[1] == 256 * count
 
 

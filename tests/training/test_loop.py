@@ -3,11 +3,9 @@
 import csv
 import itertools
 import json
-import resource
 import shutil
 import signal
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -25,6 +23,7 @@ from sparse_ref_attn.training.loop import TrainConfig, train
 from sparse_ref_attn.training.lora import add_lora, save_lora
 from sparse_ref_attn.training.vae import train_vae
 from tests import programs
+from tests.disk import largest_file
 
 SETTINGS = {"warmup": 2, "decay": 2, "checkpoint_every": 2, "precision": "no"}
 FILES = ("weights.safetensors", "ema.safetensors")
@@ -54,8 +53,11 @@ def batches(pipe, step, process, processes):
     ids[:, 2] = torch.arange(32) % 4
     d = config.in_channels
     return Batch(
-        draw(2, 16, d), draw(2, 16, d), ids, draw(2, 3, config.joint_attention_dim),
-        draw(2, config.pooled_projection_dim), torch.zeros(3, 3),
+        draw(2, 16, d), draw(2, 16, d),
+        {
+            "img_ids": ids, "encoder_hidden_states": draw(2, 3, config.joint_attention_dim),
+            "pooled_projections": draw(2, config.pooled_projection_dim), "txt_ids": torch.zeros(3, 3),
+        },
     )  # fmt: skip
 
 
@@ -161,17 +163,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.undo()
     train(Pipe(), batches, TrainConfig(steps=4, **SETTINGS), tmp_path)
     assert checkpoint.latest(tmp_path).name == "step-000004"
-
-
-@contextmanager
-def largest_file(size):
-    """What a disk with no more room does to every writer, without a disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_every_file_is_whole_or_absent_when_the_room_runs_out(tmp_path):
@@ -374,8 +365,8 @@ def test_a_folder_gives_every_pair_once_a_turn(folder):
     assert len({tuple(turn) for turn in turns}) > 1
     batch = data(pipe, 0, 0, 1)
     assert batch.target.shape == batch.references.shape == (1, 64, 64)
-    assert batch.ids.shape == (128, 3)
-    assert batch.text.shape[1] == 8
+    assert batch.arguments["img_ids"].shape == (128, 3)
+    assert batch.arguments["encoder_hidden_states"].shape[1] == 8
 
 
 @pytest.mark.parametrize(

@@ -29,18 +29,15 @@ from .parts import (
     missing_parts,
     offload_hook,
     packed_reference,
-    per_row_modulation,
-    qwen_frequencies,
-    rotate_pairs,
-    rotate_qwen,
     tensors_on_disk,
 )
 from .private_backend import Attention, PrivateBackend, note_thread
-from .versions import DIFFUSERS_RANGE, check_diffusers, internal
+from .self_check import check_diffusers
+from .versions import TESTED, internal
 
 __all__ = [
-    "DIFFUSERS_RANGE",
     "SLOT",
+    "TESTED",
     "AnsweredAttention",
     "Attention",
     "AttentionSite",
@@ -65,11 +62,7 @@ __all__ = [
     "of_heads",
     "offload_hook",
     "packed_reference",
-    "per_row_modulation",
-    "qwen_frequencies",
     "reset_step_cache",
-    "rotate_pairs",
-    "rotate_qwen",
     "routed_attention",
     "splits_the_sequence",
     "step_cache_active",

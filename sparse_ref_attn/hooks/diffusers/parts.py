@@ -1,20 +1,13 @@
-"""Parts of diffusers' models and pipelines that no public interface names.
-
-FLUX.2's modulation by row, for items of different timesteps that lie end to end: blocks modulate by (batch, 1, D) and
-as well by (batch, rows, D); the output norm only by batch, so there the rows stand in for the batch.
-"""
+"""Parts of diffusers' models and pipelines that no public interface names, of every family alike."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ...errors import IncompatibleError, LayoutError, VersionError
-from ..instance import InstanceHook
+from ...errors import IncompatibleError, VersionError
 
 __all__ = [
     "check_parts",
@@ -22,10 +15,6 @@ __all__ = [
     "missing_parts",
     "offload_hook",
     "packed_reference",
-    "per_row_modulation",
-    "qwen_frequencies",
-    "rotate_pairs",
-    "rotate_qwen",
     "tensors_on_disk",
 ]
 
@@ -85,74 +74,6 @@ def _method(pipe: Any, name: str) -> Callable[..., Any]:
             'Downscale(source="latents")'
         )
     return method
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """FLUX's rotary embedding of x (B, S, H, C) by tables (S, C)."""
-    module = importlib.import_module("diffusers.models.embeddings")
-    return module.apply_rotary_emb(x, (cos, sin), sequence_dim=1)
-
-
-def rotate_qwen(x: Tensor, table: Tensor) -> Tensor:
-    """Qwen-Image's rotary embedding of x (B, S, H, C) by a complex table (S, C / 2)."""
-    module = importlib.import_module("diffusers.models.transformers.transformer_qwenimage")
-    return module.apply_rotary_emb_qwen(x, table, use_real=False)
-
-
-def per_row_modulation(transformer: Any, running: Callable[[], Any]) -> list[Callable[[], None]]:
-    """Hooks, as removers, that repeat each item's modulation over its rows; `running()` is the joined call or None."""
-
-    def lengths(*streams: str) -> list[int] | None:
-        """Rows of the items in `streams`, one after another; None where all share one modulation."""
-        call = running()
-        if call is None or call.kwargs["timestep"].shape[0] == 1:
-            return None
-        return [rows for name in streams for rows in getattr(call, name)]
-
-    def spread(values: Tensor, counts: list[int]) -> Tensor:
-        times = torch.tensor(counts, device=values.device)
-        values = values.repeat(len(counts) // values.shape[0], 1)
-        return values.repeat_interleave(times, 0, output_size=sum(counts))
-
-    def by_row(*streams: str) -> Callable[..., Any]:
-        def call(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            counts = lengths(*streams)
-            return None if counts is None else spread(output, counts)[None]
-
-        return call
-
-    def rows_as_batch(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return None if lengths("images") is None else (args[0].transpose(0, 1), *args[1:])
-
-    def norm_by_row(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        counts = lengths("images")
-        return None if counts is None else spread(output, counts)
-
-    def batch_as_rows(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return None if lengths("images") is None else output.transpose(0, 1)
-
-    norm = transformer.norm_out
-    after = [
-        (transformer.double_stream_modulation_img, by_row("images")),
-        (transformer.double_stream_modulation_txt, by_row("text")),
-        (transformer.single_stream_modulation, by_row("text", "images")),
-        (norm.linear, norm_by_row),
-        (norm, batch_as_rows),
-    ]
-    hooks = [module.register_forward_hook(InstanceHook(module, call)).remove for module, call in after]
-    return [norm.register_forward_pre_hook(InstanceHook(norm, rows_as_batch)).remove, *hooks]
-
-
-def qwen_frequencies(pos_embed: Any, frame: int, shape: Sequence[int], positions: Tensor) -> Tensor:
-    """Rotations (K, C/2) complex at fractional cells (y, x) of a grid centred as Qwen-Image centres it."""
-    if shape[0] != 1:
-        raise LayoutError(f"a reference must have one frame to be placed, got {tuple(shape)}")
-    parts = [torch.full_like(positions[:, 0], frame)]
-    for axis in (0, 1):
-        size = shape[1 + axis]
-        parts.append(positions[:, axis] - (size - size // 2 if pos_embed.scale_rope else 0))
-    dims, theta = pos_embed.axes_dim, pos_embed.theta
-    return torch.cat([pos_embed.rope_params(p.cpu(), d, theta) for p, d in zip(parts, dims, strict=True)], 1)
 
 
 def offload_hook(module: nn.Module | None) -> Any:

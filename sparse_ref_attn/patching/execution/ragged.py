@@ -106,7 +106,7 @@ class Ragged:
     --------
     A batch of two, of which the first item keeps rows 0 and 2 and the second one all four:
 
-    >>> from sparse_ref_attn.adapters.base import adapter_for
+    >>> from sparse_ref_attn.models import adapter_for
     >>> from sparse_ref_attn.eval.embedded import kontext_pipeline
     >>> from sparse_ref_attn.types import Reference, TokenLayout
     >>> model = kontext_pipeline(size="tiny").transformer

@@ -15,20 +15,41 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..adapters.base import Adapter, Found, Kwargs
+from ..adapters.depth import DepthCut
+from ..adapters.joining import pad, same, stack
+from ..adapters.pipeline_facts import PipelineFacts
+from ..adapters.published_size import PublishedSize
+from ..adapters.shortened import Shortened
 from ..cost import ModelShape
 from ..errors import LayoutError, UnsupportedModelError
 from ..functional import pack_rows
-from ..hooks.diffusers import encoded_reference, packed_reference, qwen_frequencies, rotate_qwen
+from ..hooks.diffusers import encoded_reference, internal, packed_reference
 from ..hooks.instance import InstanceHook
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
-from .base import Adapter, Found, Kwargs
-from .depth import DepthCut
-from .joining import pad, same, stack
-from .shortened import Shortened
-from .streams import QWEN_STREAMS
 
-__all__ = ["QwenImageAdapter"]
+__all__ = ["FAMILY", "QwenImageAdapter", "frequencies"]
+
+_MODULE = "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit"
+EDIT = PipelineFacts(f"{_MODULE}.QwenImageEditPipeline", references=(1, 1))
+EDIT_PLUS = PipelineFacts(f"{_MODULE}_plus.QwenImageEditPlusPipeline", references=(1, None), shaped_by=-1)
+INPAINT = PipelineFacts(f"{_MODULE}_inpaint.QwenImageEditInpaintPipeline", references=(1, 1), edits=False)
+
+# With zero_cond_t the references have timestep 0: the timestep embedding and the image modulation run twice an item.
+_STREAMS = {
+    r"img_in": "image",
+    r"txt_in": "text",
+    r"time_text_embed\..+": "reference_item",
+    r"transformer_blocks\.\d+\.img_mod\.1": "reference_item",
+    r"transformer_blocks\.\d+\.txt_mod\.1": "item",
+    r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_qkv|to_out\.0)": "image",
+    r"transformer_blocks\.\d+\.img_mlp\..+": "image",
+    r"transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_added_qkv|to_add_out)": "text",
+    r"transformer_blocks\.\d+\.txt_mlp\..+": "text",
+    r"norm_out\.linear": "item",
+    r"proj_out": "output",
+}
 
 
 class QwenImageAdapter(Adapter):
@@ -37,7 +58,12 @@ class QwenImageAdapter(Adapter):
     name = "Qwen-Image-Edit"
     classes = ("diffusers.models.transformers.transformer_qwenimage.QwenImageTransformer2DModel",)
     needs = ("img_shapes",)
-    streams = QWEN_STREAMS
+    pipelines = (EDIT, EDIT_PLUS, INPAINT)
+    published: ClassVar[Mapping[str, PublishedSize]] = {
+        "qwen-image-edit": PublishedSize(EDIT, 20.4),
+        "qwen-image-edit-2511": PublishedSize(EDIT_PLUS, 20.4, {"zero_cond_t": True}),
+    }
+    streams = _STREAMS
     stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double"}
     attention_arguments = "attention_kwargs"
     per_item = (
@@ -80,6 +106,11 @@ class QwenImageAdapter(Adapter):
         if at != kwargs["hidden_states"].shape[1]:
             return None
         return (0, prod(generation)), tuple(references)
+
+    def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
+        shape = kwargs["img_shapes"][0]
+        frames, height, width = shape[0] if isinstance(shape, list) else shape
+        return (height, width) if frames == 1 else None
 
     def layout(self, kwargs: Kwargs, found: Found) -> TokenLayout:
         why = self._foreign_mask(kwargs)
@@ -128,7 +159,7 @@ class QwenImageAdapter(Adapter):
                 return pack_rows(image, call.rows, 0), text
             shape = call.kwargs["img_shapes"][0]
             moved = [
-                qwen_frequencies(module, i, shape[i], r.positions).to(image.device)
+                frequencies(module, i, shape[i], r.positions).to(image.device)
                 for i, r in enumerate(call.reduced, start=1)
             ]
             return torch.cat([image[: prod(shape[0])], *moved]), text
@@ -156,6 +187,11 @@ class QwenImageAdapter(Adapter):
             "img_shapes": shapes,
         }
 
+    def keys(self, kwargs: Kwargs) -> Tensor | None:
+        batch, rows = kwargs["hidden_states"].shape[:2]
+        mask = kwargs.get("encoder_hidden_states_mask")
+        return None if mask is None else torch.cat([mask.bool(), mask.new_ones(batch, rows, dtype=torch.bool)], 1)
+
     def key_masks(self, items: Sequence[Kwargs]) -> list[Tensor | None]:
         return [self._text_keys(item) for item in items]
 
@@ -176,7 +212,8 @@ class QwenImageAdapter(Adapter):
         return (torch.cat([words, image]),)
 
     def rotate(self, rotary: Sequence[Tensor], x: Tensor) -> Tensor:
-        return rotate_qwen(x, *rotary)
+        turn = internal("models.transformers.transformer_qwenimage", "apply_rotary_emb_qwen")
+        return turn(x, *rotary, use_real=False)
 
     def joined_hooks(self, transformer: nn.Module, running: Callable[[], Any]) -> list[Callable[[], None]]:
         pos_embed = transformer.pos_embed
@@ -213,3 +250,18 @@ class QwenImageAdapter(Adapter):
 def _filler(rows: int, item: Kwargs) -> list[tuple[int, int, int]]:
     """What an item's image stream has beyond its generation, as one shape."""
     return [(1, 1, rows - prod(item["img_shapes"][0][0]))]
+
+
+def frequencies(pos_embed: Any, frame: int, shape: Sequence[int], positions: Tensor) -> Tensor:
+    """Rotations (K, C/2) complex at fractional cells (y, x) of a grid centred as Qwen-Image centres it."""
+    if shape[0] != 1:
+        raise LayoutError(f"a reference must have one frame to be placed, got {tuple(shape)}")
+    parts = [torch.full_like(positions[:, 0], frame)]
+    for axis in (0, 1):
+        size = shape[1 + axis]
+        parts.append(positions[:, axis] - (size - size // 2 if pos_embed.scale_rope else 0))
+    dims, theta = pos_embed.axes_dim, pos_embed.theta
+    return torch.cat([pos_embed.rope_params(p.cpu(), d, theta) for p, d in zip(parts, dims, strict=True)], 1)
+
+
+FAMILY = QwenImageAdapter()

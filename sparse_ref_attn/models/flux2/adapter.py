@@ -12,20 +12,39 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import LayoutError
-from ..hooks.diffusers import encoded_reference, packed_reference, per_row_modulation
-from ..run import AttentionView
-from ..selection import Reduced
-from ..types import Reference, TokenLayout
-from .base import Adapter, Found, Kwargs, references_from_ids, take_rows
-from .depth import DepthCut
-from .flux import place_by_ids
-from .flux2_cache import Flux2CacheSeam
-from .joining import flat_ids, same, stack
-from .masks import cut_in_block
-from .streams import FLUX2_STREAMS
+from ...adapters.base import Adapter, Found, Kwargs
+from ...adapters.depth import DepthCut
+from ...adapters.joining import flat_ids, same, stack
+from ...adapters.masks import cut_in_block
+from ...adapters.position_ids import grid_of_ids, place_by_ids, references_from_ids
+from ...adapters.row_arguments import take_rows
+from ...errors import LayoutError
+from ...hooks.diffusers import encoded_reference, packed_reference
+from ...run import AttentionView
+from ...selection import Reduced
+from ...types import Reference, TokenLayout
+from .cache import Flux2CacheSeam
+from .modulation import per_row_modulation
+from .published import PIPELINES, PUBLISHED
 
 __all__ = ["Flux2Adapter"]
+
+# Modulation is shared by all blocks; in Klein-KV's extract step it runs again for the references, which have a fixed
+# timestep.
+_STREAMS = {
+    r"x_embedder": "image",
+    r"context_embedder": "text",
+    r"time_guidance_embed\..+": "reference_item",
+    r"(double_stream_modulation_img|single_stream_modulation)\.linear": "reference_item",
+    r"double_stream_modulation_txt\.linear": "item",
+    r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_qkv|to_out\.0)": "image",
+    r"transformer_blocks\.\d+\.ff\..+": "image",
+    r"transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_added_qkv|to_add_out)": "text",
+    r"transformer_blocks\.\d+\.ff_context\..+": "text",
+    r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)": "joint",
+    r"norm_out\.linear": "item",
+    r"proj_out": "output",
+}
 
 
 class Flux2Adapter(Adapter):
@@ -35,7 +54,9 @@ class Flux2Adapter(Adapter):
     name = "FLUX.2"
     classes = ("diffusers.models.transformers.transformer_flux2.Flux2Transformer2DModel",)
     needs = ("img_ids", "txt_ids")
-    streams = FLUX2_STREAMS
+    pipelines = PIPELINES
+    published = PUBLISHED
+    streams = _STREAMS
     stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
     per_item = ("hidden_states", "encoder_hidden_states", "timestep", "guidance")
     processors = (
@@ -88,6 +109,9 @@ class Flux2Adapter(Adapter):
             "the attention mask has no effect: the model reads none where it stores or reads reference keys and values"
         )
         return [text] if unread else []
+
+    def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
+        return grid_of_ids(kwargs["img_ids"], layout)
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
         kwargs = take_rows(self.cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)

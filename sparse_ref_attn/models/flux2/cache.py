@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..hooks.diffusers import internal
-from ..types import TokenLayout
-from .cache_seam import CacheSeam, Kwargs, LayerCache
-from .masks import without_mask
+from ...adapters.cache_seam import CacheSeam, Kwargs, LayerCache
+from ...adapters.masks import without_mask
+from ...hooks.diffusers import internal
+from ...types import TokenLayout
 
 __all__ = ["Flux2CacheSeam", "keep_references"]
 

@@ -8,41 +8,73 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..hooks.diffusers import encoded_reference, packed_reference, rotate_pairs
+from ..adapters.base import Adapter, Found, Kwargs
+from ..adapters.depth import DepthCut
+from ..adapters.joining import flat_ids, pad, same, stack
+from ..adapters.masks import cut_in_block
+from ..adapters.pipeline_facts import PipelineFacts
+from ..adapters.position_ids import grid_of_ids, place_by_ids, references_from_ids
+from ..adapters.published_size import PublishedSize
+from ..adapters.row_arguments import take_rows
+from ..adapters.training_seam import TrainingSeam
+from ..hooks.diffusers import encoded_reference, internal, packed_reference
 from ..selection import Reduced
 from ..types import TokenLayout
-from .base import Adapter, Found, Kwargs, references_from_ids, take_rows
-from .depth import DepthCut
-from .joining import flat_ids, pad, same, stack
-from .masks import cut_in_block
-from .streams import FLUX_STREAMS
 
-__all__ = ["FluxAdapter", "place_by_ids"]
+__all__ = ["FAMILY", "FluxAdapter"]
 
 _IDS = {"img_ids": "hidden_states", "txt_ids": "encoder_hidden_states"}
 
+# Modulation is per block and per item.
+_STREAMS = {
+    r"x_embedder": "image",
+    r"context_embedder": "text",
+    r"time_text_embed\..+": "item",
+    r"transformer_blocks\.\d+\.norm1(_context)?\.linear": "item",
+    r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_qkv|to_out\.0)": "image",
+    r"transformer_blocks\.\d+\.ff\..+": "image",
+    r"transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_added_qkv|to_add_out)": "text",
+    r"transformer_blocks\.\d+\.ff_context\..+": "text",
+    r"single_transformer_blocks\.\d+\.norm\.linear": "item",
+    r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out|attn\.(to_[qkv]|to_qkv))": "joint",
+    r"norm_out\.linear": "item",
+    r"proj_out": "output",
+}
 
-def place_by_ids(kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
-    """Replace the reference rows of ``hidden_states`` and ``img_ids`` (frame, y, x, ...).
 
-    A reduced token keeps its reference's frame and takes its position in the grid's own units.
-    """
-    x, ids = kwargs["hidden_states"], kwargs["img_ids"]
-    rows, positions = [], []
-    at = 0
-    flat = ids.float()
-    for reference, new in zip(layout.references, reduced, strict=True):
-        rows.append(x[:, at : reference.start])
-        rows.append(new.tokens.to(x.dtype))
-        positions.append(flat[..., at : reference.start, :])
-        origin = flat[..., reference.start : reference.start + 1, :]
-        moved = origin.expand(*origin.shape[:-2], new.positions.shape[0], origin.shape[-1]).clone()
-        moved[..., 1:3] += new.positions.to(moved)
-        positions.append(moved)
-        at = reference.start + reference.length
-    rows.append(x[:, at:])
-    positions.append(flat[..., at:, :])
-    return {**kwargs, "hidden_states": torch.cat(rows, 1), "img_ids": torch.cat(positions, -2)}
+class KontextTraining(TrainingSeam):
+    """The target has frame 0 and the reference frame 1; the prompt is read by CLIP and T5."""
+
+    max_text = 512
+
+    def arguments(
+        self, pipe: Any, grids: Sequence[tuple[int, int]], prompts: list[str], references: Tensor, text_tokens: int
+    ) -> Kwargs:
+        text, pooled, text_ids = pipe.encode_prompt(prompt=prompts, prompt_2=None, max_sequence_length=text_tokens)
+        ids = [
+            torch.cartesian_prod(torch.tensor([float(frame)]), torch.arange(float(rows)), torch.arange(float(columns)))
+            for frame, (rows, columns) in enumerate(grids)
+        ]
+        return {
+            "encoder_hidden_states": text,
+            "pooled_projections": pooled,
+            "img_ids": torch.cat(ids).to(text.device),
+            "txt_ids": text_ids,
+        }
+
+
+KONTEXT = PipelineFacts(
+    "diffusers.pipelines.flux.pipeline_flux_kontext.FluxKontextPipeline",
+    references=(0, 1),
+    area="max_area",
+    training=KontextTraining(),
+)
+KONTEXT_INPAINT = PipelineFacts(
+    "diffusers.pipelines.flux.pipeline_flux_kontext_inpaint.FluxKontextInpaintPipeline",
+    references=(1, 1),
+    edits=False,
+    area="max_area",
+)
 
 
 class FluxAdapter(Adapter):
@@ -51,7 +83,11 @@ class FluxAdapter(Adapter):
     name = "FLUX.1 Kontext"
     classes = ("diffusers.models.transformers.transformer_flux.FluxTransformer2DModel",)
     needs = ("img_ids", "txt_ids")
-    streams = FLUX_STREAMS
+    pipelines = (KONTEXT, KONTEXT_INPAINT)
+    published: ClassVar[Mapping[str, PublishedSize]] = {
+        "kontext": PublishedSize(KONTEXT, 11.9, {"guidance_embeds": True})
+    }
+    streams = _STREAMS
     stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
     per_item = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
     parts = ("pos_embed",)
@@ -61,6 +97,9 @@ class FluxAdapter(Adapter):
         if kwargs.get("img_ids") is None or kwargs.get("controlnet_block_samples") is not None:
             return None
         return references_from_ids(kwargs["img_ids"])
+
+    def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
+        return grid_of_ids(kwargs["img_ids"], layout)
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
         return take_rows(self.cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)
@@ -84,7 +123,7 @@ class FluxAdapter(Adapter):
         return transformer.pos_embed(torch.cat([flat_ids(kwargs["txt_ids"]), flat_ids(kwargs["img_ids"])]))  # type: ignore[operator]
 
     def rotate(self, rotary: Sequence[Tensor], x: Tensor) -> Tensor:
-        return rotate_pairs(x, *rotary)
+        return internal("models.embeddings", "apply_rotary_emb")(x, tuple(rotary), sequence_dim=1)
 
     def drop_in_block(self, kind: str, kwargs: Kwargs, cut: DepthCut) -> Kwargs:
         x, (cos, sin) = kwargs["hidden_states"], kwargs["image_rotary_emb"]
@@ -96,3 +135,6 @@ class FluxAdapter(Adapter):
         latents = encoded_reference(pipe, pixels)
         batch, channels, height, width = latents.shape
         return packed_reference(pipe, latents, batch, channels, height, width), (height // 2, width // 2)
+
+
+FAMILY = FluxAdapter()
