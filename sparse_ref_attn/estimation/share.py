@@ -43,7 +43,7 @@ def at_share(transformer: nn.Module, family: Callable[[float], SparseRef], share
     -------
     SparseRef
         ``family(share)`` where no step keeps more than its budget, all that is stored of references is read, or the
-        amount changes nothing.
+        budget is the same for every amount, which is then that of the steps.
 
     Raises
     ------
