@@ -238,10 +238,11 @@ def test_a_share_that_the_cache_gives():
     assert at_share(model, lambda keep: sra.SparseRef("grid", keep, execute=whole), 0.5, 4).budget.keep == 0.5
 
 
-def test_an_eighth_per_tile_is_no_matter_of_the_share():
+def test_the_share_of_tiles_is_of_the_steps_unless_a_budget_is_asked_for():
     model = named_model("kontext", num_layers=2, num_single_layers=2)
     found = {share: at_share(model, lambda keep: methods(keep, ["tiles"])["tiles"], share, 12) for share in (0.05, 0.6)}
-    assert found[0.05] == found[0.6] == sra.SparseRef("mass", 1 / 8, execute=sra.Cache(per="tile"))
+    assert found[0.05].budget == found[0.6].budget == sra.SparseRef("mass", 1 / 8).budget
+    assert [found[share].refresh for share in (0.05, 0.6)] == [sra.Every(20), sra.Every(2)]
     asked = at_share(model, lambda keep: sra.SparseRef("mass", keep, execute=sra.Cache(per="tile")), 0.3, 12)
     assert asked.budget.keep == pytest.approx(0.3)  # of the steps that read; the means are no tokens
     layout = TokenLayout(2 * 4096, 0, (0, 4096), (Reference(4096, 4096, (64, 64)),))

@@ -43,7 +43,7 @@ def at_share(transformer: nn.Module, family: Callable[[float], SparseRef], share
     -------
     SparseRef
         ``family(share)`` where no step keeps more than its budget, all that is stored of references is read, or the
-        budget is the same for every amount, which is then that of the steps.
+        amount changes no budget (but the steps with reference rows, as of the methods "cache" and "tiles").
 
     Raises
     ------
