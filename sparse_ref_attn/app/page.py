@@ -25,6 +25,7 @@ STYLE = """
 .sra-made img { width: 100%; height: 100%; object-fit: contain; }
 .sra-numbers table { width: 100%; border-collapse: collapse; border: none !important;
   font-variant-numeric: tabular-nums; }
+.sra-numbers :is(table, thead, tbody, tr) { border: none !important; }
 .sra-numbers table :is(td, th) { border: none !important; border-bottom: 1px solid #8884 !important; }
 .sra-numbers :is(td, th):not(:first-child) { text-align: right; }
 .sra-numbers :is(td, th):nth-child(2), .sra-numbers :is(td, th):nth-child(3) { white-space: nowrap; }
@@ -36,7 +37,11 @@ footer { display: none !important; }
 """
 """Of the page, beside the theme's own."""
 
-_INTO_VIEW = "() => document.getElementById('said').scrollIntoView({block: 'nearest', behavior: 'smooth'})"
+_INTO_VIEW = """() => {
+  const shown = document.querySelector(".sra-error") ? "said" : "sparse";
+  document.getElementById(shown).scrollIntoView({block: "nearest", behavior: "smooth"});
+}"""
+"""On a narrow screen what was made, or what was wrong, lies out of sight."""
 
 DEFAULT = "the rule's own"
 SINGLE = tuple(task for task in EDITS if task != "pair")

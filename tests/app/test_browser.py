@@ -130,15 +130,23 @@ def test_a_photo_of_ones_own_and_an_error_in_the_page(browser: Any, address: str
     assert "Traceback" not in browser.page_source
 
 
-def test_a_phone_needs_no_sideways_scrolling_and_sees_what_is_said(browser: Any, address: str) -> None:
+def test_a_phone_needs_no_sideways_scrolling_and_sees_what_came_of_it(browser: Any, address: str) -> None:
     opened(browser, address, PHONE)
+    wide, high = PHONE
+
+    def in_sight(name: str) -> bool:
+        place = browser.execute_script(
+            "const box = document.getElementById(arguments[0]).getBoundingClientRect(); return [box.top, box.bottom]",
+            name,
+        )
+        return -1 <= place[0] < place[1] <= high + 1
+
+    one(browser, "#edit").click()
+    until(lambda: said(browser).startswith("There must be a photo") and in_sight("said"))
     drawn(browser)
     edited(browser)
-    until(lambda: one(browser, "#numbers table"))
-    wide, high = PHONE
+    until(lambda: one(browser, "#numbers table") and in_sight("sparse"))
     assert browser.execute_script("return document.documentElement.scrollWidth") <= wide
-    top = "return document.getElementById('said').getBoundingClientRect().top"
-    until(lambda: 0 <= browser.execute_script(top) < high)
 
 
 def test_nothing_is_asked_of_another_machine(browser: Any, address: str) -> None:
