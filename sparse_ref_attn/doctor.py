@@ -39,6 +39,7 @@ PACKAGES = {
     "matplotlib": "evaluation",
     "scikit-image": "evaluation",
     "scipy": "evaluation",
+    "gradio": "page in the browser",
     "flash-attn": "optional attention kernels",
     "flash-attn-3": "optional attention kernels",
     "fa3-fwd": "optional attention kernels",
@@ -49,6 +50,7 @@ EXTRAS = {
     "diffusers": ("diffusers", "transformers", "pillow"),
     "eval": ("matplotlib", "scikit-image", "scipy"),
     "train": ("accelerate", "peft"),
+    "app": ("gradio",),
 }
 CHANNELS = 128  # of the call that backends are asked for
 
@@ -90,7 +92,7 @@ def missing(*extras: str) -> str:
 
     Parameters
     ----------
-    *extras : "diffusers", "eval" or "train"
+    *extras : "diffusers", "eval", "train" or "app"
 
     Examples
     --------
@@ -167,6 +169,7 @@ def _abilities(installed: dict[str, str | None]) -> list[Ability]:
         Ability("sra run", pipelines),
         Ability("sra compare and eval", pipelines or _absent(installed, "eval")),
         Ability("sra train", pipelines or _absent(installed, "train")),
+        Ability("sra app", pipelines or _absent(installed, "app")),
         Ability("run on a GPU", gpu),
         Ability("offload a model to the CPU's memory (sra run --offload)", offload),
     ]

@@ -41,6 +41,7 @@ PAGES = (
     "benchmarks/RESULTS.md",
     "sparse_ref_attn/assets/toy/README.md",
     *DOCS,
+    "integrations/comfyui/README.md",
 )
 
 

@@ -119,6 +119,20 @@ def parser() -> Parser:
     )
     add_training(learn)
 
+    page = kinds.add_parser(
+        "app",
+        help="a page in the browser: photos and a prompt in, the edited picture out",
+        description="Serves a page on this machine that edits photos, shows which tokens were read, and runs the same "
+        "with every token beside it. One model in memory, one run at a time; nothing is sent anywhere.",
+    )
+    page.add_argument(
+        "--model", metavar="PATH", help="directory of save_pretrained, or a hub id (default: the small trained one)"
+    )
+    page.add_argument("--host", default="127.0.0.1", help="address to serve on (default: this machine alone)")
+    page.add_argument("--port", type=values.port, metavar="N", help="default: the first that is free from 7860 on")
+    _add_device(page)
+    page.set_defaults(run=later("serving", "app"))
+
     guess = kinds.add_parser(
         "estimate",
         help="tokens, work and memory of a run, without running it",
@@ -202,6 +216,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=values.above(16), metavar="H", help="the same as --output, with --width")
     parser.add_argument("--width", type=values.above(16), metavar="W")
     parser.add_argument("--steps", type=values.above(1), help=STEPS)
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", **values.one_of(vocabulary.DTYPES), help="default: bfloat16 on CUDA, float32 elsewhere"
     )

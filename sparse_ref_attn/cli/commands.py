@@ -15,6 +15,7 @@ import torch
 from .. import doctor
 from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
+from ..estimation import Amount
 from ..estimation import estimate as estimated
 from ..eval import calls, loading, outputs
 from ..eval.compare import compare
@@ -24,7 +25,6 @@ from ..kernels.build import build_kernels
 from ..pictures import open_image
 from ..toy.scenes import Scene
 from . import builtin, execution, failures
-from .amount import Amount
 from .memory import memory_of
 from .terminal import saved, show
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import SparseRefError
-from ..estimation import estimate
+from ..estimation import Amount, estimate
 from ..pictures import open_image
 from . import commands, failures
-from .amount import Amount
 from .edits import Edit, edits_of
 from .fingerprint import fingerprints
 from .models import Model, model_of

@@ -17,7 +17,16 @@ from .comparison import Comparison
 from .metrics import MaskedPsnr, Psnr
 from .panels import Panel, panels
 
-__all__ = ["Pictures", "against_answer", "check_name", "prepare_directory", "table", "write", "write_answer"]
+__all__ = [
+    "Pictures",
+    "against_answer",
+    "check_name",
+    "prepare_directory",
+    "table",
+    "table_rows",
+    "write",
+    "write_answer",
+]
 
 _OF_FILES = (".csv", ".gif", ".html", ".jpeg", ".jpg", ".json", ".md", ".png", ".safetensors", ".tif", ".tiff", ".webp")
 REPORT = "report.json"
@@ -157,13 +166,10 @@ def against_answer(result: Comparison, pair: Scene) -> dict[str, float]:
     return found
 
 
-def table(result: Comparison) -> str:
-    """The comparison as lines of text: times, tokens, work, bound.
+def table_rows(result: Comparison) -> list[tuple[str, str, str, str]]:
+    """The comparison in words, the head first: what, of the dense run, of the sparse one, and the gain.
 
-    Returns
-    -------
-    str
-        Without a dense run, its column and the ratios are "-".
+    Without a dense run, its column and the ratios are "-".
     """
     dense, sparse = result.dense, result.sparse
     tokens = result.handle.record.layout.reference_tokens
@@ -186,6 +192,12 @@ def table(result: Comparison) -> str:
         rows.append(("transformer work, TFLOP", full, short, f"{_times(result.flop_ratio)} (FLOP ratio)"))
     if result.bound_seconds is not None:
         rows.append(("the bound of the whole call", "", _seconds(result.bound_seconds), _times(result.bound_speedup)))
+    return rows
+
+
+def table(result: Comparison) -> str:
+    """`table_rows` as lines of text, and what the measured time over the bound says."""
+    rows = table_rows(result)
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3]]).rstrip()

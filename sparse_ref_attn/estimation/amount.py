@@ -1,4 +1,4 @@
-"""``--preset`` and ``--keep``: how many tokens a run keeps."""
+"""A preset and how much it keeps, before the model and its steps are known."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 
 from ..config import SparseRef
 from ..errors import ConfigError
-from ..estimation import at_share
 from ..presets import ReCAST, SparseContext
+from .share import at_share
 
 __all__ = ["Amount"]
 
@@ -36,11 +36,11 @@ class Amount:
     def __init__(self, preset: str, keep: float | int | None, settings: Mapping[str, Any]) -> None:
         self._keep, family = keep, FAMILIES[preset]
         if isinstance(keep, int) and preset == "recast":
-            raise ConfigError(f"--keep of recast must be a share such as 0.25 or 25%, got {keep} tokens")
+            raise ConfigError(f"keep of recast must be a share such as 0.25 or 25%, got {keep} tokens")
         if isinstance(keep, float) and not 0 < keep <= 1:
-            raise ConfigError(f"--keep must be a share in (0, 1] or a number of tokens of at least 1, got {keep:g}")
-        self._family: Callable[[Any], SparseRef] = lambda amount: family(amount, settings)
-        self._config = self._family(keep)
+            raise ConfigError(f"keep must be a share in (0, 1] or a number of tokens of at least 1, got {keep:g}")
+        self.family: Callable[[Any], SparseRef] = lambda amount: family(amount, settings)
+        self._config = self.family(keep)
 
     def config(self, transformer: nn.Module, steps: int) -> SparseRef:
         """The configuration of a run of `steps` steps.
@@ -52,7 +52,7 @@ class Amount:
         """
         if not isinstance(self._keep, float):
             return self._config
-        return at_share(transformer, self._family, self._keep, steps)
+        return at_share(transformer, self.family, self._keep, steps)
 
 
 def _sparse_context(keep: float | int | None, settings: Mapping[str, Any]) -> SparseRef:
