@@ -20,8 +20,9 @@ from .arguments import Arguments, HostLayout
 
 __all__ = ["forward_of_tiles"]
 
-SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}  # that are held at once
-COPIED = 1 << 27  # elements of keys copied at once on a card; on a CPU the keys of one tile for each thread
+# Held at once, on a CPU for each thread: many small steps of several threads wait for one another.
+SCORES = {"cpu": 1 << 18, "cuda": 1 << 26}
+COPIED = {"cpu": 1 << 20, "cuda": 1 << 27}  # elements of keys
 
 
 class _Group(NamedTuple):
@@ -133,10 +134,9 @@ class _Gather:
 def _steps(q: Tensor, kept: int) -> tuple[int, int]:
     """Tiles whose keys are copied at once, and a multiple of it: tiles whose scores are held at once."""
     count, n, channels = q.shape
-    held = SCORES.get(q.device.type, SCORES["cpu"]) // (n * kept)
-    copied = COPIED // (kept * channels) if q.device.type == "cuda" else torch.get_num_threads()
-    copied = min(max(1, copied), count)
-    return copied, max(1, held // copied) * copied
+    where, threads = ("cuda", 1) if q.device.type == "cuda" else ("cpu", torch.get_num_threads())
+    copied = min(threads * max(1, COPIED[where] // (kept * channels)), count)
+    return copied, max(1, threads * SCORES[where] // (n * kept) // copied) * copied
 
 
 def _merge(out: Tensor, lse: Tensor, rows: slice | Tensor, o: Tensor, total: Tensor) -> None:
