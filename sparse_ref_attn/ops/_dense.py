@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["EXTRA", "attend", "attend_backward", "carry_lse"]
+__all__ = ["EXTRA", "attend", "attend_backward", "attend_biased", "carry_lse"]
 
 aten: Any = torch.ops.aten
 EXTRA = 8  # columns added to carry dlse: kernels on CUDA want multiples of 8
@@ -40,6 +40,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
         scores = q4 @ k4.transpose(-1, -2) * scale
         lse = scores.logsumexp(-1)
         out = (scores - lse[..., None]).exp() @ v4
+    return out[0].transpose(0, 1), lse[0]
+
+
+def attend_biased(
+    q: Tensor, k: Tensor, v: Tensor, biases: Tensor, which: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`attend` with row `which` (N,) of biases (T, K), float32, added to each query's scores.
+
+    A row of -inf attends to nothing.
+    """
+    q4, k4, v4 = (x.transpose(0, 1)[None] for x in (q, k, v))
+    biases = biases.to(_lse_dtype(q))  # the CPU kernel reads float32 wrongly beside float64
+    bias = biases.index_select(0, which)
+    if _kind(q) == "cpu":
+        mask = bias.expand(*q4.shape[:2], -1, -1)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q4, k4, v4, 0.0, False, attn_mask=mask, scale=scale)
+        lse = lse.masked_fill(biases.isneginf().all(1)[which], float("-inf"))  # the kernel says 0
+    else:
+        k4, v4 = (_repeat(x, q4.shape[1]) for x in (k4, v4))
+        scores = (q4 @ k4.transpose(-1, -2)).to(bias.dtype) * scale + bias
+        lse = scores.logsumexp(-1)
+        out = (scores - torch.where(lse.isneginf(), 0.0, lse)[..., None]).exp().to(q.dtype) @ v4
     return out[0].transpose(0, 1), lse[0]
 
 

@@ -49,9 +49,10 @@ def test_gradients_of_the_definition(name: str) -> None:
         same(got[tensor], want[tensor])
 
 
-@pytest.mark.parametrize("held", [1, 3000, 1 << 17])
-def test_as_many_tiles_at_once_as_may_be_held(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("held", "copied"), [(1, 1), (3000, 700), (100000, 1), (1, 100000)])
+def test_as_many_tiles_at_once_as_may_be_held(held: int, copied: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sdpa_tiles.SCORES, "cpu", held)
+    monkeypatch.setitem(sdpa_tiles.COPIED, "cpu", copied)
     for name in ("tiles alike", "ragged tiles of ragged items"):
         for got, want in zip(PROBLEMS[name].run("sdpa"), truth(PROBLEMS[name]), strict=True):
             same(got, want)

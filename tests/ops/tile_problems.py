@@ -42,6 +42,8 @@ def tile_grid(channels: int) -> dict[str, Problem]:
     """What every kernel is tried on: tiles on either side of a block of 16 or 32, and of nothing."""
     blind = make_tiles(((16, 5),), ((3,),), (0, 4), 9, means=(7,), channels=channels)
     blind.layout["bias"][0] = float("-inf")
+    nothing = make_tiles(((16, 5),), ((0,),), (0, 4), 9, means=(7,), channels=channels)
+    nothing.layout["bias"][0] = float("-inf")
     alone = make_tiles(((4, 33), (2,)), None, (0, 3, 5), 9, channels=channels)
     return {
         "tiles alike": make_tiles(((16, 16, 16, 16),), ((70,),), (34, 34, 34, 34), 60, means=(9,), channels=channels),
@@ -60,6 +62,7 @@ def tile_grid(channels: int) -> dict[str, Problem]:
             ((0, 3, 0), (0,), (17, 0)), ((0, 4, 0),), (2, 0, 3, 1, 4, 0), 8, means=(2, 0, 3), channels=channels
         ),
         "a tile that sees its item alone": blind,
+        "a tile that sees nothing": nothing,
         "a tile without keys": alone,
         "means alone": make_tiles(((16, 5), (33,)), ((3, 0),), None, means=(7, 35), channels=channels),
         "rows named twice": make_tiles(((16, 5),), ((3,),), (40, 6), 5, repeats=True, means=(7,), channels=channels),

@@ -110,7 +110,7 @@ def _tiles(
     if CARRY:
         lse = tl.load(lse_at, mask=live, other=float("-inf"))
         m = lse / scale
-        total = tl.where(lse == float("-inf"), 0.0, 1.0)
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
         acc = tl.load(SHARED + out_at, mask=live[:, None], other=0.0)
     else:
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
