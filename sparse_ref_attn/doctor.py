@@ -12,7 +12,7 @@ import torch
 
 from . import __version__
 from .errors import VersionError
-from .hooks.diffusers import DIFFUSERS_RANGE, check_diffusers
+from .hooks.diffusers import TESTED, check_diffusers
 from .models import supported
 from .ops import _support
 from .ops.attention_mass.backends import explain as explain_mass
@@ -202,8 +202,8 @@ def diagnose() -> dict[str, Any]:
 def report() -> str:
     """What `diagnose` found, as text."""
     found = diagnose()
-    (low, high) = DIFFUSERS_RANGE
-    wanted = f"supported: >= {low[0]}.{low[1]}, < {high[0]}.{high[1]}"
+    first, last = (f"{major}.{minor}" for major, minor in TESTED)
+    wanted = f"tested: {first} to {last}"
     lines = ["Versions"]
     for name, version in found["versions"].items():
         use = f"{PACKAGES[name]}; {wanted}" if name == "diffusers" else PACKAGES.get(name, "")

@@ -31,7 +31,10 @@ def test_a_count_that_varies_is_refused(name: str) -> None:
     case = CASES[name]
     pipe = case.build()
     handle = sra.patch(pipe, sra.SparseRef("grid", RISING))
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    try:
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    except ValueError as error:
+        pytest.skip(f"this diffusers has no step cache for {name}: {error}")
     with pytest.raises(sra.IncompatibleError, match=r"changes at every step.*Linear.*budget\.piecewise\(n\)"):
         case.call(pipe)
     pipe.transformer.disable_cache()

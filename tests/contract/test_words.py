@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from diffusers.models import attention_dispatch
 
 import sparse_ref_attn as sra
+from sparse_ref_attn.hooks.diffusers import self_check
 from sparse_ref_attn.models import supported
 from sparse_ref_attn.models.flux2 import Flux2Adapter
 from tests.contract.state import ALL, GRID, MASS, kinds, state
@@ -88,16 +90,55 @@ def test_an_adapter_of_another_type(adapter: Any) -> None:
     assert state(pipe) == before
 
 
-@pytest.mark.parametrize("version", ["0.41.2", "0.43.0", "1.0.0.dev0", "0.9"])
-def test_the_version_of_diffusers(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", ["0.37.1", "0.9"])
+def test_a_diffusers_that_is_too_old(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = KLEIN.build()
     before = state(pipe)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    with pytest.raises(sra.VersionError, match=f"patching needs diffusers >= 0.42, < 0.43, got {version}"):
+    with pytest.raises(sra.VersionError, match=f"patching needs diffusers >= 0.38, got {version}"):
         sra.patch(pipe, GRID)
     assert state(pipe) == before
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.42.9.dev0")
-    sra.patch(pipe, GRID).remove()
+
+
+@pytest.mark.parametrize("version", ["0.38.0", "0.41.2", "0.42.9.dev0"])
+def test_a_diffusers_that_was_tested(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        sra.patch(KLEIN.build(), GRID).remove()
+
+
+@pytest.mark.parametrize("version", ["0.43.0", "1.0.0.dev0"])
+def test_a_newer_diffusers_is_tried_out(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a process, and with nothing left in its tables."""
+    pipe = KLEIN.build()
+    before, listed = state(pipe), len(attention_dispatch._AttentionBackendRegistry._backends)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(self_check, "_WARNED", set())
+    with pytest.warns(UserWarning, match=f"diffusers {version} is newer than those tested, 0.38 to 0.42"):
+        sra.patch(pipe, GRID).remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        sra.patch(pipe, GRID).remove()
+    assert state(pipe) == before
+    assert len(attention_dispatch._AttentionBackendRegistry._backends) == listed
+
+
+@pytest.mark.parametrize("how", ["not asked", "other arguments"])
+def test_a_newer_diffusers_that_hands_attention_elsewhere(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = KLEIN.build()
+    before, attend = state(pipe), attention_dispatch.dispatch_attention_fn
+    others = {
+        "not asked": lambda *args, backend, **more: attend(*args),
+        "other arguments": lambda q, k, v, attention_mask: attend(q, k, v),
+    }
+    monkeypatch.setattr(attention_dispatch, "dispatch_attention_fn", others[how])
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.43.0")
+    monkeypatch.setattr(self_check, "_WARNED", set())
+    words = "it was not asked" if how == "not asked" else "TypeError: .*unexpected keyword argument"
+    with pytest.raises(sra.VersionError, match=f"as 0.38 to 0.42 do; 0.43.0 does not: {words}"):
+        sra.patch(pipe, GRID)
+    assert state(pipe) == before
 
 
 def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +146,7 @@ def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(sra.VersionError, match=r"needs diffusers >= 0.42, < 0.43, and diffusers is not installed"):
+    with pytest.raises(sra.VersionError, match=r"needs diffusers >= 0.38, and diffusers is not installed"):
         sra.patch(KLEIN.build(), GRID)
 
 

@@ -32,11 +32,12 @@ from .parts import (
     tensors_on_disk,
 )
 from .private_backend import Attention, PrivateBackend, note_thread
-from .versions import DIFFUSERS_RANGE, check_diffusers, internal
+from .self_check import check_diffusers
+from .versions import TESTED, internal
 
 __all__ = [
-    "DIFFUSERS_RANGE",
     "SLOT",
+    "TESTED",
     "AnsweredAttention",
     "Attention",
     "AttentionSite",

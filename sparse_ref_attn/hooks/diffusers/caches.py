@@ -54,10 +54,15 @@ def reset_step_cache(module: nn.Module, for_good: bool = False) -> None:
         return
     hooks = [h for m in module.modules() for h in getattr(getattr(m, "_diffusers_hook", None), "hooks", {}).values()]
     states = [state for hook in hooks for state in vars(hook).values() if hasattr(state, "set_context")]
-    contexts = [state._context for state in states]
+    contexts = [_context(state) for state in states]
     reset()
     for state, context in zip(states, contexts, strict=True):
         state.set_context(context)
+
+
+def _context(state: Any) -> Any:
+    """What diffusers' pipeline last told a state of a step cache; `_current_context` before 0.41."""
+    return vars(state).get("_context", vars(state).get("_current_context"))
 
 
 def _reset_cache_dit(module: nn.Module, for_good: bool) -> None:

@@ -1,4 +1,4 @@
-"""Which diffusers the library runs with, and what it must find there."""
+"""Which diffusers the library was tested with, and the parts of it that its public interface does not name."""
 
 from __future__ import annotations
 
@@ -8,29 +8,24 @@ from typing import Any
 
 from ...errors import VersionError
 
-__all__ = ["DIFFUSERS_RANGE", "check_diffusers", "dispatcher", "internal"]
+__all__ = ["TESTED", "dispatcher", "installed", "internal"]
 
-DIFFUSERS_RANGE = ((0, 42), (0, 43))
-"""First supported and first unsupported (major, minor) of diffusers."""
+TESTED = ((0, 38), (0, 42))
+"""First and last (major, minor) of diffusers that the tests have run with."""
 
 
-def check_diffusers() -> None:
-    """Raise VersionError, with words, when the installed diffusers is outside `DIFFUSERS_RANGE`."""
-    (low, high) = DIFFUSERS_RANGE
-    wanted = f"diffusers >= {low[0]}.{low[1]}, < {high[0]}.{high[1]}"
-    try:
-        version = importlib.metadata.version("diffusers")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise VersionError(f"patching this model needs {wanted}, and diffusers is not installed") from error
+def installed() -> tuple[str, tuple[int, int]]:
+    """The installed diffusers, and its (major, minor); PackageNotFoundError where there is none.
+
+    Examples
+    --------
+    >>> version, (major, minor) = installed()
+    >>> version.startswith(f"{major}.{minor}")
+    True
+    """
+    version = importlib.metadata.version("diffusers")
     major, minor = (int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:2])
-    if not low <= (major, minor) < high:
-        raise VersionError(
-            f"patching needs {wanted}, got {version}: the seams this library relies on were checked for that range only"
-        )
-    registry = getattr(dispatcher(), "_AttentionBackendRegistry", None)
-    missing = [n for n in ("_backends", "_constraints", "_supported_arg_names") if not hasattr(registry, n)]
-    if missing:
-        raise VersionError(f"diffusers {version} must keep the attention backend registry's {missing}; they are gone")
+    return version, (major, minor)
 
 
 def dispatcher() -> Any:
