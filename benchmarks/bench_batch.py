@@ -28,14 +28,15 @@ import numpy as np
 import torch
 
 import sparse_ref_attn as sra
+from sparse_ref_attn.eval.clock import time_call, timed
 
-from .dense_times import DenseTimes, timed
 from .memory import peak_memory, reserve
 from .options import Output, add_cuts, add_shared, prepare
 from .pipelines import build, embeddings, own_arguments, photos, transformer_of
 from .results import ENVIRONMENT
 from .runs import about
 from .shapes import PipelineCase, changed
+from .work import sites_of
 
 __all__ = ["add_arguments", "bench", "run"]
 
@@ -149,13 +150,12 @@ def bench(case: BatchCase, device: torch.device, dtype: torch.dtype) -> list[dic
         reserve(3 * (peak_memory() - held) // 2)
     runs = Runs({"one by one": [], "batch": [], "padded": []})
     for number in range(case.model.rounds):
-        with DenseTimes(pipe.transformer) as times:
-            runs.total["one by one"].append(timed(lambda: items.one_by_one(side, steps), device)[0])
-        transformer, attention = times.seconds()
-        runs.transformer.append(transformer)
-        runs.attention.append(attention)
+        _, times = time_call(lambda: items.one_by_one(side, steps), pipe.transformer, sites_of(pipe.transformer))
+        runs.total["one by one"].append(times.whole)
+        runs.transformer.append(times.transformer)
+        runs.attention.append(times.attention or 0.0)
         runs.total["batch"].append(timed(lambda: items.batch(side, steps), device)[0])
-        outside = runs.total["one by one"][-1] - transformer
+        outside = times.whole - times.transformer
         seconds = timed(lambda: [pipe.transformer(**padded) for _ in range(steps)], device)[0]
         runs.total["padded"].append(seconds + outside)
         shown = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in runs.total.items())

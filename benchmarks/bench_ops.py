@@ -11,15 +11,15 @@ that clears the cache. Rivals that are not installed, or cannot do the call, are
 
 Columns of a row: where and when (`results.ENVIRONMENT`), the call (model, heads, references, kept
 share, kept tokens, op, direction), the method, milliseconds (median, min, max, rounds), TFLOP/s, ``of_bound`` (the time
-of dense attention scaled by the method's FLOPs, over its time) and ``of_hand`` (index_select and SDPA by hand, or a
-stored softmax for the mass, over this time).
+of dense attention scaled by the method's FLOPs, over its time) and ``of_hand`` (index_select and SDPA by hand, for
+query tiles SDPA under a mask, or a stored softmax for the mass, over this time).
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -31,29 +31,33 @@ from torch import Tensor
 
 from sparse_ref_attn.errors import ConfigError
 
-from .op_calls import Attention, Mass
+from .op_calls import Attention, Mass, TileMass
 from .op_rivals import ATTENTION, DENSE, MASS, Rival, by_hand, mass_by_hand
 from .op_shapes import MODELS, quick
 from .options import Output, add_shared, prepare
 from .results import ENVIRONMENT
+from .tile_calls import Tiled
 
 __all__ = [
-    "COLUMNS", "REFUSALS", "Method", "add_arguments", "attention_methods", "mass_methods", "measure", "refused", "run",
-    "told",
+    "COLUMNS", "REFUSALS", "TILES", "Method", "add_arguments", "attention_methods", "mass_methods", "measure",
+    "refused", "run", "told",
 ]  # fmt: skip
 
 COLUMNS = (
     *ENVIRONMENT, "model", "heads", "references", "share", "kept", "op",
     "direction", "method", "ms_median", "ms_min", "ms_max", "rounds", "tflops", "of_bound", "of_hand",
 )  # fmt: skip
+TILES = (16, 64)  # queries: patches of 4 x 4 and 8 x 8 tokens
 HAND = {"gather_attention": "index_select + sdpa", "attention_mass": "softmax by hand"}
+MASKED = "sdpa with a mask"  # by hand, where query tiles select
+TILED = 0.125  # of the references, that each query tile keeps
 
 
 class Method(NamedTuple):
     """What is timed, the call whose truth it must meet (None: it computes something else), its forward FLOPs."""
 
     run: Callable[[], Tensor]
-    call: Attention | Mass | None
+    call: Attention | Tiled | Mass | None
     flops: float
 
 
@@ -69,8 +73,17 @@ def attention_methods(call: Attention) -> dict[str, Method]:
     return out | _rivals(ATTENTION, call)
 
 
-def mass_methods(call: Mass) -> dict[str, Method]:
-    """Ours, alone and with the LSE of the step's own attention, with every fourth query, and our rivals."""
+def tile_methods(call: Tiled) -> dict[str, Method]:
+    """Dense attention, attention under a mask that says the same, and ours."""
+    dense = call.call
+    out = {"dense": Method(by_hand(dense), dense, dense.flops), MASKED: Method(call.by_hand, call, dense.flops)}
+    for backend in ("auto", "sdpa", "triton"):
+        out[f"ours ({backend})"] = Method(lambda backend=backend: call.ours(backend), call, call.flops)
+    return out
+
+
+def mass_methods(call: Mass, tiled: Sequence[TileMass]) -> dict[str, Method]:
+    """Ours, alone and with the LSE of the step's own attention, pooled and per tile, and our rivals."""
     out = {HAND[call.op]: Method(mass_by_hand(call), call, call.flops)}
     for backend in ("auto", "triton", "cuda"):
         out[f"ours ({backend})"] = Method(lambda backend=backend: call.ours(backend), call, call.flops)
@@ -81,6 +94,9 @@ def mass_methods(call: Mass) -> dict[str, Method]:
         for backend in ("auto", "triton", "cuda"):
             run = partial(call.ours, backend, lse=lse)
             out[f"ours ({backend}), LSE given"] = Method(run, call, call.flops_with_lse)
+        for tiles, backend in product(tiled, ("auto", "triton")):
+            run = partial(tiles.ours, backend, lse=lse)
+            out[f"ours ({backend}), LSE given, tiles of {tiles.size}"] = Method(run, tiles, call.flops_with_lse)
     out["ours (auto), every 4th query"] = Method(lambda: call.ours("auto", 4), None, call.flops / 4)
     return out | _rivals(MASS, call)
 
@@ -185,9 +201,18 @@ def attention_rows(call: Attention, rounds: int, backward: bool) -> list[dict[st
     return _rows(times, flops, "dense", HAND[call.op])
 
 
+def tile_rows(call: Tiled, rounds: int) -> list[dict[str, Any]]:
+    """Forward of every method that passes its gate."""
+    passed = gated(tile_methods(call))
+    with torch.no_grad():
+        times = measure({name: method.run for name, method in passed.items()}, call.device, rounds)
+    return _rows(times, {name: passed[name].flops for name in times}, "dense", MASKED)
+
+
 def mass_rows(call: Mass, dense: Attention, rounds: int) -> list[dict[str, Any]]:
     """attention_mass of all reference tokens, by every method that passes its gate; `dense` sets the bound."""
-    passed = {"dense": Method(by_hand(dense), None, dense.flops)} | gated(mass_methods(call))
+    methods = mass_methods(call, [TileMass(dense, size) for size in TILES])
+    passed = {"dense": Method(by_hand(dense), None, dense.flops)} | gated(methods)
     with torch.no_grad():
         times = measure({name: method.run for name, method in passed.items()}, call.device, rounds)
     flops = {name: method.flops for name, method in passed.items()}
@@ -216,6 +241,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, help="only so many of the model's heads; the rows say so")
     parser.add_argument("--references", nargs="+", type=int, default=[1])
     parser.add_argument("--kept", nargs="+", type=float, default=[0.05, 0.25, 1.0])
+    parser.add_argument("--tiles", nargs="*", type=int, default=[4, 8], help="sides of query tiles, in tokens")
     parser.add_argument("--backward", action="store_true", help="time forward and backward together too")
     add_shared(parser, dtype="float32")
     parser.set_defaults(run=run)
@@ -237,6 +263,12 @@ def run(options: argparse.Namespace) -> int:
                 if not output.has(**which):
                     print(f"{model}, {shape.heads} heads, {references} references, {share:.0%} kept", flush=True)
                     _add(output, which, attention_rows(call, rounds, backward))
+        for side in options.tiles:
+            tiled = Tiled(Attention(shape, TILED, device, dtype), side)
+            which = about(tiled, TILED)
+            if not output.has(**which):
+                print(f"{model}, {shape.heads} heads, {references} references, {TILED:.1%} kept, {side} x {side} tiles")
+                _add(output, which, tile_rows(tiled, rounds))
         dense = Attention(shape, 1.0, device, dtype).dense()
         mass = Mass(dense)
         which = about(mass, 1.0)
@@ -246,7 +278,7 @@ def run(options: argparse.Namespace) -> int:
     return output.verdict()
 
 
-def about(call: Attention | Mass, share: float, backward: bool = False) -> dict[str, Any]:
+def about(call: Attention | Tiled | Mass, share: float, backward: bool = False) -> dict[str, Any]:
     """The columns that say which call was timed."""
     shape = call.shape
     return {

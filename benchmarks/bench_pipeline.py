@@ -23,17 +23,17 @@ from typing import Any
 import torch
 
 from sparse_ref_attn.errors import ConfigError
-from sparse_ref_attn.models import adapter_for
+from sparse_ref_attn.eval.clock import time_call, timed
 
 from . import results
 from .bench_ops import REFUSALS, told
-from .dense_times import DenseTimes, timed
 from .memory import page_faults, peak_memory, reserve
 from .methods import METHODS, Method
 from .options import Output, add_cuts, add_shared, prepare
 from .pipelines import build, caller, transformer_of, with_cache
-from .runs import Runs, about, gate, rows_of, run_once, running, witness
+from .runs import Runs, about, gate, rows_of, run_once, run_untimed, running
 from .shapes import SUITES, PipelineCase, changed
+from .work import sites_of
 
 __all__ = ["add_arguments", "bench", "run", "table"]
 
@@ -63,8 +63,8 @@ def bench(case: PipelineCase, names: Sequence[str], device: torch.device, dtype:
             faults = page_faults() - before
             print(f"  round {number + 1}, {name}: {runs[name].total[-1]:.2f} s, {faults} page faults", flush=True)
     for name, method in methods.items():
-        witness(pipes[method.cached], calls[method.cached], case, method, runs[name])
-    share = tap * len(adapter_for(own.transformer).sites(own.transformer)) * case.steps / median(runs["dense"].total)
+        run_untimed(pipes[method.cached], calls[method.cached], case, method, runs[name])
+    share = tap * len(sites_of(own.transformer)) * case.steps / median(runs["dense"].total)
     print(f"  timing the dense runs' attention took {share:.3%} of them")
     return rows_of(case, runs, own.transformer)
 
@@ -93,12 +93,15 @@ def able(
 def tap_seconds(pipe: Any, call: Callable[..., Any]) -> float:
     """What timing one attention call costs by itself, from smallest runs with and without it."""
     times: dict[bool, list[float]] = {True: [], False: []}
-    calls = len(adapter_for(pipe.transformer).sites(pipe.transformer))
+    sites = sites_of(pipe.transformer)
+
+    def small() -> Any:
+        return call(steps=1, side=128)
+
     for _ in range(5):
-        times[False].append(timed(lambda: call(steps=1, side=128), pipe.transformer.device)[0])
-        with DenseTimes(pipe.transformer):
-            times[True].append(timed(lambda: call(steps=1, side=128), pipe.transformer.device)[0])
-    return max(0.0, min(times[True]) - min(times[False])) / max(1, calls)
+        times[False].append(timed(small, pipe.transformer.device)[0])
+        times[True].append(time_call(small, pipe.transformer, sites)[1].whole)
+    return max(0.0, min(times[True]) - min(times[False])) / max(1, len(sites))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

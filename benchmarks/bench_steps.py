@@ -12,7 +12,6 @@ round. The bound is the dense run's time in attention and its other time, each s
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -23,16 +22,16 @@ import torch
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.cost import bound_seconds
+from sparse_ref_attn.eval.clock import time_call, timed
 from sparse_ref_attn.models import MODELS, adapter_for
 
-from .dense_times import DenseTimes, timed
 from .memory import peak_memory, peak_of, reserve
 from .options import Output, add_cuts, add_shared, prepare
 from .pipelines import build, caller, transformer_of
 from .results import ENVIRONMENT
 from .runs import about, scoring_seconds
 from .shapes import PipelineCase, changed
-from .work import counted_work
+from .work import counted_work, sites_of
 
 __all__ = ["COLUMNS", "add_arguments", "bench", "run"]
 
@@ -136,13 +135,16 @@ def measured(
     attention: list[float] = []
     for turn in range(rounds + 1):  # the first warms up
         for name, run in runs.items():
-            with run() as call, contextlib.ExitStack() as stack:
-                times = stack.enter_context(DenseTimes(transformer, module, site)) if name == "dense" else None
-                took = timed(call, device)[0]
+            with run() as call:
+                if name == "dense":
+                    _, times = time_call(call, module, sites_of(transformer, site))
+                    took, inside = times.whole, times.attention or 0.0
+                else:
+                    took = timed(call, device)[0]
             if turn:
                 seconds[name].append(took)
-            if turn and times is not None:
-                attention.append(times.seconds()[1])
+            if turn and name == "dense":
+                attention.append(inside)
     work, peaks = {}, {}
     for name, run in runs.items():
         with run() as call, counted_work(transformer, module, site) as count:

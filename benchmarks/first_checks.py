@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from sparse_ref_attn.errors import ConfigError
-from sparse_ref_attn.functional import attention_mass_varlen, gather_attention, pack_rows, unpack_rows
+from sparse_ref_attn.functional import attention_mass, attention_mass_varlen, gather_attention, pack_rows, unpack_rows
 
 from .lines import Lines
 from .op_calls import Attention
@@ -136,6 +137,11 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Case
             )
         ]  # fmt: skip
 
+    def per_tile(backend: str) -> list[Tensor]:
+        tiles = integers(0, 16, 32, 32, 37, 103)
+        masses = partial(attention_mass, q.detach()[None], k_ref.detach()[None], (20, 100), tiles=tiles)
+        return [masses(reduce_heads=reduced, backend=backend) for reduced in (False, True)]
+
     def rows(backend: str) -> list[Tensor]:
         chosen = torch.arange(0, 100, 3, device=device)
         packed = pack_rows(k_ref.detach(), chosen, 0, backend=backend)
@@ -144,6 +150,7 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Case
     yield "rows named twice, a ragged batch", attend(integers(0, 65, 70))
     yield "a selection per key head", attend(torch.stack([integers(0, 30, 40), integers(40, 40, 70)]))
     yield "attention_mass", mass
+    yield "attention_mass per tile", per_tile
     yield "pack_rows", rows
 
 

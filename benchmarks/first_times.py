@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from sparse_ref_attn.functional import attention_mass, gather_attention, pack_rows
 
-from .bench_ops import REFUSALS, Method, refused, told
+from .bench_ops import REFUSALS, TILES, Method, refused, told
 from .lines import Lines
-from .op_calls import Attention, Mass
+from .op_calls import Attention, Mass, TileMass
 from .op_rivals import ATTENTION, MASS, Rival, by_hand
 from .op_shapes import MODELS, OpShape
 from .replay import replayable, replayed
@@ -112,6 +113,15 @@ def _mass(call: Attention) -> Methods:
             f"ours ({backend}), lse given",
             lambda backend=backend: gated(
                 lambda: attention_mass(mass.q, mass.keys, mass.span, lse=lse, backend=backend)
+            ),
+        )
+    for size in TILES:
+        tiled = TileMass(call.dense(), size)
+        run = partial(tiled.ours, "triton", lse=lse)
+        yield (
+            f"ours (triton), lse given, tiles of {size}",
+            lambda run=run, tiled=tiled: Timed(
+                run, flops, gate=lambda: refused(Method(run, tiled, flops), tiled.plain())
             ),
         )
     for backend in OWN:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparse_ref_attn.eval.metrics import Interval, mean_interval
+from sparse_ref_attn.eval.aggregate import Values, combined, interval
+from sparse_ref_attn.eval.metrics import Interval
+from sparse_ref_attn.eval.rows import written
+
+from .results import known
+from .studies.study import DIGITS
 
 __all__ = ["Measured", "Term", "read", "text"]
 
+RESAMPLES = 9999
 Row = Mapping[str, str]
 
 
@@ -38,7 +43,7 @@ class Measured:
         self.rows, self.runs = rows, runs
         self._by: dict[tuple[str, ...], dict[tuple[str, ...], list[Row]]] = {}
 
-    def values(self, metric: str, where: Mapping[str, object]) -> dict[tuple[str, str], float]:
+    def values(self, metric: str, where: Mapping[str, object]) -> Values:
         """By (subject, seed) the mean of the metric over the rows named; a step of "last" is the last one."""
         found: dict[tuple[str, str], list[float]] = {}
         for row in self._named(where):
@@ -57,16 +62,11 @@ class Measured:
         return self._by[columns].get(tuple(last if value == "last" else text(value) for value in where.values()), [])
 
     def interval(self, terms: Sequence[Term]) -> Interval | None:
-        """Mean and 95 % interval of the sum of the terms over the subjects that have all of them; None below two.
-
-        Subjects are drawn, not seeds: the seeds of one are not independent.
-        """
-        each = [(term.weight, self.values(term.metric, term.where)) for term in terms]
-        keys = [key for key in each[0][1] if all(key in values for _, values in each)]
-        if len({subject for subject, _ in keys}) < 2:
+        """Mean and 95 % interval of the sum of the terms over the subjects that have all of them; None below two."""
+        values = combined([(term.weight, self.values(term.metric, term.where)) for term in terms])
+        if len({subject for subject, _ in values}) < 2:
             return None
-        sums = [sum(weight * values[key] for weight, values in each) for key in keys]
-        return mean_interval(sums, [subject for subject, _ in keys])
+        return interval(values, RESAMPLES)[0]
 
     def distinct(self, column: str) -> list[str]:
         """The column's values in the order of the rows."""
@@ -75,13 +75,10 @@ class Measured:
 
 def read(folder: Path, study: str) -> Measured | None:
     """The study's rows of the weights and steps that ``runs.csv`` names last for each model; None without any."""
-    path, about = folder / f"{study}.csv", folder / "runs.csv"
-    if not path.exists() or not about.exists():
-        return None
-    latest = {line["model"]: line for line in _lines(about) if line["study"] == study}
+    latest = {line["model"]: line for line in known(folder / "runs.csv") if line["study"] == study}
     rows = [
         row
-        for row in _lines(path)
+        for row in known(folder / f"{study}.csv")
         if row["model"] in latest and all(row[name] == latest[row["model"]][name] for name in ("weights", "steps"))
     ]
     models = {row["model"] for row in rows}
@@ -90,9 +87,4 @@ def read(folder: Path, study: str) -> Measured | None:
 
 def text(value: object) -> str:
     """A value as the studies' CSVs write it."""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _lines(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return written(value, DIGITS)

@@ -13,7 +13,7 @@ from sparse_ref_attn.ops.with_lse import attention_with_lse
 
 from .op_shapes import OpShape
 
-__all__ = ["Attention", "Mass"]
+__all__ = ["GATED", "Attention", "Mass"]
 
 GATED = 64  # queries whose float64 truth is computed
 
@@ -136,3 +136,34 @@ class Mass:
     def _formula(self, q: Tensor, k: Tensor) -> Tensor:
         scores = q[0, :, 0] @ k[0, :, 0].t() * q.shape[-1] ** -0.5
         return scores.softmax(-1)[:, slice(*self.span)].mean(0)[None, None]
+
+
+class TileMass(Mass):
+    """The same per tile of `size` queries, the mean over the heads, (1, T, R)."""
+
+    def __init__(self, call: Attention, size: int) -> None:
+        super().__init__(call)
+        rows = self.q.shape[1]
+        self.size, self.host = size, [*range(0, rows, size), rows]
+        self.tiles = torch.tensor(self.host, dtype=torch.int32, device=self.device)
+
+    def ours(self, backend: str, query_stride: int = 1, lse: Tensor | None = None) -> Tensor:
+        """This library; every query of a tile counts."""
+        tiles = {"tiles": self.tiles, "host": self.host, "reduce_heads": True}
+        return attention_mass(
+            self.q, self.keys, self.span, backend=backend, query_stride=query_stride, lse=lse, **tiles
+        )
+
+    def plain(self) -> Tensor:
+        """The formula in the operands' precision, for the first and the last tile, (1, 2, R)."""
+        return self._formula(self.q, self.keys)
+
+    def error(self, mass: Tensor) -> float:
+        """Distance of the first and the last tile from float64, in units of the mean mass of a key."""
+        truth = self._formula(self.q.double(), self.keys.double())
+        return float((mass[:, [0, -1]].double() - truth).abs().max()) * self.keys.shape[1]
+
+    def _formula(self, q: Tensor, k: Tensor) -> Tensor:
+        ends = (q[0, : self.size], q[0, self.host[-2] :])
+        scores = [torch.einsum("nhc,shc->hns", rows, k[0]) * q.shape[-1] ** -0.5 for rows in ends]
+        return torch.stack([s.softmax(-1)[..., slice(*self.span)].mean((0, 1)) for s in scores])[None]

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from sparse_ref_attn.eval.clock import timed
+
 from . import check, results
-from .dense_times import timed
 from .memory import keep_freed_memory
 
 __all__ = ["Output", "add_cuts", "add_shared", "prepare"]
@@ -83,18 +84,18 @@ class Output:
         device = torch.device(options.device)
         committed = results.RESULTS / f"{stem}_{device.type}.csv"
         self._path = options.out or committed
-        self._committed = results.read(committed) if options.check and committed.exists() else []
+        self._committed = results.known(committed) if options.check else []
         self._writes = not options.quick or options.out is not None
         self._here = results.provenance(device, options.dtype)
         self.rows: list[Mapping[str, Any]] = []
 
     def has(self, **case: Any) -> bool:
         """Whether ``--resume`` was given and rows of this case, commit and device are there."""
-        if not (self._options.resume and self._path.exists()):
+        if not self._options.resume:
             return False
         wanted = {name: str(value) for name, value in case.items()}
         wanted |= {name: str(self._here[name]) for name in ("commit", "device", "dtype")}
-        found = any(wanted.items() <= row.items() for row in results.read(self._path))
+        found = any(wanted.items() <= row.items() for row in results.known(self._path))
         if found:
             print(f"  {', '.join(wanted.values())}: rows are there, passed over")
         return found

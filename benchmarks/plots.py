@@ -207,7 +207,7 @@ def run(options: argparse.Namespace) -> int:
     written = []
     for stem in STEMS:
         path = options.results / f"{stem}_{options.device}.csv"
-        rows = latest(results.read(path)) if path.exists() else []
+        rows = latest(results.known(path))
         for name in PLOTS:
             figure = draw(rows, name) if rows else None
             if figure is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -10,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from .measured import Measured, Term, text
+from .results import known
 from .studies.reading import (
     ALIGNED,
     ALL_READ,
@@ -38,7 +38,7 @@ class ReadingRows:
 
     def __init__(self, folder: Path) -> None:
         rows, work = (
-            [row for row in _lines(folder / f"{name}.csv") if row["steps"] == str(STEPS)]
+            [row for row in known(folder / f"{name}.csv") if row["steps"] == str(STEPS)]
             for name in ("reading", "reading_work")
         )
         if not rows:
@@ -152,13 +152,6 @@ def granularity(folder: Path) -> str:
             cells.append(" / ".join(f"{value:.1f}" for value in values))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _lines(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def _line(cells: Sequence[str], rows: ReadingRows, value: Callable[[str, str], str]) -> str:

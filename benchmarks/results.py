@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from sparse_ref_attn.errors import ConfigError
+from sparse_ref_attn.eval.rows import Rows
 
-__all__ = ["COLUMNS", "ENVIRONMENT", "RESULTS", "append", "environment", "provenance", "read"]
+__all__ = ["COLUMNS", "ENVIRONMENT", "RESULTS", "append", "environment", "known", "provenance", "read"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ENVIRONMENT = (
@@ -63,24 +63,18 @@ def append(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[str]
     ConfigError
         If the file has other columns.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    if not new:
-        with path.open(newline="", encoding="utf-8") as file:
-            found = next(csv.reader(file), [])
-        if found != list(columns):
-            raise ConfigError(f"{path} must have the columns {', '.join(columns)}, got {', '.join(found)}")
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    Rows(path, columns, digits=4).add(rows)
 
 
 def read(path: Path) -> list[dict[str, str]]:
     """Every row of a CSV file, oldest first."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def known(path: Path) -> list[dict[str, str]]:
+    """As `read`; none where there is no file."""
+    return read(path) if path.exists() else []
 
 
 def _version(package: str) -> str:

@@ -6,7 +6,6 @@ python -m benchmarks.results_page --write    # writes it and its plots
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from sparse_ref_attn.eval.metrics import Interval
 from .claims import CLAIMS, QUESTIONS, Claim, verdict
 from .measured import Measured, Term, read
 from .reliability import reliability
+from .results import known
 from .studies import methods, sparse_context, tasks
 from .study_plots import PLOTS, draw
 
@@ -71,7 +71,7 @@ PERFORMANCE = """Times, bounds and rivals are not on this page: the whole-pipeli
 
 
 def _parameters(folder: Path) -> str:
-    runs = _lines(folder / "runs.csv")
+    runs = known(folder / "runs.csv")
     return f"{int(runs[-1]['parameters']) / 1e6:.1f} million" if runs else "a few million"
 
 
@@ -240,7 +240,7 @@ SECTIONS: tuple[tuple[str, str, tuple[Section, ...]], ...] = (
 
 
 def _reliability(path: Path) -> str:
-    rows = _lines(path)
+    rows = known(path)
     if not rows:
         return "Not measured: `python -m tests.reliability` makes its rows."
     return reliability(rows)
@@ -249,13 +249,6 @@ def _reliability(path: Path) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def _lines(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":

@@ -14,19 +14,20 @@ import torch
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.cost import Flops, ModelShape, StepTokens, bound_seconds, run_flops
+from sparse_ref_attn.eval.clock import time_call, timed
 from sparse_ref_attn.functional import attention_mass
 from sparse_ref_attn.models import adapter_for, named_model
 from sparse_ref_attn.record import RunRecord
+from sparse_ref_attn.reference_cache import Tiling
 from sparse_ref_attn.report.work import recorded_flops
 
-from .dense_times import DenseTimes, timed
 from .memory import peak_of
 from .methods import METHODS, Method
 from .shapes import TEXT_TOKENS, PipelineCase
 from .step_caches import step_cached
-from .work import counted_work
+from .work import counted_work, sites_of
 
-__all__ = ["Runs", "about", "gate", "rows_of", "run_once", "running", "witness"]
+__all__ = ["Runs", "about", "gate", "rows_of", "run_once", "run_untimed", "running"]
 
 
 @dataclass
@@ -56,11 +57,10 @@ def run_once(pipe: Any, call: Callable[..., Any], case: PipelineCase, method: Me
     """One timed call of one method; its images must be finite."""
     device = pipe.transformer.device
     if method == METHODS["dense"]:
-        with DenseTimes(pipe.transformer) as times:
-            seconds, images = timed(call, device)
-        transformer, attention = times.seconds()
-        runs.transformer.append(transformer)
-        runs.attention.append(attention)
+        images, times = time_call(call, pipe.transformer, sites_of(pipe.transformer))
+        seconds = times.whole
+        runs.transformer.append(times.transformer)
+        runs.attention.append(times.attention or 0.0)
     else:
         with running(pipe, method, case.steps) as handle:
             seconds, images = timed(call, device)
@@ -70,7 +70,7 @@ def run_once(pipe: Any, call: Callable[..., Any], case: PipelineCase, method: Me
     runs.total.append(seconds)
 
 
-def witness(pipe: Any, call: Callable[..., Any], case: PipelineCase, method: Method, runs: Runs) -> None:
+def run_untimed(pipe: Any, call: Callable[..., Any], case: PipelineCase, method: Method, runs: Runs) -> None:
     """One call that is not timed: the most memory it held, and under a step cache the work it did.
 
     On a CPU two steps are enough for the memory, and recording it is slow.
@@ -94,8 +94,7 @@ def gate(pipe: Any, call: Callable[..., Any], case: PipelineCase, methods: Seque
     stores = any(method.config is not None and method.config.execute.name == "cache" for method in methods)
     small: dict[str, int] = {"steps": 3 if stores else 2, "side": min(256, case.side)}  # 3: one reads what is stored
     dense = call(**small)
-    with DenseTimes(pipe.transformer):
-        same = [call(**small)]
+    same = [time_call(lambda: call(**small), pipe.transformer, sites_of(pipe.transformer))[0]]
     with sra.patched(pipe, sra.SparseRef(select="grid", budget=1.0)):
         same.append(call(**small))
     for method in methods:
@@ -167,7 +166,7 @@ def recorded_columns(record: RunRecord) -> dict[str, float]:
     """What the library itself noted of a run: tokens and host time a step, reference K/V held."""
     steps = record.steps
     return {
-        "kept_mean": sum(record.mean_kept(step) for step in steps) / len(steps),
+        "kept_mean": record.mean_tokens,
         "host_ms_per_step": 1000 * sum(step.host_seconds for step in steps) / len(steps),
         "cache_mb": max(step.cache_bytes for step in steps) / 1e6,
         "dense_cache_mb": record.dense_cache_bytes / 1e6,
@@ -201,14 +200,25 @@ def scoring_seconds(record: RunRecord, shape: ModelShape, like: torch.Tensor) ->
     """
     if not record.attention:
         return 0.0
-    layout = record.layout
+    layout, tiles = record.layout, None
+    calls = len(record.attention)
+    if record.tiles is not None:  # every layer of the full steps that a cached one follows
+        last = max(step.index for step in record.steps if step.kind == "cached")
+        calls = shape.attention_layers * sum(
+            step.calls for step in record.steps if step.kind != "cached" and step.index < last
+        )
+        known = Tiling(0, record.tiles.grid, record.tiles.side).offsets(1)
+        tiles = torch.tensor(known, dtype=torch.int32, device=like.device)
     first = layout.text + layout.references[0].start
     heads = (shape.heads, shape.head_dim)
     q = torch.randn(record.batch, layout.generation[1], *heads, device=like.device).to(like.dtype)
     k = torch.randn(record.batch, layout.text + layout.rows, *heads, device=like.device).to(like.dtype)
     span = (first, first + layout.reference_tokens)
     items = len(range(record.batch)[layout.conditional or slice(None)])
-    alone = 2.0 * items * q[0].numel() * k.shape[1] * len(record.attention)
+    alone = 2.0 * items * q[0].numel() * k.shape[1] * calls
     lse = None if record.scoring_flops >= alone else q.new_zeros(q.shape[0], q.shape[2], q.shape[1]).float()
-    best = min(timed(lambda: attention_mass(q, k, span, lse=lse), like.device)[0] for _ in range(3))
-    return best * len(record.attention)
+    best = min(
+        timed(lambda: attention_mass(q, k, span, lse=lse, tiles=tiles, reduce_heads=tiles is not None), like.device)[0]
+        for _ in range(3)
+    )
+    return best * calls

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import TypeGuard
 
-__all__ = ["is_number", "is_one_of", "numbers"]
+__all__ = ["is_int", "is_number", "is_one_of", "numbers"]
 
 
 def is_one_of(value: object, choices: Collection[str]) -> TypeGuard[str]:
@@ -17,6 +17,17 @@ def is_one_of(value: object, choices: Collection[str]) -> TypeGuard[str]:
     (True, False)
     """
     return isinstance(value, str) and value in choices
+
+
+def is_int(value: object, least: int | None = None) -> TypeGuard[int]:
+    """Whether it is an int, and no bool, of at least `least`.
+
+    Examples
+    --------
+    >>> is_int(3), is_int(3, 4), is_int(3.0), is_int(True), is_int("3")
+    (True, False, False, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 
 
 def is_number(value: object) -> TypeGuard[float]:

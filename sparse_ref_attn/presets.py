@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import schedules, vocabulary
-from .checks import is_number
+from .checks import is_int, is_number
 from .config import SparseRef, UniformGuard
 from .errors import ConfigError
 from .selection import AttentionMass, Edges, Grid, Mix, Saliency, Selector
@@ -72,7 +72,7 @@ def ReCAST(  # noqa: N802 -- the paper's name, used like the noun it is
     Polynomial(low=0.1, high=0.5, gamma=2.0, per='reference')
     """
     task = chosen("task", task, vocabulary.TASKS)
-    if isinstance(reference_tokens, bool) or not isinstance(reference_tokens, int) or reference_tokens < 1:
+    if not is_int(reference_tokens, 1):
         raise ConfigError(f"reference_tokens must be an int of at least 1, got {reference_tokens!r}")
     for name, keep in (("n_min", n_min), ("n_max", n_max)):
         schedules.check_keep(name, keep)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import is_number
+from .checks import is_int, is_number
 from .errors import ConfigError
 
 __all__ = ["At", "Drift", "Every", "Never", "Refresh", "from_dict", "standard"]
@@ -75,7 +75,7 @@ class Every(Refresh):
         _check_place("n", self.n, least=1)
         for name, least in (("warmup", 1), ("last", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_int(value, least):
                 raise ConfigError(f"{name} must be a number of steps of at least {least}, got {value!r}")
 
     @property
@@ -183,7 +183,7 @@ class Drift(Refresh):
         if not is_number(self.threshold) or not 0 < self.threshold < math.inf:
             raise ConfigError(f"threshold must be a relative change above 0, got {self.threshold!r}")
         every = self.at_most_every
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if not is_int(every, 1):
             raise ConfigError(f"at_most_every must be a number of steps of at least 1, got {every!r}")
         _check_place("at_least_every", self.at_least_every, least=1)
         if isinstance(self.at_least_every, int) and self.at_least_every < every:
@@ -247,7 +247,7 @@ def _check_place(name: str, value: object, least: int) -> None:
     if isinstance(value, float):
         if not 0 < value < 1:
             raise ConfigError(f"{name} as a share of the run must lie in (0, 1), got {value!r}")
-    elif isinstance(value, bool) or not isinstance(value, int) or value < least:
+    elif not is_int(value, least):
         raise ConfigError(
             f"{name} must be a number of steps of at least {least}, or a share of the run in (0, 1), got {value!r}"
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from sparse_ref_attn.ops import _support, verdicts
 from sparse_ref_attn.ops.attention_mass import backends as mass_backends
 from sparse_ref_attn.ops.attention_mass import library as mass_library
+from sparse_ref_attn.ops.attention_mass import tiled as mass_tiled
 from sparse_ref_attn.ops.attention_mass import trial as mass_trial
 from sparse_ref_attn.ops.attention_mass.chunked import attention_mass_chunked
 from sparse_ref_attn.ops.gather_attention import library as attention_library
@@ -68,6 +69,16 @@ def _launchers(q: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]
     return launch_lse, launch_mass
 
 
+def _tile_launchers(q: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    def launch_tile_mass(
+        q: Tensor, k: Tensor, lse: Tensor, tiles: Tensor, scale: float, reduced: bool, key_mask: Tensor | None = None
+    ) -> Tensor:
+        span, cut = (0, k.shape[1]), tiles.tolist()
+        return _give("tile_mass", q, attention_mass_chunked(q, k, span, scale, key_mask, lse, cut, reduced))
+
+    return _launchers(q)[0], launch_tile_mass
+
+
 @contextmanager
 def judged(folder: Path, candidates: tuple[str, ...] = ("stand_in",)) -> Iterator[None]:
     """Inside, "auto" on a CPU goes by verdicts, kept in `folder`, among these backends and none else."""
@@ -75,8 +86,9 @@ def judged(folder: Path, candidates: tuple[str, ...] = ("stand_in",)) -> Iterato
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setitem(_support._PREDICATES, "stand_in", lambda call: [])
         patch.setitem(attention_library.MODULES, "stand_in", __name__)
-        patch.setitem(mass_backends.PREDICATES, "stand_in", lambda q, k, scale: [])
+        patch.setitem(mass_backends.PREDICATES, "stand_in", lambda q, k, scale, tiled: [])
         patch.setitem(mass_library.LAUNCHERS, "stand_in", _launchers)
+        patch.setitem(mass_tiled.LAUNCHERS, "stand_in", _tile_launchers)
         patch.setitem(rows_library.PREDICATES, "stand_in", lambda tensors, rows, dim: [])
         patch.setitem(rows_library.MODULES, "stand_in", __name__)
         for trial, plain in ((attention_trial, "sdpa"), (mass_trial, "chunked"), (rows_trial, "reference")):

@@ -340,12 +340,12 @@ def test_an_error_before_the_first_step_and_one_in_the_joined_call(monkeypatch: 
 
 def test_an_interrupt_while_an_item_runs_waits_for_it_and_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C reaches the main thread, which then stands in `resume`."""
-    from sparse_ref_attn.batching import lockstep as turns
+    from sparse_ref_attn.batching.lockstep import Lockstep
 
     case = CASES["klein"]
     pipe = case.build()
     items = Items(case, pipe)
-    waits, true = [], turns.Strand._wait
+    waits, true = [], Lockstep._wait
 
     def interrupted(self: Any) -> bool:
         waits.append(self)
@@ -355,7 +355,7 @@ def test_an_interrupt_while_an_item_runs_waits_for_it_and_ends_all(monkeypatch: 
 
     case.call(pipe)
     before = state(pipe)
-    monkeypatch.setattr(turns.Strand, "_wait", interrupted)
+    monkeypatch.setattr(Lockstep, "_wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         items.together(GRID)
     assert state(pipe) == before

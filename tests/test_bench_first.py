@@ -160,8 +160,8 @@ def test_cases_that_gather(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(first_checks, "OWN", ("reference", "no-such-backend"))
     assert gathers(Lines(tmp_path / "l"), CPU, torch.float32) == 0
     found = read(tmp_path / "l")
-    assert [line.get("ok") for line in found] == [True] * 4 + [None] * 4
-    assert all("backend must be one of" in line["skipped"] for line in found[4:])
+    assert [line.get("ok") for line in found] == [True] * 5 + [None] * 5
+    assert all("backend must be one of" in line["skipped"] for line in found[5:])
 
 
 def test_a_kernel_whose_result_is_wrong_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,10 +13,12 @@ from benchmarks import readings
 from benchmarks.studies import caches, cases, reading, reading_work
 from benchmarks.studies.generator import Generator, Run
 from benchmarks.studies.questions import Question
-from benchmarks.studies.rows import Rows
 from benchmarks.studies.stored import Reading, _cells, _Run, stored, work
+from benchmarks.studies.study import DIGITS
+from sparse_ref_attn.eval.models import EvalModel
+from sparse_ref_attn.eval.rows import Rows
 from sparse_ref_attn.models import adapter_for, named_model
-from sparse_ref_attn.toy.pipeline import toy_pipeline
+from sparse_ref_attn.toy.pipeline import TRAINED, toy_pipeline
 from sparse_ref_attn.toy.words import LENGTH
 from sparse_ref_attn.types import Reference, TokenLayout
 
@@ -29,7 +31,7 @@ PLACE, PAIR = Question("place", 0), Question("pair", 1)
 @pytest.fixture(scope="module")
 def generator():
     with torch.no_grad():
-        yield Generator(toy_pipeline(), STEPS)
+        yield Generator(EvalModel("dense", TRAINED, steps=STEPS))
 
 
 def picture(generator, question, setting):
@@ -191,7 +193,7 @@ def test_quarters_by_turns_are_all_rows_and_the_kept_are_the_best():
 @pytest.mark.parametrize("question", [PLACE, PAIR])
 def test_work_is_that_of_the_operations(generator, question, setting):
     _, executed = caches._executed(generator, lambda: picture(generator, question, setting))
-    references = 256 * len(question.scene.references)
+    references = 256 * len(question.example.references)
     assert executed == pytest.approx(work(generator.shape, setting, LENGTH, 256, references, STEPS).total, rel=1e-3)
 
 
@@ -235,7 +237,7 @@ def test_a_first_look_is_at_few_subjects(tmp_path, generator):
         return Run(np.zeros((128, 128, 3)), 0.0, 1.0)
 
     study = [cases.Case("all", 1.0, answer, ("swap", "local")), cases.Case("first", 1.0, answer, most=(2, 1))]
-    cases.measure(study, {"dense": generator}, Rows(tmp_path / "rows.csv", cases.KEYS, cases.VALUES), 3, 2)
+    cases.pictures(study).measure(tmp_path / "rows.csv", {"dense": generator}, 3, 2)
     asked = [(question.task, question.subject, seed) for question, seed in made]
     assert [each for each in asked if each[0] == "place"] == [("place", 0, 0), ("place", 1, 0)]
     assert [each for each in asked if each[0] != "place"] == [
@@ -245,15 +247,15 @@ def test_a_first_look_is_at_few_subjects(tmp_path, generator):
 
 def planted(folder, value):
     """Rows of two subjects and a seed in which each setting has the PSNR that `value` gives it."""
-    rows = Rows(folder / "reading.csv", cases.KEYS, cases.VALUES)
+    rows = Rows(folder / "reading.csv", (*cases.KEYS, *cases.VALUES), keys=cases.KEYS, digits=DIGITS)
     for case in reading.cases(readings.STEPS):
         for subject in range(2):
             key = {"model": "dense", "weights": "abc", "steps": readings.STEPS, "task": case.asked(subject)}
             key |= {"subject": subject, "seed": 0, "method": case.method, "keep": case.keep}
             if not rows.has(key):
                 rows.add([{**key, **dict.fromkeys(cases.VALUES, float(value(case)) + subject)}])
-    work_rows = Rows(folder / "reading_work.csv", reading_work.KEYS, reading_work.VALUES)
-    reading_work.measure({"dense": SimpleNamespace(steps=readings.STEPS)}, work_rows, 1, 1)
+    published = SimpleNamespace(steps=readings.STEPS, forget=lambda: None)
+    reading_work.STUDY.measure(folder / "reading_work.csv", {"dense": published}, 1, 1)
 
 
 def test_tables_are_of_the_settings_that_they_name(tmp_path):
@@ -274,7 +276,7 @@ def test_tables_are_of_the_settings_that_they_name(tmp_path):
 
 def test_rows_are_of_one_study_and_a_mix_costs_as_much_as_the_one(tmp_path):
     planted(tmp_path, lambda case: 30)
-    others = Rows(tmp_path / "reading.csv", cases.KEYS, cases.VALUES)
+    others = Rows(tmp_path / "reading.csv", (*cases.KEYS, *cases.VALUES), digits=DIGITS)
     second = {"model": "dense", "weights": "abc", "steps": 12, "task": "place", "subject": 1, "seed": 1}
     second |= {"method": "all at 0 1 4 8", "keep": 1.0, **dict.fromkeys(cases.VALUES, 90)}
     others.add([second, dict.fromkeys((*cases.KEYS, *cases.VALUES), "8")])  # the last of other weights, in 8 steps

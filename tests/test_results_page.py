@@ -94,8 +94,8 @@ def test_every_claim_is_about_rows_that_a_study_makes():
         for term in claim.terms:
             if claim.study in ATTENTION:
                 study = ATTENTION[claim.study]
-                assert term.metric in study.VALUES
-                assert set(term.where) <= set(study.KEYS)
+                assert term.metric in study.values
+                assert set(term.where) <= set(study.keys)
                 continue
             made = [
                 {"model": case.model, "task": case.task, "method": case.method, "keep": case.keep}

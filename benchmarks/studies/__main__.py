@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.results import environment
-from sparse_ref_attn.toy.pipeline import TRAINED, toy_pipeline
+from benchmarks.results import append, environment
+from sparse_ref_attn.eval.models import EvalModel
+from sparse_ref_attn.toy.pipeline import TRAINED
 
 from . import (
     caches,
@@ -29,14 +30,14 @@ from . import (
     tasks,
 )
 from .generator import Generator
-from .rows import Rows
+from .study import Study
 
 PICTURES = {
     "methods": methods, "tasks": tasks, "sweep": sweep, "direction": direction, "reuse": reuse, "caches": caches,
     "sparse_context": sparse_context, "reading": reading,
 }  # fmt: skip
-ATTENTION = {"mass": mass, "stability": stability}
-WORK = {"reading_work": reading_work}
+ATTENTION = {"mass": mass.STUDY, "stability": stability.STUDY}
+WORK = {"reading_work": reading_work.STUDY}
 WEIGHTS = Path(__file__).parent.parent / "weights"
 NAMES = (*ATTENTION, *PICTURES, *WORK)
 RUNS = ("study", "model", "weights", "parameters", "steps", "subjects", "seeds", "seconds", "threads", "date", "commit",
@@ -63,46 +64,39 @@ def main(argv: list[str] | None = None) -> None:
         )
     folders = {"dense": args.transformer, "control": args.control, "drop": args.drop}
     with torch.no_grad():
-        generators = {model: Generator(toy_pipeline(str(folder)), args.steps) for model, folder in folders.items()}
+        models = [EvalModel(name, str(folder), steps=args.steps) for name, folder in folders.items()]
+        generators = {model.name: Generator(model) for model in models}
         for name in args.only:
             _note(name, generators, args, None)
             began = time.perf_counter()
-            _study(name, generators, args)
+            study(name, args.steps).measure(
+                args.out / f"{name}.csv", generators, args.subjects, args.seeds, partial(_tell, name)
+            )
             _note(name, generators, args, time.perf_counter() - began)
 
 
-def _study(name: str, generators: dict[str, Generator], args: argparse.Namespace) -> None:
-    def tell(done: int, of: int) -> None:
-        print(
-            f"\r{name}: {done} of {of} subjects and seeds", end="\n" if done == of else "", file=sys.stderr, flush=True
-        )
+def study(name: str, steps: int) -> Study:
+    """By its name, at so many steps."""
+    others = ATTENTION | WORK
+    return others[name] if name in others else cases.pictures(PICTURES[name].cases(steps))
 
-    path = args.out / f"{name}.csv"
-    if name in ATTENTION | WORK:
-        study = (ATTENTION | WORK)[name]
-        study.measure(generators, Rows(path, study.KEYS, study.VALUES), args.subjects, args.seeds, tell)
-        return
-    rows = Rows(path, cases.KEYS, cases.VALUES)
-    cases.measure(PICTURES[name].cases(args.steps), generators, rows, args.subjects, args.seeds, tell)
+
+def _tell(name: str, done: int, of: int) -> None:
+    print(f"\r{name}: {done} of {of} subjects and seeds", end="\n" if done == of else "", file=sys.stderr, flush=True)
 
 
 def _note(name: str, generators: dict[str, Generator], args: argparse.Namespace, seconds: float | None) -> None:
     """A line a study and model in ``runs.csv``: where rows are measured, and at the end how many seconds it took."""
-    path = args.out / "runs.csv"
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, RUNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        for model, generator in generators.items():
-            about: dict[str, Any] = {
-                "study": name, "model": model, "weights": generator.weights, "steps": args.steps,
-                "parameters": sum(p.numel() for p in generator.pipe.transformer.parameters()),
-                "subjects": args.subjects, "seeds": args.seeds, "seconds": None if seconds is None else round(seconds),
-                "threads": torch.get_num_threads(), **environment(torch.device("cpu")),
-            }  # fmt: skip
-            writer.writerow(about)
+    about: list[dict[str, Any]] = [
+        {
+            "study": name, "model": model, "weights": generator.weights, "steps": args.steps,
+            "parameters": sum(p.numel() for p in generator.pipe.transformer.parameters()),
+            "subjects": args.subjects, "seeds": args.seeds, "seconds": None if seconds is None else round(seconds),
+            "threads": torch.get_num_threads(), **environment(torch.device("cpu")),
+        }
+        for model, generator in generators.items()
+    ]  # fmt: skip
+    append(about, args.out / "runs.csv", RUNS)
 
 
 if __name__ == "__main__":

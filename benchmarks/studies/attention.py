@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ SINGLE = slice(2, None)
 """The single-stream blocks, over which ReCAST sums (eq. 3)."""
 
 
+@lru_cache(maxsize=16)
 def masses(generator: Generator, question: Question, seed: int) -> Tensor:
     """Mean attention of the generation tokens to each reference token, (steps, blocks, R) float32, mean of the heads.
 

@@ -1,17 +1,12 @@
-"""Budgets that keep equally many tokens: all of them in step 0, as profiling does, and a mean share after it."""
+"""Ramps that keep as many tokens as a flat share does after a step 0 with all of them, as profiling has."""
 
 from __future__ import annotations
 
-from sparse_ref_attn.schedules import Budget, Clock, Descending, Pieces, Polynomial
+from sparse_ref_attn.schedules import Budget, Clock, Descending, Polynomial
 
-__all__ = ["dense_first", "falling", "rising"]
+__all__ = ["falling", "rising"]
 
 RANGE = 4.0  # ReCAST's 1,024 over its 256
-
-
-def dense_first(keep: float, steps: int) -> Budget:
-    """Every token in step 0, then the share `keep`: what a ranked method spends, for methods that need no ranking."""
-    return Pieces((1.0, keep), at=(0.5 / (steps - 1),))
 
 
 def rising(keep: float, steps: int, *, first: int = 1, gamma: float = 2.0) -> Polynomial:

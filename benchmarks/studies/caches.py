@@ -16,11 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 import sparse_ref_attn as sra
 from sparse_ref_attn.cost import step_flops
 from sparse_ref_attn.cost.tokens import StepTokens
+from sparse_ref_attn.eval.methods import dense_first
 from sparse_ref_attn.toy.words import LENGTH
 
-from .budgets import dense_first, rising
+from .budgets import rising
 from .cases import Answer, Case, dense
-from .generator import TOKENS, Generator, Run, tokens_a_step
+from .generator import TOKENS, Generator, Run
 from .questions import Question
 
 __all__ = ["CACHES", "KEEP", "OURS", "cases"]
@@ -33,7 +34,7 @@ CACHES: dict[str, Callable[[], Any]] = {
     "TaylorSeer every 3": lambda: TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2, max_order=1),
 }
 OURS: dict[str, Callable[[int], sra.SparseRef]] = {
-    "ReCAST fixed": lambda steps: sra.SparseRef("mass", dense_first(KEEP, steps)),
+    "ReCAST fixed": lambda steps: sra.SparseRef("mass", dense_first(KEEP)),
     "ReCAST in 2 pieces": lambda steps: sra.SparseRef("mass", rising(KEEP, steps).piecewise(2)),
 }
 """A cache needs a count that seldom changes, so that ReCAST's curve is cut into two constant pieces."""
@@ -53,7 +54,7 @@ def _counted(cache: Callable[[], Any] | None, ours: sra.SparseRef | None) -> Ans
     """Runs whose operations inside the transformer are counted as they are executed, the measuring of attention too."""
 
     def answer(generator: Generator, question: Question, seed: int) -> Run:
-        pipe, references = generator.pipe, TOKENS * len(question.scene.references)
+        pipe, references = generator.pipe, TOKENS * len(question.example.references)
         every = step_flops(generator.shape, StepTokens(LENGTH, TOKENS, references)).total * generator.steps
         with sra.patched(pipe, ours) if ours is not None else nullcontext() as handle:
             if cache is not None:
@@ -64,7 +65,7 @@ def _counted(cache: Callable[[], Any] | None, ours: sra.SparseRef | None) -> Ans
             finally:
                 if cache is not None:
                     pipe.transformer.disable_cache()
-        return Run(picture, float(references) if handle is None else tokens_a_step(handle.record), every / work)
+        return Run(picture, float(references) if handle is None else handle.record.mean_tokens, every / work)
 
     return answer
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sparse_ref_attn as sra
 
 from .generator import Generator, Run
-from .quality import METRICS, quality
+from .quality import METRICS
 from .questions import Question
-from .rows import Rows
+from .study import Generators, Measurement, Study
 
-__all__ = ["KEYS", "VALUES", "Case", "dense", "measure", "sparse"]
+__all__ = ["KEYS", "VALUES", "Case", "dense", "pictures", "sparse"]
 
 KEYS = ("model", "weights", "steps", "task", "subject", "seed", "method", "keep")
 VALUES = ("tokens", "flop_ratio", *METRICS)
@@ -36,7 +36,7 @@ class Case:
     task : str or tuple of str
         Several are asked of the subjects by turns.
     model : str
-        Of the generators given to `measure`.
+        Of the generators that the study is given.
     most : tuple of (int, int), optional
         Subjects and seeds that it is run on at most; None for as many as are asked for.
     """
@@ -63,34 +63,25 @@ def sparse(config: Callable[[int], sra.SparseRef]) -> Answer:
     return lambda generator, question, seed: generator.run(question, seed, config(seed))
 
 
-def measure(
-    cases: Sequence[Case],
-    generators: Mapping[str, Generator],
-    rows: Rows,
-    subjects: int,
-    seeds: int,
-    tell: Callable[[int, int], Any] = lambda done, of: None,
-) -> None:
-    """Run every case whose model there is on every subject and seed, subject after subject, and add the rows."""
-    cases = [case for case in cases if case.model in generators]
-    for subject in range(subjects):
-        for seed in range(seeds):
-            for case in cases:
-                if case.most is not None and not (subject < case.most[0] and seed < case.most[1]):
-                    continue
-                _one(case, generators[case.model], rows, subject, seed)
-            for generator in generators.values():
-                generator.forget()
-            tell(subject * seeds + seed + 1, subjects * seeds)
+def pictures(cases: Sequence[Case]) -> Study:
+    """The study that runs every case whose model there is: a row a picture."""
+
+    def of(generators: Generators, subject: int, seed: int) -> Iterator[Measurement]:
+        for case in cases:
+            beyond = case.most is not None and not (subject < case.most[0] and seed < case.most[1])
+            if case.model in generators and not beyond:
+                yield _measurement(case, generators[case.model], subject, seed)
+
+    return Study(KEYS, VALUES, of)
 
 
-def _one(case: Case, generator: Generator, rows: Rows, subject: int, seed: int) -> None:
-    task = case.asked(subject)
-    key = {**generator.key(case.model, task, subject, seed), "method": case.method, "keep": case.keep}
-    if rows.has(key):
-        return
-    question = Question(task, subject)
-    run = case.answer(generator, question, seed)
-    reference = None if case.answer is dense else generator.run(question, seed).picture
-    measured = quality(run.picture, question.scene, reference)
-    rows.add([{**key, "tokens": run.tokens, "flop_ratio": run.flop_ratio, **measured}])
+def _measurement(case: Case, generator: Generator, subject: int, seed: int) -> Measurement:
+    question = Question(case.asked(subject), subject)
+    key = {**generator.key(question.task, subject, seed), "method": case.method, "keep": case.keep}
+
+    def rows() -> list[dict[str, Any]]:
+        run = case.answer(generator, question, seed)
+        quality = generator.quality(question, seed, run.picture)
+        return [{**key, "tokens": run.tokens, "flop_ratio": run.flop_ratio, **quality}]
+
+    return Measurement(key, rows)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sparse_ref_attn as sra
+from sparse_ref_attn.eval.methods import dense_first
 from sparse_ref_attn.schedules import Budget, Constant
 
-from .budgets import dense_first, falling, rising
+from .budgets import falling, rising
 from .cases import Answer, Case, dense, sparse
 from .methods import exact_mask
 
@@ -19,7 +20,7 @@ def cases(steps: int) -> list[Case]:
     found = [Case("dense", 1.0, dense)]
     for keep in KEEPS:
         measured: dict[str, Budget] = {
-            "rising": rising(keep, steps), "flat": dense_first(keep, steps), "falling": falling(keep, steps),
+            "rising": rising(keep, steps), "flat": dense_first(keep), "falling": falling(keep, steps),
         }  # fmt: skip
         known: dict[str, Budget] = {
             "rising": rising(keep, steps, first=0), "flat": Constant(keep), "falling": falling(keep, steps, first=0),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from sparse_ref_attn.toy.scenes import TOKEN
 from .attention import SINGLE, masses
 from .generator import Generator
 from .questions import Question
-from .rows import Rows
+from .study import Generators, Measurement, Study
 
-__all__ = ["KEYS", "TASKS", "VALUES", "measure"]
+__all__ = ["KEYS", "STUDY", "TASKS", "VALUES"]
 
 KEYS = ("model", "weights", "steps", "task", "subject", "seed", "step", "block")
 VALUES = ("mass", "bits", "uniform_bits", "top_5", "top_10", "top_25", "top_50", "recall", "chance")
@@ -25,32 +26,22 @@ TASKS = ("place", "pair", "swap", "local", "global")
 SHARES = (5, 10, 25, 50)
 
 
-def measure(
-    generators: Mapping[str, Generator],
-    rows: Rows,
-    subjects: int,
-    seeds: int,
-    tell: Callable[[int, int], Any] = lambda done, of: None,
-) -> None:
-    """A dense run of each task, subject and seed: a row for each step and block, and for the means of some blocks."""
+def _dense_runs(generators: Generators, subject: int, seed: int) -> Iterator[Measurement]:
+    """A dense run of each task: a row for each step and block, and for the means of some blocks."""
     generator = generators["dense"]
-    for subject in range(subjects):
-        for seed in range(seeds):
-            for task in TASKS:
-                key = generator.key("dense", task, subject, seed)
-                if rows.has({**key, "step": generator.steps - 1, "block": "all"}):
-                    continue
-                question = Question(task, subject)
-                found = masses(generator, question, seed)
-                cover = covered(question)
-                rows.add(
-                    [
-                        {**key, "step": step, "block": name, **describe(mass, cover)}
-                        for step, blocks in enumerate(found)
-                        for name, mass in _named(blocks)
-                    ]
-                )
-            tell(subject * seeds + seed + 1, subjects * seeds)
+    for task in TASKS:
+        key = generator.key(task, subject, seed)
+        rows = partial(_rows, generator, Question(task, subject), seed, key)
+        yield Measurement({**key, "step": generator.steps - 1, "block": "all"}, rows)
+
+
+def _rows(generator: Generator, question: Question, seed: int, key: Mapping[str, Any]) -> list[dict[str, Any]]:
+    cover = covered(question)
+    return [
+        {**key, "step": step, "block": name, **describe(mass, cover)}
+        for step, blocks in enumerate(masses(generator, question, seed))
+        for name, mass in _named(blocks)
+    ]
 
 
 def _named(blocks: Tensor) -> list[tuple[Any, Tensor]]:
@@ -77,5 +68,8 @@ def describe(mass: Tensor, cover: Tensor) -> dict[str, float]:
 
 def covered(question: Question) -> Tensor:
     """Which reference tokens are at least half the subject's, (R,) bool."""
-    mask = torch.from_numpy(np.concatenate(question.scene.masks, 1))[None]
+    mask = torch.from_numpy(np.concatenate(question.example.reference_masks, 1))[None]
     return functional.avg_pool2d(mask, TOKEN).flatten() >= 0.5
+
+
+STUDY = Study(KEYS, VALUES, _dense_runs)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 import sparse_ref_attn as sra
+from sparse_ref_attn.eval.methods import dense_first
 from sparse_ref_attn.rivals import Downscale, ToMe
 from sparse_ref_attn.schedules import Budget
 from sparse_ref_attn.selection import AttentionMass, Cosine, Reducer, Selector, SelfAttention, SubjectMask
 
-from .budgets import dense_first, rising
+from .budgets import rising
 from .cases import Case, dense, sparse
 from .generator import Generator, Run
 from .questions import Question
@@ -26,7 +25,7 @@ SINGLE_BLOCK = 4  # of 0-5, 2-5 single-stream; the paper does not say which of i
 
 def cases(steps: int) -> list[Case]:
     """Both tables' rows on "place", and the rules that the tables do not have."""
-    first = dense_first(KEEP, steps)
+    first = dense_first(KEEP)
     rules: dict[str, tuple[Selector | Reducer | str, Budget]] = {
         "random": ("random", first),
         "ToMe": (ToMe(), first),
@@ -53,7 +52,7 @@ def exact_mask(budget: Budget) -> Callable[[Generator, Question, int], Run]:
     """The subject as it was drawn, which no rule knows."""
 
     def answer(generator: Generator, question: Question, seed: int) -> Run:
-        mask = SubjectMask(np.concatenate(question.scene.masks, 1))
+        mask = SubjectMask(generator.model.masks(question.example))
         return generator.run(question, seed, sra.SparseRef(mask, budget))
 
     return answer

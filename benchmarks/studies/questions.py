@@ -7,12 +7,13 @@ from functools import lru_cache
 
 import numpy as np
 
+from sparse_ref_attn.eval.examples import Example, Examples, of_scene
 from sparse_ref_attn.toy.backgrounds import random_pattern
 from sparse_ref_attn.toy.scenes import TOKEN, Scene, scene
 from sparse_ref_attn.toy.sprites import SUBJECTS, load_sprites
 from sparse_ref_attn.toy.words import offset_words
 
-__all__ = ["Question"]
+__all__ = ["Question", "held_out"]
 
 SEED = 20260623  # of the scenes
 STRIDE = 37  # between subjects, so that the first few are not alike in name
@@ -38,8 +39,23 @@ class Question:
 
     @property
     def scene(self) -> Scene:
-        """The references, the prompt and the answer."""
+        """How it was drawn."""
         return _scene(self)
+
+    @property
+    def example(self) -> Example:
+        """The references, the prompt and the answer, which is not rounded."""
+        return _example(self)
+
+
+def held_out(task: str) -> Examples:
+    """The questions of a task as a data set, one a subject."""
+    names = load_sprites(SUBJECTS, "held-out").names
+    keys = [(f"{task}/{subject}/0", task) for subject in range(len(names))]
+    return Examples(
+        {"questions": task, "seed": SEED}, keys, lambda index: Question(task, index).example,
+        targets=True, masks=True, reference_masks=True,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=512)
@@ -49,6 +65,14 @@ def _scene(question: Question) -> Scene:
     rows = (first, (first + len(sprites) // 2) % len(sprites))[: 2 if question.task == "pair" else 1]
     own = scene(sprites, (SEED, question.subject), task=question.task, subjects=rows, split="held-out")
     return own if question.prompt == 0 else _asked_again(own, question)
+
+
+@lru_cache(maxsize=512)
+def _example(question: Question) -> Example:
+    own = question.scene
+    boxes = tuple((TOKEN * x, TOKEN * y, TOKEN * (x + size), TOKEN * (y + size)) for x, y, size in own.places)
+    name = f"{question.task}/{question.subject}/{question.prompt}"
+    return replace(of_scene(name, question.task, own), target=np.clip(own.target, 0, 1), boxes=boxes)
 
 
 def _asked_again(own: Scene, question: Question) -> Scene:

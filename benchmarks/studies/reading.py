@@ -102,13 +102,9 @@ def cases(steps: int) -> list[Case]:
 def _answer(reading: Reading) -> Answer:
     def answer(generator: Generator, question: Question, seed: int) -> Run:
         own = generator.steps
-        generator.steps = reading.steps or own
-        try:
-            with stored(generator.pipe.transformer, generator.adapter, reading):
-                picture = generator.picture(question, seed)
-        finally:
-            generator.steps = own
-        references = TOKENS * len(question.scene.references)
+        with stored(generator.pipe.transformer, generator.adapter, reading):
+            picture = generator.picture(question, seed, steps=reading.steps)
+        references = TOKENS * len(question.example.references)
         dense = step_flops(generator.shape, StepTokens(LENGTH, TOKENS, references)).total * own
         steps = reading.tokens(LENGTH, TOKENS, references, own)
         done = work(generator.shape, reading, LENGTH, TOKENS, references, own).total

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 import sparse_ref_attn as sra
+from sparse_ref_attn.eval.methods import dense_first
 from sparse_ref_attn.selection import FromFunction
 
 from .attention import SINGLE, masses
-from .budgets import dense_first
 from .cases import Answer, Case, dense
 from .generator import Generator, Run
 from .questions import Question
@@ -50,21 +50,8 @@ def _ranked(score: Callable[[Tensor], Tensor], seed: int = 0, prompt: int = 0) -
     """By a score of the `masses` of the same question's dense run, or of another seed's or prompt's."""
 
     def answer(generator: Generator, question: Question, own: int) -> Run:
-        scores = score(_masses(generator, Question(question.task, question.subject, prompt), own + seed))
-        config = sra.SparseRef(FromFunction(lambda references: [scores]), dense_first(KEEP, generator.steps))
+        scores = score(masses(generator, Question(question.task, question.subject, prompt), own + seed))
+        config = sra.SparseRef(FromFunction(lambda references: [scores]), dense_first(KEEP))
         return generator.run(question, own, config)
 
     return answer
-
-
-_last: dict[tuple[str, int, Question, int], Tensor] = {}
-
-
-def _masses(generator: Generator, question: Question, seed: int) -> Tensor:
-    """As `masses`; the last few are kept."""
-    key = (generator.weights, generator.steps, question, seed)
-    if key not in _last:
-        while len(_last) > 3:
-            _last.pop(next(iter(_last)))
-        _last[key] = masses(generator, question, seed)
-    return _last[key]

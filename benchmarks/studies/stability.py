@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
@@ -11,11 +11,10 @@ from torch import Tensor
 from sparse_ref_attn.selection.stability import overlap, spearman
 
 from .attention import SINGLE, masses
-from .generator import Generator
 from .questions import Question
-from .rows import Rows
+from .study import Generators, Measurement, Study
 
-__all__ = ["KEYS", "PROMPTS", "VALUES", "measure"]
+__all__ = ["KEYS", "PROMPTS", "STUDY", "VALUES"]
 
 KEYS = ("model", "weights", "steps", "task", "subject", "seed", "kind", "a", "b")
 VALUES = ("spearman", "overlap_15", "overlap_25", "chance_15", "chance_25")
@@ -23,36 +22,27 @@ PROMPTS = 3
 """Prompts beside the scene's own."""
 
 
-def measure(
-    generators: Mapping[str, Generator],
-    rows: Rows,
-    subjects: int,
-    seeds: int,
-    tell: Callable[[int, int], Any] = lambda done, of: None,
-) -> None:
+def _rankings(generators: Generators, subject: int, seed: int) -> Iterator[Measurement]:
     """Rankings of "place" by the single-stream blocks' mass in dense runs, compared two by two.
 
     `kind` is "step" (a < b, one run), "block" (a, a block; b, the single-stream blocks' mean; step 0), "seed" (a, the
     first seed; b, another; step 0) or "prompt" (0, the scene's own; b, another; step 0).
     """
     generator = generators["dense"]
-    for subject in range(subjects):
-        first: Tensor | None = None
-        for seed in range(seeds):
-            key = generator.key("dense", "place", subject, seed)
-            if not rows.has({**key, "kind": "prompt", "a": 0, "b": PROMPTS}):
-                found = masses(generator, Question("place", subject), seed)
-                made = [{**key, **row} for row in _within(found)]
-                if seed:
-                    first = masses(generator, Question("place", subject), 0) if first is None else first
-                    made.append({**key, "kind": "seed", "a": 0, "b": seed, **_alike(_start(first), _start(found))})
-                else:
-                    first = found
-                for prompt in range(1, PROMPTS + 1):
-                    other = masses(generator, Question("place", subject, prompt), seed)
-                    made.append({**key, "kind": "prompt", "a": 0, "b": prompt, **_alike(_start(found), _start(other))})
-                rows.add(made)
-            tell(subject * seeds + seed + 1, subjects * seeds)
+    key = generator.key("place", subject, seed)
+
+    def rows() -> list[dict[str, Any]]:
+        found = masses(generator, Question("place", subject), seed)
+        made = list(_within(found))
+        if seed:
+            first = masses(generator, Question("place", subject), 0)
+            made.append({"kind": "seed", "a": 0, "b": seed, **_alike(_start(first), _start(found))})
+        for prompt in range(1, PROMPTS + 1):
+            other = masses(generator, Question("place", subject, prompt), seed)
+            made.append({"kind": "prompt", "a": 0, "b": prompt, **_alike(_start(found), _start(other))})
+        return [{**key, **row} for row in made]
+
+    yield Measurement({**key, "kind": "prompt", "a": 0, "b": PROMPTS}, rows)
 
 
 def _within(found: Tensor) -> Iterator[dict[str, Any]]:
@@ -75,3 +65,6 @@ def _alike(a: Tensor, b: Tensor) -> dict[str, float]:
         tops = [x.sort(descending=True, stable=True).indices[:count] for x in (a, b)]
         found |= {f"overlap_{share}": overlap(*tops), f"chance_{share}": count / len(a)}
     return found
+
+
+STUDY = Study(KEYS, VALUES, _rankings)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sparse_ref_attn as sra
+from sparse_ref_attn.eval.methods import dense_first
 from sparse_ref_attn.rivals import Downscale
 from sparse_ref_attn.selection import Reducer
 
-from .budgets import dense_first
 from .cases import Answer, Case, dense, sparse
 
 __all__ = ["KEEPS", "RULES", "cases"]
@@ -22,10 +22,10 @@ def cases(steps: int) -> list[Case]:
     """ReCAST fixed and its rivals, each after a step with all tokens."""
     found = [Case("dense", 1.0, dense)]
     for keep in KEEPS:
-        found += [Case(name, keep, _answer(select, keep, steps)) for name, select in RULES.items()]
+        found += [Case(name, keep, _answer(select, keep)) for name, select in RULES.items()]
     return found
 
 
-def _answer(select: Reducer | str, keep: float, steps: int) -> Answer:
-    budget = dense_first(keep, steps)
+def _answer(select: Reducer | str, keep: float) -> Answer:
+    budget = dense_first(keep)
     return sparse(lambda seed: sra.SparseRef(select, budget, seed=seed))

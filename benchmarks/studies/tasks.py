@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.config import UniformGuard
+from sparse_ref_attn.eval.methods import dense_first
 from sparse_ref_attn.selection import AttentionMass
 
-from .budgets import dense_first, rising
+from .budgets import rising
 from .cases import Case, dense, sparse
 
 __all__ = ["GUARD", "KEEP", "TASKS", "cases"]
@@ -19,7 +20,7 @@ GUARD = UniformGuard(top_quarter=0.345)
 
 def cases(steps: int) -> list[Case]:
     """Dense, random, grid, ReCAST, and ReCAST guarded as it comes and by the mass of all blocks, on every task."""
-    first, curve = dense_first(KEEP, steps), rising(KEEP, steps)
+    first, curve = dense_first(KEEP), rising(KEEP, steps)
     everywhere = AttentionMass(blocks="all")
     rules = {
         "random": lambda seed: sra.SparseRef("random", first, seed=seed),

@@ -28,6 +28,8 @@ class PipelineFacts:
     area : str, optional
         Argument of the call with the pixels of the output, to which the pipeline scales it whatever its height and
         width.
+    shaped_by : int
+        Which reference gives the output its shape where nobody says a size, as an index. Default: the first.
     distilled : bool
         Whether all of its models are distilled to few steps. Default: those whose config says ``is_distilled``.
     training : TrainingSeam, optional
@@ -38,6 +40,7 @@ class PipelineFacts:
     references: tuple[int, int | None]
     edits: bool = True
     area: str | None = None
+    shaped_by: int = 0
     distilled: bool = False
     training: TrainingSeam | None = None
 

@@ -32,7 +32,7 @@ from ..patching.pixels import PixelTap
 from ..presets import configuration
 from ..timing import Stopwatch
 from .arguments import item_arguments
-from .lockstep import Strand
+from .lockstep import Lockstep
 from .progress import SharedBar
 from .result import BatchResult
 
@@ -93,7 +93,7 @@ class _BatchItem:
             return self.pipe(**arguments)
 
         self.own["progress_bar"] = bar.part
-        self.strand = Strand(call)
+        self.lockstep = Lockstep(call)
 
     def before(self, transformer: nn.Module, kwargs: Kwargs, together: bool) -> list[Item]:
         """The item's call with the rows that take part, one `Item` for each picture it makes at once."""
@@ -152,10 +152,10 @@ class _Run:
         while live:
             waiting = []
             for item, answer in live:
-                asks = item.strand.resume(answer)
-                if item.strand.error is not None:
+                asks = item.lockstep.resume(answer)
+                if item.lockstep.error is not None:
                     with item.named():
-                        raise item.strand.error
+                        raise item.lockstep.error
                 if asks:
                     waiting.append(item)
                     item.generations.pixels = None if tap is None else tap.handed_over()
@@ -163,13 +163,13 @@ class _Run:
 
     def end(self) -> None:
         for item in self.items:
-            item.strand.end()
+            item.lockstep.end()
 
     def _serve(self, waiting: Sequence[_BatchItem]) -> list[Any]:
         """What each waiting item's transformer call returns."""
         calls, answers = {}, {}
         for item in waiting:
-            args, kwargs, grad = item.strand.request
+            args, kwargs, grad = item.lockstep.request
             calls[item.index] = (self.adapter.bind(self.transformer, args, kwargs), grad)
         meeting = [
             item
@@ -369,4 +369,4 @@ def batch(
         run.run(tap)
     handles = [PatchHandle(item.generations, transformer, item.generations.forget) for item in run.items]
     padding = 0.0 if run.rows == 0 else 1 - run.live / run.rows
-    return BatchResult([item.strand.result for item in run.items], handles, run.joined, run.alone, padding)
+    return BatchResult([item.lockstep.result for item in run.items], handles, run.joined, run.alone, padding)

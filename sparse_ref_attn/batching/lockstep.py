@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["Strand"]
+__all__ = ["Lockstep"]
 
 
 class _Ended(BaseException):
-    """Unwinds a strand whose answer will never come."""
+    """Unwinds a function whose answer will never come."""
 
 
-class Strand:
+class Lockstep:
     """One function in a thread that runs only while its owner waits in `resume`.
 
     Parameters
@@ -30,10 +30,10 @@ class Strand:
 
     Examples
     --------
-    >>> strand = Strand(lambda ask: ask("a number") + 1)
-    >>> strand.resume(), strand.request
+    >>> thread = Lockstep(lambda ask: ask("a number") + 1)
+    >>> thread.resume(), thread.request
     (True, 'a number')
-    >>> strand.resume(41), strand.result
+    >>> thread.resume(41), thread.result
     (False, 42)
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-__all__ = ["NoBar", "SharedBar", "TurnsBar"]
+__all__ = ["NoBar", "SequentialBar", "SharedBar"]
 
 
 class SharedBar:
@@ -84,7 +84,7 @@ class _Part:
         return getattr(self._shared._bar, name)
 
 
-class TurnsBar(SharedBar):
+class SequentialBar(SharedBar):
     """Parts that run one after another and add up to `total` steps.
 
     Parameters

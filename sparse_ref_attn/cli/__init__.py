@@ -64,10 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _ending(error: Exception) -> tuple[str, int]:
     """One line, and the exit code of its kind."""
     line = " ".join(str(error).split())
-    if isinstance(error, failures.OutOfMemoryError):
-        return line, failures.NO_MEMORY
     if isinstance(error, SparseRefError):
-        return line, failures.MISTAKE
+        return line, failures.code_of(error)
     if isinstance(error, OSError):
         return f"what is read must be there and what is written must fit on the disk, got: {line}", failures.MISTAKE
     from ..eval.loading import out_of_memory

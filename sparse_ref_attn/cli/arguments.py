@@ -6,6 +6,7 @@ import argparse
 
 from .. import __version__, vocabulary
 from . import execution, values
+from .editor import add_run
 from .evaluation import add_evaluation
 from .failures import CODES
 from .parsing import Parser, later
@@ -18,7 +19,18 @@ KEEP += "tokens of each reference at every step that drops any (256)"
 OWN = "recast: 1/16 to 1/4, rising; sparse-context: 10%%"
 TASK = "kind of edit, which picks rule and guard (default: the preset's)"
 STEPS = "denoising steps (default: the pipeline's, 4 of a distilled model)"
-SELECT = "rule that ranks the tokens (default: the preset's)"
+RUN = """\
+Edits pictures with a diffusers pipeline, computing the reference tokens that
+matter alone.
+
+  sra run photo.jpg -p "the cup on a beach" -o out.png --model PATH
+  sra run cup.jpg table.jpg -p "the cup on the table" -o out.png --model PATH
+  sra run photos/ -p "as a watercolour" -o out/ --model PATH
+  sra run edits.jsonl -o out/ --model PATH
+
+Each picture is saved as soon as it exists, and says in its file how it was
+made. Of many edits, those that are there already are not made again, and one
+that cannot be made does not end the others."""
 
 
 def parser() -> Parser:
@@ -53,21 +65,17 @@ def parser() -> Parser:
         "recast; random weights: sparse-context",
     )
     _add_common(demo)
-    demo.set_defaults(run=later("commands", "demo"), compare_dense=True)
+    demo.set_defaults(run=later("commands", "demo"))
 
     run = kinds.add_parser(
         "run",
-        help="the same with a real model: FLUX.1 Kontext, FLUX.2, Klein, Qwen-Image-Edit",
-        description="Loads a diffusers pipeline, edits the images dense and sparse with the same seed, and reports "
-        "times, tokens and bound.",
+        help="edit pictures with a model: FLUX.1 Kontext, FLUX.2, Klein, Qwen-Image-Edit",
+        usage="%(prog)s IMAGE [IMAGE ...] -p TEXT -o PATH [--model PATH] [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=RUN,
     )
-    _add_model(run)
+    add_run(run)
     _add_config(run, "recast", OWN)
-    run.add_argument(
-        "--compare-dense", action=argparse.BooleanOptionalAction, default=True, help="also run with every token"
-    )
-    _add_common(run)
-    run.set_defaults(run=later("commands", "run"))
 
     versus = kinds.add_parser(
         "compare",
@@ -76,7 +84,7 @@ def parser() -> Parser:
         "turns, and writes an HTML page with pictures, kept tokens, metrics against the dense picture, times and "
         "bounds; also CSV, JSON and markdown. --profile and --rerank-every reach the methods that measure attention.",
     )
-    _add_model(versus, required=False)
+    _add_model(versus)
     versus.add_argument(
         "--keep", type=values.share, default=0.25, metavar="R", help="mean share over all steps (default: 25%%)"
     )
@@ -180,16 +188,15 @@ def _add_builtin(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--edit", **values.one_of(vocabulary.EDITS), help="of the small model (default: place)")
 
 
-def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """A pipeline and the arguments of its call; not required where the embedded one stands in."""
-    default = "" if required else " (default: the small trained one)"
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """A pipeline, which the embedded one may stand in for, and the arguments of its call."""
     parser.add_argument(
-        "--model", required=required, metavar="PATH", help=f"directory of save_pretrained, or a hub id{default}"
+        "--model",
+        metavar="PATH",
+        help="directory of save_pretrained, or a hub id (default: the small trained one)",
     )
-    parser.add_argument(
-        "--image", required=required, action="append", metavar="PATH", help="reference; repeat for several"
-    )
-    parser.add_argument("--prompt", required=required)
+    parser.add_argument("--image", action="append", metavar="PATH", help="reference; repeat for several")
+    parser.add_argument("--prompt")
     parser.add_argument("--out", required=True, metavar="DIR", help="where pictures and numbers go")
     parser.add_argument("--output", type=values.size, metavar="WxH", help="size in pixels (default: the pipeline's)")
     parser.add_argument("--height", type=values.above(16), metavar="H", help="the same as --output, with --width")
@@ -208,10 +215,16 @@ def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def _add_config(parser: argparse.ArgumentParser, preset: str | None, keep: str, default: str = "%(default)s") -> None:
-    parser.add_argument("--preset", **values.one_of(vocabulary.PRESETS), default=preset, help=f"default: {default}")
-    parser.add_argument("--keep", type=values.keep, metavar="R", help=f"{KEEP}; default: {keep}")
-    parser.add_argument("--task", **values.one_of(vocabulary.TASKS), help=TASK)
-    parser.add_argument("--select", **values.one_of(vocabulary.SELECTORS), help=SELECT)
+    group = parser.add_argument_group("what is kept")
+    group.add_argument("--preset", **values.one_of(vocabulary.PRESETS), default=preset, help=f"default: {default}")
+    group.add_argument("--keep", type=values.keep, metavar="R", help=f"{KEEP}; default: {keep}")
+    group.add_argument("--task", **values.one_of(vocabulary.TASKS), help=TASK)
+    group.add_argument(
+        "--select",
+        "--rule",
+        **values.one_of(vocabulary.SELECTORS) | {"metavar": "RULE"},
+        help=f"what ranks the tokens: {', '.join(vocabulary.SELECTORS)} (default: the preset's)",
+    )
     execution.add_arguments(parser)
 
 

@@ -38,7 +38,7 @@ __all__ = [
     "loaded",
     "needs",
     "quiet",
-    "run",
+    "settings",
 ]
 
 # -- demo ------------------------------------------------------------------------------------
@@ -49,15 +49,15 @@ def demo(options: argparse.Namespace) -> None:
     made = builtin.builtin(options, options.image)
     small = made.pair is not None
     preset = options.preset = options.preset or ("recast" if small else "sparse-context")
-    settings = _settings(options)
+    given = settings(options)
     if preset == "sparse-context":
-        settings.setdefault("task", "subject" if small else "edit")
+        given.setdefault("task", "subject" if small else "edit")
         options.keep = 0.25 if options.keep is None else options.keep
     elif not small:
-        settings.setdefault("task", "subject")
+        given.setdefault("task", "subject")
     if small and preset == "recast" and options.keep is None:
-        settings |= {"n_min": 0.25, "n_max": 0.25}  # the paper's ramp would begin with 16 tokens of 256
-    amount = Amount(preset, options.keep, settings)
+        given |= {"n_min": 0.25, "n_max": 0.25}  # the paper's ramp would begin with 16 tokens of 256
+    amount = Amount(preset, options.keep, given)
     directory = outputs.prepare_directory(options.out)
     quiet(pipelines_too=True)
     began = time.perf_counter()
@@ -88,17 +88,7 @@ def needs(command: str, *extras: str) -> None:
         raise ConfigError(f"sra {command} cannot run: {why}")
 
 
-# -- run -------------------------------------------------------------------------------------
-
-
-def run(options: argparse.Namespace) -> None:
-    """Dense and sparse side by side, on a real model."""
-    amount = Amount(options.preset, options.keep, _settings(options))
-    directory = outputs.prepare_directory(options.out)
-    pipe, device, arguments = loaded(options)
-    config = amount.config(pipe.transformer, arguments["num_inference_steps"])
-    about = {"model": options.model, "images": options.image}
-    _compare(pipe, config, arguments, options, directory, device, about)
+# -- a real model ----------------------------------------------------------------------------
 
 
 def loaded(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any]]:
@@ -153,9 +143,7 @@ def _compare(
     show(f"{options.preset}: {config.describe()}; {steps} steps, seed {options.seed}; {where}.\n")
     pictures = outputs.Pictures(directory)
     with failures.told(directory, pictures.written, memory_of(pipe, config, arguments, options)):
-        result = compare(
-            pipe, config, call, steps=steps, repeats=options.repeats, dense=options.compare_dense, made=pictures
-        )
+        result = compare(pipe, config, call, steps=steps, repeats=options.repeats, made=pictures)
     about = {
         "pipeline": type(pipe).__name__,
         **about,
@@ -181,7 +169,7 @@ def _compare(
 
 def estimate(options: argparse.Namespace) -> None:
     """Tokens, work and memory of a run, without running it."""
-    amount = Amount(options.preset, options.keep, _settings(options))
+    amount = Amount(options.preset, options.keep, settings(options))
     quiet(pipelines_too=True)
     transformer = meta_transformer(options.model)
     pipeline, distilled = pipeline_of(options.model)
@@ -232,7 +220,7 @@ def diagnose(options: argparse.Namespace) -> None:
 # -- shared ----------------------------------------------------------------------------------
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
+def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of a preset that were given, beside how much it keeps."""
     given = {name: value for name in ("task", "select") if (value := getattr(options, name)) is not None}
     return given | execution.settings(options)
@@ -240,7 +228,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def quiet(pipelines_too: bool) -> None:
     """Silence notes about optional parts that other libraries lack; diffusers may warn about a real model's call."""
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("transformers", "diffusers")[: 1 + pipelines_too]:
         if importlib.util.find_spec(name) is not None:

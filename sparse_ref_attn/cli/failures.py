@@ -9,7 +9,9 @@ from pathlib import Path
 
 from ..errors import SparseRefError
 
-__all__ = ["CODES", "MISTAKE", "NO_MEMORY", "STOPPED", "UNEXPECTED", "OutOfMemoryError", "told"]
+__all__ = [
+    "CODES", "MISTAKE", "NO_MEMORY", "STOPPED", "UNEXPECTED", "OutOfMemoryError", "code_of", "memory_told", "told",
+]  # fmt: skip
 
 MISTAKE, NO_MEMORY, UNEXPECTED, STOPPED = 2, 3, 4, 130
 CODES = {
@@ -43,14 +45,29 @@ def told(folder: Path, written: Sequence[str], less: Callable[[], str]) -> Itera
     OutOfMemoryError
         Where memory ran out.
     """
+    try:
+        with memory_told(less):
+            yield
+    except BaseException:
+        if written:
+            print(f"\nSaved before it ended in {folder}: {', '.join(written)}", file=sys.stderr)
+        raise
+
+
+@contextmanager
+def memory_told(less: Callable[[], str]) -> Iterator[None]:
+    """Inside, memory that runs out is an OutOfMemoryError that says what would need less."""
     from ..eval.loading import out_of_memory
 
     try:
         yield
     except BaseException as error:
-        if written:
-            print(f"\nSaved before it ended in {folder}: {', '.join(written)}", file=sys.stderr)
         if out_of_memory(error):
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise OutOfMemoryError(f"memory must hold the run, got: {reason}{less()}") from error
         raise
+
+
+def code_of(error: SparseRefError) -> int:
+    """The exit code of an error that the library knows."""
+    return NO_MEMORY if isinstance(error, OutOfMemoryError) else MISTAKE

@@ -20,12 +20,14 @@ __all__ = ["memory_of"]
 def memory_of(
     pipe: Any, config: SparseRef, arguments: dict[str, Any], options: argparse.Namespace
 ) -> Callable[[], str]:
-    """The words, made only where they are needed: ``--offload``, the reference cache's bytes and the resolution."""
+    """The words, made only where they are needed: flags, the reference cache's bytes and the resolution."""
 
     def words() -> str:
         found = []
         for offload in OFFLOADS[OFFLOADS.index(getattr(options, "offload", OFFLOADS[-1])) + 1 :]:
             found.append(f"--offload {offload} keeps weights in the CPU's memory")
+        if getattr(options, "quantize", "") is None:
+            found.append("--quantize int8 halves the transformer's weights")
         images = arguments["image"] if isinstance(arguments["image"], list) else [arguments["image"]]
         height, width = arguments.get("height"), arguments.get("width")
         if isinstance(config.execute, Cache):
@@ -45,7 +47,10 @@ def _cache(pipe: Any, config: SparseRef, images: list[Any], output: tuple[int, i
         memory = estimate(
             unwrap(pipe.transformer), references=[image.size for image in images], output=output, config=config, steps=4
         ).memory
-        held = (memory.sparse_reference_kv + memory.room) / 1e9
+        rows, beside = memory.sparse_reference_kv, memory.room
+        if memory.tiles is not None:
+            rows, beside = memory.dense_reference_kv, memory.tiles
+        held = (rows + beside) / 1e9
         return (
             f"the reference cache holds {held:.1f} GB (all tokens: {memory.dense_reference_kv / 1e9:.1f} GB), less "
             "with a smaller --keep and --cache-rows budget, none with --execute tokens"

@@ -32,9 +32,11 @@ class Parser(argparse.ArgumentParser):
             )
 
     def parse(self, args: Sequence[str] | None = None) -> argparse.Namespace:
-        """As ``parse_args``, with the near misses of an unknown argument."""
+        """As ``parse_args``, with the near misses of an unknown argument; images may stand apart."""
         options, unknown = self.parse_known_args(args)
-        if unknown:
+        if unknown and "images" in options and not any(word.startswith("-") for word in unknown):
+            options.images += unknown  # those behind an option: sra run a.png -p TEXT b.png
+        elif unknown:
             parser = getattr(options, "parser", self)
             known = re.findall(r"--[a-z][a-z-]+", parser.format_help())
             parser.error(f"arguments must be known, got {' '.join(unknown)}{near(unknown[0].partition('=')[0], known)}")

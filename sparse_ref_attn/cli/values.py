@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -14,8 +15,10 @@ from ..vocabulary import chosen
 
 __all__ = [
     "above",
+    "at_least_zero",
     "factors",
     "keep",
+    "lora",
     "named",
     "one_of",
     "refresh",
@@ -86,6 +89,17 @@ def above(least: int) -> Callable[[str], int]:
     return number
 
 
+def at_least_zero(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
+    return found
+
+
 def refresh(text: str) -> Refresh:
     """ "4" or "25%": every so many steps, or shares of the run; "0,4,8" at these; "never"; "drift:0.3"."""
     name, _, value = text.lower().partition(":")
@@ -136,6 +150,18 @@ def named(text: str) -> tuple[str, str]:
     if not (equals and name and path):
         raise argparse.ArgumentTypeError(f"must be NAME=PATH, got {text!r}")
     return name, path
+
+
+def lora(text: str) -> tuple[str, float]:
+    """PATH or PATH:SCALE."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        found = (path, float(scale)) if colon else (text, 1.0)
+    except ValueError:
+        found = text, 1.0  # a colon of the path's own
+    if not (found[0] and math.isfinite(found[1])):
+        raise argparse.ArgumentTypeError(f"must be PATH or PATH:SCALE, such as lora.safetensors:0.8, got {text!r}")
+    return found
 
 
 def factors(text: str) -> tuple[float, ...]:

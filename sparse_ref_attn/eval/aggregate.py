@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from .methods import method_name, rule_of
 from .metrics import Interval, mean_interval
 
-__all__ = ["Mean", "aggregate", "markdown", "paired", "write_means"]
+__all__ = ["Mean", "Values", "aggregate", "combined", "interval", "markdown", "paired", "write_means"]
 
 RESAMPLES = 2000
 BASELINES = ("dense", "random", "ReCAST flat")
@@ -56,7 +56,8 @@ class Mean:
 
 
 Cell = tuple[str, str, str, str]  # model, family, method, keep
-Values = dict[tuple[str, str], float]  # by example and seed
+Values = dict[tuple[str, str], float]
+"""By example and seed."""
 
 
 def aggregate(
@@ -109,10 +110,10 @@ def aggregate(
             others |= {f"model {name}": (name, family, method, keep) for name in models if name != model}
             parts = {"": own}
             for against, other in others.items():
-                parts[against] = _difference(own, values.get(other, {}))
+                parts[against] = combined([(1.0, own), (-1.0, values.get(other, {}))])
             for against, part in parts.items():
                 if part:
-                    mean, examples = _interval(part)
+                    mean, examples = interval(part)
                     found.append(
                         Mean(model, family, method, float(keep), share, metric, against, len(part), examples, *mean)
                     )
@@ -144,10 +145,35 @@ def paired(rows: Sequence[Mapping[str, str]], metric: str, cell: Cell, other: Ce
     1.5
     """
     own, base = (_values([row for row in rows if _cell_of(row) == wanted], metric) for wanted in (cell, other))
-    both = _difference(own, base)
+    both = combined([(1.0, own), (-1.0, base)])
     if not both:
         raise ConfigError(f"{cell} and {other} must have pictures in common, got none with {metric}")
-    return _interval(both)[0]
+    return interval(both)[0]
+
+
+def combined(terms: Sequence[tuple[float, Values]]) -> Values:
+    """The weighted sum of several cells' values, for the pictures that all of them have.
+
+    Examples
+    --------
+    >>> combined([(1.0, {("a", "0"): 5.0, ("b", "0"): 6.0}), (-0.5, {("a", "0"): 4.0})])
+    {('a', '0'): 3.0}
+    """
+    (_, first), *_ = terms
+    keys = [key for key in first if all(key in values for _, values in terms)]
+    return {key: sum(weight * values[key] for weight, values in terms) for key in keys}
+
+
+def interval(values: Values, resamples: int = RESAMPLES) -> tuple[Interval, int]:
+    """Mean with its 95 % interval over examples, of which there must be one, and how many there are.
+
+    Examples are drawn, not seeds: the seeds of one are not independent. The bounds of a single example are NaN.
+    """
+    groups = [example for example, _ in values]
+    count = len(set(groups))
+    if count == 1:
+        return Interval(sum(values.values()) / len(values), math.nan, math.nan), 1
+    return mean_interval(list(values.values()), groups, resamples=resamples), count
 
 
 def write_means(path: Path, means: Sequence[Mean]) -> None:
@@ -191,15 +217,3 @@ def _cell_of(row: Mapping[str, str]) -> Cell:
 def _values(rows: Sequence[Mapping[str, Any]], metric: str) -> Values:
     found = {(row["example"], row["seed"]): float(row[metric]) for row in rows if row[metric] != ""}
     return {key: value for key, value in found.items() if math.isfinite(value)}
-
-
-def _difference(own: Values, base: Values) -> Values:
-    return {key: value - base[key] for key, value in own.items() if key in base}
-
-
-def _interval(values: Values) -> tuple[Interval, int]:
-    groups = [example for example, _ in values]
-    count = len(set(groups))
-    if count == 1:
-        return Interval(sum(values.values()) / len(values), math.nan, math.nan), 1
-    return mean_interval(list(values.values()), groups, resamples=RESAMPLES), count

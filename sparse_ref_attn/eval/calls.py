@@ -12,7 +12,10 @@ from ..adapters.pipeline_facts import PipelineFacts
 from ..errors import ConfigError, UnsupportedModelError
 from ..models import edit_facts, edit_pipelines
 
-__all__ = ["RESERVED", "call_arguments", "check_class", "check_more", "check_reserved"]
+__all__ = [
+    "RESERVED", "call_arguments", "check_class", "check_more", "check_reserved", "check_size", "check_words",
+    "guidance_argument",
+]  # fmt: skip
 
 RESERVED = {
     "image": "the references are arguments of their own",
@@ -35,6 +38,8 @@ def call_arguments(
     *,
     size: tuple[int, int] | None = None,
     steps: int | None = None,
+    negative: str | None = None,
+    guidance: float | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The keyword arguments of ``pipe(...)``, without the generator.
@@ -49,31 +54,89 @@ def call_arguments(
         Height and width of the output in pixels; default the pipeline's own choice.
     steps : int, optional
         Default the pipeline's own, 4 of a distilled model.
+    negative : str, optional
+        The negative prompt.
+    guidance : float, optional
+        By the argument that `guidance_argument` names.
     more : mapping, optional
         Further arguments of the pipeline's ``__call__``, none of `RESERVED`.
 
     Raises
     ------
     ConfigError
-        If the pipeline takes one reference and gets several, cannot make the size, or `more` is not for it.
+        If the pipeline takes one reference and gets several, cannot make the size, or `more`, the negative prompt or
+        the guidance is not for it.
     UnsupportedModelError
         If the pipeline is none of those that edit reference images.
     """
     facts = check_class(pipe)
-    check_more(pipe, more or {})
+    distilled = getattr(pipe.config, "is_distilled", None)
+    check_more(type(pipe), more or {})
     facts.check_references(len(images))
+    check_words(type(pipe), distilled, negative=negative, guidance=guidance, more=more or {})
     parameters = inspect.signature(type(pipe).__call__).parameters
     if size is not None:
-        _check_size(pipe, size)
+        check_size(2 * getattr(pipe, "vae_scale_factor", 8), size)
     arguments: dict[str, Any] = {"prompt": prompt, "image": list(images) if len(images) > 1 else images[0]}
     if size is not None:
         arguments |= {"height": size[0], "width": size[1]}
         if facts.area is not None and facts.area in parameters:
             arguments[facts.area] = size[0] * size[1]
-    if steps is None:
-        steps = facts.steps(getattr(pipe.config, "is_distilled", None))
-    arguments["num_inference_steps"] = steps
+    if negative is not None:
+        arguments["negative_prompt"] = negative
+    if guidance is not None:
+        arguments[str(guidance_argument(type(pipe)))] = guidance
+    arguments["num_inference_steps"] = facts.steps(distilled) if steps is None else steps
     return arguments | dict(more or {})
+
+
+def guidance_argument(cls: type) -> str | None:
+    """What a pipeline's class calls the strength of its prompt; None where it has none.
+
+    Examples
+    --------
+    >>> import diffusers
+    >>> guidance_argument(diffusers.FluxKontextPipeline), guidance_argument(diffusers.QwenImageEditPipeline)
+    ('guidance_scale', 'true_cfg_scale')
+    """
+    parameters = inspect.signature(cls.__call__).parameters
+    if "guidance_scale" in parameters and parameters["guidance_scale"].default is not None:
+        return "guidance_scale"
+    return "true_cfg_scale" if "true_cfg_scale" in parameters else None
+
+
+def check_words(
+    cls: type, distilled: bool | None, *, negative: str | None, guidance: float | None, more: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError for a negative prompt or a guidance that a pipeline's class lacks, or that would do nothing.
+
+    Parameters
+    ----------
+    cls : type
+        Of the pipeline.
+    distilled : bool, optional
+        The pipeline's ``is_distilled``.
+    negative, guidance, more
+        As in `call_arguments`.
+    """
+    name, argument = cls.__name__, guidance_argument(cls)
+    parameters = inspect.signature(cls.__call__).parameters
+    if guidance is not None and (argument is None or (distilled and guidance > 1)):
+        raise ConfigError(f"{name} must have no guidance, because the model is distilled, got {guidance:g}")
+    if negative is not None and "negative_prompt" not in parameters:
+        raise ConfigError(f"{name} must have no negative prompt, because it takes none, got {negative!r}")
+    if "true_cfg_scale" not in parameters:
+        return
+    given = guidance if argument == "true_cfg_scale" else None
+    scale = more.get("true_cfg_scale", parameters["true_cfg_scale"].default if given is None else given)
+    if negative is not None and scale <= 1:
+        wanted = "a guidance above 1" if argument == "true_cfg_scale" else "true_cfg_scale set above 1 (--set)"
+        raise ConfigError(f"a negative prompt of {name} must come with {wanted}, or it does nothing, got {scale:g}")
+    if negative is None and given is not None and given > 1:
+        raise ConfigError(
+            f"guidance above 1 of {name} must come with a negative prompt (a blank one will do), or it does nothing, "
+            f"got {given:g}"
+        )
 
 
 def check_class(pipe: Any) -> PipelineFacts:
@@ -94,17 +157,16 @@ def check_reserved(more: Iterable[str]) -> None:
             raise ConfigError(f"{name} must not be set beside the call: {RESERVED[name]}")
 
 
-def check_more(pipe: Any, more: Mapping[str, Any]) -> None:
-    """Raise ConfigError as `check_reserved`, and for arguments that the pipeline lacks or of a wrong type."""
+def check_more(cls: type, more: Mapping[str, Any]) -> None:
+    """Raise ConfigError as `check_reserved`, and for arguments that a pipeline's class lacks or of a wrong type."""
     check_reserved(more)
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    unknown = sorted(set(more) - set(parameters))
+    unknown = sorted(set(more) - set(inspect.signature(cls.__call__).parameters))
     if unknown:
-        raise ConfigError(f"{type(pipe).__name__} must have the arguments that are set, got {', '.join(unknown)}")
-    hints = _hints(type(pipe).__call__)
+        raise ConfigError(f"{cls.__name__} must have the arguments that are set, got {', '.join(unknown)}")
+    hints = _hints(cls.__call__)
     for name, value in more.items():
         if name in hints and not _fits(value, hints[name]):
-            raise ConfigError(f"{name} of {type(pipe).__name__} must be {_named(hints[name])}, got {value!r}")
+            raise ConfigError(f"{name} of {cls.__name__} must be {_named(hints[name])}, got {value!r}")
 
 
 def _hints(function: Any) -> dict[str, Any]:
@@ -137,9 +199,8 @@ def _named(hint: Any) -> str:
     return text.replace("typing.", "").replace("NoneType", "None")
 
 
-def _check_size(pipe: Any, size: tuple[int, int]) -> None:
-    """Raise where the pipeline would round the size without a word."""
-    cell = 2 * getattr(pipe, "vae_scale_factor", 8)
+def check_size(cell: int, size: tuple[int, int]) -> None:
+    """Raise ConfigError where a pipeline would round the height and width to its `cell` without a word."""
     if any(side % cell for side in size):
         low = tuple(max(cell, side // cell * cell) for side in size)
         high = tuple(-(-side // cell) * cell for side in size)

@@ -1,29 +1,31 @@
-"""Where the time of one pipeline call goes: attention, the rest of the transformer, everything else."""
+"""Where the time of one call goes: attention, the rest of the transformer, everything else."""
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..hooks.diffusers import AttentionSite, tapped_attention
 from ..timing import Stopwatch
 
-__all__ = ["CallTimes", "time_call"]
+__all__ = ["CallTimes", "time_call", "timed"]
 
 
 @dataclass(frozen=True)
 class CallTimes:
-    """Seconds of one ``pipe()`` call.
+    """Seconds of one call.
 
     Parameters
     ----------
     whole : float
-        From the call to the finished picture, on the host's clock.
+        From the call to the finished result, on the host's clock.
     transformer : float
         Of it inside the transformer, all steps.
     attention : float, optional
@@ -46,24 +48,43 @@ def time_call(call: Callable[[], Any], transformer: nn.Module, sites: Sequence[A
     Parameters
     ----------
     call : callable
-        Runs the pipeline and returns a picture on the host, so that the device has finished.
+        Runs the pipeline, or any part of it that has the transformer in it.
     transformer : nn.Module
-        The pipeline's transformer.
+        The pipeline's transformer, or the block whose time is asked for.
     sites : sequence of AttentionSite
         Its attention (``Adapter.sites``); empty when attention cannot be measured.
 
+    Returns
+    -------
+    result : object
+        What the call gives.
+    times : CallTimes
+
     Notes
     -----
-    Reads CUDA events after the call: no sync in between.
+    Waits for the device before and after the call, not in between: CUDA events are read at the end.
     """
     inside: list[Stopwatch] = []
     attending: list[Stopwatch] = []
     with _transformer_watches(transformer, inside), _attention_watches(sites, attending):
-        began = time.perf_counter()
-        result = call()
-        whole = time.perf_counter() - began
+        whole, result = timed(call, next(transformer.parameters()).device)
     attention = sum(watch.seconds() for watch in attending) if sites else None
     return result, CallTimes(whole, sum(watch.seconds() for watch in inside), attention)
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds of one call, from a device that has nothing to do to one that has finished, and what the call gives.
+
+    Garbage is collected before, so that it is not during the call.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    result = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began, result
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..adapters.base import Adapter
-from ..batching.progress import NoBar, TurnsBar
+from ..batching.progress import NoBar, SequentialBar
 from ..config import SparseRef
 from ..errors import ConfigError, IncompatibleError, SparseRefError
 from ..hooks.compiled import unwrap
@@ -117,7 +117,7 @@ def compare_all(
     sites = _sites(adapter, transformer)
     short = min(steps, 2)
     make = getattr(pipe, "progress_bar", NoBar)  # a modular pipeline's blocks have bars of their own
-    bar = TurnsBar(make, dense + short * len(configs) + repeats * steps * (dense + len(configs)))
+    bar = SequentialBar(make, dense + short * len(configs) + repeats * steps * (dense + len(configs)))
     with _instead(pipe, bar):
         bar.say("warm-up")
         if dense:
@@ -175,7 +175,7 @@ def _sites(adapter: Adapter, transformer: Any) -> list[AttentionSite]:
 
 
 @contextmanager
-def _instead(pipe: Any, bar: TurnsBar) -> Iterator[None]:
+def _instead(pipe: Any, bar: SequentialBar) -> Iterator[None]:
     """Inside, the pipeline's calls move one bar, with the time that is left."""
     own = vars(pipe)  # past the pipeline's __setattr__, which would note the bar in its config
     before = own.get("progress_bar")

@@ -19,7 +19,6 @@ from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
 from ..estimation import at_share
 from ..files import replacing
-from ..patching import patched
 from .examples import Example, Examples, Mask
 from .methods import methods
 from .models import EvalModel
@@ -225,7 +224,7 @@ def _rows(
 ) -> Any:  # fmt: skip
     """The rows of one example and seed, each when its picture is made."""
     noise = zlib.crc32(f"{example.id}/{seed}".encode())
-    dense = model.generate(example, noise)
+    dense = model.run(example, noise).picture
     score = scorer.scores(example, dense)
     masks = model.masks(example)
     for name, keep in cells:
@@ -235,13 +234,11 @@ def _rows(
             continue
         else:
             try:
-                with patched(model.pipe, _config(model, name, keep, mean_over, noise, masks)) as handle:
-                    image = model.generate(example, noise)
+                run = model.run(example, noise, _config(model, name, keep, mean_over, noise, masks))
             except SparseRefError as error:
                 raise ConfigError(f"{model.name}, {example.id}, {name} at {keep:.3g}: {error}") from error
-            record = handle.record
-            taken = [record.mean_kept(step) for step in record.steps]
-            share = sum(taken) / len(taken) / record.layout.reference_tokens
+            assert run.record is not None
+            image, share = run.picture, run.record.mean_tokens / run.record.layout.reference_tokens
         if save is not None:
             path = save / model.name / re.sub(r"[^\w-]+", "_", example.id) / f"{name} {keep:.3g}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

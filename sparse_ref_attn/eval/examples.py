@@ -5,19 +5,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
 
-__all__ = ["FAMILIES", "Example", "Examples", "procedural"]
+if TYPE_CHECKING:
+    from ..toy.scenes import Scene
+
+__all__ = ["FAMILIES", "Example", "Examples", "of_scene", "procedural"]
 
 FAMILIES = {"subject-driven": ("place", "pair"), "aligned": ("swap", "local", "global")}
 """The tasks of ``sparse_ref_attn.toy``, in two families."""
 
 Mask = NDArray[np.floating[Any]]
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,14 @@ class Example:
         Of this example, and of the kind it belongs to.
     references : tuple of PIL.Image.Image
     prompt : str
-    target : PIL.Image.Image, optional
-        The answer.
+    target : PIL.Image.Image or ndarray, optional
+        The answer; an array is (H, W, 3), 0 to 1.
     mask : ndarray, optional
         (H, W), 0 to 1, of the answer: its subject, or the part that is edited.
     reference_masks : tuple of ndarray, optional
         (H, W), 0 to 1, one for each reference.
+    boxes : tuple of (int, int, int, int), optional
+        Left, top, right and bottom of each subject in the answer, in pixels; default one box around what `mask` marks.
     """
 
     id: str
@@ -45,6 +52,7 @@ class Example:
     target: Any = None
     mask: Mask | None = None
     reference_masks: tuple[Mask, ...] | None = None
+    boxes: tuple[Box, ...] | None = None
 
 
 class Examples(Sequence[Example]):
@@ -112,6 +120,14 @@ class Examples(Sequence[Example]):
         return sorted(index for indices in found.values() for index in indices)
 
 
+def of_scene(id: str, family: str, scene: Scene) -> Example:
+    """A pair of the procedural task as an example."""
+    from ..toy.calls import image
+
+    references = tuple(image(picture) for picture in scene.references)
+    return Example(id, family, references, scene.prompt, image(scene.target), scene.mask, scene.masks)
+
+
 def procedural(sprites: str | None = None, *, side: int = 128, seed: int = 0) -> Examples:
     """The procedural task on held-out subjects and held-out photographs, one example a subject and family.
 
@@ -135,7 +151,6 @@ def procedural(sprites: str | None = None, *, side: int = 128, seed: int = 0) ->
     >>> data.families, data.keys[0][0].split("/")[0], data[0].references[0].size
     (('subject-driven', 'aligned'), 'place', (64, 64))
     """
-    from ..toy.calls import image
     from ..toy.scenes import TOKEN, scene
     from ..toy.sprites import SUBJECTS, load_sprites
 
@@ -154,10 +169,7 @@ def procedural(sprites: str | None = None, *, side: int = 128, seed: int = 0) ->
         drawn = scene(
             subjects, (seed, subject), grid=side // TOKEN, task=task, subjects=rows, split="held-out"
         )  # fmt: skip
-        return Example(
-            f"{task}/{subjects.names[subject]}", family, tuple(image(x) for x in drawn.references), drawn.prompt,
-            image(drawn.target), drawn.mask, drawn.masks,
-        )  # fmt: skip
+        return of_scene(f"{task}/{subjects.names[subject]}", family, drawn)
 
     keys = [(f"{task}/{subjects.names[subject]}", family) for subject, family, task in plan]
     digest = hashlib.sha256(" ".join(subjects.names).encode()).hexdigest()[:16]

@@ -11,11 +11,12 @@ from ..errors import ConfigError
 from ..execution import Cache
 from ..refresh import Every, Never, Refresh
 from ..rivals import Downscale, ToMe
+from ..schedules import Pieces
 from ..selection import AttentionMass, SubjectMask
 from ..selection.names import NAMES
 from ..vocabulary import METHODS, RULES, SAME, SCHEDULES, chosen
 
-__all__ = ["METHODS", "RULES", "SCHEDULES", "method_name", "methods", "rule_of"]
+__all__ = ["METHODS", "RULES", "SCHEDULES", "dense_first", "method_name", "methods", "rule_of"]
 
 
 def method_name(rule: str, schedule: str = "flat") -> str:
@@ -34,7 +35,7 @@ def method_name(rule: str, schedule: str = "flat") -> str:
     ('ReCAST flat', 'cache')
     """
     rule, schedule = chosen("a rule", rule, RULES, SAME), chosen("a schedule", schedule, SCHEDULES)
-    if rule == "cache" or (schedule == "dense-first" and _measures(rule)):
+    if rule in ("cache", "tiles") or (schedule == "dense-first" and _measures(rule)):
         schedule = "flat"
     return rule if schedule == "flat" and rule != "ReCAST" else f"{rule} {schedule}"
 
@@ -59,7 +60,8 @@ def methods(
     mask: Any = None,
 ) -> dict[str, SparseRef]:
     """Configurations by name that run the same share of the tokens: in each step that drops any, or, of "cache", all
-    of them in that share of the steps, between which everything that was stored is read.
+    of them in that share of the steps, between which everything that was stored is read. Of "tiles" too the share is
+    that of the steps; between them each tile reads its own eighth of what was stored, and the means of the rest.
 
     Those that measure the attention run their first step dense, so their mean over a run is higher: compare it too, or
     give the others a dense first step ("random dense-first").
@@ -75,7 +77,7 @@ def methods(
         Of what is drawn at random.
     steps : int, optional
         Of the run: a ramp then has its mean over the steps that drop any, without the dense first one, and the steps
-        in which "cache" computes the references lie at equal distances.
+        in which "cache" and "tiles" compute the references lie at equal distances.
     mask : tensor, array or PIL image, optional
         What "subject mask" keeps: see `SubjectMask`.
 
@@ -103,9 +105,24 @@ def methods(
         if rule == "cache":
             found[name] = SparseRef("grid", 1.0, execute=Cache(refresh=_refresh(keep, steps)), seed=seed)
             continue
+        if rule == "tiles":
+            found[name] = SparseRef("mass", 1 / 8, execute=Cache(refresh=_refresh(keep, steps), per="tile"), seed=seed)
+            continue
         budget = _budget(schedule, keep, steps if _measures(rule) else None)
         found[name] = SparseRef(select=_select(rule, mask), budget=budget, seed=seed)
     return found
+
+
+def dense_first(keep: float) -> Pieces:
+    """The share `keep` after a first step with all tokens, which is what a rule that measures attention spends.
+
+    Examples
+    --------
+    >>> budget = dense_first(0.25)
+    >>> [budget.tokens_at(schedules.Clock.uniform(step, 3), 256) for step in range(3)]
+    [256.0, 64.0, 64.0]
+    """
+    return Pieces((1.0, keep), at=(1e-6,))
 
 
 def _refresh(keep: float, steps: int | None) -> Refresh:
@@ -137,7 +154,7 @@ def _budget(schedule: str, keep: float, steps: int | None) -> Any:
     if schedule == "flat":
         return keep
     if schedule == "dense-first":
-        return schedules.Pieces((1.0, keep), at=(1e-6,))
+        return dense_first(keep)
     # Mean progress of the steps that drop: one half, or more where the first of `steps` is dense.
     middle = 0.5 if steps is None or steps < 2 else steps / (2 * (steps - 1))
     swing = min(0.6, (1 / keep - 1) / (2 * middle), 0.9 / (2 * middle))

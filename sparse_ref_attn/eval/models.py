@@ -5,20 +5,32 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
+from ..patching import patched
+from ..record import RunRecord
 from .calls import call_arguments, check_class, check_more
 from .examples import Example, Mask
 from .loading import check_device, load_pipeline
 
-__all__ = ["EvalModel"]
+__all__ = ["EvalModel", "Run"]
 
 _END = 1 << 20  # bytes of each end of a file of weights that its id is made from
 _SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One picture, and the record of what took part; None of a dense run."""
+
+    picture: Any
+    record: RunRecord | None
 
 
 class EvalModel:
@@ -82,7 +94,7 @@ class EvalModel:
             self.pipe, _ = load_pipeline(path, device=device, dtype=dtype)
             self.side = side
             self.id = _weights_id([root]) if root.is_dir() else path
-        check_more(self.pipe, self.more)
+        check_more(type(self.pipe), self.more)
         self.pipe.set_progress_bar_config(disable=True)
         self._several = check_class(self.pipe).several
 
@@ -91,8 +103,17 @@ class EvalModel:
         """What its pictures depend on, as JSON types."""
         return {"id": self.id, "side": self.side, "arguments": self.more}
 
-    def generate(self, example: Example, seed: int) -> Any:
-        """The picture of one example, from the noise of `seed`.
+    def generate(self, example: Example, seed: int, *, output: str = "pil", steps: int | None = None) -> Any:
+        """The picture of one example, from the noise of `seed`, by the pipeline as it is, patched or not.
+
+        Parameters
+        ----------
+        example : Example
+        seed : int
+        output : {"pil", "np"}
+            A picture, or what it is rounded from: (H, W, 3) numbers from 0 to 1.
+        steps : int, optional
+            Instead of the model's.
 
         Raises
         ------
@@ -101,14 +122,31 @@ class EvalModel:
         """
         size = None if self.side is None else (self.side, self.side)
         arguments = call_arguments(
-            self.pipe, self._references(example), example.prompt, size=size, steps=self.steps, more=self.more
+            self.pipe, self._references(example), example.prompt, size=size, steps=steps or self.steps, more=self.more
         )
+        noise = torch.Generator("cpu").manual_seed(seed)
         try:
-            return self.pipe(**arguments, generator=torch.Generator("cpu").manual_seed(seed)).images[0]
+            return self.pipe(**arguments, output_type=output, generator=noise).images[0]
         except (TypeError, ValueError) as error:  # how diffusers refuses a picture or an argument
             if isinstance(error, SparseRefError):
                 raise
             raise ConfigError(f"{type(self.pipe).__name__} refused {example.id}: {error}") from error
+
+    def run(self, example: Example, seed: int, config: SparseRef | None = None, *, output: str = "pil") -> Run:
+        """As `generate`, patched for this one picture; None is dense.
+
+        Raises
+        ------
+        ConfigError
+            As `generate`.
+        SparseRefError
+            What `patch` refuses.
+        """
+        if config is None:
+            return Run(self.generate(example, seed, output=output), None)
+        with patched(self.pipe, config) as handle:
+            picture = self.generate(example, seed, output=output)
+        return Run(picture, handle.record)
 
     def masks(self, example: Example) -> list[Mask] | None:
         """The masks of the references as the pipeline is given them."""

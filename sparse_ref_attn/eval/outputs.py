@@ -1,4 +1,4 @@
-"""What `demo` and `run` leave behind: pictures, report.json, and the table they print."""
+"""What `sra demo` leaves behind: pictures, report.json, and the table it prints."""
 
 from __future__ import annotations
 
@@ -153,8 +153,7 @@ def table(result: Comparison) -> str:
     """
     dense, sparse = result.dense, result.sparse
     tokens = result.handle.record.layout.reference_tokens
-    steps = result.handle.record.steps
-    kept = sum(result.handle.record.mean_kept(step) for step in steps) / len(steps)
+    kept = result.handle.record.mean_tokens
     inside = None if dense is None else dense.transformer
     rows: list[tuple[str, str, str, str]] = [
         ("", "dense", "sparse", "gain"),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..vocabulary import chosen
 from . import metrics
-from .examples import Example, Examples, Mask
-from .metrics import Metric, weights
+from .examples import Box, Example, Examples, Mask
+from .metrics import Metric, as_image, weights
 from .metrics.identity import Embedding
 
 __all__ = ["MEASURES", "Scorer"]
@@ -29,7 +30,8 @@ class Scorer:
 
     "vs dense" compares with the picture that the same call makes with every token, "vs target" with the answer, and
     "vs reference", of the metrics that embed a picture, with the first reference where the data set has no answers.
-    Metrics that embed a picture see the crop of its subject where there is a mask.
+    Metrics that embed a picture see the crop of its subject where there is a mask, or of each of its subjects, and give
+    the mean, where the example has their boxes.
 
     Parameters
     ----------
@@ -39,6 +41,8 @@ class Scorer:
         the weights are installed.
     clip, dino : str, optional
         Local folders of a CLIP and of a DINO model, which add their metrics.
+    only : collection of str, optional
+        Of `columns`, those that are measured; default all.
 
     Attributes
     ----------
@@ -63,8 +67,9 @@ class Scorer:
     """
 
     def __init__(
-        self, data: Examples, names: Sequence[str] | None = None, *, clip: str | None = None, dino: str | None = None
-    ) -> None:
+        self, data: Examples, names: Sequence[str] | None = None, *, clip: str | None = None, dino: str | None = None,
+        only: Collection[str] | None = None,
+    ) -> None:  # fmt: skip
         if names is not None:
             names = [chosen("a metric", name, MEASURES) for name in names]
         if names is not None and "subject-psnr" in names and not data.masks:
@@ -98,6 +103,8 @@ class Scorer:
         self.columns |= {f"{metric.name} vs {other}": True for other in self._shown for metric in self._embedding}
         if self._text is not None:
             self.columns[self._text.name] = True
+        if only is not None:
+            self.columns = {name: higher for name, higher in self.columns.items() if name in only}
 
     def scores(self, example: Example, dense: Any) -> Score:
         """The function that scores the pictures of one example.
@@ -105,7 +112,7 @@ class Scorer:
         Parameters
         ----------
         example : Example
-        dense : PIL.Image.Image
+        dense : PIL.Image.Image, or ndarray (H, W, 3) from 0 to 1
             Made with every token; its own scores against itself are None.
 
         Returns
@@ -113,37 +120,47 @@ class Scorer:
         callable
             From a picture of the same size to `columns`, None where something is missing.
         """
-        mask = None if example.mask is None else _resized(example.mask, dense.size)
-        target = None if example.target is None else _fitted(example.target, dense.size)
-        box = None if mask is None else _box(mask)
-        own = None if example.reference_masks is None else _box(example.reference_masks[0])
-        others = {"dense": dense, "target": target}
-        shown = {
-            "dense": _crop(dense, box), "target": None if target is None else _crop(target, box),
-            "reference": _crop(example.references[0], own),
-        }  # fmt: skip
+        others: dict[str, Tensor] = {"dense": as_image(dense)}
+        size = others["dense"].shape[2], others["dense"].shape[1]
+        if example.target is not None:
+            others["target"] = _fitted(example.target, size)
+        mask = None if example.mask is None else _resized(example.mask, size)
+        boxes = [None if mask is None else _box(mask)] if example.boxes is None else list(example.boxes)
         whole: list[Metric] = list(self._whole)
         if self._subject and mask is not None and mask.any():
             whole.append(metrics.MaskedPsnr(mask))
-        anchors = {
-            (metric.name, other): metric.embed(shown[other])
-            for metric in self._embedding
-            for other in self._shown
-            if shown[other] is not None
-        }
+        anchors: dict[tuple[str, str], list[Tensor]] = {}
+        for other in self._shown:
+            for metric in self._embedding:
+                if f"{metric.name} vs {other}" not in self.columns:
+                    continue
+                if other == "reference":
+                    own = None if example.reference_masks is None else _box(example.reference_masks[0])
+                    anchors[metric.name, other] = [metric.embed(_crop(as_image(example.references[0]), own))] * len(
+                        boxes
+                    )
+                elif other in others:
+                    anchors[metric.name, other] = [metric.embed(_crop(others[other], box)) for box in boxes]
 
         def score(image: Any) -> dict[str, float | None]:
             found: dict[str, float | None] = dict.fromkeys(self.columns)
+            picture = as_image(image)
+            skipped = "dense" if image is dense else None
             for other in self._others:
-                if others[other] is not None and not (other == "dense" and image is dense):
-                    found |= {f"{metric.name} vs {other}": metric(image, others[other]) for metric in whole}
+                if other in others and other != skipped:
+                    found |= {
+                        name: metric(picture, others[other])
+                        for metric in whole
+                        if (name := f"{metric.name} vs {other}") in found
+                    }
             for metric in self._embedding:
-                seen = metric.embed(_crop(image, box))
-                for other in self._shown:
-                    if (metric.name, other) in anchors and not (other == "dense" and image is dense):
-                        found[f"{metric.name} vs {other}"] = metric.likeness(seen, anchors[metric.name, other])
-            if self._text is not None:
-                found[self._text.name] = self._text(image, example.prompt)
+                against = [other for other in self._shown if (metric.name, other) in anchors and other != skipped]
+                seen = [metric.embed(_crop(picture, box)) for box in boxes] if against else []
+                for other in against:
+                    alike = [metric.likeness(a, b) for a, b in zip(seen, anchors[metric.name, other], strict=True)]
+                    found[f"{metric.name} vs {other}"] = sum(alike) / len(alike)
+            if self._text is not None and self._text.name in found:
+                found[self._text.name] = self._text(picture, example.prompt)
             return found
 
         return score
@@ -157,12 +174,14 @@ def _resized(mask: Mask, size: tuple[int, int]) -> Mask:
     return np.asarray(Image.fromarray(np.float32(mask)).resize(size, Image.Resampling.BOX)).clip(0, 1)
 
 
-def _fitted(image: Any, size: tuple[int, int]) -> Any:
-    return image if image.size == size else image.resize(size)
+def _fitted(image: Any, size: tuple[int, int]) -> Tensor:
+    from PIL import Image
+
+    return as_image(image.resize(size) if isinstance(image, Image.Image) and image.size != size else image)
 
 
-def _box(mask: Mask) -> tuple[int, int, int, int] | None:
-    """Left, top, right, bottom of what the mask marks; None for nothing."""
+def _box(mask: Mask) -> Box | None:
+    """Around what the mask marks; None for nothing."""
     marked = mask > 0.5
     if not marked.any():
         return None
@@ -170,5 +189,8 @@ def _box(mask: Mask) -> tuple[int, int, int, int] | None:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _crop(image: Any, box: tuple[int, int, int, int] | None) -> Any:
-    return image if box is None else image.crop(box)
+def _crop(image: Tensor, box: Box | None) -> Tensor:
+    if box is None:
+        return image
+    left, top, right, bottom = box
+    return image[:, top:bottom, left:right]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import is_int
 from ..errors import ConfigError
 from ..schedules import Clock
 
@@ -157,14 +158,14 @@ class ManualSteps:
     """Told by the user: ``handle.begin(steps=...)`` and ``handle.step(i)``. A lower step is a new run."""
 
     def __init__(self, total: int) -> None:
-        if isinstance(total, bool) or not isinstance(total, int) or not 1 <= total <= _MOST_STEPS:
+        if not is_int(total, 1) or total > _MOST_STEPS:
             raise ConfigError(f"steps must be an int in 1..{_MOST_STEPS}, got {total!r}")
         self._total = total
         self._step = 0
         self._key = object()
 
     def set(self, step: int) -> None:
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < self._total:
+        if not is_int(step, 0) or step >= self._total:
             raise ConfigError(f"step must be an int in [0, {self._total}), got {step!r}")
         if step < self._step:
             self._key = object()

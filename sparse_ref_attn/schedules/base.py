@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..checks import is_one_of
+from ..checks import is_int, is_number, is_one_of
 from ..errors import BudgetError, ConfigError
 from .clock import Clock
 from .rounding import whole
@@ -22,10 +22,7 @@ Keep = int | float
 
 def check_keep(name: str, keep: Keep) -> None:
     """Refuse what is neither a number of tokens nor a ratio."""
-    ok = not isinstance(keep, bool) and (
-        (isinstance(keep, int) and keep >= 1) or (isinstance(keep, float) and 0.0 < keep <= 1.0)
-    )
-    if not ok:
+    if not (is_int(keep, 1) or (isinstance(keep, float) and 0.0 < keep <= 1.0)):
         raise ConfigError(f"{name} must be a number of tokens (int >= 1) or a ratio (float in (0, 1]), got {keep!r}")
 
 
@@ -37,7 +34,7 @@ def check_order(low_name: str, low: Keep, high_name: str, high: Keep) -> None:
 
 def check_exponent(gamma: float) -> None:
     """Refuse an exponent that is not a positive finite number."""
-    if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 < gamma < math.inf:
+    if not is_number(gamma) or not 0 < gamma < math.inf:
         raise ConfigError(f"gamma must be a finite number > 0, got {gamma!r}")
 
 
@@ -261,7 +258,7 @@ class Piecewise(Budget):
         super().__post_init__()
         if not isinstance(self.budget, Budget) or self.budget.per != self.per:
             raise ConfigError(f"Piecewise must hold a budget with per={self.per!r}, got {self.budget!r}")
-        if isinstance(self.pieces, bool) or not isinstance(self.pieces, int) or self.pieces < 1:
+        if not is_int(self.pieces, 1):
             raise ConfigError(f"pieces must be an int >= 1, got {self.pieces!r}")
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ..checks import is_number
 from ..errors import BudgetError, ConfigError
 
 __all__ = ["check_floor", "floors", "round_joint", "whole"]
@@ -12,7 +13,7 @@ __all__ = ["check_floor", "floors", "round_joint", "whole"]
 
 def check_floor(name: str, floor: float | int) -> None:
     """Raise ConfigError unless `floor` is a ratio in [0, 1] (a float) or a number of tokens (an int)."""
-    if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not floor >= 0:
+    if not is_number(floor) or not floor >= 0:
         raise ConfigError(f"{name} must be a ratio in [0, 1] or a number of tokens, got {floor!r}")
     if isinstance(floor, float) and floor > 1:
         raise ConfigError(f"{name} as a ratio must lie in [0, 1], got {floor}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import is_number
 from ..errors import BudgetError, ConfigError, NonFiniteError
 from .base import Budget, Keep, check_keep, check_order, tokens_of
 from .clock import Clock
@@ -50,7 +51,7 @@ class TopP(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.p, bool) or not isinstance(self.p, int | float) or not 0 < self.p <= 1:
+        if not is_number(self.p) or not 0 < self.p <= 1:
             raise ConfigError(f"p must be a share in (0, 1], got {self.p!r}")
         for name, keep in (("min_tokens", self.min_tokens), ("max_tokens", self.max_tokens)):
             if keep is not None:

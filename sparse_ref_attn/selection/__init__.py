@@ -15,7 +15,7 @@ from .masks import Boxes, SubjectMask
 from .names import selector
 from .ranking import fingerprint, order, per_reference, prefix
 from .saliency import Saliency, saliency_map
-from .saved import Ranking, SavedRanking
+from .saved_ranking import Ranking, SavedRanking
 from .similarity import Cosine
 from .uniform import Grid, Random, spread_order
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..checks import is_int
 from ..errors import ConfigError, LayoutError
 from .base import Probe, References, Selector
 
@@ -63,7 +64,7 @@ class AttentionMass(Selector):
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _blocks(self.blocks))
         object.__setattr__(self, "steps", _indices("steps", self.steps))
-        if isinstance(self.query_stride, bool) or not isinstance(self.query_stride, int) or self.query_stride < 1:
+        if not is_int(self.query_stride, 1):
             raise ConfigError(f"query_stride must be an int of at least 1, got {self.query_stride!r}")
         if not isinstance(self.value_norm, bool):
             raise ConfigError(f"value_norm must be True or False, got {self.value_norm!r}")
@@ -135,7 +136,7 @@ def _indices(name: str, values: object) -> tuple[int, ...]:
         indices = tuple(values)
     except TypeError as error:  # a tensor without a dimension
         raise ConfigError(f"{name} must be a sequence of ints, got {values!r}") from error
-    if not indices or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
+    if not indices or not all(is_int(i, 0) for i in indices):
         raise ConfigError(f"{name} must be one or more ints of at least 0, got {indices}")
     if len(set(indices)) != len(indices):
         raise ConfigError(f"{name} must not repeat, got {indices}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import is_number
 from ..errors import ConfigError
 from .base import Probe, References, Selector, scores_of
 
@@ -58,7 +59,7 @@ class Mix(Selector):
             raise ConfigError(f"a mix must be made of (selector, weight) pairs, got {self.parts!r}")
         _check_selectors("a mix", [selector for selector, _ in pairs])
         for _, weight in pairs:
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            if not is_number(weight) or not 0 < weight < math.inf:
                 raise ConfigError(f"weights of a mix must be finite numbers above 0, got {weight!r}")
         object.__setattr__(self, "parts", tuple((selector, float(weight)) for selector, weight in pairs))
 

@@ -14,7 +14,7 @@ from .combine import Mix, Union
 from .edges import Edges
 from .masks import Boxes, SubjectMask
 from .saliency import Saliency
-from .saved import SavedRanking
+from .saved_ranking import SavedRanking
 from .similarity import Cosine
 from .uniform import Grid, Random
 

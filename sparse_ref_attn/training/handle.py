@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..checks import is_int
 from ..errors import ConfigError
 from ..patching.patch import Patch
 from ..report.page import plain
@@ -60,7 +61,7 @@ class TrainingHandle:
             If it is no such state.
         """
         draws = state.get("draws")
-        if set(state) != {"draws"} or isinstance(draws, bool) or not isinstance(draws, int) or draws < 0:
+        if set(state) != {"draws"} or not is_int(draws, 0):
             raise ConfigError(f"a training patch's state must be {{'draws': n}} with n >= 0, got {dict(state)}")
         self._draws.drawn = draws
 

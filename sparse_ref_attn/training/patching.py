@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters.base import Adapter
+from ..checks import is_int
 from ..errors import ConfigError, IncompatibleError
 from ..hooks.instance import check_free
 from ..patching.api import install, resolve
@@ -101,7 +102,7 @@ def patch_for_training(
     drop = RandomDrop() if drop is None else drop
     if not isinstance(drop, RandomDrop):
         raise ConfigError(f"drop must be a RandomDrop, got {type(drop).__name__}")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
+    if rank is not None and not is_int(rank, 0):
         raise ConfigError(f"rank must be an int of at least 0, got {rank!r}")
     if isinstance(transformer, nn.DataParallel):
         raise IncompatibleError(

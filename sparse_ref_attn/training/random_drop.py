@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..checks import is_int, is_number
 from ..errors import ConfigError
 from ..schedules import check_floor, floors
 from ..schedules.rounding import whole
@@ -90,10 +91,10 @@ class RandomDrop:
         object.__setattr__(self, "distribution", chosen("distribution", self.distribution, DISTRIBUTIONS))
         if not isinstance(self.per_sample, bool):
             raise ConfigError(f"per_sample must be a bool, got {self.per_sample!r}")
-        if not _is_number(self.full_probability) or not 0 <= self.full_probability <= 1:
+        if not is_number(self.full_probability) or not 0 <= self.full_probability <= 1:
             raise ConfigError(f"full_probability must lie in [0, 1], got {self.full_probability!r}")
         check_floor("floor_per_reference", self.floor_per_reference)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+        if not is_int(self.seed, 0):
             raise ConfigError(f"seed must be an int of at least 0, got {self.seed!r}")
 
     def draw(self, sizes: Sequence[int], generator: torch.Generator | None = None) -> RefSelection:
@@ -167,14 +168,10 @@ class RandomDrop:
         return cls(**data)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _ends(keep: Any) -> tuple[float, float]:
     """Lowest and highest keep ratio."""
-    ends = (keep, keep) if _is_number(keep) else tuple(keep) if isinstance(keep, (list, tuple)) else ()
-    if len(ends) != 2 or not all(map(_is_number, ends)):
+    ends = (keep, keep) if is_number(keep) else tuple(keep) if isinstance(keep, (list, tuple)) else ()
+    if len(ends) != 2 or not all(map(is_number, ends)):
         raise ConfigError(f"keep must be a ratio or (low, high), got {keep!r}")
     low, high = map(float, ends)
     if not 0 < low <= high <= 1:

@@ -195,11 +195,12 @@ def test_a_near_miss_is_answered(arguments: list[str], words: str, capsys: pytes
 
 def test_names_are_the_same_everywhere_and_case_does_not_matter() -> None:
     line = parser()
-    options = line.parse(["run", "--model", "m", "--image", "i", "--prompt", "p", "--out", "o", "--preset",
-                          "Sparse_Context", "--task", "SUBJECT", "--select", "Self_Attention", "--execute", "Both",
-                          "--dtype", "BFloat16", "--output", "64X32"])  # fmt: skip
+    options = line.parse(["run", "i", "--model", "m", "--prompt", "p", "--out", "o", "--preset", "Sparse_Context",
+                          "--task", "SUBJECT", "--rule", "Self_Attention", "--execute", "Both", "--dtype", "BFloat16",
+                          "--quantize", "INT8"])  # fmt: skip
     assert (options.preset, options.task, options.select) == ("sparse-context", "subject", "self-attention")
-    assert (options.execute, options.dtype, options.output) == ("both", "bfloat16", (64, 32))
+    assert (options.execute, options.dtype, options.quantize) == ("both", "bfloat16", "int8")
+    assert line.parse(["compare", "--out", "o", "--output", "64X32"]).output == (64, 32)
     options = line.parse(["eval", "--out", "o", "--rules", "mass", "TOME", "--keep", "25%", "0.1"])
     assert (options.rules, options.keep) == (["ReCAST", "ToMe"], [0.25, 0.1])
     assert line.parse(["compare", "--out", "o", "--methods", "recast_flat"]).methods == ["ReCAST flat"]

@@ -50,6 +50,28 @@ def test_mass(queries: int, keys: int, start: int, C: int, dtype: torch.dtype, b
     check(strided, q[:, ::3], k, (start, keys))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("C", [32, 64, 128])
+@pytest.mark.parametrize("sizes", [[16] * 32, [64] * 8, [1, 0, 300, 16, 5, 0, 190], [512], [1] * 512])
+def test_mass_per_tile(sizes: list[int], C: int, dtype: torch.dtype):
+    """Every card's configuration cuts these tiles otherwise."""
+    require("triton", C)
+    q, k = draw(512, 700, C=C, dtype=dtype)
+    span, cut = (130, 700), [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    mask = (torch.arange(700) % 7 != 3).expand(2, -1).to(DEVICE)
+    lse = (torch.einsum("bnhc,bshc->bhns", q.double(), k.double()) * C**-0.5).logsumexp(-1).float()
+    for integer, kept, given in ((torch.int32, None, lse), (torch.int64, mask, None)):
+        tiles = torch.tensor(cut, dtype=integer, device=DEVICE)
+        truth = attention_mass_reference(q.double(), k.double(), span, C**-0.5, kept, tiles=cut)
+        low = attention_mass_reference(q, k, span, C**-0.5, kept, tiles=cut)
+        arguments = {"tiles": tiles, "key_mask": kept, "lse": given, "backend": "triton"}
+        mass = attention_mass(q, k, span, **arguments)
+        assert_as_accurate(mass, truth, low)
+        reduced = attention_mass(q, k, span, reduce_heads=True, **arguments)
+        assert_as_accurate(reduced, truth.mean(1), low.mean(1))
+        assert torch.equal(attention_mass(q, k, span, reduce_heads=True, **arguments), reduced)
+
+
 @pytest.mark.parametrize("backend", OWN)
 @pytest.mark.parametrize("stride", [1, 4])
 def test_ragged(stride: int, backend: str):
@@ -115,12 +137,13 @@ def test_mass_and_rows_in_a_cuda_graph(backend: str):
     if not torch.cuda.is_available():
         pytest.skip("graphs belong to the card")
     q, k = draw(100, 200, C=128)
-    rows = torch.arange(0, 200, 3, device=DEVICE)
+    rows, tiles = torch.arange(0, 200, 3, device=DEVICE), torch.tensor([0, 16, 90, 100], device=DEVICE)
 
-    def step() -> tuple[Tensor, Tensor]:
+    def step() -> tuple[Tensor, ...]:
         kept = pack_rows(k, rows, backend=backend)
         mass = attention_mass(q, k, (50, 200), backend=backend)
-        return mass, unpack_rows(kept, rows, 200, backend=backend)
+        per_tile = attention_mass(q, k, (50, 200), tiles=tiles, reduce_heads=True, backend="triton")
+        return mass, per_tile, unpack_rows(kept, rows, 200, backend=backend)
 
     step()  # compiles
     torch.cuda.synchronize()

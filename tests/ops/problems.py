@@ -150,13 +150,20 @@ def counts(problem: Problem) -> Tensor:
         for part, at, size in parts:
             same = item_of[:, None] == _items(part, size)[None]
             out[:, :, at : at + size] += same[:, None].double()
+    owner_of = _items(layout["cu_tiles"][None], total) if "cu_tiles" in layout else item_of
+    if "bias" in layout:  # to add b to a score is to attend exp(b) times
+        first = layout["cu_seqlens_k"][1, item_of[:, None].long()]
+        column = torch.arange(sizes[1])[None] - first
+        inside = (column >= 0) & (column < layout["bias"].shape[1])
+        weight = layout["bias"].double().exp()[owner_of[:, None], column.clamp(0, layout["bias"].shape[1] - 1)]
+        out[:, :, sizes[0] : sizes[0] + sizes[1]] *= torch.where(inside, weight, 0.0)[:, None]
     if "k_ref" in o:
         offsets, first = layout["ref_offsets"], sizes[0] + sizes[1]
         for head in range(heads):
             row = offsets[min(head * key_heads // heads, offsets.shape[0] - 1)].tolist()
-            for item, (a, b) in enumerate(pairwise(row)):
+            for owner, (a, b) in enumerate(pairwise(row)):
                 seen = torch.bincount(layout["ref_indices"][a:b].long(), minlength=sizes[2]).double()
-                out[item_of == item, head, first:] += seen
+                out[owner_of == owner, head, first:] += seen
     return out
 
 

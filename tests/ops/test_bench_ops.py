@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -16,8 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import op_rivals, results
 from benchmarks.bench_ops import COLUMNS, Method, refused
 from benchmarks.cli import main
-from benchmarks.op_calls import Attention, Mass
+from benchmarks.op_calls import Attention, Mass, TileMass
 from benchmarks.op_shapes import MODELS, quick
+from benchmarks.tile_calls import Tiled
 
 CPU = torch.device("cpu")
 RESULTS = Path(results.__file__).parent / "results" / "ops_cpu.csv"
@@ -41,8 +43,15 @@ def test_rows_of_a_quick_run(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert "ours (triton): the backend must be able to do the call" in told
     for name in (*op_rivals.DENSE, *op_rivals.ATTENTION, *op_rivals.MASS):
         assert f"  {name}: needs " in told
+    for side in (4, 8):
+        tiles = {row["method"]: row for row in rows if row["op"] == f"gather_attention, tiles {side} x {side}"}
+        assert set(tiles) == {"dense", "sdpa with a mask", "ours (auto)", "ours (sdpa)"}
+        assert (tiles["ours (auto)"]["kept"], tiles["sdpa with a mask"]["of_hand"]) == ("32", "1")
     mass = {row["method"] for row in rows if row["op"] == "attention_mass"}
-    assert mass == {"softmax by hand", "ours (auto)", "ours (auto), LSE given", "ours (auto), every 4th query"}
+    assert mass == {
+        "softmax by hand", "ours (auto)", "ours (auto), LSE given", "ours (auto), every 4th query",
+        "ours (auto), LSE given, tiles of 16", "ours (auto), LSE given, tiles of 64",
+    }  # fmt: skip
     assert list(rows[0]) == list(COLUMNS)
     assert main([*asked, "--out", str(out), "--resume"]) == 0
     assert len(results.read(out)) == len(rows)
@@ -50,8 +59,9 @@ def test_rows_of_a_quick_run(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 
 def test_a_wrong_method_does_not_pass_its_gate() -> None:
     call = attention()
-    mass = Mass(call)
-    for one, ours in ((call, lambda: call.ours("auto")), (mass, lambda: mass.ours("auto"))):
+    calls = call, Tiled(call, 4), Mass(call), TileMass(call, 16)
+    for one in calls:
+        ours = partial(one.ours, "auto")
         assert refused(Method(ours, one, 1.0), one.plain()) is None
         assert "allows" in str(refused(Method(lambda ours=ours: ours() * 1.01, one, 1.0), one.plain()))
 

@@ -120,9 +120,11 @@ def test_opcheck() -> None:
         offsets = ("cu_seqlens_q", "cu_seqlens_k", "ref_indices", "ref_offsets")
         layout = [problem.layout.get(n) for n in offsets]
         op = torch.ops.sparse_ref_attn
-        torch.library.opcheck(op.gather_attention.default, (*tensors, *layout, 0.25, False, None, "sdpa", False))
+        torch.library.opcheck(
+            op.gather_attention.default, (*tensors, *layout, 0.25, False, None, None, None, "sdpa", False)
+        )
         plain = [None if t is None else t.detach() for t in tensors]
-        out, lse = op.gather_attention(*plain, *layout, 0.25, False, None, "sdpa", False)
+        out, lse = op.gather_attention(*plain, *layout, 0.25, False, None, None, None, "sdpa", False)
         arguments = (out, lse, out, lse, *plain, *layout, 0.25, False, None, "sdpa", [True, False, True])
         torch.library.opcheck(op.gather_attention_backward.default, arguments)
 

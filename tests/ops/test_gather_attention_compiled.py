@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import configurations
 from benchmarks.aot import Launch, compiled_for
-from benchmarks.configurations import KERNELS, arguments, compiled, faults, launches
+from benchmarks.configurations import CALLS, KERNELS, arguments, compiled, faults, launches
 from sparse_ref_attn.ops._tuning import Config, config_for
 from sparse_ref_attn.ops.gather_attention import triton_backend
 from sparse_ref_attn.ops.gather_attention.gradients import Wanted
@@ -15,10 +15,10 @@ from sparse_ref_attn.ops.gather_attention.triton_forward import launch_forward
 from sparse_ref_attn.ops.gather_attention.triton_grad_kv import launch_grad_kv_gathered
 from sparse_ref_attn.ops.gather_attention.triton_grad_q import launch_delta, launch_grad_q
 from sparse_ref_attn.ops.gather_attention.triton_sum_rows import launch_sum_rows
-from sparse_ref_attn.ops.gather_attention.tuning import FORWARD, GRAD_KV, GRAD_Q
+from sparse_ref_attn.ops.gather_attention.tuning import FORWARD, GRAD_KV, GRAD_Q, TILES
 
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 942}
-KERNEL_NAMES = ("forward", "grad_q", "grad_kv dense", "grad_kv gathered")
+KERNEL_NAMES = ("forward", "grad_q", "grad_kv dense", "grad_kv gathered", *CALLS)
 
 
 def shipped(card: str, kernel: str, channels: int) -> Config:
@@ -26,6 +26,7 @@ def shipped(card: str, kernel: str, channels: int) -> Config:
 
 
 def of_table(card: str, kernel: str, channels: int = 128, **case: object) -> Launch:
+    case = {**CALLS.get(kernel, {}), **case}
     return compiled(card, launches(arguments(channels, **case), shipped(card, kernel, channels))[kernel])
 
 
@@ -33,15 +34,15 @@ def of_table(card: str, kernel: str, channels: int = 128, **case: object) -> Lau
 @pytest.mark.parametrize("card", ["sm_80", "sm_90"])
 def test_head_dim_128_is_what_the_page_says(card: str, kernel: str) -> None:
     seen = of_table(card, kernel)
-    assert not faults(seen)
+    assert not faults(seen, kernel)
     configurations.hold(card, kernel, 128, shipped(card, kernel, 128), seen)
 
 
 @pytest.mark.parametrize("kernel", KERNEL_NAMES)
 def test_a_batch_of_one(kernel: str) -> None:
     """One range alone: the search for a program's range is then over a single number."""
-    assert not faults(of_table("sm_90", kernel, items=1))
-    assert not faults(of_table("sm_80", kernel, items=1, gathered=kernel.endswith("gathered")))
+    assert not faults(of_table("sm_90", kernel, items=1), kernel)
+    assert not faults(of_table("sm_80", kernel, items=1, gathered=kernel.endswith("gathered")), kernel)
 
 
 @pytest.mark.slow
@@ -75,10 +76,10 @@ CASES = {
 @pytest.mark.parametrize("channels", [32, 64, 128])
 @pytest.mark.parametrize("card", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_configuration(card: str, channels: int, kernel: str, case: str, dtype: torch.dtype) -> None:
-    a = arguments(channels, dtype=dtype, **CASES[case])
+    a = arguments(channels, dtype=dtype, **CASES[case], **CALLS.get(kernel, {}))
     launch = launches(a, shipped(card, kernel, channels)).get(kernel)
     if launch is not None:
-        assert not faults(compiled(card, launch))
+        assert not faults(compiled(card, launch), kernel)
 
 
 @pytest.mark.slow
@@ -95,7 +96,21 @@ def test_second_dense_tensor_and_a_selection_per_head(card: str) -> None:
         assert not faults(compiled(card, lambda one=one: launch_grad_kv_gathered(one, one.q, rows, rows, of_kv)))
 
 
-@pytest.mark.parametrize("table", [FORWARD, GRAD_Q, GRAD_KV], ids=["forward", "grad_q", "grad_kv"])
+@pytest.mark.slow
+@pytest.mark.parametrize("card", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_tiles_with_a_selection_per_head_and_the_float32_that_they_go_on_from(card: str) -> None:
+    for kernel, case in CALLS.items():
+        per_head = torch.empty(24, case["tiles"] + 1, dtype=torch.int32, device="meta")
+        a = arguments(128, **case)._replace(ref_offsets=per_head)
+        assert not faults(compiled(card, launches(a, shipped(card, kernel, 128))[kernel]), kernel)
+    shared, config = a.shared, shipped(card, "forward", 128)
+    assert shared is not None
+    assert not faults(compiled(card, lambda: launch_forward(shared, config, torch.float32)))
+
+
+@pytest.mark.parametrize(
+    "table", [FORWARD, GRAD_Q, GRAD_KV, *TILES.values()], ids=["forward", "grad_q", "grad_kv", *CALLS]
+)
 def test_every_card_has_rows_of_its_own(table: dict[tuple[int, int], Config]) -> None:
     """Blackwell must not take Hopper's: its accumulators lie elsewhere and its matrix steps have 128 rows."""
     assert {(row, channels) for row in (80, 90, 100) for channels in (32, 64, 128)} <= set(table)

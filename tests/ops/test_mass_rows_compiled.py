@@ -11,7 +11,8 @@ from benchmarks.configurations import launches as of
 from sparse_ref_attn.ops._tuning import Table, config_for
 from sparse_ref_attn.ops.attention_mass.ragged import Ragged
 from sparse_ref_attn.ops.attention_mass.triton_mass import launch_lse, launch_mass
-from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS
+from sparse_ref_attn.ops.attention_mass.triton_tiles import launch_parts, launch_tile_mass
+from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS, TILE_MASS
 from sparse_ref_attn.ops.pack_rows.triton_rows import launch_pack, launch_unpack
 
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 942}
@@ -54,12 +55,12 @@ def test_mass_and_lse(card: str):
         gate(one)
 
 
-@pytest.mark.parametrize("table", [LSE, MASS], ids=["lse", "mass"])
+@pytest.mark.parametrize("table", [LSE, MASS, TILE_MASS], ids=["lse", "mass", "mass per tile"])
 def test_every_card_has_rows_of_its_own(table: Table):
     assert {(row, channels) for row in (80, 90, 100) for channels in (32, 64, 128)} <= set(table)
 
 
-@pytest.mark.parametrize("kernel", ["lse", "mass"])
+@pytest.mark.parametrize("kernel", ["lse", "mass", "mass per tile"])
 @pytest.mark.parametrize("C", [128, *(pytest.param(C, marks=pytest.mark.slow) for C in (64, 32))])
 @pytest.mark.parametrize("card", [*EVERY_TIME, AT_LENGTH[2]])
 def test_rows_are_what_the_page_says(card: str, C: int, kernel: str):
@@ -74,6 +75,34 @@ def test_rows_are_what_the_page_says(card: str, C: int, kernel: str):
 def test_every_mass_and_lse(card: str, C: int, dtype: torch.dtype, masked: bool, ragged: bool):
     for one in launches(card, C, dtype, masked, ragged):
         gate(one, masked)
+
+
+@pytest.mark.parametrize("card", EVERY_TIME)
+def test_the_mass_per_tile_is_two_kernels_and_needs_no_atomics(card: str):
+    q, lse = meta(2, 4096, 24, 128), meta(2, 24, 4096, dtype=torch.float32)
+    mask, tiles = meta(2, 4096, dtype=torch.bool), meta(257, dtype=torch.int32)
+    config = config_for(TILE_MASS, CAPABILITY[card], 128)
+    with compiled_for(card) as seen:
+        launch_tile_mass(q, q, lse, tiles, 0.1, True, config, mask)
+    parts, means = seen
+    gate(parts)
+    assert (parts.name, parts.grid) == ("_parts", (32, 32, 2))
+    assert (means.name, means.grid, means.stack) == ("_means", (256, 4, 2), 0)
+    assert not any(one.count(r"(RED|ATOM\w*)(\.|$)") for one in seen)
+
+
+@pytest.mark.parametrize("reduce_heads", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("C", [32, 64, 128])
+@pytest.mark.parametrize("card", AT_LENGTH)
+def test_every_mass_per_tile(card: str, C: int, dtype: torch.dtype, reduce_heads: bool):
+    joint = meta(1, 512 + 8192, 24, C, dtype=dtype)
+    lse = meta(1, 24, 4096, dtype=torch.float32)
+    for integer in (torch.int32, torch.int64):
+        tiles, config = meta(257, dtype=integer), config_for(TILE_MASS, CAPABILITY[card], C)
+        with compiled_for(card) as seen:
+            launch_parts(joint[:, 512:4608], joint[:, 4608:], lse, tiles, 0.1, reduce_heads, config)
+        gate(seen[0])
 
 
 @pytest.mark.parametrize("card", [*EVERY_TIME, *AT_LENGTH[2:]])

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from sparse_ref_attn.functional import attention_mass, gather_attention, pack_rows, unpack_rows
+from sparse_ref_attn.ops._support import Call
+from sparse_ref_attn.ops.gather_attention.trial import kind_of
 from sparse_ref_attn.ops.verdicts import JUDGED, Kind, dispatch, forget, judge, order_of, prepare, store, verdict_of
 from sparse_ref_attn.ops.verdicts.dispatch import trial_of
 from sparse_ref_attn.ops.verdicts.judge import ranked_by_time
@@ -23,8 +25,8 @@ CPU = torch.device("cpu")
 
 
 def attention(form: str = "dense", dtype: torch.dtype = torch.float32, **more: object) -> Kind:
-    kept = 0 if form == "dense" else 64
-    return Kind("gather_attention", form, CPU, dtype, 4, 2, 16, size=(128, 128, kept))._replace(**more)
+    size = (128, 128, 0 if form == "dense" else 64, *([32] if form.startswith("tiles") else []))
+    return Kind("gather_attention", form, CPU, dtype, 4, 2, 16, size=size)._replace(**more)
 
 
 def mass(form: str = "LSE given") -> Kind:
@@ -44,6 +46,24 @@ def cards(tmp_path: Path) -> Iterator[Path]:
 
 
 # -- the judge, on what a CPU has ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["tiles", "tiles per head"])
+def test_sdpa_agrees_on_query_tiles(form: str, dtype: torch.dtype, several: bool) -> None:
+    verdict = judge(attention(form, dtype, several=several), trial_of("gather_attention"))
+    assert (verdict.order, verdict.unusable) == (("sdpa",), {})
+    assert 0 < verdict.errors["sdpa"] <= 1
+    assert "cannot give each query tile a selection of its own" in verdict.unable["flex"]
+
+
+def test_calls_with_query_tiles_have_kinds_by_their_tiles() -> None:
+    call = Call(CPU, torch.bfloat16, 128, queries=4608, keys=4864, kept=257 * 500, tiles=257)
+    kind = kind_of(call)
+    assert (kind.form, kind.size, kind.several) == ("tiles", (4096, 4096, 512, 16), False)
+    assert kind_of(call._replace(tiles=65, kept=65 * 500)).size == (4096, 4096, 512, 64)
+    assert kind_of(call._replace(per_head=True)).form == "tiles per head"
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -12,7 +12,6 @@ off, the command goes on where it was. A failed test writes no row.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.results import append, environment
+from benchmarks.results import append, environment, known
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "reliability.csv"
@@ -46,8 +45,7 @@ class Rows:
     def __init__(self, path: Path, timed: bool) -> None:
         self.path, self.timed = path, timed
         self.environment = environment(torch.device("cpu"))
-        done = list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
-        self.done = {row["test"] for row in done if row["commit"] == self.environment["commit"]}
+        self.done = {row["test"] for row in known(path) if row["commit"] == self.environment["commit"]}
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         waiting = [item for item in items if _name(item.nodeid) not in self.done]

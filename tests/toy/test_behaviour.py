@@ -10,26 +10,27 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
-from benchmarks.studies.budgets import dense_first
 from benchmarks.studies.generator import Generator
 from benchmarks.studies.mass import covered
-from benchmarks.studies.quality import subject_psnr
+from benchmarks.studies.quality import scorer
 from benchmarks.studies.questions import Question
 from sparse_ref_attn.config import UniformGuard
+from sparse_ref_attn.eval.methods import dense_first
+from sparse_ref_attn.eval.models import EvalModel
 from sparse_ref_attn.run.profile import top_quarter
 from sparse_ref_attn.selection import AttentionMass
-from sparse_ref_attn.toy.pipeline import toy_pipeline
+from sparse_ref_attn.toy.pipeline import TRAINED
 
 STEPS = 4
 SUBJECTS = range(6)
-QUARTER = dense_first(0.25, STEPS)
+QUARTER = dense_first(0.25)
 UNIFORM = 0.345
 """Share of the mass in the top quarter of the tokens, over all blocks, between recolours' and placed subjects'."""
 
 
 @pytest.fixture(scope="module")
 def generator():
-    return Generator(toy_pipeline(), STEPS)
+    return Generator(EvalModel("dense", TRAINED, steps=STEPS))
 
 
 def run(generator, question, config):
@@ -47,7 +48,8 @@ def placed(generator):
         pictures, records = zip(
             *(run(generator, question, sra.SparseRef(select, QUARTER)) for select in ("mass", "random")), strict=True
         )
-        quality = [subject_psnr(picture, question.scene.target, question.scene.mask) for picture in pictures]
+        score = scorer(question.example, pictures[1])
+        quality = [score(picture)["subject_psnr"] for picture in pictures]
         found.append((quality, records[0], question))
     return found
 

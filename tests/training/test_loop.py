@@ -3,11 +3,9 @@
 import csv
 import itertools
 import json
-import resource
 import shutil
 import signal
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -25,6 +23,7 @@ from sparse_ref_attn.training.loop import TrainConfig, train
 from sparse_ref_attn.training.lora import add_lora, save_lora
 from sparse_ref_attn.training.vae import train_vae
 from tests import programs
+from tests.disk import largest_file
 
 SETTINGS = {"warmup": 2, "decay": 2, "checkpoint_every": 2, "precision": "no"}
 FILES = ("weights.safetensors", "ema.safetensors")
@@ -164,17 +163,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.undo()
     train(Pipe(), batches, TrainConfig(steps=4, **SETTINGS), tmp_path)
     assert checkpoint.latest(tmp_path).name == "step-000004"
-
-
-@contextmanager
-def largest_file(size):
-    """What a disk with no more room does to every writer, without a disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_every_file_is_whole_or_absent_when_the_room_runs_out(tmp_path):

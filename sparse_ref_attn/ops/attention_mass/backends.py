@@ -25,56 +25,60 @@ CHANNELS = (32, 64, 128)
 HALF = (torch.float16, torch.bfloat16)
 
 
-def choose(backend: str, q: Tensor, k: Tensor, scale: float, references: int, lse_given: bool = False) -> str:
+def choose(
+    backend: str, q: Tensor, k: Tensor, scale: float, references: int, lse_given: bool = False, tiled: bool = False
+) -> str:
     """`backend`, or for "auto" the first that can, in the order of the verdict on q (B, N, H, C), k (B, S, H, C).
 
-    ConfigError with everyone's reasons where none can.
+    `tiled`: whether each tile of queries gets a mass of its own. ConfigError with everyone's reasons where none can.
     """
-    order = _order(q, k, references, lse_given, measure=True) if backend == "auto" else ()
-    return pick(backend, order, _predicates(q, k, scale))
+    order = _order(q, k, references, lse_given, tiled, measure=True) if backend == "auto" else ()
+    return pick(backend, order, _predicates(q, k, scale, tiled))
 
 
 def explain(q: Tensor, k: Tensor, scale: float) -> dict[str, list[str]]:
     """Every backend with the reasons against it, the one that "auto" takes first."""
-    return ranked(_order(q, k, k.shape[1], False, measure=False), _predicates(q, k, scale))
+    return ranked(_order(q, k, k.shape[1], False, False, measure=False), _predicates(q, k, scale, False))
 
 
-def keys_read(q: Tensor, k: Tensor, span: int) -> int:
+def keys_read(q: Tensor, k: Tensor, span: int, tiled: bool = False) -> int:
     """Keys that each query is multiplied with where the LSE is not given, by the backend that "auto" takes.
 
     Plain PyTorch goes over all keys S once; the kernels compute the LSE first and then go over the span again, S + R.
     """
-    chosen = choose("auto", q, k, q.shape[-1] ** -0.5, span)
+    chosen = choose("auto", q, k, q.shape[-1] ** -0.5, span, tiled=tiled)
     return k.shape[1] + (span if chosen in ("triton", "cuda") else 0)
 
 
-def _order(q: Tensor, k: Tensor, references: int, lse_given: bool, measure: bool) -> tuple[str, ...]:
+def _order(q: Tensor, k: Tensor, references: int, lse_given: bool, tiled: bool, measure: bool) -> tuple[str, ...]:
     safe = ORDER.get(q.device.type, ORDER["cpu"])
     if q.device.type not in JUDGED:
         return safe
     from .trial import kind_of
 
-    return order_of(kind_of(q, k, references, lse_given), safe, measure)
+    return order_of(kind_of(q, k, references, lse_given, tiled), safe, measure)
 
 
-def _predicates(q: Tensor, k: Tensor, scale: float) -> dict[str, Callable[[], list[str]]]:
-    return {name: partial(against, q, k, scale) for name, against in PREDICATES.items()}
+def _predicates(q: Tensor, k: Tensor, scale: float, tiled: bool) -> dict[str, Callable[[], list[str]]]:
+    return {name: partial(against, q, k, scale, tiled) for name, against in PREDICATES.items()}
 
 
-def _always(q: Tensor, k: Tensor, scale: float) -> list[str]:
+def _always(q: Tensor, k: Tensor, scale: float, tiled: bool) -> list[str]:
     return []
 
 
-def _cuda(q: Tensor, k: Tensor, scale: float) -> list[str]:
+def _cuda(q: Tensor, k: Tensor, scale: float, tiled: bool) -> list[str]:
     why = cuda_reasons(Call(q.device, q.dtype, q.shape[-1], aligned=all(map(has_16_byte_rows, (q, k)))))
     if any(x.stride(-1) != 1 for x in (q, k) if x.numel()):
         why.append("needs a contiguous last dim")
     if not 0 < scale < float("inf"):
         why.append(f"needs scale > 0, got {scale}")
+    if tiled:
+        why.append("cannot give each tile a mass of its own")
     return why
 
 
-def _triton(q: Tensor, k: Tensor, scale: float) -> list[str]:
+def _triton(q: Tensor, k: Tensor, scale: float, tiled: bool) -> list[str]:
     why = triton_reasons(q, k)
     if q.dtype not in HALF and not (q.dtype == torch.float32 and not q.is_cuda):
         why.append(f"needs float16 or bfloat16, got {q.dtype}")
@@ -85,10 +89,10 @@ def _triton(q: Tensor, k: Tensor, scale: float) -> list[str]:
     return why
 
 
-PREDICATES: dict[str, Callable[[Tensor, Tensor, float], list[str]]] = {
+PREDICATES: dict[str, Callable[[Tensor, Tensor, float, bool], list[str]]] = {
     "reference": _always,
     "chunked": _always,
     "triton": _triton,
     "cuda": _cuda,
 }
-"""Why a backend cannot do a call with q, k and a scale; empty when it can."""
+"""Why a backend cannot do a call with q, k and a scale, of tiles or not; empty when it can."""

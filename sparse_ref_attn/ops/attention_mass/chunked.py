@@ -8,9 +8,12 @@ CPU it is one head and a few megabytes, so that it stays in cache in between; el
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .tiling import chunks_of, mean_of, sum_tiles, weigh_tiles
 
 __all__ = ["attention_mass_chunked"]
 
@@ -28,13 +31,37 @@ def attention_mass_chunked(
     scale: float,
     key_mask: Tensor | None = None,
     lse: Tensor | None = None,
+    tiles: Sequence[int] | None = None,
+    reduce_heads: bool = False,
 ) -> Tensor:
-    """q (B, N, H, C), k (B, S, H, C), key_mask (B, S) bool, lse (B, H, N) -> (B, H, R) float32."""
+    """q (B, N, H, C), k (B, S, H, C), key_mask (B, S) bool, lse (B, H, N) -> (B, H, R) float32.
+
+    With the T + 1 offsets of `tiles`, (B, H, T, R). With `reduce_heads` without H, the mean over the heads.
+    """
     batch, queries, heads, _ = q.shape
     columns = slice(*span)
-    mass = q.new_zeros(batch, heads, columns.stop - columns.start, dtype=torch.float32)
-    if not q.numel():
-        return mass
+    cut = (0, queries) if tiles is None else tiles
+    kept = 1 if reduce_heads else heads
+    mass = q.new_zeros(batch, kept, len(cut) - 1, columns.stop - columns.start, dtype=torch.float32)
+    if q.numel():
+        _add(mass, q, k, columns, scale, key_mask, lse, cut)
+        mean_of(mass, cut, heads // kept)
+    mass = mass[:, :, 0] if tiles is None else mass
+    return mass[:, 0] if reduce_heads else mass
+
+
+def _add(
+    mass: Tensor,
+    q: Tensor,
+    k: Tensor,
+    columns: slice,
+    scale: float,
+    key_mask: Tensor | None,
+    lse: Tensor | None,
+    tiles: Sequence[int],
+) -> None:
+    """Add to mass (B, H or 1, T, R) the sums over each tile's queries."""
+    queries, heads = q.shape[1:3]
     pivot = None
     if lse is not None:
         pivot = lse.masked_fill(lse == float("-inf"), float("inf"))[..., None] * LOG2E  # inf: a query without keys
@@ -45,15 +72,16 @@ def attention_mass_chunked(
     together = 1 if cpu else max(1, min(heads, CHUNK_BYTES // (4 * keys * min(queries, 256))))
     rows = max(1, min(queries, (CPU_CHUNK_BYTES if cpu else CHUNK_BYTES) // (4 * keys * together)))
     buffer = q.new_empty(together * rows * keys, dtype=torch.float32)
-    for item in range(batch):
+    chunks = list(chunks_of(tiles, rows))
+    for item in range(q.shape[0]):
         bias = None if key_mask is None else buffer.new_zeros(keys).masked_fill_(~key_mask[item], float("-inf"))
         for head in range(0, heads, together):
             group = slice(head, min(head + together, heads))
             q_group = q[item, :, group].transpose(0, 1).float() * (scale * LOG2E)  # exp2 costs a third of exp
             k_group = k[item, :, group].permute(1, 2, 0).float()
             bounded = cpu and bool(q_group.norm(dim=2).max() * k_group.square().sum(1).max().sqrt() <= SAFE)
-            for first in range(0, queries, rows):
-                some = slice(first, min(first + rows, queries))
+            out = mass[item] if mass.shape[1] == 1 else mass[item, group]
+            for some, runs in chunks:
                 chunk = q_group[:, some]
                 shape = (*chunk.shape[:2], keys)
                 scores = buffer[: shape[0] * shape[1] * keys].view(shape)
@@ -61,11 +89,10 @@ def attention_mass_chunked(
                 if bias is not None:
                     scores.add_(bias)
                 if pivot is not None:
-                    mass[item, group] += scores.sub_(pivot[item, group, some]).exp2_().sum(dim=1)
+                    sum_tiles(scores.sub_(pivot[item, group, some]).exp2_(), runs, out)
                     continue
                 if not bounded:
                     scores.sub_(scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min))
                 total = scores.exp2_().sum(dim=-1)
                 weights = torch.where(total == 0, 0.0, total.reciprocal())
-                mass[item, group] += torch.bmm(weights[:, None], scores[..., columns])[:, 0]
-    return mass / queries
+                weigh_tiles(weights, scores[..., columns], runs, out)

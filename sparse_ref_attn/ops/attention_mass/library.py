@@ -21,11 +21,11 @@ from .ragged import Ragged
 from .reference import attention_mass_reference
 from .tuning import LSE, MASS
 
-__all__ = ["LAUNCHERS", "compute", "mass_op", "mass_varlen_op"]
+__all__ = ["LAUNCHERS", "Launchers", "compute", "mass_op", "mass_varlen_op"]
 
 PLAIN = ("reference", "chunked")
 
-library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
+library: torch.library.Library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
 library.define(
     "attention_mass(Tensor q, Tensor k, SymInt start, SymInt stop, float scale, Tensor? key_mask, Tensor? lse, "
     "SymInt query_stride, str backend) -> Tensor"

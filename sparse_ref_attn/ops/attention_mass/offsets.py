@@ -1,12 +1,13 @@
-"""What must hold of a ragged batch's offsets, which only reading them on the host can tell."""
+"""What must hold of the offsets of a ragged batch or of tiles, which only reading them on the host can tell."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from ...errors import LayoutError
 
-__all__ = ["check_offsets", "split_offsets"]
+__all__ = ["check_offsets", "check_tiles", "split_offsets"]
 
 
 def split_offsets(host: list[int]) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -24,8 +25,7 @@ def check_offsets(
     rows by its name, and which offsets it bounds.
     """
     for name, (offsets, rows) in tilings.items():
-        if offsets[0] != 0 or offsets[-1] != rows or any(a > b for a, b in pairwise(offsets)):
-            raise LayoutError(f"{name} must run from 0 to {rows} without decreasing, got {offsets}")
+        _check_run(name, offsets, rows)
     for bound, (most, name) in longest.items():
         found = max((b - a for a, b in pairwise(tilings[name][0])), default=0)
         if found > most:
@@ -38,3 +38,15 @@ def check_offsets(
                 f"the references of item {item} must lie among its keys, rows {keys[item]} to {keys[item + 1]} of k, "
                 f"got rows {start} to {start + count}"
             )
+
+
+def check_tiles(tiles: Sequence[int], queries: int, query_stride: int = 1) -> None:
+    """Raise a LayoutError unless the tiles cover the queries in order, each of which counts."""
+    if query_stride != 1:
+        raise LayoutError(f"query_stride must be 1 with tiles, of which every query counts, got {query_stride}")
+    _check_run("tiles", tiles, queries)
+
+
+def _check_run(name: str, offsets: Sequence[int], rows: int) -> None:
+    if offsets[0] != 0 or offsets[-1] != rows or any(a > b for a, b in pairwise(offsets)):
+        raise LayoutError(f"{name} must run from 0 to {rows} without decreasing, got {list(offsets)}")

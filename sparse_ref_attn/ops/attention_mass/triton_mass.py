@@ -19,7 +19,7 @@ from .._tuning import Config
 from .ragged import Ragged
 from .results import empty_lse, empty_mass
 
-__all__ = ["launch_lse", "launch_mass"]
+__all__ = ["as_bytes", "launch_lse", "launch_mass", "precision"]
 
 
 @triton.jit
@@ -146,12 +146,12 @@ def launch_lse(
     if lse.numel() and items:
         with torch.cuda.device_of(q):
             _lse[grid](
-                q, k, _bytes(key_mask), lse,
+                q, k, as_bytes(key_mask), lse,
                 *((None, None) if ragged is None else (ragged.cu_seqlens_q, ragged.cu_seqlens_k)), queries, k.shape[1],
                 scale, query_stride, *_item_row_head(q, ragged), *_item_row_head(k, ragged),
                 0 if key_mask is None else key_mask.stride(0), 0 if ragged else lse.stride(0), lse.stride(1), C=C,
                 BLOCK_Q=config.block_m, BLOCK_K=config.block_n, STAGES=config.stages, RAGGED=ragged is not None,
-                MASKED=key_mask is not None, PRECISION=_precision(q), num_warps=config.warps, num_stages=config.stages,
+                MASKED=key_mask is not None, PRECISION=precision(q), num_warps=config.warps, num_stages=config.stages,
                 enable_fp_fusion=True,
             )  # fmt: skip
     return lse
@@ -178,13 +178,13 @@ def launch_mass(
     if mass.numel() and items:
         with torch.cuda.device_of(q):
             _mass[grid](
-                q, k_ref, _bytes(key_mask), lse, mass,
+                q, k_ref, as_bytes(key_mask), lse, mass,
                 *((None, None, None) if ragged is None else (ragged[0], ragged[2], ragged[3])), queries, mass.shape[2],
                 scale, query_stride, *_item_row_head(q, ragged), *_item_row_head(k_ref, ragged),
                 0 if key_mask is None else key_mask.stride(0), 0 if ragged else lse.stride(0), lse.stride(1),
                 lse.stride(2), 0 if ragged else mass.stride(0), mass.stride(1), C=C, BLOCK_R=config.block_n,
                 BLOCK_Q=config.block_m, STAGES=config.stages, RAGGED=ragged is not None, MASKED=key_mask is not None,
-                PRECISION=_precision(q), num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+                PRECISION=precision(q), num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
             )  # fmt: skip
     return mass
 
@@ -194,11 +194,11 @@ def _item_row_head(x: Tensor, ragged: Ragged | None) -> tuple[int, int, int]:
     return (item if ragged is None else 0), row, head
 
 
-def _bytes(mask: Tensor | None) -> Tensor | None:
+def as_bytes(mask: Tensor | None) -> Tensor | None:
     """Rows of the mask must be contiguous: a kernel reads 64 or more neighbours at a time."""
     return None if mask is None else mask.view(torch.uint8)
 
 
-def _precision(x: Tensor) -> str:
+def precision(x: Tensor) -> str:
     """Only float32 has a choice, and runs under the interpreter only."""
     return "ieee" if x.dtype == torch.float32 else "tf32"

@@ -29,6 +29,8 @@ def gather_attention(
     v2: Tensor | None = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
+    cu_tiles: Tensor | None = ...,
+    bias: Tensor | None = ...,
     scale: float | None = ...,
     distinct: bool = ...,
     host: HostOffsets | None = ...,
@@ -52,6 +54,8 @@ def gather_attention(
     v2: Tensor | None = ...,
     cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ...,
+    cu_tiles: Tensor | None = ...,
+    bias: Tensor | None = ...,
     scale: float | None = ...,
     distinct: bool = ...,
     host: HostOffsets | None = ...,
@@ -74,6 +78,8 @@ def gather_attention(
     v2: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    cu_tiles: Tensor | None = None,
+    bias: Tensor | None = None,
     scale: float | None = None,
     distinct: bool = False,
     host: HostOffsets | None = None,
@@ -117,6 +123,14 @@ def gather_attention(
         row continues where the first ends. Default: one item.
     cu_seqlens_k : Tensor, shape (B + 1,) or (2, B + 1), int32 | int64, optional
         The same for `k`. With `k2`, the second row counts from 0 in `k2`.
+    cu_tiles : Tensor, shape (T + 1,), int32 | int64, optional
+        Selections of query tiles in place of items: tile t is the rows ``cu_tiles[t] : cu_tiles[t + 1]`` of packed q,
+        or of (B, N, H, C) flattened to (B * N, H, C), and keeps ``ref_indices[ref_offsets[t] : ref_offsets[t + 1]]``.
+        `ref_offsets` are then (T + 1,) or (G, T + 1), and `ref_indices` alone (T, K). Tiles cover all rows in order,
+        and none crosses from one item, or part of one, to another. Dense keys stay those of the item.
+    bias : Tensor, shape (T, W), float32, optional
+        Added to the scaled scores of tile t's queries with the item's j-th row of `k2`: ``bias[t, j]``. W is at least
+        the longest item's rows of `k2`. -inf leaves a key out. Needs `k2` and `cu_tiles`.
     scale : float, optional
         The score scale ``a``, positive. Default ``C ** -0.5``.
     distinct : bool
@@ -149,9 +163,10 @@ def gather_attention(
     ------
     LayoutError
         If shapes, dtypes, devices or strides disagree with the above, an offset does not tile its
-        tensor, or an index lies outside the bank.
+        tensor, a query tile crosses items, or an index lies outside the bank.
     ConfigError
-        If the scale is not positive, or the backend is unknown or cannot do this call.
+        If the scale is not positive, the backend is unknown or cannot do this call, or it is to be differentiated
+        through query tiles and is not "reference".
 
     See Also
     --------
@@ -161,6 +176,7 @@ def gather_attention(
     -----
     Differentiable in q, k, v, k2, v2, k_ref and v_ref, through `out` and through the LSE, once ("reference": to any
     order). Dropped rows get a gradient of exactly zero. The order of kept rows changes the result to rounding only.
+    With `cu_tiles` only "reference" is differentiable.
 
     Deterministic: gradients of gathered rows are stored packed and summed in a fixed order. On CUDA this holds for
     "triton" and "cuda"; PyTorch's own attention kernels ("sdpa", "flash", "flex") may add up dq in any order unless
@@ -173,7 +189,12 @@ def gather_attention(
     The score matrix is never stored (but by "reference", and by "flex" on a CPU). "sdpa", "flash" and "flex" hold one
     copy of the kept keys and values. "triton", "cuda" and "flash" never wait for the device, so a CUDA graph can hold
     them; "sdpa" does, to read offsets that neither `host` nor the shapes tell. Selections per key/value head need
-    "triton", "cuda", "sdpa" or "reference".
+    "triton", "cuda", "sdpa" or "reference"; selections of query tiles "triton", "sdpa" or
+    "reference".
+
+    With query tiles, "triton" and "sdpa" attend once to the keys that an item's tiles share, and then to those that are
+    each tile's own: a kernel goes on with the first one's softmax, and "sdpa" joins the two by their LSE. "sdpa"
+    is made for many tiles of equal numbers of queries and kept rows.
 
     The Triton kernels are proved under the interpreter, those of csrc under their emulator, and both are compiled ahead
     of time for compute capabilities 8.0, 9.0 and 10.0; docs/configurations.md says what a card has run.
@@ -200,12 +221,21 @@ def gather_attention(
     tensor([1., 0., 0.])
     >>> lse.exp().round()
     tensor([[3., 2., 2.]])
+
+    One item in two query tiles, which read a row each, and the mean of the others with the weight of three:
+
+    >>> gather_attention(
+    ...     q, k, v, bank, values, torch.tensor([[3], [0]]), k2=bank[:1], v2=values[1:2], cu_seqlens_k=None,
+    ...     cu_tiles=cu, bias=torch.tensor([[3.0], [3.0]]).log(), return_lse=True,
+    ... )[1].exp().round()
+    tensor([[7., 7., 7.]])
     """
     if backend not in BACKENDS:
         raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     a = normalise(
-        q, k, v, k2, v2, k_ref, v_ref, ref_indices, ref_offsets, cu_seqlens_q, cu_seqlens_k, scale, distinct, host
-    )
+        q, k, v, k2, v2, k_ref, v_ref, ref_indices, ref_offsets, cu_seqlens_q, cu_seqlens_k, scale, distinct, host,
+        cu_tiles, bias,
+    )  # fmt: skip
     if backend == "reference":
         from .reference import gather_attention_reference
 

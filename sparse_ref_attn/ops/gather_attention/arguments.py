@@ -7,7 +7,8 @@ v_ref (R, G, C). Item b's rows of a packed tensor are ``cu_seqlens[p, b]`` up to
 
 from __future__ import annotations
 
-from itertools import chain, pairwise
+from bisect import bisect_right
+from itertools import chain, islice, pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,8 +22,9 @@ class Arguments(NamedTuple):
     """Operands after validation, in the order of the registered op.
 
     ``cu_seqlens_q`` (P, B+1); ``cu_seqlens_k`` (P, B+1): row 1 counts in `k2` where there is one, else in `k`;
-    ``ref_offsets`` (1, B+1), or (G, B+1) for one selection per key/value head. ``host``: every number of these three,
-    row after row, where the host knows them all.
+    ``ref_offsets`` (1, B+1), or (G, B+1) for one selection per key/value head. With ``cu_tiles`` (T+1,) the selections
+    are those of T query tiles: (1, T+1) or (G, T+1); ``bias`` (T, W) joins the scores of `k2`. ``host``: every number
+    of these offsets, row after row and ``cu_tiles`` last, where the host knows them all.
     """
 
     q: Tensor
@@ -39,6 +41,8 @@ class Arguments(NamedTuple):
     scale: float
     distinct: bool
     host: list[int] | None = None
+    cu_tiles: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -63,6 +67,21 @@ class Arguments(NamedTuple):
         return self.ref_offsets is not None and self.ref_offsets.shape[0] > 1
 
     @property
+    def tiles(self) -> int:
+        """Query tiles T; 0 where items select."""
+        return 0 if self.cu_tiles is None else self.cu_tiles.shape[0] - 1
+
+    @property
+    def shared(self) -> Arguments | None:
+        """What all tiles of an item attend to alike, unbiased: a call without tiles. None where that is nothing."""
+        if self.k is None or self.cu_seqlens_k is None:
+            return None
+        alone = self._replace(
+            k_ref=None, v_ref=None, ref_indices=None, ref_offsets=None, host=None, cu_tiles=None, bias=None
+        )
+        return alone if self.bias is None else alone._replace(k2=None, v2=None, cu_seqlens_k=self.cu_seqlens_k[:1])
+
+    @property
     def segments(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(k, v, cu_seqlens (P, B+1)) of each dense tensor."""
         if self.k is None or self.v is None or self.cu_seqlens_k is None:
@@ -78,18 +97,20 @@ class HostLayout(NamedTuple):
     queries: list[list[int]]
     segments: list[list[list[int]]]
     offsets: list[list[int]]
+    tiles: list[int]
 
     @classmethod
     def of(cls, a: Arguments) -> HostLayout:
         """The ranges of `a`: as the caller said them, else read from the device."""
         if a.host is None:
             return cls.read(a)
-        tables = [a.cu_seqlens_q, *(cu for _, _, cu in a.segments)]
-        tables += [] if a.ref_offsets is None else [a.ref_offsets]
-        length, numbers = a.items + 1, iter(a.host)
-        nested = [[[next(numbers) for _ in range(length)] for _ in range(cu.shape[0])] for cu in tables]
-        segments = nested[1:] if a.ref_offsets is None else nested[1:-1]
-        return cls(nested[0], segments, [] if a.ref_offsets is None else nested[-1])
+        numbers = iter(a.host)
+
+        def take(table: Tensor | None) -> list[list[int]]:
+            return [] if table is None else [list(islice(numbers, table.shape[1])) for _ in range(table.shape[0])]
+
+        queries, segments, offsets = take(a.cu_seqlens_q), [take(cu) for _, _, cu in a.segments], take(a.ref_offsets)
+        return cls(queries, segments, offsets, list(numbers))
 
     @classmethod
     def read(cls, a: Arguments) -> HostLayout:
@@ -98,6 +119,7 @@ class HostLayout(NamedTuple):
             a.cu_seqlens_q.tolist(),
             [cu.tolist() for _, _, cu in a.segments],
             [] if a.ref_offsets is None else a.ref_offsets.tolist(),
+            [] if a.cu_tiles is None else a.cu_tiles.tolist(),
         )
 
     @property
@@ -120,11 +142,19 @@ class HostLayout(NamedTuple):
         return _ranges(self.segments[segment], item)
 
     def kept(self, item: int, head: int = 0) -> tuple[int, int]:
-        """Where an item's selection lies in ``ref_indices``."""
+        """Where the selection of an item, or of a tile, lies in ``ref_indices``."""
         if not self.offsets:
             return 0, 0
         row = self.offsets[min(head, len(self.offsets) - 1)]
         return row[item], row[item + 1]
+
+    @property
+    def tile_items(self) -> list[int]:
+        """The item of each tile; 0 for a tile without queries."""
+        ranges = sorted((part[i], part[i + 1], i) for part in self.queries for i in range(len(part) - 1))
+        ranges = [each for each in ranges if each[0] < each[1]]
+        starts = [start for start, _, _ in ranges]
+        return [ranges[bisect_right(starts, x) - 1][2] if x < y else 0 for x, y in pairwise(self.tiles)]
 
 
 def _ranges(parts: list[list[int]], item: int) -> list[tuple[int, int]]:
@@ -138,6 +168,18 @@ def check_ranges(a: Arguments, layout: HostLayout) -> None:
         _check_tiling("cu_seqlens_k", parts, k.shape[0], f"k{n + 1}" if n else "k")
     if a.ref_indices is not None:
         _check_tiling("ref_offsets", layout.offsets, a.ref_indices.shape[0], "ref_indices")
+    if a.cu_tiles is not None:
+        _check_tiling("cu_tiles", [layout.tiles], a.q.shape[0], "q")
+        astray = set(chain(*layout.queries)).difference(layout.tiles)
+        if astray:
+            raise LayoutError(
+                f"cu_tiles must have an edge wherever cu_seqlens_q has one, so that no tile crosses an item, "
+                f"got none at row {min(astray)} of q"
+            )
+    if a.bias is not None:
+        most = max(y - x for x, y in pairwise(layout.segments[1][0]))
+        if a.bias.shape[1] < most:
+            raise LayoutError(f"bias must have a column for each of an item's {most} k2 rows, got {a.bias.shape[1]}")
 
 
 def check_values(a: Arguments, layout: HostLayout) -> None:

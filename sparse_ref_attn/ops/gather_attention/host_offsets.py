@@ -22,6 +22,8 @@ class HostOffsets(NamedTuple):
     ----------
     cu_seqlens_q, cu_seqlens_k, ref_offsets : sequence of int, or a sequence of them for each row, optional
         The numbers of the tensor of that name. One that the call does not give is known from the shapes.
+    tiles : sequence of int, optional
+        The numbers of ``cu_tiles``.
 
     Examples
     --------
@@ -36,12 +38,17 @@ class HostOffsets(NamedTuple):
     cu_seqlens_q: Numbers | None = None
     cu_seqlens_k: Numbers | None = None
     ref_offsets: Numbers | None = None
+    tiles: Numbers | None = None
 
 
 def flatten_offsets(
-    host: HostOffsets, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, ref_offsets: Tensor | None
+    host: HostOffsets,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    ref_offsets: Tensor | None,
+    cu_tiles: Tensor | None = None,
 ) -> list[int] | None:
-    """All numbers of the offsets (P, B + 1) one after another; None unless every one is known.
+    """All numbers of the offsets (P, B + 1), then of cu_tiles (T + 1,); None unless every one is known.
 
     Raises
     ------
@@ -50,7 +57,7 @@ def flatten_offsets(
     """
     flat: list[int] = []
     known = True
-    tensors = (cu_seqlens_q, cu_seqlens_k, ref_offsets)
+    tensors = (cu_seqlens_q, cu_seqlens_k, ref_offsets, None if cu_tiles is None else cu_tiles[None])
     for name, numbers, tensor in zip(HostOffsets._fields, host, tensors, strict=True):
         if numbers is None:
             known = known and tensor is None
@@ -61,6 +68,7 @@ def flatten_offsets(
         shape = None if tensor is None else tuple(tensor.shape)
         if shape is None or len(rows) != shape[0] or any(len(row) != shape[1] for row in rows):
             wanted = "no" if shape is None else " x ".join(map(str, shape))
-            raise LayoutError(f"host.{name} must hold the {wanted} numbers of {name}, got {numbers}")
+            tensor_name = "cu_tiles" if name == "tiles" else name
+            raise LayoutError(f"host.{name} must hold the {wanted} numbers of {tensor_name}, got {numbers}")
         flat.extend(chain.from_iterable(rows))
     return flat if known else None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import LayoutError
+from ...errors import ConfigError, LayoutError
 from .._support import Call, choose, has_16_byte_rows, is_aligned
 from .arguments import Arguments, HostLayout, check_ranges, check_values
 from .gradients import Gradients, Wanted
@@ -31,8 +31,8 @@ DIFFERENTIABLE = 7  # q, k, v, k2, v2, k_ref, v_ref come first
 
 library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
 library.define(
-    f"gather_attention({TENSORS}, float scale, bool distinct, SymInt[]? host, str backend, bool check) "
-    "-> (Tensor out, Tensor lse)"
+    f"gather_attention({TENSORS}, float scale, bool distinct, SymInt[]? host, Tensor? cu_tiles, Tensor? bias, "
+    "str backend, bool check) -> (Tensor out, Tensor lse)"
 )
 library.define(
     f"gather_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {TENSORS}, "
@@ -41,17 +41,28 @@ library.define(
 
 
 def gather_attention_op(a: Arguments, backend: str, check: bool) -> tuple[Tensor, Tensor]:
-    """Out (T, H, C) and lse (H, T), differentiable."""
+    """Out (T, H, C) and lse (H, T), differentiable where there are no query tiles."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*a.tensors, a.bias)):
+        _refuse_tiles(a.cu_tiles)
     return forward_op(*a, backend, check)
+
+
+def _refuse_tiles(cu_tiles: Tensor | None) -> None:
+    if cu_tiles is not None:
+        raise ConfigError(
+            'gradients through cu_tiles are computed by backend="reference" alone, got an operand that requires them '
+            "(use that backend, or torch.no_grad())"
+        )
 
 
 def _call(a: Arguments) -> Call:
     given = [x for x in a.tensors if x is not None]
     kept = 0 if a.ref_indices is None or a.ref_offsets is None else a.ref_indices.shape[0] // a.ref_offsets.shape[0]
+    gradients = a.cu_tiles is None and any(x.requires_grad for x in given)
     return Call(
         a.q.device, a.q.dtype, a.q.shape[2], a.items, a.per_head, all(map(has_16_byte_rows, given)),
-        any(x.requires_grad for x in given), a.q.shape[1], a.key_heads, a.q.shape[0],
-        sum(k.shape[0] for k, _, _ in a.segments), kept, all(map(is_aligned, given)),
+        gradients, a.q.shape[1], a.key_heads, a.q.shape[0],
+        sum(k.shape[0] for k, _, _ in a.segments), kept, all(map(is_aligned, given)), a.tiles,
     )  # fmt: skip
 
 
@@ -111,9 +122,10 @@ def _each(wanted: Sequence[bool]) -> list[bool]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _refuse_tiles(inputs[14])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:11], *output)
-    ctx.rest = inputs[11:-1]  # scale, distinct, host, backend
+    ctx.rest = (*inputs[11:14], inputs[-2])  # scale, distinct, host, backend
     ctx.inputs = len(inputs)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import ConfigError, LayoutError
 from .arguments import Arguments
 from .host_offsets import HostOffsets, flatten_offsets
+from .tiles import check_tiles
 
 __all__ = ["normalise"]
 
@@ -30,6 +31,8 @@ def normalise(
     scale: float | None,
     distinct: bool,
     host: HostOffsets | None = None,
+    cu_tiles: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Arguments:
     """Check structure, pack (B, N, H, C) operands, fill in the offsets that shapes imply."""
     if q.ndim not in (3, 4) or q.shape[-1] == 0 or q.shape[-2] == 0:
@@ -54,6 +57,7 @@ def normalise(
         )
     if (k_ref is None) != (ref_indices is None):
         raise LayoutError("k_ref and ref_indices go together, got one without the other")
+    check_tiles(cu_tiles, bias, q, k2, ref_indices)
 
     implied = (cu_seqlens_q is None, cu_seqlens_k is None, ref_offsets is None)
     batched = q.ndim == 4
@@ -79,9 +83,11 @@ def normalise(
             raise LayoutError("cu_seqlens_k describes k, got it without k")
     if k_ref is not None and v_ref is not None and k_ref.ndim == 4:
         k_ref, v_ref = k_ref.flatten(0, 1), v_ref.flatten(0, 1)
+    selections = items if cu_tiles is None else cu_tiles.shape[0] - 1
     if ref_indices is not None:
         assert k_ref is not None
-        ref_indices, ref_offsets = _selection(ref_indices, ref_offsets, items, k_ref.shape[1], q.device)
+        of = "item" if cu_tiles is None else "tile"
+        ref_indices, ref_offsets = _selection(ref_indices, ref_offsets, selections, of, k_ref.shape[1], q.device)
     elif ref_offsets is not None:
         raise LayoutError("ref_offsets split ref_indices, got them without ref_indices")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -89,34 +95,36 @@ def normalise(
         raise ConfigError(f"scale must be positive and finite, got {scale}")
     flat = None
     if not torch.compiler.is_compiling():
-        known = _known(host or HostOffsets(), implied, items, q, (k, k2), ref_indices)
-        flat = flatten_offsets(known, cu_seqlens_q, cu_seqlens_k, ref_offsets)
+        known = _known(host or HostOffsets(), implied, items, selections, q, (k, k2), ref_indices)
+        flat = flatten_offsets(known, cu_seqlens_q, cu_seqlens_k, ref_offsets, cu_tiles)
     return Arguments(
-        q, k, v, k2, v2, k_ref, v_ref, cu_seqlens_q, cu_seqlens_k, ref_indices, ref_offsets, scale, bool(distinct), flat
-    )
+        q, k, v, k2, v2, k_ref, v_ref, cu_seqlens_q, cu_seqlens_k, ref_indices, ref_offsets, scale, bool(distinct),
+        flat, None if cu_tiles is None else cu_tiles.contiguous(), bias,
+    )  # fmt: skip
 
 
 def _known(
     host: HostOffsets,
     implied: tuple[bool, bool, bool],
     items: int,
+    selections: int,
     q: Tensor,
     keys: tuple[Tensor | None, Tensor | None],
     ref_indices: Tensor | None,
 ) -> HostOffsets:
     """`host`, and the offsets that the shapes of packed operands imply."""
 
-    def even(rows: int) -> list[int]:
-        return [rows // max(items, 1) * item for item in range(items + 1)]
+    def even(rows: int, count: int = items) -> list[int]:
+        return [rows // max(count, 1) * each for each in range(count + 1)]
 
-    of_q, of_k, of_ref = host
+    of_q, of_k, of_ref, tiles = host
     if implied[0]:
         of_q = [even(q.shape[0])]
     if implied[1] and keys[0] is not None:
         of_k = [even(x.shape[0]) for x in keys if x is not None]
     if implied[2] and ref_indices is not None:
-        of_ref = [even(ref_indices.shape[0])]
-    return HostOffsets(of_q, of_k, of_ref)
+        of_ref = [even(ref_indices.shape[0], selections)]
+    return HostOffsets(of_q, of_k, of_ref, tiles)
 
 
 def _check_pair(q: Tensor, name: str, key: Tensor | None, value_name: str, value: Tensor | None) -> None:
@@ -164,23 +172,27 @@ def _dense_offsets(cu: Tensor | None, k: Tensor, k2: Tensor | None, device: torc
 
 
 def _selection(
-    indices: Tensor, offsets: Tensor | None, items: int, key_heads: int, device: torch.device
+    indices: Tensor, offsets: Tensor | None, count: int, of: str, key_heads: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Flat indices and offsets (1, B+1) or (G, B+1)."""
+    """Flat indices and offsets (1, B+1) or (G, B+1) of `count` items or tiles."""
+    letter = "B" if of == "item" else "T"
     _check_integer("ref_indices", indices, device)
     if offsets is None:
-        if indices.ndim == 2 and indices.shape[0] == items:
-            return indices.flatten(), _even(items, indices.shape[1], device)[None]
-        if indices.ndim == 1 and items == 1:
+        if indices.ndim == 2 and indices.shape[0] == count:
+            return indices.flatten(), _even(count, indices.shape[1], device)[None]
+        if indices.ndim == 1 and count == 1:
             return indices.contiguous(), _even(1, indices.shape[0], device)[None]
         raise LayoutError(
-            f"ref_indices of {items} items must come with ref_offsets, or as (B, K), got {tuple(indices.shape)} alone"
+            f"ref_indices of {count} {of}s must come with ref_offsets, or as ({letter}, K), "
+            f"got {tuple(indices.shape)} alone"
         )
     _check_integer("ref_offsets", offsets, device)
     if indices.ndim != 1:
         raise LayoutError(f"ref_indices must be a vector where ref_offsets are given, got {tuple(indices.shape)}")
-    if offsets.ndim not in (1, 2) or offsets.shape[-1] != items + 1:
-        raise LayoutError(f"ref_offsets must be (B + 1,) or (G, B + 1) for {items} items, got {tuple(offsets.shape)}")
+    if offsets.ndim not in (1, 2) or offsets.shape[-1] != count + 1:
+        raise LayoutError(
+            f"ref_offsets must be ({letter} + 1,) or (G, {letter} + 1) for {count} {of}s, got {tuple(offsets.shape)}"
+        )
     if offsets.ndim == 2 and offsets.shape[0] not in (1, key_heads):
         raise LayoutError(f"ref_offsets must have one row, or one per key head ({key_heads}), got {offsets.shape[0]}")
     return indices.contiguous(), (offsets if offsets.ndim == 2 else offsets[None]).contiguous()

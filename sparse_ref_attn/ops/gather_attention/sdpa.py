@@ -14,6 +14,7 @@ from torch import Tensor
 from .._dense import attend, attend_backward
 from .arguments import Arguments, HostLayout
 from .gradients import Gradients, Wanted, sum_rows
+from .sdpa_tiles import forward_of_tiles
 
 __all__ = ["backward", "forward"]
 
@@ -21,6 +22,8 @@ __all__ = ["backward", "forward"]
 def forward(a: Arguments, layout: HostLayout | None = None) -> tuple[Tensor, Tensor]:
     """Out (T, H, C) and lse (H, T), contiguous."""
     layout = HostLayout.of(a) if layout is None else layout
+    if a.cu_tiles is not None:
+        return forward_of_tiles(a, layout, forward)
     rows, heads, _ = a.q.shape
     out: Tensor | None = None
     lse: Tensor | None = None

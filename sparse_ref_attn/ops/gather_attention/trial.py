@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -28,15 +28,22 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
 }
 MOST_FLOPS = {"cuda": 4e12, "cpu": 1e9}  # of a timed forward; a problem beyond that is cut in heads, then in queries
 BACKWARD_FLOPS = 2.5  # times the forward's
+LEAST_TILE = 16  # queries, that have a size class of their own
+CELL = 16  # of an item's dense keys of tiles, one mean for so many more
 
 
 def kind_of(call: Call) -> Kind:
     """The kind of a call."""
     form = "per head" if call.per_head else "gathered" if call.kept else "dense"
-    per_item = (-(-rows // max(call.items, 1)) for rows in (call.queries, call.keys, call.kept))
+    items = max(call.items, 1)
+    per_item = -(-call.queries // items), -(-call.keys // items), -(-call.kept // (call.tiles or items))
+    size = tuple(size_class(rows) for rows in per_item)
+    if call.tiles:
+        form = "tiles per head" if call.per_head else "tiles"
+        size += (size_class(-(-call.queries // call.tiles), LEAST_TILE),)
     return Kind(
         "gather_attention", form, call.device, call.dtype, call.heads, call.key_heads, call.channels, call.gradients,
-        call.items > 1, tuple(size_class(rows) for rows in per_item),
+        call.items > 1, size,
     )  # fmt: skip
 
 
@@ -48,8 +55,8 @@ def candidates(kind: Kind) -> Sequence[str]:
 def against(kind: Kind, backend: str) -> list[str]:
     """Why a backend cannot do an aligned call of this kind."""
     items = 2 if kind.several else 1
-    per_head = kind.form == "per head"
-    call = Call(kind.device, kind.dtype, kind.channels, items, per_head, True, kind.gradients)
+    per_head, tiles = kind.form.endswith("per head"), int(kind.form.startswith("tiles"))
+    call = Call(kind.device, kind.dtype, kind.channels, items, per_head, True, kind.gradients, tiles=tiles)
     return reasons(backend, call)
 
 
@@ -80,7 +87,7 @@ def small(kind: Kind) -> Callable[[str], Iterator[Compared]]:
 
 def sized(kind: Kind) -> Callable[[str], Callable[[], object]]:
     """Items alike, of the class's size; cut in heads and then in queries where that is more than a moment's work."""
-    queries, keys, kept = kind.size
+    queries, keys, kept = kind.size[:3]
     items = 2 if kind.several else 1
     one_head = 4.0 * items * queries * max(keys + kept, 1) * kind.channels * (1 + BACKWARD_FLOPS * kind.gradients)
     most = MOST_FLOPS.get(kind.device.type, MOST_FLOPS["cpu"])
@@ -120,13 +127,23 @@ def _problem(
     if kind.form == "dense":
         cu = (integers(queries), integers(keys))
         return normalise(q, k, v, None, None, None, None, None, None, *cu, None, False, HostOffsets(queries, keys))
+    cu_k: list[Any] = keys
+    k2 = v2 = tiles = bias = None
+    if kind.form.startswith("tiles"):
+        means = [0, *accumulate(-(-(n - m) // CELL) for m, n in pairwise(keys))]
+        edges = [list(range(m, n, kind.size[3])) for m, n in pairwise(queries)]
+        kept = [0, *accumulate(n - m for each, (m, n) in zip(edges, pairwise(kept), strict=True) for _ in each)]
+        k2, v2, cu_k = normal(means[-1], key_heads), normal(means[-1], key_heads), [keys, means]
+        tiles = [*chain(*edges), queries[-1]]
+        bias = torch.randint(0, CELL, (len(kept) - 1, means[-1]), generator=generator).log().to(device)  # some are -inf
     k_ref, v_ref = normal(bank, key_heads), normal(bank, key_heads)
-    selections = key_heads if kind.form == "per head" else 1
+    selections = key_heads if kind.form.endswith("per head") else 1
     tables = [[row * kept[-1] + at for at in kept] for row in range(selections)]
     rows = [torch.randperm(bank, generator=generator)[: n - m] for _ in tables for m, n in pairwise(kept)]
     return normalise(
-        q, k, v, None, None, k_ref, v_ref, torch.cat(rows).int().to(device), integers(tables), integers(queries),
-        integers(keys), None, False, HostOffsets(queries, keys, tables),
+        q, k, v, k2, v2, k_ref, v_ref, torch.cat(rows).int().to(device), integers(tables), integers(queries),
+        integers(cu_k), None, False, HostOffsets(queries, cu_k, tables, tiles),
+        None if tiles is None else integers(tiles), bias,
     )  # fmt: skip
 
 
@@ -136,7 +153,9 @@ def _generator(seed: int) -> torch.Generator:
 
 def _converted(a: Arguments, dtype: torch.dtype) -> Arguments:
     floats: dict[str, Any] = {
-        n: x.to(dtype) for n, x in a._asdict().items() if isinstance(x, Tensor) and x.is_floating_point()
+        n: x.to(dtype)
+        for n, x in a._asdict().items()
+        if isinstance(x, Tensor) and x.is_floating_point() and n != "bias"
     }
     return a._replace(**floats)
 

@@ -13,14 +13,21 @@ from .triton_forward import launch_forward
 from .triton_grad_kv import launch_grad_kv, launch_grad_kv_gathered
 from .triton_grad_q import launch_delta, launch_grad_q
 from .triton_sum_rows import launch_sum_rows
-from .tuning import FORWARD, GRAD_KV, GRAD_Q
+from .triton_tiles import block_of, launch_tiles
+from .tuning import FORWARD, GRAD_KV, GRAD_Q, TILES
 
 __all__ = ["backward", "forward"]
 
 
-def forward(a: Arguments, config: Config | None = None) -> tuple[Tensor, Tensor]:
+def forward(a: Arguments, config: Config | None = None, tiles: Config | None = None) -> tuple[Tensor, Tensor]:
     """Out (T, H, C) and lse (H, T), contiguous."""
-    return launch_forward(a, config or config_for(FORWARD, capability_of(a.q), a.q.shape[2]))
+    config = config or config_for(FORWARD, capability_of(a.q), a.q.shape[2])
+    if a.cu_tiles is None:
+        return launch_forward(a, config)
+    out, lse = None, a.q.new_empty(a.q.shape[1::-1], dtype=torch.float32)
+    if a.shared is not None:
+        out, lse = launch_forward(a.shared, config, torch.float32)
+    return launch_tiles(a, out, lse, tiles or config_for(TILES[block_of(a)], capability_of(a.q), a.q.shape[2])), lse
 
 
 def backward(

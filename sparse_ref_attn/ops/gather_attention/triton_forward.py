@@ -19,11 +19,11 @@ from .._tuning import Config
 from .arguments import Arguments
 from .triton_walk import walk
 
-__all__ = ["launch_forward", "operands", "precision", "slots", "switches"]
+__all__ = ["attend_keys", "launch_forward", "operands", "precision", "slots", "switches"]
 
 
 @triton.jit
-def _attend_tile(query, state, k_at, v_at, inside, scale2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def attend_keys(query, state, k_at, v_at, inside, scale2, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of keys and values, at pointers [N, C], joins acc [M, C], m [M] and total [M]."""
     (q,) = query
     acc, m, total = state
@@ -61,7 +61,7 @@ def _forward(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
     acc, m, total = walk(
-        _attend_tile, (q,), (acc, m, total), K, V, K2, V2, K_REF, V_REF, CU_K, INDICES, OFFSETS, item, items,
+        attend_keys, (q,), (acc, m, total), K, V, K2, V2, K_REF, V_REF, CU_K, INDICES, OFFSETS, item, items,
         key_head, scale2, k_row, k_head, v_row, v_head, k2_row, k2_head, v2_row, v2_head,
         k_ref_row, k_ref_head, v_ref_row, v_ref_head, C, BLOCK_N, STAGES, SPLIT, DENSE, GATHER, PER_HEAD, PRECISION,
     )  # fmt: skip
@@ -71,10 +71,10 @@ def _forward(
     tl.store(LSE + head * queries + rows, natural_lse(m, total, scale2), mask=live)
 
 
-def launch_forward(a: Arguments, config: Config) -> tuple[Tensor, Tensor]:
-    """Out (T, H, C) and lse (H, T); reads no offset on the host."""
+def launch_forward(a: Arguments, config: Config, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Out (T, H, C), in the dtype of q or in `dtype`, and lse (H, T); reads no offset on the host."""
     queries, heads, C = a.q.shape
-    out = torch.empty((queries, heads, C), dtype=a.q.dtype, device=a.q.device)
+    out = torch.empty((queries, heads, C), dtype=dtype or a.q.dtype, device=a.q.device)
     lse = torch.empty((heads, queries), dtype=torch.float32, device=a.q.device)
     parts = a.cu_seqlens_q.shape[0]
     grid = (tiles_at_most(queries, parts * a.items, config.block_m), heads)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .._tiles import tile_offsets
 
-__all__ = ["walk"]
+__all__ = ["segment", "walk"]
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def _rest(
 
 
 @triton.jit
-def _segment(
+def segment(
     STEP: tl.constexpr, query, state, K, V, INDICES, count, k_row, v_row, scale2, C: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +94,7 @@ def walk(
         count = (tl.load(CU_K + item + 1) - at).to(tl.int32)
         k = K + key_head * k_head + at * k_row
         v = V + key_head * v_head + at * v_row
-        state = _segment(
+        state = segment(
             STEP, query, state, k, v, INDICES, count, k_row, v_row, scale2,
             C, BLOCK_N, STAGES, SPLIT, False, PRECISION,
         )  # fmt: skip
@@ -103,7 +103,7 @@ def walk(
         count = (tl.load(CU_K + items + 1 + item + 1) - at).to(tl.int32)
         k = K2 + key_head * k2_head + at * k2_row
         v = V2 + key_head * v2_head + at * v2_row
-        state = _segment(
+        state = segment(
             STEP, query, state, k, v, INDICES, count, k2_row, v2_row, scale2,
             C, BLOCK_N, STAGES, SPLIT, False, PRECISION,
         )  # fmt: skip
@@ -114,7 +114,7 @@ def walk(
         count = (tl.load(OFFSETS + item + 1) - at).to(tl.int32)
         k = K_REF + key_head * k_ref_head
         v = V_REF + key_head * v_ref_head
-        state = _segment(
+        state = segment(
             STEP, query, state, k, v, INDICES + at, count, k_ref_row, v_ref_row, scale2,
             C, BLOCK_N, STAGES, SPLIT, True, PRECISION,
         )  # fmt: skip

@@ -17,8 +17,8 @@ class Kind(NamedTuple):
     ----------
     op : {"gather_attention", "attention_mass", "pack_rows"}
     form : str
-        gather_attention: "dense", "gathered", "per head"; attention_mass: "LSE given", "LSE computed"; pack_rows:
-        "pack", "unpack".
+        gather_attention: "dense", "gathered", "per head", "tiles", "tiles per head"; attention_mass: "LSE given",
+        "LSE computed", and each with ", per tile"; pack_rows: "pack", "unpack".
     device : torch.device
     dtype : torch.dtype
     heads, key_heads, channels : int
@@ -28,8 +28,8 @@ class Kind(NamedTuple):
     several : bool
         Whether there is more than one item.
     size : tuple of int
-        Size classes. Attention: queries, dense keys and kept rows of an item. Mass: queries, keys, references.
-        Rows: rows, kept rows, bytes of one row.
+        Size classes. Attention: queries, dense keys and kept rows of an item; with tiles kept rows of a tile, and
+        its queries. Mass: queries, keys, references. Rows: rows, kept rows, bytes of one row.
     """
 
     op: str
@@ -57,12 +57,12 @@ class Kind(NamedTuple):
         return self._replace(size=size)
 
 
-def size_class(count: int) -> int:
-    """The power of two nearest to `count` in ratio, at least 64: calls of one class share a verdict.
+def size_class(count: int, least: int = 64) -> int:
+    """The power of two nearest to `count` in ratio, not below `least`: calls of one class share a verdict.
 
     Examples
     --------
     >>> size_class(8704), size_class(4608), size_class(10), size_class(0)
     (8192, 4096, 64, 0)
     """
-    return 0 if count <= 0 else max(64, 2 ** round(math.log2(count)))
+    return 0 if count <= 0 else max(least, 2 ** round(math.log2(count)))

@@ -14,6 +14,7 @@ __all__ = ["usual_kinds", "verify"]
 
 CHANNELS = (64, 128)
 SIZES = {"cuda": (4096, 4096, 1024), "cpu": (256, 256, 128)}  # queries, dense keys, kept rows
+TILES = (16, 64)  # queries of a tile
 HEADS = 24
 
 
@@ -30,8 +31,17 @@ def usual_kinds(device: torch.device) -> list[Kind]:
         for several in (False, True)
     ]
     kinds += [
+        Kind(
+            "gather_attention", "tiles", device, dtype, HEADS, HEADS, channels, False, False,
+            (queries, keys, kept // 2, tile),
+        )
+        for tile in TILES
+        for channels in CHANNELS
+        for dtype in half
+    ]  # fmt: skip
+    kinds += [
         Kind("attention_mass", form, device, dtype, HEADS, HEADS, channels, False, False, (queries, 2 * keys, keys))
-        for form in ("LSE given", "LSE computed")
+        for form in ("LSE given", "LSE computed", "LSE given, per tile", "LSE computed, per tile")
         for channels in CHANNELS
         for dtype in half
     ]

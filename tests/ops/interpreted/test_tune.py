@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 BASE = Config(32, 32, 4, 2)
 
 
-@pytest.mark.parametrize("kernel", ["forward", "grad_q", "grad_kv", "lse", "mass"])
+@pytest.mark.parametrize("kernel", ["forward", "grad_q", "grad_kv", "lse", "mass", "mass per tile"])
 def test_candidates_give_the_same_result_and_are_ranked_by_time(kernel: str) -> None:
     launch = kernels(operands(40, 20, 30, 1, 32, CPU), BASE)[kernel]
     tried = [candidates(kernel)[0], Config(16, 32, 4, 2)]
