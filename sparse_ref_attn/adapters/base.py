@@ -29,6 +29,7 @@ from . import masks
 from .cache_seam import CacheSeam
 from .depth import Block, DepthCut, blocks_of
 from .joining import sample_of, split_items, with_sample
+from .joint_view import joint_view
 from .pipeline_facts import PipelineFacts
 from .published_size import PublishedSize
 from .shortened import Shortened
@@ -144,19 +145,8 @@ class Adapter:
         IncompatibleError
             If the call's mask says more than that.
         """
-        mask, (batch, rows) = self.mask(kwargs), kwargs[self.tokens].shape[:2]
-        rows += self._text(kwargs)
-        if mask is None:
-            return None
-        masks.check_mask(mask, batch, rows)
-        keys = masks.key_mask(mask, batch, rows)
-        if keys is None:
-            raise IncompatibleError(
-                "where each tile reads reference tokens of its own, an attention mask must be of keys, (B, S) or "
-                f"(B, 1, 1, S), bool or 0 and -inf, got {tuple(mask.shape)} in {mask.dtype} that differs between rows "
-                'or heads, or has other values: use per="run"'
-            )
-        return keys
+        batch, rows = kwargs[self.tokens].shape[:2]
+        return masks.joint_keys(self.mask(kwargs), batch, self._text(kwargs) + rows)
 
     def notes(self, kwargs: Kwargs) -> list[str]:
         """What a run's record says of a call that begins it, in words."""
@@ -228,15 +218,8 @@ class Adapter:
 
     def key_masks(self, items: Sequence[Kwargs]) -> list[Tensor | None]:
         """Of each item's rows (text first), those that may be attended to, (rows,) bool; None for all (may sync)."""
-        return [self._keys(item) for item in items]
-
-    def _keys(self, item: Kwargs) -> Tensor | None:
-        mask, rows = self.mask(item), self._text(item) + item[self.tokens].shape[1]
-        if mask is None:
-            return None
-        masks.check_mask(mask, 1, rows)
-        keys = masks.key_mask(mask, 1, rows)
-        return None if keys is None else keys[0]
+        sizes = [self._text(item) + item[self.tokens].shape[1] for item in items]
+        return [masks.item_keys(self.mask(item), rows) for item, rows in zip(items, sizes, strict=True)]
 
     def rotary(self, transformer: nn.Module, kwargs: Kwargs) -> tuple[Tensor, ...]:
         """Rotary tables of one item's rows, text first; not asked where calls are packed."""
@@ -306,18 +289,7 @@ class Adapter:
 
     def view(self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionView | None:
         """Which rows of an attention call (B, S, H, C) are what: text first, then the image stream."""
-        at, (first, length) = layout.text, layout.generation
-        if q.shape[1] != at + layout.rows or k.shape[1] != at + layout.rows:
-            raise LayoutError(
-                f"attention must run over {at} text and {layout.rows} image rows, got {q.shape[1]} queries and "
-                f"{k.shape[1]} keys"
-            )
-        spans = tuple((at + r.start, at + r.start + r.length) for r in layout.references)
-        item = layout.conditional or slice(None)
-        rows = {"generation": slice(at + first, at + first + length), "reference": slice(spans[0][0], spans[-1][1])}
-        kept = masks.viewed(mask, q.shape[0], q.shape[1], rows, item)
-        q, k, v = q[item], k[item], v[item]
-        return AttentionView(k, v, q[:, rows["generation"]], q[:, rows["reference"]], spans, **kept)
+        return joint_view(layout, q, k, v, mask)
 
     def encode(self, pipe: Any, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Reference tokens (b, R, D) and grid of an image (b, 3, H, W), by the pipeline's own VAE."""

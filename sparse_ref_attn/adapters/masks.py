@@ -23,6 +23,8 @@ __all__ = [
     "check_mask",
     "cut_in_block",
     "cut_rows",
+    "item_keys",
+    "joint_keys",
     "key_mask",
     "mask_in",
     "not_of_keys",
@@ -174,6 +176,36 @@ def key_mask(mask: Tensor, batch: int, rows: int) -> Tensor | None:
             return None
         keys = ~hidden
     return keys.expand(batch, rows)
+
+
+def item_keys(mask: Any, rows: int) -> Tensor | None:
+    """As `key_mask` of a batch of one, (S,); None without a mask too."""
+    if mask is None:
+        return None
+    check_mask(mask, 1, rows)
+    keys = key_mask(mask, 1, rows)
+    return None if keys is None else keys[0]
+
+
+def joint_keys(mask: Any, batch: int, rows: int) -> Tensor | None:
+    """As `key_mask`, of a mask that must not say more than that; None without one (may sync).
+
+    Raises
+    ------
+    IncompatibleError
+        If it does.
+    """
+    if mask is None:
+        return None
+    check_mask(mask, batch, rows)
+    keys = key_mask(mask, batch, rows)
+    if keys is None:
+        raise IncompatibleError(
+            "where each tile reads reference tokens of its own, an attention mask must be of keys, (B, S) or "
+            f"(B, 1, 1, S), bool or 0 and -inf, got {tuple(mask.shape)} in {mask.dtype} that differs between rows "
+            'or heads, or has other values: use per="run"'
+        )
+    return keys
 
 
 def as_scores(mask: Tensor, batch: int) -> Tensor:

@@ -19,7 +19,7 @@ class PipelineFacts:
     Parameters
     ----------
     cls : str
-        Full name (module.qualname).
+        Its public name, such as "diffusers.FluxKontextPipeline": in whichever of the package's modules it stands.
     references : (int, int or None)
         Least and most references of one picture; None: any number.
     edits : bool
@@ -47,6 +47,17 @@ class PipelineFacts:
     @property
     def name(self) -> str:
         return self.cls.rpartition(".")[2]
+
+    def describes(self, cls: type) -> bool:
+        """Whether it is this class, not what derives from it.
+
+        Examples
+        --------
+        >>> PipelineFacts("collections.OrderedDict", (0, 1)).describes(dict)
+        False
+        """
+        package, _, name = self.cls.rpartition(".")
+        return cls.__qualname__ == name and f"{cls.__module__}.".startswith(f"{package}.")
 
     @property
     def several(self) -> bool:

@@ -64,13 +64,13 @@ class KontextTraining(TrainingSeam):
 
 
 KONTEXT = PipelineFacts(
-    "diffusers.pipelines.flux.pipeline_flux_kontext.FluxKontextPipeline",
+    "diffusers.FluxKontextPipeline",
     references=(0, 1),
     area="max_area",
     training=KontextTraining(),
 )
 KONTEXT_INPAINT = PipelineFacts(
-    "diffusers.pipelines.flux.pipeline_flux_kontext_inpaint.FluxKontextInpaintPipeline",
+    "diffusers.FluxKontextInpaintPipeline",
     references=(1, 1),
     edits=False,
     area="max_area",

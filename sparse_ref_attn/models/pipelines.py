@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..adapters.classes import nearest
 from ..adapters.pipeline_facts import PipelineFacts
 from .registry import families
 
@@ -22,7 +21,8 @@ def facts_of(pipe: Any) -> PipelineFacts | None:
     >>> facts_of(FluxKontextPipeline()) is None
     True
     """
-    return nearest(type(pipe), {facts.cls: facts for facts in _known()})
+    known = _known()
+    return next((facts for cls in type(pipe).__mro__ for facts in known if facts.describes(cls)), None)
 
 
 def edit_pipelines() -> list[PipelineFacts]:

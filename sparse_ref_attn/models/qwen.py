@@ -31,10 +31,9 @@ from ..types import Reference, TokenLayout
 
 __all__ = ["FAMILY", "QwenImageAdapter", "frequencies"]
 
-_MODULE = "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit"
-EDIT = PipelineFacts(f"{_MODULE}.QwenImageEditPipeline", references=(1, 1))
-EDIT_PLUS = PipelineFacts(f"{_MODULE}_plus.QwenImageEditPlusPipeline", references=(1, None), shaped_by=-1)
-INPAINT = PipelineFacts(f"{_MODULE}_inpaint.QwenImageEditInpaintPipeline", references=(1, 1), edits=False)
+EDIT = PipelineFacts("diffusers.QwenImageEditPipeline", references=(1, 1))
+EDIT_PLUS = PipelineFacts("diffusers.QwenImageEditPlusPipeline", references=(1, None), shaped_by=-1)
+INPAINT = PipelineFacts("diffusers.QwenImageEditInpaintPipeline", references=(1, 1), edits=False)
 
 # With zero_cond_t the references have timestep 0: the timestep embedding and the image modulation run twice an item.
 _STREAMS = {

@@ -52,7 +52,7 @@ class LongCatTraining(TrainingSeam):
 
 
 EDIT = PipelineFacts(
-    "diffusers.pipelines.longcat_image.pipeline_longcat_image_edit.LongCatImageEditPipeline",
+    "diffusers.LongCatImageEditPipeline",
     references=(1, 1),
     training=LongCatTraining(),
 )

@@ -286,7 +286,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     assert same(tmp_path / "whole/step-000008", tmp_path / "killed/step-000008")
 
 
-PER_PAIR = ("target", "references", "text", "pooled")
+PER_PAIR = ("encoder_hidden_states", "pooled_projections")
+
+
+def changed(batch, change, *others):
+    """A batch whose tensors with an entry a pair are `change` of its own and the others'."""
+    target, references = (change(*(getattr(x, name) for x in (batch, *others))) for name in ("target", "references"))
+    own = {name: change(*(x.arguments[name] for x in (batch, *others))) for name in PER_PAIR}
+    return replace(batch, target=target, references=references, arguments=batch.arguments | own)
 
 
 def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch):
@@ -295,14 +302,14 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch):
 
     def both(pipe, step, process, processes):
         one, two = (batches(pipe, step, i, 2) for i in range(2))
-        return replace(one, **{name: torch.cat([getattr(one, name), getattr(two, name)]) for name in PER_PAIR})
+        return changed(one, lambda *x: torch.cat(x), two)
 
     steps, alone = itertools.count(), loop._loss
 
     def noise_of_each(model, batch, config, random, guided):
         """The two processes draw noise of their own."""
         step = next(steps)
-        halves = (replace(batch, **{name: getattr(batch, name).chunk(2)[i] for name in PER_PAIR}) for i in range(2))
+        halves = (changed(batch, lambda x, i=i: x.chunk(2)[i]) for i in range(2))
         return sum(alone(model, half, config, seeded(0, step, i), guided)[0] for i, half in enumerate(halves)) / 2, {}
 
     monkeypatch.setattr(loop, "_loss", noise_of_each)

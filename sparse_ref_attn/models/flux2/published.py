@@ -8,11 +8,10 @@ from .cache import keep_references
 
 __all__ = ["PIPELINES", "PUBLISHED"]
 
-_MODULE = "diffusers.pipelines.flux2.pipeline_flux2"
-DEV = PipelineFacts(f"{_MODULE}.Flux2Pipeline", references=(0, None))
-KLEIN = PipelineFacts(f"{_MODULE}_klein.Flux2KleinPipeline", references=(0, None))
-KLEIN_KV = PipelineFacts(f"{_MODULE}_klein_kv.Flux2KleinKVPipeline", references=(0, None), distilled=True)
-KLEIN_INPAINT = PipelineFacts(f"{_MODULE}_klein_inpaint.Flux2KleinInpaintPipeline", references=(1, 1), edits=False)
+DEV = PipelineFacts("diffusers.Flux2Pipeline", references=(0, None))
+KLEIN = PipelineFacts("diffusers.Flux2KleinPipeline", references=(0, None))
+KLEIN_KV = PipelineFacts("diffusers.Flux2KleinKVPipeline", references=(0, None), distilled=True)
+KLEIN_INPAINT = PipelineFacts("diffusers.Flux2KleinInpaintPipeline", references=(1, 1), edits=False)
 PIPELINES = (DEV, KLEIN, KLEIN_KV, KLEIN_INPAINT)
 
 _9B = {
