@@ -11,14 +11,16 @@ from .. import doctor
 from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
 from ..estimation import at_share
-from ..eval import metrics, outputs
+from ..eval import calls, loading, metrics, outputs
 from ..eval.compare import compare_all
 from ..eval.methods import methods
 from ..eval.metrics import Metric, weights
 from ..eval.page import markdown, rows_of, write_page
 from ..execution import Cache
 from ..hooks.compiled import unwrap
-from . import builtin, commands, execution, failures
+from ..pictures import open_image
+from . import builtin, calling, execution, failures
+from .logs import quiet
 from .memory import memory_of
 from .terminal import saved, show
 
@@ -42,10 +44,10 @@ def compare(options: argparse.Namespace) -> None:
     if options.model is None:
         pipe, device, arguments, note = _built_in(options)
     else:
-        pipe, device, arguments = commands.loaded(options)
+        pipe, device, arguments = _loaded(options)
     steps = arguments.pop("num_inference_steps")
     configs = _at_share(unwrap(pipe.transformer), families, options.keep, steps, refused)
-    call = commands.caller(pipe, arguments, options.seed)
+    call = calling.caller(pipe, arguments, options.seed)
     pictures = outputs.Pictures(directory / "pictures", ())
     largest = max(configs.values(), key=lambda config: isinstance(config.execute, Cache))
     with failures.told(pictures.folder, pictures.written, memory_of(pipe, largest, arguments, options)):
@@ -124,11 +126,32 @@ def _by_reason(refused: Mapping[str, str]) -> list[tuple[str, str]]:
 def _built_in(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any], str]:
     if options.image is not None and len(options.image) > 1:
         raise ConfigError(f"the built-in pipeline takes one image, got {len(options.image)}")
-    commands.quiet(pipelines_too=True)
+    quiet(pipelines_too=True)
     made = builtin.builtin(options, None if options.image is None else options.image[0])
     show(made.note)
     arguments = made.arguments | {"num_inference_steps": made.steps}
     return made.build(), "cpu", arguments, made.note.replace("\n", " ")
+
+
+def _loaded(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any]]:
+    """The pipeline of ``--model``, its device, and the arguments of its call."""
+    if (options.height is None) != (options.width is None):
+        raise ConfigError("--height and --width must be given together, got one of them")
+    size = None if options.height is None else (options.height, options.width)
+    if options.output is not None:
+        if size is not None:
+            raise ConfigError("the output must have one size, got --output beside --height and --width")
+        size = options.output[1], options.output[0]
+    calls.check_reserved(dict(options.set or ()))
+    images = [open_image(path) for path in options.image]
+    quiet(pipelines_too=False)
+    pipe, device = loading.load_pipeline(
+        options.model, device=options.device, dtype=options.dtype, offload=options.offload
+    )
+    more = dict(options.set or ())
+    arguments = calls.call_arguments(pipe, images, options.prompt, size=size, steps=options.steps, more=more)
+    show(f"Loaded {type(pipe).__name__} from {options.model} on {device}.")
+    return pipe, device, arguments
 
 
 def _metrics(options: argparse.Namespace) -> list[Metric]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.cli import commands, main
+from sparse_ref_attn.cli import calling, main
 from sparse_ref_attn.cli.edits import Edit
 from sparse_ref_attn.cli.models import size_of
 from sparse_ref_attn.cli.recorded import record_of
@@ -27,13 +27,13 @@ GRID = ["--preset", "sparse-context", "--rule", "grid"]
 
 def steps_asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps of each call of a pipeline from here on."""
-    real, asked = commands.caller, list[int]()
+    real, asked = calling.caller, list[int]()
 
     def caller(*arguments: Any) -> Any:
         call = real(*arguments)
         return lambda steps: asked.append(steps) or call(steps)
 
-    monkeypatch.setattr(commands, "caller", caller)
+    monkeypatch.setattr(calling, "caller", caller)
     return asked
 
 
