@@ -49,6 +49,7 @@ METHODS: dict[str, Method] = {
     "stored": Method(sra.SparseRef("grid", 1.0, execute=sra.Cache())),
     "stored once": Method(sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=sra.Never()))),
     "stored once, 25% read": Method(sra.SparseRef("edges", 0.25, execute=sra.Cache(refresh=sra.Never()))),
+    "stored, tiles": Method(sra.SparseRef("mass", 1 / 8, execute=sra.Cache(per="tile"))),
     **{name: Method(step_cache=name) for name in STEP_CACHES},
     **{f"{name} + edges 25%": Method(sra.SparseRef("edges", 0.25), step_cache=name) for name in STEP_CACHES},
 }

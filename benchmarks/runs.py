@@ -18,6 +18,7 @@ from sparse_ref_attn.eval.clock import time_call, timed
 from sparse_ref_attn.functional import attention_mass
 from sparse_ref_attn.models import adapter_for, named_model
 from sparse_ref_attn.record import RunRecord
+from sparse_ref_attn.reference_cache import Tiling
 from sparse_ref_attn.report.work import recorded_flops
 
 from .memory import peak_of
@@ -199,14 +200,25 @@ def scoring_seconds(record: RunRecord, shape: ModelShape, like: torch.Tensor) ->
     """
     if not record.attention:
         return 0.0
-    layout = record.layout
+    layout, tiles = record.layout, None
+    calls = len(record.attention)
+    if record.tiles is not None:  # every layer of the full steps that a cached one follows
+        last = max(step.index for step in record.steps if step.kind == "cached")
+        calls = shape.attention_layers * sum(
+            step.calls for step in record.steps if step.kind != "cached" and step.index < last
+        )
+        known = Tiling(0, record.tiles.grid, record.tiles.side).offsets(1)
+        tiles = torch.tensor(known, dtype=torch.int32, device=like.device)
     first = layout.text + layout.references[0].start
     heads = (shape.heads, shape.head_dim)
     q = torch.randn(record.batch, layout.generation[1], *heads, device=like.device).to(like.dtype)
     k = torch.randn(record.batch, layout.text + layout.rows, *heads, device=like.device).to(like.dtype)
     span = (first, first + layout.reference_tokens)
     items = len(range(record.batch)[layout.conditional or slice(None)])
-    alone = 2.0 * items * q[0].numel() * k.shape[1] * len(record.attention)
+    alone = 2.0 * items * q[0].numel() * k.shape[1] * calls
     lse = None if record.scoring_flops >= alone else q.new_zeros(q.shape[0], q.shape[2], q.shape[1]).float()
-    best = min(timed(lambda: attention_mass(q, k, span, lse=lse), like.device)[0] for _ in range(3))
-    return best * len(record.attention)
+    best = min(
+        timed(lambda: attention_mass(q, k, span, lse=lse, tiles=tiles, reduce_heads=tiles is not None), like.device)[0]
+        for _ in range(3)
+    )
+    return best * calls

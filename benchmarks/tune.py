@@ -29,7 +29,8 @@ from sparse_ref_attn.ops.gather_attention.normal_form import normalise
 from sparse_ref_attn.ops.gather_attention.triton_forward import launch_forward
 from sparse_ref_attn.ops.gather_attention.triton_grad_kv import launch_grad_kv_gathered
 from sparse_ref_attn.ops.gather_attention.triton_grad_q import launch_delta, launch_grad_q
-from sparse_ref_attn.ops.gather_attention.tuning import FORWARD, GRAD_KV, GRAD_Q
+from sparse_ref_attn.ops.gather_attention.triton_tiles import launch_tiles
+from sparse_ref_attn.ops.gather_attention.tuning import FORWARD, GRAD_KV, GRAD_Q, TILES
 
 from .bench_ops import measure
 from .options import Output, add_shared, prepare
@@ -42,16 +43,17 @@ COLUMNS = (
     "of_table",
 )  # fmt: skip
 
-TABLES = {
-    "forward": FORWARD,
-    "grad_q": GRAD_Q,
-    "grad_kv": GRAD_KV,
-    "lse": LSE,
-    "mass": MASS,
-    "mass per tile": TILE_MASS,
-}
-PRODUCTS = {"forward": 2, "grad_q": 3, "grad_kv": 4, "lse": 1, "mass": 1, "mass per tile": 1}  # of queries and keys
+BLOCKS = {"tiles of 16": 16, "tiles of 64": 64}  # queries of a block, and of each tile here
 MASSES = ("mass", "mass per tile")  # tiles of 16 queries
+TABLES = {
+    "forward": FORWARD, "grad_q": GRAD_Q, "grad_kv": GRAD_KV, "lse": LSE, "mass": MASS, "mass per tile": TILE_MASS,
+    **{kernel: TILES[block] for kernel, block in BLOCKS.items()},
+}  # fmt: skip
+# Products of queries and keys.
+PRODUCTS = {
+    "forward": 2, "grad_q": 3, "grad_kv": 4, "lse": 1, **dict.fromkeys(MASSES, 1), **dict.fromkeys(BLOCKS, 2),
+}  # fmt: skip
+CELL = 16  # rows of the bank for one mean, where tiles select
 
 Launch = Callable[[Config], "tuple[Tensor, ...]"]
 
@@ -59,7 +61,9 @@ Launch = Callable[[Config], "tuple[Tensor, ...]"]
 def candidates(kernel: str) -> list[Config]:
     """What is worth trying: tiles that the tensor cores take, with and without the unmasked loop."""
     rows, columns = ((64, 128), (32, 64, 128)) if kernel != "grad_kv" else ((32, 64, 128), (64, 128))
-    splits = (True, False) if kernel in ("forward", "grad_q") else (True,)
+    if kernel in BLOCKS:
+        rows, columns = (BLOCKS[kernel],), (32, 64, 128)
+    splits = (True, False) if kernel in ("forward", "grad_q", *BLOCKS) else (True,)
     return [Config(*each) for each in product(rows, columns, (4, 8), (2, 3, 4), splits)]
 
 
@@ -76,10 +80,25 @@ def operands(
     return normalise(q, k, v, None, None, k_ref, v_ref, rows, None, None, None, None, True)
 
 
+def tiled(a: Arguments, tile: int) -> Arguments:
+    """The same in tiles of so many queries: each keeps as many rows as `a` does, and there are means of the bank."""
+    assert a.k_ref is not None
+    assert a.v_ref is not None
+    assert a.ref_indices is not None
+    edges = torch.tensor([*range(0, a.q.shape[0], tile), a.q.shape[0]], dtype=torch.int32)
+    tiles, bank, device = edges.shape[0] - 1, a.k_ref.shape[0], a.q.device
+    rows = torch.stack([torch.randperm(bank)[: a.ref_indices.shape[0]] for _ in range(tiles)]).int().to(device)
+    k2, v2 = a.k_ref[: -(-bank // CELL)], a.v_ref[: -(-bank // CELL)]
+    bias = torch.zeros(tiles, k2.shape[0], device=device)
+    operands = a.q, a.k, a.v, k2, v2, a.k_ref, a.v_ref
+    return normalise(*operands, rows, None, None, None, None, True, None, edges.to(device), bias)
+
+
 def kernels(a: Arguments, base: Config) -> dict[str, Launch]:
     """Each kernel as a function of its configuration, on the results of a forward pass."""
     assert a.k is not None
     assert a.k_ref is not None
+    of_tiles = {kernel: _tiles(tiled(a, block), base) for kernel, block in BLOCKS.items()}
     out, lse = launch_forward(a, base)
     grad = torch.randn_like(out)
     delta = launch_delta(out, grad, None)
@@ -94,7 +113,14 @@ def kernels(a: Arguments, base: Config) -> dict[str, Launch]:
         "mass per tile": lambda config: (
             launch_tile_mass(a.q[None], a.k_ref[None], lse[None], tiles, a.scale, True, config),
         ),
+        **of_tiles,
     }
+
+
+def _tiles(a: Arguments, base: Config) -> Launch:
+    assert a.shared is not None
+    out, lse = launch_forward(a.shared, base, torch.float32)
+    return lambda config: (launch_tiles(a, out, lse.clone(), config),)
 
 
 def sweep(
@@ -150,6 +176,7 @@ def run(options: argparse.Namespace) -> int:
             found = sweep(launches[kernel], base, tried, device, options.rounds or 10)
             # dk/dv of the gathered rows alone, the LSE over the dense keys, the masses of the whole bank
             keys = {"grad_kv": options.kept, "lse": options.queries} | dict.fromkeys(MASSES, options.bank)
+            keys |= dict.fromkeys(BLOCKS, options.kept + -(-options.bank // CELL))
             pairs = options.queries * keys.get(kernel, options.queries + options.kept)
             flops = PRODUCTS[kernel] * 2.0 * pairs * options.heads * channels
             own = next(ms for ms, config in found if config == base)

@@ -12,7 +12,7 @@ from . import refresh as refreshing
 from . import schedules
 from .checks import is_int, numbers
 from .errors import ConfigError
-from .execution import CACHE_ROWS, EXECUTIONS, PROFILES, Cache, Execution, Tokens, execution
+from .execution import EXECUTIONS, Cache, Execution, Tokens, execution
 from .guard import UniformGuard
 from .refresh import Refresh
 from .schedules import Budget
@@ -45,9 +45,10 @@ class SparseRef:
         budget keeps (all of them with a budget of 1.0); "both", ``Cache(first="kept")``, drops rows from
         the steps that compute them, too. On a model that keeps its references' keys and values itself
         (FLUX.2 Klein-KV) "tokens" does what "both" does.
-    from_block, profile, profile_blocks, cache_rows, layers, rerank_every, refresh
+    from_block, profile, profile_blocks, cache_rows, layers, rerank_every, refresh, per, tile, rest, cell
         Fields of the execution, said beside it: ``execute="cache", cache_rows="all"`` is
-        ``Cache(rows="all")``, and ``profile="in_flight", profile_blocks=n`` is ``Tokens(in_flight=n)``.
+        ``Cache(rows="all")``, and ``profile="in_flight", profile_blocks=n`` is ``Tokens(in_flight=n)``;
+        ``rest="none"`` is ``Cache(rest=None)``.
     floor : float or int
         Least kept of each reference: a ratio of it, or tokens. Matters where references compete
         (a budget with ``per="all"``). Default 0.
@@ -105,19 +106,23 @@ class SparseRef:
         layers: Sequence[float] | None = None,
         rerank_every: int | None = None,
         refresh: Refresh | None = None,
+        per: str | None = None,
+        tile: int | None = None,
+        rest: str | None = None,
+        cell: int | None = None,
     ) -> None:
         if isinstance(execute, str):
             execute = chosen("execute", execute, EXECUTIONS)
-        profile = chosen("profile", profile, PROFILES) if isinstance(profile, str) else profile
-        cache_rows = chosen("cache_rows", cache_rows, CACHE_ROWS) if isinstance(cache_rows, str) else cache_rows
         clock = chosen("clock", clock, CLOCKS)
         given: dict[str, Any] = {"from_block": from_block, "profile": profile, "profile_blocks": profile_blocks}
         given |= {"cache_rows": cache_rows, "layers": layers, "rerank_every": rerank_every}
-        given |= {"refresh": refresh}
-        fields = {
+        given |= {"refresh": refresh, "per": per, "tile": tile, "rest": rest, "cell": cell}
+        fields: dict[str, Any] = {
             "select": select if isinstance(select, Reducer) else selector(select),
             "budget": schedules.budget(budget),
             "execute": execution(execute, given),
+        }
+        fields |= {
             "floor": floor,
             "weights": weights,
             "multiple": multiple,
@@ -143,7 +148,7 @@ class SparseRef:
             raise ConfigError(f"seed must be an int, got {self.seed!r}")
         if not -(2**63) <= self.seed < 2**64:
             raise ConfigError(f"seed must fit torch's generators, in [-2**63, 2**64), got {self.seed}")
-        if self.guard is not None and not isinstance(self.guard, UniformGuard):
+        if not isinstance(self.guard, UniformGuard | None):
             raise ConfigError(f"guard must be a UniformGuard or None, got {self.guard!r}")
 
     def _check_selector(self) -> None:
@@ -165,25 +170,18 @@ class SparseRef:
                 "ranking would not change"
             )
         if isinstance(way, Tokens):
-            self._check_in_flight(way)
+            way.check_probes(() if isinstance(select, Reducer) else probes, type(select).__name__)
+        elif way.per == "tile":
+            if not isinstance(select, AttentionMass) or select.query_stride > 1 or select.value_norm:
+                raise ConfigError(
+                    'per="tile" ranks for each tile by its own attention mass: select must be AttentionMass ("mass") '
+                    f"without query_stride and value_norm, got {select}"
+                )
         elif way.rerank_every is not None and any(probe.queries != "generation" for probe in probes):
             raise ConfigError(
                 'rerank_every with execute="cache" has no queries of the reference tokens to measure, got '
                 f"{type(select).__name__}; use AttentionMass"
             )
-
-    def _check_in_flight(self, way: Tokens) -> None:
-        if not way.in_flight:
-            return
-        probes = self.probes()
-        if isinstance(self.select, Reducer) or not probes:
-            raise ConfigError(
-                'profile="in_flight" needs a selector (or a guard) that measures attention, got '
-                f"{type(self.select).__name__}, which needs no profiling at all"
-            )
-        for probe in probes:
-            if tuple(probe.steps) != (0,):
-                raise ConfigError(f'profile="in_flight" measures in step 0 alone, got steps {tuple(probe.steps)}')
 
     @property
     def from_block(self) -> int:
@@ -232,7 +230,7 @@ class SparseRef:
         """JSON types only; raises ConfigError for a selector that holds a function or an array."""
         if isinstance(self.select, Reducer):
             raise ConfigError(f"a rival does not travel to JSON, got {type(self.select).__name__}")
-        return {
+        data = {
             "select": selector_to_dict(self.select),
             "budget": self.budget.to_dict(),
             "execute": self.execute.name,
@@ -250,6 +248,10 @@ class SparseRef:
             "rerank_every": self.rerank_every,
             "refresh": None if self.refresh is None else self.refresh.to_dict(),
         }
+        if isinstance(self.execute, Cache) and self.execute.per == "tile":
+            way = self.execute
+            data |= {"per": way.per, "tile": way.tile, "rest": way.rest or "none", "cell": way.cell}
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SparseRef:
@@ -291,4 +293,5 @@ class SparseRef:
         depth = f" from block {self.from_block}" if self.from_block else ""
         profile = ", profiled in flight" if self.profile == "in_flight" else ""
         again = "" if self.refresh is None else f", refreshed {self.refresh}"
-        return f"{name}, {self.budget}, {self.execute.name}{depth}{profile}{again}"
+        tiles = self.execute.reading if isinstance(self.execute, Cache) else ""
+        return f"{name}, {self.budget}, {self.execute.name}{tiles}{depth}{profile}{again}"

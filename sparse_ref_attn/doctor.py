@@ -15,6 +15,7 @@ from .errors import VersionError
 from .hooks.diffusers import TESTED, check_diffusers
 from .models import supported
 from .ops import _support
+from .ops._flash import flash_packages
 from .ops.attention_mass.backends import explain as explain_mass
 from .ops.pack_rows.library import explain as explain_rows
 from .ops.verdicts import JUDGED
@@ -169,6 +170,11 @@ def backends() -> dict[str, dict[str, list[str]]]:
     }
 
 
+def _flash_packages() -> dict[str, list[str]]:
+    call = _plain_call()
+    return flash_packages(call.device, call.dtype)
+
+
 def _plain_call() -> _support.Call:
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return _support.Call(where, torch.bfloat16, CHANNELS)
@@ -229,7 +235,7 @@ def diagnose() -> dict[str, Any]:
             }
             for op, found in backends().items()
         },
-        "flash_packages": {name: "; ".join(why) for name, why in _support.flash_packages(_plain_call()).items()},
+        "flash_packages": {name: "; ".join(why) for name, why in _flash_packages().items()},
     }
 
 

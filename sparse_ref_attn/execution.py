@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .checks import is_int, is_one_of, numbers
 from .errors import ConfigError
 from .refresh import Refresh
+from .vocabulary import chosen
 
-__all__ = ["CACHE_ROWS", "EXECUTIONS", "PROFILES", "Cache", "Execution", "Tokens", "execution"]
+__all__ = ["CACHE_ROWS", "EXECUTIONS", "PERS", "PROFILES", "RESTS", "Cache", "Execution", "Tokens", "execution"]
 
 EXECUTIONS = ("tokens", "cache", "both")
 PROFILES = ("step", "in_flight")
 CACHE_ROWS = ("budget", "all")
+PERS = ("run", "tile")
+RESTS = ("means", "none")
+NAMES = {"profile": PROFILES, "cache_rows": CACHE_ROWS, "per": PERS, "rest": RESTS}
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,17 @@ class Tokens:
                 f"'tokens' and {self.rerank_every}"
             )
 
+    def check_probes(self, probes: Sequence[Any], selector: str) -> None:
+        """Raise ConfigError where attention is measured in flight, and a selector's probes cannot be."""
+        if self.in_flight and not probes:
+            raise ConfigError(
+                'profile="in_flight" needs a selector (or a guard) that measures attention, got '
+                f"{selector}, which needs no profiling at all"
+            )
+        for probe in probes if self.in_flight else ():
+            if tuple(probe.steps) != (0,):
+                raise ConfigError(f'profile="in_flight" measures in step 0 alone, got steps {tuple(probe.steps)}')
+
     @property
     def name(self) -> str:
         return "tokens"
@@ -97,19 +112,43 @@ class Cache:
         The full steps: `refresh.Every`, `At`, `Never` or `Drift`. Steps whose attention is measured before the first
         ranking are full besides. Default `refresh.standard`: at quarters of the run, or at halves of one of up to
         eight steps.
+    per : {"run", "tile"}
+        Who ranks the tokens that the budget keeps: one ranking for the whole run, or each tile of generation tokens
+        in each layer, by the attention that it paid at the last full step. Text rows then read by the sum over their
+        layer's tiles. Every full step measures the attention of every layer, at the cost of one product more
+        with the reference keys. Needs ``AttentionMass`` as selector, whose blocks and steps still make the run's own
+        scores, and a model that tells the grids of the generation and of the references. Not with `layers`,
+        `rerank_every` or ``first="kept"``; masks must be of keys.
+    tile : int
+        With ``per="tile"``, the side of a tile in generation tokens, >= 1; tiles at the edges are smaller.
+    rest : {"means", None}
+        With ``per="tile"``, how a tile sees the tokens that it does not read: by the mean key and value of each cell
+        of a reference's grid, counted as often as the cell has such tokens, or not at all.
+    cell : int
+        Side of a cell in reference tokens, >= 1; cells at the edges are smaller.
 
     Raises
     ------
     ConfigError
         For a value outside its range, and for two that exclude one another.
 
+    Notes
+    -----
+    With ``per="tile"`` cached steps attend by `functional.gather_attention` whatever attention backend was chosen for
+    the model. Where a gradient is wanted of such a step its definition computes it, which holds the whole score matrix.
+    A budget that keeps every token is read as with ``per="run"``, and nothing is measured for it. `rows` has no
+    meaning: all are held, in the order of the tokens.
+
     Examples
     --------
     >>> import sparse_ref_attn as sra
     >>> sra.SparseRef("mass", 0.25, execute="both").execute
-    Cache(first='kept', rows='budget', layers=None, rerank_every=None, refresh=None)
+    Cache(first='kept', rows='budget', layers=None, rerank_every=None, refresh=None, per='run', tile=4, \
+rest='means', cell=4)
     >>> sra.SparseRef("grid", 1.0, execute=Cache(refresh=sra.Every(4, warmup=2))).describe()
     "Grid, Constant(keep=1.0, per='reference'), cache, refreshed Every(n=4, warmup=2, last=0)"
+    >>> sra.SparseRef("mass", 0.125, execute=Cache(per="tile")).describe()
+    "AttentionMass, Constant(keep=0.125, per='reference'), cache per tile 4x4 + means 4x4"
     """
 
     first: str = "all"
@@ -117,6 +156,10 @@ class Cache:
     layers: tuple[float, ...] | None = None
     rerank_every: int | None = None
     refresh: Refresh | None = None
+    per: str = "run"
+    tile: int = 4
+    rest: str | None = "means"
+    cell: int = 4
 
     def __post_init__(self) -> None:
         if self.refresh is not None and not isinstance(self.refresh, Refresh):
@@ -131,6 +174,7 @@ class Cache:
                 raise ConfigError(_LAYERS.format(self.layers, self.name))
             object.__setattr__(self, "layers", layers)
         _check_every(self.rerank_every)
+        self._check_tiles()
         if self.rerank_every is None:
             return
         if self.layers is not None:
@@ -143,9 +187,40 @@ class Cache:
                 'rerank_every needs the keys of every reference token, which execute="both" never computes; use "cache"'
             )
 
+    def _check_tiles(self) -> None:
+        if not is_one_of(self.per, PERS):
+            raise ConfigError(f'per must be "run" or "tile", got {self.per!r}')
+        for name in ("tile", "cell"):
+            side = getattr(self, name)
+            if isinstance(side, bool) or not isinstance(side, int) or side < 1:
+                raise ConfigError(f"{name} must be the side of a square of tokens, an int of at least 1, got {side!r}")
+        if self.rest is not None and not is_one_of(self.rest, RESTS[:1]):
+            raise ConfigError(f'rest must be "means" or None, got {self.rest!r}')
+        if self.per == "run":
+            given = [name for name in ("tile", "rest", "cell") if getattr(self, name) != getattr(Cache, name)]
+            if given:
+                raise ConfigError(f'{" and ".join(given)} must come with per="tile", got per="run"')
+            return
+        for name, why in (
+            ("layers", "each layer's tiles read as many tokens"),
+            ("rerank_every", "tiles rank anew at every full step, and nothing is measured between"),
+        ):
+            if getattr(self, name) is not None:
+                raise ConfigError(f'per="tile" goes without {name}: {why}, got {getattr(self, name)!r}')
+        if self.first == "kept":
+            raise ConfigError('per="tile" must compute every reference token in full steps, got first="kept"')
+
     @property
     def name(self) -> str:
         return "cache" if self.first == "all" else "both"
+
+    @property
+    def reading(self) -> str:
+        """How stored tokens are read, in words; nothing where one ranking serves the run."""
+        if self.per == "run":
+            return ""
+        means = "" if self.rest is None else f" + means {self.cell}x{self.cell}"
+        return f" per tile {self.tile}x{self.tile}{means}"
 
 
 Execution = Tokens | Cache
@@ -160,8 +235,8 @@ def execution(way: object, settings: Mapping[str, Any]) -> Execution:
     ----------
     way : Tokens, Cache, or {"tokens", "cache", "both"}
     settings : mapping
-        from_block, profile, profile_blocks, cache_rows, layers, rerank_every, refresh, as far as they are given (not
-        None).
+        from_block, profile, profile_blocks, cache_rows, layers, rerank_every, refresh, per, tile, rest, cell, as far
+        as they are given (not None); rest is "none" for no means.
 
     Examples
     --------
@@ -175,6 +250,9 @@ def execution(way: object, settings: Mapping[str, Any]) -> Execution:
             )
         way = Tokens() if way == "tokens" else Cache("all" if way == "cache" else "kept")
     given = {name: value for name, value in settings.items() if value is not None}
+    for name, choices in NAMES.items():
+        if isinstance(given.get(name), str):
+            given[name] = chosen(name, given[name], choices)
     profile, blocks = given.pop("profile", None), given.pop("profile_blocks", None)
     if profile is not None and not is_one_of(profile, PROFILES):
         raise ConfigError(f'profile must be "step" or "in_flight", got {profile!r}')
@@ -190,11 +268,16 @@ def execution(way: object, settings: Mapping[str, Any]) -> Execution:
                 f"{way.name!r} and {given.get('rerank_every')}"
             )
         given |= {"rows": given.pop("cache_rows")} if "cache_rows" in given else {}
+        if is_one_of(given.get("rest"), RESTS[1:]):
+            given["rest"] = None
     else:
         if "layers" in given:
             raise ConfigError(_LAYERS.format(given["layers"], way.name))
         if "refresh" in given:
             raise ConfigError(f'refresh goes with execute="cache" or "both" only, got it with {way.name!r}')
+        of_tiles = [name for name in ("per", "tile", "rest", "cell") if given.pop(name, "run") != "run"]
+        if of_tiles:
+            raise ConfigError(f'{" and ".join(of_tiles)} must come with execute="cache", got it with {way.name!r}')
         if given.pop("cache_rows", "budget") != "budget":
             raise ConfigError('cache_rows goes with execute="cache" or "both" only, got it with \'tokens\'')
         if profile is not None:

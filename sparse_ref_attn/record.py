@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .types import RefSelection, TokenLayout
 
-__all__ = ["BlockAttention", "RunRecord", "Stability", "StepRecord", "mean_over_blocks"]
+__all__ = ["BlockAttention", "RunRecord", "Stability", "StepRecord", "TileRecord", "mean_over_blocks"]
 
 
 @dataclass
@@ -44,6 +44,11 @@ class StepRecord:
     drift : Tensor, shape (layers,), float32, optional
         How far each layer's stored keys and values moved since the full step before: norm of the difference over norm,
         the larger of keys and values. None in other steps, and in the first full one.
+    means : int
+        Means of cells that each query read beside the kept tokens.
+    read : Tensor, shape (references, 2), float32, optional
+        Where each tile reads by its own ranking: of each reference the tokens that a query reads, and the share of its
+        mass that these had at the last full step; means over queries, layers and items.
     """
 
     index: int
@@ -57,6 +62,8 @@ class StepRecord:
     layers: tuple[int, ...] | None = field(default=None, repr=False)
     cache_bytes: int = 0
     drift: Tensor | None = field(default=None, repr=False)
+    means: int = 0
+    read: Tensor | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,8 @@ class Stability:
 class BlockAttention:
     """Generation-to-reference attention of one block at one step, per reference and head.
 
+    Where tiles measure (``Cache(per="tile")``) there is one head, the mean of all.
+
     Parameters
     ----------
     step, block : int
@@ -100,6 +109,41 @@ class BlockAttention:
     mass: Tensor
     entropy: Tensor
     top_quarter: Tensor
+
+
+@dataclass(frozen=True)
+class TileRecord:
+    """What each tile of generation tokens read in the last cached step that read a part.
+
+    Parameters
+    ----------
+    grid : (int, int)
+        Height and width of the generation in tokens.
+    side, cell : int
+        Of a tile, and of a cell whose mean stands for what is not read; 0 for none.
+    text : bool
+        Whether the first list of an item is that of its text rows.
+    reads : dict of int to (Tensor, tuple of int)
+        Of each attention layer the reference tokens that the tiles read, int32, those of item 0 first, and where each
+        tile's begin.
+    """
+
+    grid: tuple[int, int]
+    side: int
+    cell: int
+    text: bool
+    reads: dict[int, tuple[Tensor, tuple[int, ...]]] = field(default_factory=dict, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        return -(-self.grid[0] // self.side), -(-self.grid[1] // self.side)
+
+    def read(self, layer: int, tile: int) -> Tensor:
+        """The reference tokens that a tile of item 0 read in a layer, counted through all references, best first."""
+        indices, offsets = self.reads[layer]
+        at = tile + int(self.text)
+        return indices[offsets[at] : offsets[at + 1]]
 
 
 @dataclass
@@ -139,6 +183,8 @@ class RunRecord:
         Bytes of every reference token's K/V; 0 where none are kept.
     exactness : str
         What kept K/V are in later steps: "exact", "fixed time" or "drifting" (`Adapter.exactness`); "" where none are.
+    tiles : TileRecord, optional
+        Where each tile of the generation reads by its own ranking, what they read last.
     """
 
     layout: TokenLayout
@@ -156,6 +202,7 @@ class RunRecord:
     dense_cache_bytes: int = 0
     exactness: str = ""
     blocks: int = 0
+    tiles: TileRecord | None = field(default=None, repr=False)
 
     @property
     def mean_tokens(self) -> float:

@@ -26,13 +26,13 @@ SCHEDULES: tuple[str, ...] = ("flat", "rising", "falling", "dense-first")
 """Ways to spread the same tokens over the steps; "dense-first" spends one dense step more, as ReCAST does."""
 RULES: tuple[str, ...] = (
     "downscaled", "ReCAST", "edges", "saliency", "mass x values", "self-attention", "cosine", "grid", "random", "ToMe",
-    "cache", "subject mask",
+    "cache", "tiles", "subject mask",
 )  # fmt: skip
 """Ways to spend tokens on a reference, the user's real alternative first; "cache" computes them in that share of the
-steps."""
+steps and reads all that it stored, "tiles" an eighth of it, each tile its own, and the means of the rest."""
 METHODS: tuple[str, ...] = (
     "downscaled", "ReCAST rising", "ReCAST flat", "edges", "saliency", "mass x values", "self-attention", "cosine",
-    "grid", "random", "ToMe", "cache",
+    "grid", "random", "ToMe", "cache", "tiles",
 )  # fmt: skip
 """The rules that need no mask, by `eval.methods.method_name`."""
 SAME = {"mass": "ReCAST", "mass rising": "ReCAST rising", "mass flat": "ReCAST flat"}

@@ -123,6 +123,16 @@ def test_the_readmes_reference_cache_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert names["handle"].record.steps[0].kind == "cached"
 
 
+def test_the_readmes_reading_per_tile_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipe, call = CASES["klein"].build(), {"prompt": "a cup", "image": [picture(64, 96)], "height": 64, "width": 64}
+    call |= {"max_sequence_length": 48, "text_encoder_out_layers": (1, 2, 3), "num_inference_steps": 3}
+    names = {"pipe": pipe, "sra": sra, "call": call}
+    exec(next(block for block in blocks("README.md") if 'per="tile"' in block), names)
+    assert names["handle"].record.steps[1].means > 0
+    assert (tmp_path / "tile.png").stat().st_size > 1000
+
+
 def test_the_readmes_ratios_of_the_reference_cache_are_those_of_estimate() -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^\| (\d) references? \| ([\d.]+)x \| ([\d.]+)x \| ([\d.]+)x \|$", page, re.MULTILINE)

@@ -19,6 +19,8 @@ from sparse_ref_attn.config import UniformGuard
 from sparse_ref_attn.cost import StepTokens, step_flops
 from sparse_ref_attn.errors import BudgetError, ConfigError, UnsupportedModelError
 from sparse_ref_attn.estimation import at_share, estimate
+from sparse_ref_attn.estimation.planned import PlannedRun
+from sparse_ref_attn.eval.methods import methods
 from sparse_ref_attn.models import adapter_for, named_model
 from sparse_ref_attn.models.pipelines import edit_facts_named
 from sparse_ref_attn.models.published import published_size
@@ -166,6 +168,11 @@ CONFIGS = {
     ),
     "in flight, keep all": sra.SparseRef(select="mass", budget=1.0, profile="in_flight"),
     "keep all": sra.SparseRef(select="grid", budget=1.0),
+    "tiles": sra.SparseRef("mass", sra.Linear(0.1, 0.5), execute=sra.Cache(per="tile", tile=3, cell=3)),
+    "tiles, no means": sra.SparseRef(
+        sra.AttentionMass("all", steps=(0, 1)), 0.25, execute=sra.Cache(per="tile", rest=None, refresh=sra.Never())
+    ),
+    "tiles, keep all": sra.SparseRef("mass", 1.0, execute=sra.Cache(per="tile", refresh=sra.Every(2))),
 }
 
 
@@ -229,6 +236,18 @@ def test_a_share_that_the_cache_gives():
         assert config.budget.keep == pytest.approx(share, abs=1e-6)
     whole = sra.Cache(refresh=sra.Every(1))
     assert at_share(model, lambda keep: sra.SparseRef("grid", keep, execute=whole), 0.5, 4).budget.keep == 0.5
+
+
+def test_the_share_of_tiles_is_of_the_steps_unless_a_budget_is_asked_for():
+    model = named_model("kontext", num_layers=2, num_single_layers=2)
+    found = {share: at_share(model, lambda keep: methods(keep, ["tiles"])["tiles"], share, 12) for share in (0.05, 0.6)}
+    assert found[0.05].budget == found[0.6].budget == sra.SparseRef("mass", 1 / 8).budget
+    assert [found[share].refresh for share in (0.05, 0.6)] == [sra.Every(20), sra.Every(2)]
+    asked = at_share(model, lambda keep: sra.SparseRef("mass", keep, execute=sra.Cache(per="tile")), 0.3, 12)
+    assert asked.budget.keep == pytest.approx(0.3)  # of the steps that read; the means are no tokens
+    layout = TokenLayout(2 * 4096, 0, (0, 4096), (Reference(4096, 4096, (64, 64)),))
+    planned = PlannedRun.of(asked, adapter_for(model).sites(model), layout, 12, kept_by_model=False)
+    assert {step.cached for step in planned.tokens} == {0, round(0.3 * 4096) + 256}
 
 
 def test_a_dense_step_above_the_share_is_an_error():

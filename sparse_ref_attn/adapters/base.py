@@ -122,6 +122,11 @@ class Adapter:
         masks.check_mask(self.mask(kwargs), batch, text + rows)
         return TokenLayout(rows, text, (first, length), references)
 
+    def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
+        """Height and width in tokens of the generation, whose rows run left to right, top to bottom; None where they
+        are no grid, or nobody says. Asked once a run; may sync."""
+        return None
+
     def _text(self, kwargs: Kwargs) -> int:
         """Text rows of a call's joint sequence."""
         given = None if self.text_tokens is None else kwargs.get(self.text_tokens)
@@ -130,6 +135,28 @@ class Adapter:
     def mask(self, kwargs: Kwargs) -> Any:
         """The caller's mask of joint attention (see `masks`), or None; None too where the model does not read it."""
         return masks.mask_in(kwargs, self.attention_arguments)
+
+    def keys(self, kwargs: Kwargs) -> Tensor | None:
+        """Joint rows of a call, text first, that may be attended to, (B, rows) bool; None for all (may sync).
+
+        Raises
+        ------
+        IncompatibleError
+            If the call's mask says more than that.
+        """
+        mask, (batch, rows) = self.mask(kwargs), kwargs[self.tokens].shape[:2]
+        rows += self._text(kwargs)
+        if mask is None:
+            return None
+        masks.check_mask(mask, batch, rows)
+        keys = masks.key_mask(mask, batch, rows)
+        if keys is None:
+            raise IncompatibleError(
+                "where each tile reads reference tokens of its own, an attention mask must be of keys, (B, S) or "
+                f"(B, 1, 1, S), bool or 0 and -inf, got {tuple(mask.shape)} in {mask.dtype} that differs between rows "
+                'or heads, or has other values: use per="run"'
+            )
+        return keys
 
     def notes(self, kwargs: Kwargs) -> list[str]:
         """What a run's record says of a call that begins it, in words."""

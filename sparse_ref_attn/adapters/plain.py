@@ -16,7 +16,7 @@ from ..selection import Reduced
 from ..types import TokenLayout
 from . import masks
 from .base import Adapter, Found, Kwargs
-from .position_ids import place_by_ids
+from .position_ids import grid_of_ids, place_by_ids
 from .row_arguments import RowArgument, take_rows
 from .serving import check_arguments
 
@@ -90,6 +90,9 @@ class PlainAdapter(Adapter):
         floating, (B, S) for keys or as ``scaled_dot_product_attention`` takes it. It is cut with the tokens.
     positions : str, optional
         Which of `rows` holds (frame, y, x) ids, so that rivals can place changed tokens.
+    grid : callable, optional
+        From the arguments to the generation's (height, width) in tokens, whose rows run left to right, top to bottom;
+        default that of `positions`. A cache that is read per tile needs it.
     shape : callable, optional
         From the transformer to its `cost.ModelShape`, so that the summary can count its work.
     name : str
@@ -114,6 +117,7 @@ class PlainAdapter(Adapter):
         conditional: Callable[[Kwargs], slice] | None = None,
         mask: str | None = None,
         positions: str | None = None,
+        grid: Callable[[Kwargs], tuple[int, int] | None] | None = None,
         shape: Callable[[nn.Module], ModelShape] | None = None,
         name: str = "plain",
     ) -> None:
@@ -127,7 +131,7 @@ class PlainAdapter(Adapter):
         self._find = find
         self._rows = {name: RowArgument.of(name, given) for name, given in (rows or {}).items()}
         self._attention, self._conditional, self._positions = tuple(attention), conditional, positions
-        self._shape = shape
+        self._shape, self._grid = shape, grid
         self.attention_arguments = mask or ""
 
     def check(self, transformer: nn.Module) -> None:
@@ -156,6 +160,12 @@ class PlainAdapter(Adapter):
                     f"a mask of the {lengths[1]} joint rows must be named to the {self.name} adapter "
                     f"(mask={name!r}), and one of the {lengths[0]} image rows in rows, got {name} {tuple(value.shape)}"
                 )
+
+    def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
+        if self._grid is not None:
+            return self._grid(kwargs)
+        ids = None if self._positions is None else kwargs.get(self._positions)
+        return grid_of_ids(ids, layout) if isinstance(ids, Tensor) and ids.ndim > 1 else None
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
         short = take_rows(self.cut_mask(kwargs, layout, rows), {self.tokens: 1}, rows)

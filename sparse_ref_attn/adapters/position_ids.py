@@ -12,7 +12,7 @@ from ..selection import Reduced
 from ..types import Reference, TokenLayout
 from .base import Found, Kwargs
 
-__all__ = ["place_by_ids", "references_from_ids"]
+__all__ = ["grid_of_ids", "place_by_ids", "references_from_ids"]
 
 
 def references_from_ids(ids: Tensor) -> Found | None:
@@ -45,6 +45,19 @@ def references_from_ids(ids: Tensor) -> Found | None:
         for a, b in zip(again, [*again[1:], stop - start], strict=True):
             references.append(Reference(start + a, b - a, _grid(cells[a:b])))
     return generation, tuple(references)
+
+
+def grid_of_ids(ids: Tensor, layout: TokenLayout) -> tuple[int, int] | None:
+    """The generation's grid from position ids (rows, >= 3): (frame, y, x, ...); None where it is none.
+
+    Examples
+    --------
+    >>> ids = torch.cartesian_prod(torch.zeros(1).long(), torch.arange(2), torch.arange(3))
+    >>> grid_of_ids(ids, TokenLayout(6, 0, (0, 6), ()))
+    (2, 3)
+    """
+    first, length = layout.generation
+    return _grid(ids.reshape(-1, *ids.shape[-2:])[0, first : first + length, 1:3].float().cpu())
 
 
 def place_by_ids(kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..execution import CACHE_ROWS, EXECUTIONS, PROFILES
+from ..execution import CACHE_ROWS, EXECUTIONS, PERS, PROFILES, RESTS
 from . import values
 
 __all__ = ["MEASURING", "add_arguments", "settings"]
@@ -13,7 +13,7 @@ __all__ = ["MEASURING", "add_arguments", "settings"]
 MEASURING = ("profile", "profile_blocks", "rerank_every")
 """Fields that mean nothing to a rule that measures no attention."""
 
-FIELDS = ("execute", "from_block", "layers", "cache_rows", "refresh", *MEASURING)
+FIELDS = ("execute", "from_block", "layers", "cache_rows", "refresh", "per", "tile", "rest", "cell", *MEASURING)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with the cache, when references run: every 4 steps (4) or quarters of the run (25%%), at steps (0,4,8), "
         "never again (never), or when they have moved (drift:0.3); default: 25%%, or 50%% of up to eight steps",
     )
+    group.add_argument(
+        "--per",
+        **values.one_of(PERS),
+        help="with the cache, who ranks what is read of it: the run, or each tile of the picture in each layer, by its "
+        "own attention (default: run)",
+    )
+    group.add_argument("--tile", type=values.above(1), metavar="N", help="with --per tile, its side (default: 4)")
+    group.add_argument(
+        "--rest",
+        **values.one_of(RESTS),
+        help="with --per tile, how it sees what it does not read: by the means of cells, or not (default: means)",
+    )
+    group.add_argument("--cell", type=values.above(1), metavar="N", help="side of these cells (default: 4)")
     group.add_argument(
         "--rerank-every", type=values.above(1), metavar="N", help="rank again every N steps (default: never)"
     )

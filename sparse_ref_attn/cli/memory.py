@@ -47,7 +47,10 @@ def _cache(pipe: Any, config: SparseRef, images: list[Any], output: tuple[int, i
         memory = estimate(
             unwrap(pipe.transformer), references=[image.size for image in images], output=output, config=config, steps=4
         ).memory
-        held = (memory.sparse_reference_kv + memory.room) / 1e9
+        rows, beside = memory.sparse_reference_kv, memory.room
+        if memory.tiles is not None:
+            rows, beside = memory.dense_reference_kv, memory.tiles
+        held = (rows + beside) / 1e9
         return (
             f"the reference cache holds {held:.1f} GB (all tokens: {memory.dense_reference_kv / 1e9:.1f} GB), less "
             "with a smaller --keep and --cache-rows budget, none with --execute tokens"

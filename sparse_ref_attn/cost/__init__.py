@@ -7,7 +7,7 @@ models and needs no run.
 from __future__ import annotations
 
 from .flops import Flops, bound_seconds, layered_flops, run_flops, scoring_flops, step_flops
-from .memory import Memory, reference_kv_bytes, room_bytes, step_memory
+from .memory import Memory, reference_kv_bytes, room_bytes, step_memory, tile_bytes
 from .shape import ModelShape
 from .tokens import StepTokens
 
@@ -24,4 +24,5 @@ __all__ = [
     "scoring_flops",
     "step_flops",
     "step_memory",
+    "tile_bytes",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from .shape import ModelShape
 from .tokens import StepTokens
 
-__all__ = ["Memory", "reference_kv_bytes", "room_bytes", "step_memory"]
+__all__ = ["Memory", "reference_kv_bytes", "room_bytes", "step_memory", "tile_bytes"]
 
 # Joint activations alive at the peak, in tensors of the hidden width, beside the widest Linear layer's input and
 # output: residual streams, normed copies, q, k, v, their fp32 copies in RoPE, attention's output. Measured on the meta
@@ -36,6 +36,12 @@ def reference_kv_bytes(shape: ModelShape, references: int, batch: int = 1) -> in
 def room_bytes(shape: ModelShape, rows: int, batch: int = 1) -> int:
     """Bytes of the rooms for a call's own `rows` (text + generation) beside ranked reference K/V: one a two layers."""
     return reference_kv_bytes(replace(shape, attention_layers=-(-shape.attention_layers // 2)), rows, batch)
+
+
+def tile_bytes(shape: ModelShape, tiles: int, tokens: int, cells: int, batch: int = 1) -> int:
+    """Bytes of what `tiles` tiles read: a ranking and a list of `tokens` tokens each (int32), and a weight for each of
+    the cells (float32), in every layer; in units of the shape's element size, as the other functions count."""
+    return shape.attention_layers * tiles * (8 * tokens + 4 * cells) * batch
 
 
 def step_memory(shape: ModelShape, tokens: StepTokens, batch: int = 1) -> Memory:

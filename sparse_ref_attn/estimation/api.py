@@ -9,14 +9,11 @@ from typing import Any
 from ..checks import is_int
 from ..config import SparseRef
 from ..cost import (
-    Flops,
     Memory,
-    ModelShape,
     StepTokens,
     reference_kv_bytes,
     room_bytes,
     run_flops,
-    scoring_flops,
     step_memory,
 )
 from ..errors import ConfigError
@@ -25,14 +22,15 @@ from ..hooks.compiled import unwrap
 from ..hooks.diffusers import gives_lse
 from ..models import adapter_for, edit_facts
 from ..patching import transformer_of
-from ..patching.execution.joint import check_cache
+from ..patching.execution.joint import check_cache, check_not_kept
 from ..presets import configuration
 from ..refresh import Drift
-from ..run import Probing, Timeline
 from ..types import Reference, TokenLayout
 from .cache import run_work
 from .planned import PlannedRun
 from .result import Estimate, RunMemory
+from .scoring import scoring_of
+from .tiles import held_by_tiles
 
 __all__ = ["estimate"]
 
@@ -135,17 +133,24 @@ def estimate(
         adapter.check_depth(transformer)
     sites = adapter.sites(transformer)
     kept_by_model = adapter.cache is not None and adapter.cache.kept_by(transformer)
+    if kept_by_model:
+        check_not_kept(config, adapter.name)
     run = PlannedRun.of(config, sites, layout, steps, kept_by_model)
     probing, kinds, tokens = run.probing, run.kinds, run.tokens
     if probing.probes:
         adapter.check_measurable(transformer)
     full = StepTokens.of(layout)
-    scoring = _scoring(shape, probing, run.line, layout, batch, steps, all(gives_lse(site.processor) for site in sites))
+    lse_given = all(gives_lse(site.processor) for site in sites)
+    scoring = scoring_of(shape, run, layout, batch, calls_per_step, lse_given)
     cached = isinstance(config.execute, Cache)
     sparse_steps = [t for t, kind in zip(tokens, kinds, strict=True) if kind in ("sparse", "cached")]
     most = max(sparse_steps, key=lambda t: t.joint + t.dropped, default=full)
     branches = calls_per_step if run.line.stores else 1  # each branch of guidance stores its own
-    room = branches * room_bytes(shape, text_tokens + full.generation, batch) if cached and run.stored else 0
+    tiles = held_by_tiles(config, shape, run, layout, _grid("output", output, pixels_per_token), batch)
+    tiles = None if tiles is None else branches * tiles
+    room = 0
+    if cached and run.stored and tiles is None:
+        room = branches * room_bytes(shape, text_tokens + full.generation, batch)
     kept_kv = branches * reference_kv_bytes(shape, max(run.stored, default=full.references), batch)
     held_kv = kept_kv
     if run.line.stores and (probing.probes or config.cache_rows == "all"):  # every row, before the ranking is known
@@ -153,7 +158,7 @@ def estimate(
 
     def peak(step: StepTokens) -> Memory:
         memory = step_memory(shape, step, batch)
-        return replace(memory, reference_kv=held_kv + room) if cached else memory
+        return replace(memory, reference_kv=held_kv + room + (tiles or 0)) if cached else memory
 
     return Estimate(
         model=f"{adapter.name} ({shape.name})",
@@ -175,6 +180,7 @@ def estimate(
             dense_reference_kv=branches * reference_kv_bytes(shape, full.references, batch),
             sparse_reference_kv=kept_kv,
             room=room,
+            tiles=tiles,
         ),
         notes=tuple(_notes(config)),
     )
@@ -214,29 +220,3 @@ def _grid(name: str, size: Size, cell: int) -> tuple[int, int]:
     if not ok:
         raise ConfigError(f"the size of {name} must be (width, height) in pixels, each at least {cell}, got {size!r}")
     return size[1] // cell, size[0] // cell
-
-
-def _scoring(
-    shape: ModelShape, probing: Probing, line: Timeline, layout: TokenLayout, batch: int, steps: int, lse_given: bool
-) -> Flops:
-    """Work of measuring attention: probes that share queries and stride are measured once a block.
-
-    `lse_given`: the model's own attention gives its LSE. That of a step on stored keys is of other keys.
-    """
-    measured = {
-        (step, block, probe.queries, probe.query_stride)
-        for probe in probing.probes
-        for step in (*probe.steps, *(step for step in range(steps) if line.reranks(step)))
-        for block in probing.where[probe]
-    }
-    keys = layout.text + layout.rows
-    total = Flops(0, 0)
-    for step, _, queries, stride in measured:
-        stored = line.reads and line.reranks(step)
-        parts = [(size, size) for size in layout.sizes]
-        if queries == "generation":
-            parts = [(layout.generation[1], layout.reference_tokens)]
-        for rows, own in parts:
-            read = own if lse_given and not stored else keys
-            total = total + scoring_flops(shape, -(-rows // stride), read, 1, batch)
-    return total

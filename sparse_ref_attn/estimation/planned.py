@@ -10,6 +10,7 @@ from typing import Any
 from ..config import SparseRef
 from ..cost import StepTokens
 from ..execution import Cache
+from ..patching.execution.tiles import cells_of
 from ..record import mean_over_blocks
 from ..run import Budgeting, Probing, Timeline
 from ..run.timeline import PlannedStep
@@ -37,6 +38,10 @@ class PlannedRun:
     tokens : list of StepTokens
     stored : list of int
         Tokens of the steps that drop any or, with a cache, read it.
+    means : int
+        Means of cells that a step reads beside a part of the tokens.
+    ranked : frozenset of int
+        Full steps in which every layer is measured, for tiles that read a part until the next one.
     """
 
     probing: Probing
@@ -46,6 +51,8 @@ class PlannedRun:
     from_block: list[int]
     tokens: list[StepTokens]
     stored: list[int]
+    means: int = 0
+    ranked: frozenset[int] = frozenset()
 
     @classmethod
     def of(
@@ -67,27 +74,40 @@ class PlannedRun:
         kinds, kept = ["cached" if step.reads else step.kind for step in planned], [step.kept for step in planned]
         from_block = [step.from_block for step in planned]
         stored = [n for n, kind in zip(kept, kinds, strict=True) if kind in ("sparse", "cached")]
-        tokens = [_rows(layout, step) for step in planned]
+        cells = cells_of(config.execute, layout) if isinstance(config.execute, Cache) and _tiled(config) else None
+        means = 0 if cells is None else cells.count
+        tokens = [_rows(layout, step, means) for step in planned]
+        parts = [step.reads and step.kept < layout.reference_tokens for step in planned]
+        full = (i for i, step in enumerate(planned) if _tiled(config) and not step.reads and any(parts[i:]))
         if cached and kept_by_model:
             kinds, kept, tokens = with_cache(config, layout, kinds, kept)
-        return cls(probing, line, kinds, kept, from_block, tokens, stored)
+        return cls(probing, line, kinds, kept, from_block, tokens, stored, means, frozenset(full))
 
     def reads_all(self, total: int) -> bool:
         """Whether references are stored, and every step that reads them reads all `total` tokens."""
-        return self.line.stores and all(step.cached in (0, total) for step in self.tokens)
+        return self.line.stores and all(kept == total for kept in self._read)
 
     def mean(self, total: int, blocks: int) -> float:
         """Reference tokens of `total` that take part, mean over the steps and the `blocks` of each; where references
         are stored, over the steps that read them."""
-        reads = [step.cached for step in self.tokens if step.cached] if self.line.stores else []
-        if reads:
-            return sum(reads) / len(reads)
+        if self.line.stores and self._read:
+            return sum(self._read) / len(self._read)
         taken = zip(self.kept, self.from_block, strict=True)
         return sum(mean_over_blocks(kept, total, first, blocks) for kept, first in taken) / len(self.kept)
 
+    @property
+    def _read(self) -> list[int]:
+        """Tokens of the steps that read what was stored."""
+        return [kept for kept, kind in zip(self.kept, self.kinds, strict=True) if kind == "cached"]
 
-def _rows(layout: TokenLayout, step: PlannedStep) -> StepTokens:
-    """The rows of a planned step."""
+
+def _tiled(config: SparseRef) -> bool:
+    return isinstance(config.execute, Cache) and config.execute.per == "tile"
+
+
+def _rows(layout: TokenLayout, step: PlannedStep, means: int) -> StepTokens:
+    """The rows of a planned step; with a part of the tokens it reads `means` besides."""
     if step.reads:
-        return StepTokens(layout.text, layout.generation[1], 0, cached=step.kept)
+        read = step.kept + (means if step.kept < layout.reference_tokens else 0)
+        return StepTokens(layout.text, layout.generation[1], 0, cached=read)
     return StepTokens.of(layout, step.kept, step.from_block)

@@ -28,6 +28,9 @@ class RunMemory:
         would take.
     room : int
         Rows of text and generation beside the stored ones, with ``execute="cache"`` or "both".
+    tiles : int, optional
+        Means of cells and what each tile reads, with ``Cache(per="tile")``, which holds every token's rows besides;
+        None without.
     """
 
     dense: Memory
@@ -36,6 +39,7 @@ class RunMemory:
     dense_reference_kv: int
     sparse_reference_kv: int
     room: int = 0
+    tiles: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,11 @@ class Estimate:
         total, memory = sum(self.references), self.memory
         drops = ("sparse", "in_flight", "cached")
         dropping = [n for n, kind in zip(self.tokens, self.kinds, strict=True) if kind in drops]
-        kept = f", {min(dropping)} to {max(dropping)} on sparse steps" if dropping else ""
+        sparse = f", {min(dropping)} to {max(dropping)} on sparse steps" if dropping else ""
         room = f"and {_gb(memory.room)} of room beside them" if memory.room else "if they were stored"
+        kept = f"{_gb(memory.sparse_reference_kv)} for the kept ones, {room}"
+        if memory.tiles is not None:
+            kept = f"all of them held, and {_gb(memory.tiles)} of means and of what each tile reads"
         return [
             (
                 "tokens",
@@ -132,7 +139,7 @@ class Estimate:
                 f"{self.kinds.count('profile')} profiling, {self.kinds.count('in_flight')} profiling in flight, "
                 f"{self.kinds.count('dense')} dense",
             ),
-            ("kept", f"{self.mean_tokens:.0f} of {total} reference tokens on average{kept}"),
+            ("kept", f"{self.mean_tokens:.0f} of {total} reference tokens on average{sparse}"),
             (
                 "work",
                 f"{self.dense.total / 1e12:.1f} TFLOP dense, {self.sparse.total / 1e12:.1f} sparse "
@@ -147,8 +154,7 @@ class Estimate:
             ),
             (
                 "cached K/V",
-                f"{_gb(memory.dense_reference_kv)} for all reference tokens, {_gb(memory.sparse_reference_kv)} for the "
-                f"kept ones, {room}",
+                f"{_gb(memory.dense_reference_kv)} for all reference tokens, {kept}",
             ),
         ]
 

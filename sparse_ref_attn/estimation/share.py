@@ -41,7 +41,8 @@ def at_share(transformer: nn.Module, family: Callable[[float], SparseRef], share
     Returns
     -------
     SparseRef
-        ``family(share)`` where no step keeps more than its budget, or all that is stored of references is read.
+        ``family(share)`` where no step keeps more than its budget, all that is stored of references is read, or the
+        amount changes no budget (but the steps with reference rows, as of the methods "cache" and "tiles").
 
     Raises
     ------
@@ -71,7 +72,7 @@ def at_share(transformer: nn.Module, family: Callable[[float], SparseRef], share
         return planned(config).mean(_SIDE**2, len(sites)) / _SIDE**2
 
     check_cache(family(share), adapter, transformer)
-    if planned(family(share)).reads_all(_SIDE**2):
+    if family(share).budget == family(1.0).budget or planned(family(share)).reads_all(_SIDE**2):
         return family(share)
     for exact in (share, 1.0):
         if abs(mean(config := family(exact)) - share) < _EXACT:

@@ -35,7 +35,7 @@ def method_name(rule: str, schedule: str = "flat") -> str:
     ('ReCAST flat', 'cache')
     """
     rule, schedule = chosen("a rule", rule, RULES, SAME), chosen("a schedule", schedule, SCHEDULES)
-    if rule == "cache" or (schedule == "dense-first" and _measures(rule)):
+    if rule in ("cache", "tiles") or (schedule == "dense-first" and _measures(rule)):
         schedule = "flat"
     return rule if schedule == "flat" and rule != "ReCAST" else f"{rule} {schedule}"
 
@@ -60,7 +60,8 @@ def methods(
     mask: Any = None,
 ) -> dict[str, SparseRef]:
     """Configurations by name that run the same share of the tokens: in each step that drops any, or, of "cache", all
-    of them in that share of the steps, between which everything that was stored is read.
+    of them in that share of the steps, between which everything that was stored is read. Of "tiles" too the share is
+    that of the steps; between them each tile reads its own eighth of what was stored, and the means of the rest.
 
     Those that measure the attention run their first step dense, so their mean over a run is higher: compare it too, or
     give the others a dense first step ("random dense-first").
@@ -76,7 +77,7 @@ def methods(
         Of what is drawn at random.
     steps : int, optional
         Of the run: a ramp then has its mean over the steps that drop any, without the dense first one, and the steps
-        in which "cache" computes the references lie at equal distances.
+        in which "cache" and "tiles" compute the references lie at equal distances.
     mask : tensor, array or PIL image, optional
         What "subject mask" keeps: see `SubjectMask`.
 
@@ -103,6 +104,9 @@ def methods(
         rule, schedule = _NAMED[name]
         if rule == "cache":
             found[name] = SparseRef("grid", 1.0, execute=Cache(refresh=_refresh(keep, steps)), seed=seed)
+            continue
+        if rule == "tiles":
+            found[name] = SparseRef("mass", 1 / 8, execute=Cache(refresh=_refresh(keep, steps), per="tile"), seed=seed)
             continue
         budget = _budget(schedule, keep, steps if _measures(rule) else None)
         found[name] = SparseRef(select=_select(rule, mask), budget=budget, seed=seed)

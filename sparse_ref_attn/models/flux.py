@@ -13,7 +13,7 @@ from ..adapters.depth import DepthCut
 from ..adapters.joining import flat_ids, pad, same, stack
 from ..adapters.masks import cut_in_block
 from ..adapters.pipeline_facts import PipelineFacts
-from ..adapters.position_ids import place_by_ids, references_from_ids
+from ..adapters.position_ids import grid_of_ids, place_by_ids, references_from_ids
 from ..adapters.published_size import PublishedSize
 from ..adapters.row_arguments import take_rows
 from ..adapters.training_seam import TrainingSeam
@@ -97,6 +97,9 @@ class FluxAdapter(Adapter):
         if kwargs.get("img_ids") is None or kwargs.get("controlnet_block_samples") is not None:
             return None
         return references_from_ids(kwargs["img_ids"])
+
+    def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
+        return grid_of_ids(kwargs["img_ids"], layout)
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
         return take_rows(self.cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)

@@ -107,6 +107,11 @@ class QwenImageAdapter(Adapter):
             return None
         return (0, prod(generation)), tuple(references)
 
+    def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
+        shape = kwargs["img_shapes"][0]
+        frames, height, width = shape[0] if isinstance(shape, list) else shape
+        return (height, width) if frames == 1 else None
+
     def layout(self, kwargs: Kwargs, found: Found) -> TokenLayout:
         why = self._foreign_mask(kwargs)
         if why is not None:
@@ -181,6 +186,11 @@ class QwenImageAdapter(Adapter):
             "encoder_hidden_states_mask": None,
             "img_shapes": shapes,
         }
+
+    def keys(self, kwargs: Kwargs) -> Tensor | None:
+        batch, rows = kwargs["hidden_states"].shape[:2]
+        mask = kwargs.get("encoder_hidden_states_mask")
+        return None if mask is None else torch.cat([mask.bool(), mask.new_ones(batch, rows, dtype=torch.bool)], 1)
 
     def key_masks(self, items: Sequence[Kwargs]) -> list[Tensor | None]:
         return [self._text_keys(item) for item in items]

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from importlib import import_module
 from importlib.util import find_spec
-from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ._cuda import CHANNELS, DTYPES, against
+from ._flash import flash_packages
 from .verdicts import JUDGED, order_of
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "choose",
     "cuda_reasons",
     "explain",
-    "flash_packages",
     "has_16_byte_rows",
     "is_aligned",
     "order_for",
@@ -106,7 +104,7 @@ def _flash(call: Call) -> list[str]:
     if call.device.type != "cuda":
         against.append(f"needs a CUDA device, got {call.device}")
     else:
-        packages = flash_packages(call, call.gradients)
+        packages = flash_packages(call.device, call.dtype, call.gradients)
         if all(packages.values()):
             told = "; ".join(f"{name} {', '.join(why)}" for name, why in packages.items())
             against.append(f"needs a package with FlashAttention ({told})")
@@ -122,41 +120,6 @@ def _flash(call: Call) -> list[str]:
     if not call.aligned:
         against.append("needs every row to start at a multiple of 16 bytes (strides and storage offset)")
     return against
-
-
-def flash_packages(call: Call, backward: bool = False) -> dict[str, list[str]]:
-    """What is against each package with packed FlashAttention, by the name of its module, the best one first."""
-    nvidia = call.device.type == "cuda" and torch.version.hip is None
-    capability = torch.cuda.get_device_capability(call.device) if nvidia else (0, 0)
-    ampere = [] if capability >= (8, 0) else ["needs an NVIDIA card of compute capability 8.0 or later"]
-    hopper = [] if capability[0] == 9 else ["needs an NVIDIA card of compute capability 9.0"]
-    forward_only = ["has no backward"] if backward else []
-    if call.dtype != torch.bfloat16:
-        forward_only.append(f"needs bfloat16, got {call.dtype}")
-    inside = [] if torch.backends.cuda.is_flash_attention_available() else ["was built without FlashAttention"]
-    return {
-        "flash_attn_interface": hopper + _flash_module("flash_attn_interface"),
-        "fa3_fwd_interface": hopper + forward_only + _flash_module("fa3_fwd_interface"),
-        "flash_attn": ampere + _flash_module("flash_attn", at_least=(2, 7)),
-        "torch": ampere + inside,
-    }
-
-
-@cache
-def _flash_module(name: str, at_least: tuple[int, int] = (0, 0)) -> list[str]:
-    if find_spec(name) is None:
-        return ["is not installed"]
-    try:
-        module = import_module(name)
-    except (ImportError, OSError) as error:  # built for another PyTorch or CUDA
-        return [f"cannot be imported: {str(error).splitlines()[0]}"]
-    attend = getattr(module, "flash_attn_varlen_func", None)
-    if attend is None or "return_attn_probs" not in signature(attend).parameters:
-        return ["must have a flash_attn_varlen_func that returns the lse (return_attn_probs)"]
-    version = str(getattr(module, "__version__", ""))
-    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < at_least and at_least > (0, 0):
-        return [f"must be {at_least[0]}.{at_least[1]} or later, got {version or 'no version'}"]
-    return []
 
 
 def _flex(call: Call) -> list[str]:

@@ -105,6 +105,8 @@ def overlay(record: RunRecord, step: int | None = None) -> Image.Image:
     total, everything = sum(int(mask.sum()) for mask in kept), record.layout.reference_tokens
     title = f"Reference tokens kept at step {shown.index} ({shown.kind})"
     line = f"{total:,} of {everything:,} reference tokens took part in this step ({percent(total / everything)})"
+    if shown.read is not None:
+        line = f"the first {total:,} of {everything:,} in the run's ranking; each tile read as many of its own choice"
     inner = WIDTH - 2 * MARGIN
     notes = [words(note, 16, inner, FAINT) for note in record.notes]
     head = down([words(title, 30, inner), words(line, 18, inner, FAINT), *notes], 4)

@@ -24,7 +24,7 @@ from .attendance import Attendance
 from .call import Execution, GenerationCall
 from .execution.cache import ReferenceStore
 from .execution.depth import ByDepth, check_call
-from .execution.joint import check_cache
+from .execution.joint import check_cache, check_not_kept
 from .execution.model_cache import CacheKeeper
 from .execution.tokens import AtInput
 from .lengths import Lengths, shape_of
@@ -227,7 +227,7 @@ class Generations:
         plan = run.plan(at.step)
         stores = self.cache is not None and layout is not None and self.adapter.extracts(kwargs)
         execution: Execution = ByDepth() if plan.from_block else AtInput()
-        kind, kept = plan.kind, plan.kept(run.layout)
+        kind, kept, uncompiled = plan.kind, plan.kept(run.layout), False
         if self.cache is not None and (reads or stores):
             execution = self.cache.execution(reads)
             reads = reads or self.cache.reuse.given is not None
@@ -236,6 +236,7 @@ class Generations:
         elif self.store is not None and run.refreshing is not None:
             execution, plan = self.store.execution(run, at, plan, kwargs)
             kind, kept = "cached" if plan.reads else plan.kind, plan.kept(run.layout)
+            uncompiled = self.store.form.measures and not plan.reads
         measures = plan.kind in ("profile", "in_flight") and run.calls(at.step) == 0
         rows = kwargs[self.adapter.tokens].shape[1]
         if layout is not None and not plan.from_block:
@@ -243,7 +244,7 @@ class Generations:
         around = self._lengths.enter(module, (rows, kept), measures)
         if not eager and (self.store is None or self.store.stays_compiled(run)):
             shape, own = shape_of(self.adapter, run, kwargs), 0 if plan.reads else kept
-            around = self._lengths.compiled(run, at, plan, own, shape, measures) or around
+            around = self._lengths.compiled(run, at, plan, own, shape, measures or uncompiled) or around
         step = run.step_record(at.step, kind, kept, plan)
         return GenerationCall(
             self.adapter,
@@ -278,7 +279,9 @@ class Generations:
         pixels = [None] * len(layout.references) if self.pixels is None else self.pixels.take(layout, tokens)
         encode = None if self._pipe is None or self.pixels is None else encoder(self._pipe, self.adapter.encode)
         extracts = self.adapter.extracts(kwargs)
-        refreshing = None if self.store is None or extracts else self.store.begin(module, at)
+        if extracts:
+            check_not_kept(self.config, self.adapter.name)
+        refreshing = None if self.store is None or extracts else self.store.begin(module, at, layout, kwargs)
         reuse = self.cache.reuse if self.cache is not None and extracts else None
         scores = None if reuse is None else reuse.ranked(module, kwargs, layout, tokens)
         run = Run(self.config, self._probing, layout, tokens, pixels, at.total, at.clock, encode, scores, refreshing)

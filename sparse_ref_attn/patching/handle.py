@@ -11,7 +11,8 @@ from torch import nn
 
 from ..config import SparseRef
 from ..errors import ConfigError, HandleRemovedError, IncompatibleError, SparseRefError, UnsupportedModelError
-from ..overlay import overlay, save_budget_strip, save_overlay
+from ..overlay import overlay, save_budget_strip, tile_overlay
+from ..overlay.canvas import save
 from ..record import RunRecord
 from ..reference_cache import ReferenceCache
 from ..report import FlopSummary, attention_table, summary
@@ -131,13 +132,44 @@ class PatchHandle:
         """The paper's diagnostics: mass in the top 25 %, entropy in bits, by step, reference, block and head."""
         return attention_table(self.record)
 
-    def overlay(self, step: int | None = None) -> Image.Image:
-        """The references with the kept tokens bright, the scores, and the budget over the steps, as a PIL image."""
-        return overlay(self.record, step)
+    def overlay(
+        self, step: int | None = None, *, layer: int | None = None, tile: int | tuple[int, int] | None = None
+    ) -> Image.Image:
+        """The references with the kept tokens bright, the scores, and the budget over the steps, as a PIL image.
 
-    def save_overlay(self, path: str | os.PathLike[str], step: int | None = None) -> None:
+        Parameters
+        ----------
+        step : int, optional
+            From 0; default the last that drops any.
+        layer : int, optional
+            With ``Cache(per="tile")``: how often each token is read in this attention layer, from 0, in the last step
+            that read a part.
+        tile : int or (int, int), optional
+            With `layer`: where this tile of the generation looks, by its number or its row and column, from 0.
+
+        Raises
+        ------
+        ConfigError
+            For a step, layer or tile that there is not.
+        """
+        if layer is None:
+            if tile is not None:
+                raise ConfigError(f"tile must come with the layer in which it reads, got {tile!r} without")
+            return overlay(self.record, step)
+        if step is not None:
+            raise ConfigError(f"a layer is drawn of the last step that read a part, got step={step!r} with it")
+        return tile_overlay(self.record, layer, tile)
+
+    def save_overlay(
+        self,
+        path: str | os.PathLike[str],
+        step: int | None = None,
+        *,
+        layer: int | None = None,
+        tile: int | tuple[int, int] | None = None,
+    ) -> None:
         """Write `overlay` in the format that the name ends in (.png, .jpg, .webp, .tiff)."""
-        save_overlay(self.record, path, step)
+        save(self.overlay(step, layer=layer, tile=tile), path)
 
     def save_budget_strip(self, path: str | os.PathLike[str]) -> None:
         """Write a picture of the number of tokens at each step."""

@@ -2,5 +2,8 @@
 
 from .ranked import RankedCache
 from .saved import ReferenceCache
+from .tile_ranking import TileRanking, TileSelection
+from .tiled import TiledCache
+from .tiling import Cells, Tiling
 
-__all__ = ["RankedCache", "ReferenceCache"]
+__all__ = ["Cells", "RankedCache", "ReferenceCache", "TileRanking", "TileSelection", "TiledCache", "Tiling"]

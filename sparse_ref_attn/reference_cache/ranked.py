@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BudgetError, LayoutError
+from .moved import moved
 
 __all__ = ["RankedCache"]
 
@@ -113,14 +114,12 @@ class RankedCache:
         tensor(0.2000)
         """
         self._check(layer, k)
-        tokens, dtype = self.tokens(layer, self.rows[layer]), torch.promote_types(k.dtype, torch.float32)
-        moved = []
-        for own, given in zip(self._held(layer), (k, v), strict=True):
-            new = given.index_select(1, tokens.to(given.device))
-            change, size = (torch.linalg.vector_norm(x, dtype=dtype) for x in (new - own, new))
-            moved.append(change / size.clamp_min(torch.finfo(dtype).tiny))
-            own.copy_(new)
-        return torch.maximum(*moved).float()
+        tokens, held = self.tokens(layer, self.rows[layer]), self._held(layer)
+        new = [given.index_select(1, tokens.to(given.device)) for given in (k, v)]
+        change = moved(held, new)
+        for own, given in zip(held, new, strict=True):
+            own.copy_(given)
+        return change
 
     def join(self, layer: int, k: Tensor, v: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Write a call's own k and v (B, S, H, C) beside the layer's rows.

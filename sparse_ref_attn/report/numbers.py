@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 from ..checks import is_number, is_one_of
 from ..errors import ConfigError, LayoutError
 from ..record import RunRecord, StepRecord, mean_over_blocks
-from .stored import stored
+from .stored import stored, tiled
 from .words import KINDS, hypertext, markdown, text
 
 __all__ = ["FlopSummary", "summary"]
@@ -105,9 +105,11 @@ def summary(
         The dict has the keys "references" (per reference: number from 1, grid, tokens, kept_min, kept_mean,
         kept_max, mass_kept), "steps", "reference_tokens", "seconds", "host_ms_per_step", "speedup",
         "flops", "cache" (bytes of the reference K/V held between steps, their exactness, and how far they had moved at
-        each full step after the first, median and worst of the layers; None without), "stability" (one entry each time
-        the run ranked again), "by_step", "batch", "notes" and "config". Kept counts are over all steps, where dense and
-        profile steps count as all tokens, and a step whose dropped tokens leave by depth as the mean over its blocks.
+        each full step after the first, median and worst of the layers; None without), "tiles" (how many
+        tiles of the generation read tokens of their own, their side, and cells whose means stand for the rest; None
+        without), "stability" (one entry each time the run ranked again), "by_step", "batch", "notes" and "config".
+        Kept counts are over all steps, where dense and profile steps count as all tokens, and a step whose dropped
+        tokens leave by depth as the mean over its blocks.
         ``mass_kept`` is the share, in [0, 1], of the profiled mass that the kept tokens hold, mean over the steps that
         drop any. ``speedup["sparse_step"]`` compares with dense steps only: a profile step also measures.
 
@@ -183,6 +185,7 @@ def _measure(record: RunRecord, flops: FlopSummary | None, dense_seconds: float 
         },
         "flops": work,
         "cache": stored(record),
+        "tiles": tiled(record),
         "stability": [
             {
                 "step": entry.step,
@@ -197,6 +200,7 @@ def _measure(record: RunRecord, flops: FlopSummary | None, dense_seconds: float 
             "kept": [step.kept for step in steps],
             "from_block": [step.from_block for step in steps],
             "calls": [step.calls for step in steps],
+            "means": [step.means for step in steps],
             "cache_bytes": [step.cache_bytes for step in steps],
             "seconds": seconds,
         },
@@ -237,6 +241,8 @@ def _kept(record: RunRecord, step: StepRecord) -> tuple[float, ...] | None:
     """Tokens of each reference that took part in a step, mean over its blocks; None if unknown (a cached step may not
     say)."""
     sizes = record.layout.sizes
+    if step.read is not None:
+        return tuple(step.read[:, 0].tolist())
     if step.selection is not None:
         if tuple(step.selection.sizes) != sizes:
             raise LayoutError(
@@ -261,6 +267,10 @@ def _mass_kept(record: RunRecord) -> list[float | None]:
     shares: list[list[float | None]] = [[] for _ in sizes]
     for step in record.steps:
         if step.kind not in ("in_flight", "sparse", "cached"):
+            continue
+        if step.read is not None:
+            for row, share in zip(shares, step.read[:, 1].tolist(), strict=True):
+                row.append(share)
             continue
         if step.selection is None:
             for row in shares:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..record import RunRecord
 
-__all__ = ["stored"]
+__all__ = ["stored", "tiled"]
 
 
 def stored(record: RunRecord) -> dict[str, Any] | None:
@@ -27,6 +27,15 @@ def stored(record: RunRecord) -> dict[str, Any] | None:
             {"step": index, "median": _finite(drift.median()), "worst": _finite(drift.max())} for index, drift in moved
         ],
     }
+
+
+def tiled(record: RunRecord) -> dict[str, Any] | None:
+    """How many tiles read tokens of their own, and what they see the others by; None where one ranking served all."""
+    tiles = record.tiles
+    if tiles is None:
+        return None
+    means = max(step.means for step in record.steps)
+    return {"tile": tiles.side, "tiles": list(tiles.shape), "cell": tiles.cell or None, "means": means}
 
 
 def _finite(value: Tensor) -> float | None:

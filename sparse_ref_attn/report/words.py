@@ -90,6 +90,8 @@ def _facts(data: dict[str, Any]) -> list[tuple[str, str]]:
             ("reference K/V held", f"{sizes[0]} at most, {sizes[1]} in the last step, {sizes[2]} with every token")
         )
         rows.append(("stored K/V", _EXACTNESS.get(held["exactness"], "-") + _drift(held["drift"])))
+    if data["tiles"] is not None:
+        rows.append(("stored K/V read by", _tiles(data["tiles"])))
     if again:
         ranks = [r for entry in again for r in entry["spearman"] if r is not None]
         likeness = f"rank correlation {min(ranks):.2f} to {max(ranks):.2f}" if ranks else "rank correlation undefined"
@@ -116,6 +118,14 @@ def _drift(moved: list[dict[str, Any]]) -> str:
     """How far keys and values moved from full step to full step, median of the layers (and the worst)."""
     steps = [f"{_moved(each['median'])} (worst {_moved(each['worst'])}) at step {each['step']}" for each in moved]
     return f"; moved by {', '.join(steps)}" if steps else ""
+
+
+def _tiles(data: dict[str, Any]) -> str:
+    """Who reads what, where tiles do."""
+    down, across = data["tiles"]
+    rest = f"the rest as the means of {data['means']} cells of {data['cell']} x {data['cell']}"
+    rest = rest if data["means"] else "nothing of the rest"
+    return f"each of {down} x {across} tiles of {data['tile']} x {data['tile']}, in each layer; {rest}"
 
 
 def _moved(change: float | None) -> str:

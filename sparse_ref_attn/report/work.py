@@ -47,5 +47,5 @@ def summarise(shape: ModelShape, record: RunRecord) -> FlopSummary:
 def _tokens(record: RunRecord, step: StepRecord) -> StepTokens:
     layout = record.layout
     if step.kind == "cached":
-        return StepTokens(layout.text, layout.generation[1], 0, cached=step.kept)
+        return StepTokens(layout.text, layout.generation[1], 0, cached=step.kept + step.means)
     return replace(StepTokens.of(layout, step.kept, step.from_block), split=layout.generation[0] > 0)

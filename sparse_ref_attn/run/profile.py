@@ -197,9 +197,19 @@ class Profile:
                 first, last = view.spans[0][0], view.spans[-1][1]
                 norms = view.in_order(view.values[:, first:last].float().norm(dim=-1).transpose(1, 2))
                 parts = [part * norm for part, norm in zip(parts, norms, strict=True)]
-            mass = torch.cat([part.mean(dim=(0, 1)) for part in parts])
-            self._sums[probe] = self._sums[probe] + mass if probe in self._sums else mass
-            self._terms[probe] = self._terms.get(probe, 0) + 1
+            self._add(probe, torch.cat([part.mean(dim=(0, 1)) for part in parts]))
+
+    def observed(self, step: int, block: int, parts: Sequence[Tensor], record: RunRecord) -> None:
+        """Take what somebody else measured of the generation's queries: the heads' mean of the mass of each
+        reference's tokens, (B, R_i)."""
+        record.attention.append(_statistics(step, block, [part.mean(dim=0)[None] for part in parts]))
+        for probe in self._probing.probes:
+            if self._looks(probe, step, block):
+                self._add(probe, torch.cat([part.mean(dim=0) for part in parts]))
+
+    def _add(self, probe: Probe, mass: Tensor) -> None:
+        self._sums[probe] = self._sums[probe] + mass if probe in self._sums else mass
+        self._terms[probe] = self._terms.get(probe, 0) + 1
 
 
 def first_blocks(probes: Sequence[Probe], kinds: Sequence[str], given: int | None = None) -> int:

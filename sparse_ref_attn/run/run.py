@@ -153,6 +153,10 @@ class Run:
         """Measure one attention call of a profiling step."""
         self.profile.observe(step, block, view, self.record)
 
+    def observed(self, step: int, block: int, mass: Tensor) -> None:
+        """Take the mass (B, R) of one attention call of a profiling step that somebody else measured."""
+        self.profile.observed(step, block, mass.split(self.layout.sizes, -1), self.record)
+
     def step_record(self, step: int, kind: str, kept: int, plan: Plan) -> StepRecord:
         """The record of `step`, made at its first call; where one of its calls computes references, the step does."""
         steps = self.record.steps

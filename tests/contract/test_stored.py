@@ -30,6 +30,7 @@ SETTINGS = {
     "all read": sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=sra.At((2,)))),
     "ranked": sra.SparseRef("mass", sra.Linear(0.2, 0.6), execute=sra.Cache(refresh=sra.Never())),
     "kept": sra.SparseRef("grid", 0.3, execute=sra.Cache("kept", refresh=sra.Drift(0.5))),
+    "tiles": sra.SparseRef("mass", 0.25, execute=sra.Cache(per="tile", tile=3, cell=3, refresh=sra.At((2,)))),
 }
 models = pytest.mark.parametrize("name", ["kontext", "klein", "qwen_edit_plus"])
 each = pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETTINGS))
@@ -100,9 +101,10 @@ def test_through_offload(name: str, offload: Callable[[Any], None]) -> None:
     assert np.array_equal(case.call(pipe), case.call(case.build()))
 
 
+@pytest.mark.parametrize("setting", [SETTINGS["all read"], SETTINGS["tiles"]], ids=["all read", "tiles"])
 @models
-def test_a_copy_made_within_a_run_takes_nothing_along(name: str) -> None:
-    case, setting = CASES[name], SETTINGS["all read"]
+def test_a_copy_made_within_a_run_takes_nothing_along(name: str, setting: sra.SparseRef) -> None:
+    case = CASES[name]
     pipe = case.build()
     size = len(_pickled(pipe.transformer))
     copies: list[Any] = []
@@ -258,14 +260,14 @@ def test_compiled_blocks_of_a_kind_that_nobody_knows_run_uncompiled_and_it_is_sa
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["all read", "kept"])
+@pytest.mark.parametrize("name", ["all read", "kept", "tiles"])
 def test_a_run_that_cannot_fit_is_refused_before_its_first_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what is really held: one byte less than that is too little."""
     case = CASES["klein"]
     pipe, calls = case.build(), []
     with sra.patched(pipe, SETTINGS[name]) as handle:
         case.call(pipe, steps=STEPS)
-        held = handle.record.steps[0].cache_bytes
+        held = max(step.cache_bytes for step in handle.record.steps)
         monkeypatch.setattr(room, "free_bytes", lambda device: held)
         case.call(pipe, steps=STEPS)
         pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *args: calls.append(args))

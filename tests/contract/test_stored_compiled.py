@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from tests.reliability.test_one_transformer import beside
 SETTINGS = {
     "all read": sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=sra.Every(3))),
     "ranked": sra.SparseRef("mass", sra.Linear(0.2, 0.6), execute=sra.Cache(refresh=sra.Every(3))),
+    "tiles": sra.SparseRef("mass", 0.25, execute=sra.Cache(per="tile", tile=3, cell=3, refresh=sra.Every(3))),
 }
 
 
@@ -50,12 +52,12 @@ def test_repeated_blocks(name: str, setting: str) -> None:
     for first in (0, 3):
         got = case.call(pipe, steps=7, first=first, callback=note)
         np.testing.assert_allclose(got, case.call(plain, steps=7, first=first), atol=1e-5)
-        whole = "profile" if setting == "ranked" else "dense"
+        whole = "dense" if setting == "all read" else "profile"
         assert kinds(handle) == [whole, "cached", "cached", "dense", "cached", "cached", "dense"]
         assert not handle.notes
     graphs, calls = zip(*seen, strict=True)
-    measured = setting == "ranked"  # a step that measures runs uncompiled
-    assert [n // blocks for n in calls] == [n - measured * (1 + (n > 7)) for n in range(1, 15)]
+    measures = {"all read": (), "ranked": (0,), "tiles": (0, 3, 6)}[setting]  # a step that measures runs uncompiled
+    assert [n // blocks for n in calls] == list(accumulate(n % 7 not in measures for n in range(14)))
     assert len(set(graphs[4:])) == 1
     assert graphs[-1] <= 2 * next(filter(None, graphs)) + 1  # those of the whole length, and of the short one
     assert not counters["graph_break"]

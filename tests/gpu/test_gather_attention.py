@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse_ref_attn.errors import LayoutError
 from sparse_ref_attn.functional import gather_attention
 from sparse_ref_attn.ops import verdicts
-from sparse_ref_attn.ops._support import Call, flash_packages
+from sparse_ref_attn.ops._flash import flash_packages
 from sparse_ref_attn.ops.gather_attention import flash
 from sparse_ref_attn.ops.gather_attention.arguments import Arguments
 from sparse_ref_attn.ops.gather_attention.flash_packages import BACKWARD, FORWARD
@@ -73,7 +73,7 @@ def test_output_lse_and_every_gradient(name: str, backend: str, dtype: torch.dty
 @pytest.mark.parametrize("package", FORWARD)
 @pytest.mark.parametrize("name", [name for name in PROBLEMS if "per key head" not in name])
 def test_every_package_with_flash_attention(name: str, package: str) -> None:
-    why = flash_packages(Call(torch.device(DEVICE), torch.bfloat16, 64))[package]
+    why = flash_packages(torch.device(DEVICE), torch.bfloat16)[package]
     if why:
         pytest.skip(f"{package} {', '.join(why)}")
     rounded = PROBLEMS[name].to(torch.bfloat16)

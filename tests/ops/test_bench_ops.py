@@ -61,7 +61,7 @@ def test_a_wrong_method_does_not_pass_its_gate() -> None:
     call = attention()
     calls = call, Tiled(call, 4), Mass(call), TileMass(call, 16)
     for one in calls:
-        ours = one.ours if isinstance(one, TileMass) else partial(one.ours, "auto")
+        ours = partial(one.ours, "auto")
         assert refused(Method(ours, one, 1.0), one.plain()) is None
         assert "allows" in str(refused(Method(lambda ours=ours: ours() * 1.01, one, 1.0), one.plain()))
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sparse_ref_attn.errors import ConfigError
-from sparse_ref_attn.ops import _support
-from sparse_ref_attn.ops._support import ORDER, Call, flash_packages, reasons
+from sparse_ref_attn.ops import _flash
+from sparse_ref_attn.ops._flash import flash_packages
+from sparse_ref_attn.ops._support import ORDER, Call, reasons
 from sparse_ref_attn.ops.attention_mass.backends import ORDER as MASS_ORDER
 from sparse_ref_attn.ops.gather_attention.arguments import Arguments
 from sparse_ref_attn.ops.gather_attention.flash import backward_by, forward_by
@@ -30,22 +31,22 @@ CALL = Call(torch.device("cpu"), torch.bfloat16, 64)
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory that Python imports from; what is found there is forgotten afterwards."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    _support._flash_module.cache_clear()
+    _flash._flash_module.cache_clear()
     yield tmp_path
     for written in tmp_path.glob("*.py"):
         sys.modules.pop(written.stem, None)
-    _support._flash_module.cache_clear()
+    _flash._flash_module.cache_clear()
 
 
 def test_every_package_can_be_called() -> None:
-    assert list(flash_packages(CALL)) == list(FORWARD)
+    assert list(flash_packages(CALL.device, CALL.dtype)) == list(FORWARD)
     assert set(FORWARD) - set(BACKWARD) == {"fa3_fwd_interface"}
-    assert "has no backward" in flash_packages(CALL, backward=True)["fa3_fwd_interface"]
-    assert "has no backward" not in flash_packages(CALL)["fa3_fwd_interface"]
+    assert "has no backward" in flash_packages(CALL.device, CALL.dtype, backward=True)["fa3_fwd_interface"]
+    assert "has no backward" not in flash_packages(CALL.device, CALL.dtype)["fa3_fwd_interface"]
 
 
 def test_forward_only_package_takes_bfloat16_alone() -> None:
-    half = flash_packages(CALL._replace(dtype=torch.float16))
+    half = flash_packages(CALL.device, torch.float16)
     assert "needs bfloat16, got torch.float16" in half["fa3_fwd_interface"]
     assert not any("bfloat16" in why for why in half["flash_attn_interface"])
 
@@ -64,10 +65,10 @@ def test_forward_only_package_takes_bfloat16_alone() -> None:
     ],
 )
 def test_a_package_that_will_not_do_is_explained(name: str, source: str, told: str, packages: Path) -> None:
-    if _support.find_spec(name) is not None:
+    if _flash.find_spec(name) is not None:
         pytest.skip(f"the real {name} is installed")
     (packages / f"{name}.py").write_text(source)
-    (why,) = [line for line in flash_packages(CALL)[name] if "NVIDIA" not in line]
+    (why,) = [line for line in flash_packages(CALL.device, CALL.dtype)[name] if "NVIDIA" not in line]
     assert told in why
 
 

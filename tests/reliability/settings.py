@@ -41,6 +41,13 @@ def _by_generation(probes: Sequence[Any]) -> bool:
     return all(probe.queries == "generation" for probe in probes)
 
 
+def _ranks_tiles(select: Any) -> bool:
+    """Whether tiles may rank by it."""
+    if isinstance(select, sra.AttentionMass):
+        return select.query_stride == 1 and not select.value_norm
+    return isinstance(select, str) and select == "mass"
+
+
 class Settings:
     """Draws what a configuration is made of.
 
@@ -88,7 +95,9 @@ class Settings:
             way = "tokens"
         if way in ("cache", "both"):
             fields |= {"execute": way, "cache_rows": more["cache_rows"], "refresh": more["refresh"]}
-            if draw.random() < 0.3:
+            if way == "cache" and _ranks_tiles(fields["select"]) and not self.keeps and draw.random() < 0.5:
+                fields |= {name: more[name] for name in ("per", "tile", "rest", "cell")} | {"per": "tile"}
+            elif draw.random() < 0.3:
                 fields["layers"] = more["layers"]
         if way == "from_block":
             fields["from_block"] = draw.randint(1, self.blocks - 1)
@@ -98,6 +107,7 @@ class Settings:
             probes
             and way != "both"
             and "layers" not in fields
+            and "per" not in fields
             and draw.random() < 0.3
             and (way != "cache" or _by_generation(probes))
         ):
@@ -124,6 +134,10 @@ class Settings:
             "cache_rows": self.pick(("budget", "all"), ("some",)),
             "layers": self.pick((None, (1.0, 0.5, 0.25, 0.8)[: self.blocks]), ((0.5,), (0.0,) * 4, (), ("a",), 2)),
             "rerank_every": self.pick((None, 1, 2), (0, 1.0)),
+            "per": self.pick((None, "tile"), ("layer",)),
+            "tile": self.pick((None, 1, 2, 3, 9), (0, 2.0)),
+            "rest": self.pick((None, "means", "none"), ("mean",)),
+            "cell": self.pick((None, 1, 3, 4), (0, -1)),
             "refresh": self.pick(
                 (None, sra.Every(1), sra.Every(2, last=1), sra.Every(0.4), sra.At((0, 0.5)), sra.Never()),
                 (sra.At((self.steps,)), sra.Drift(0.2), 4, "never"),

@@ -20,6 +20,7 @@ CONFIGS = {
     "reranked": ("klein", sra.SparseRef("mass", 0.3, rerank_every=2)),
     "cache": ("klein_kv", sra.SparseRef("mass", sra.Linear(0.2, 0.6), "cache")),
     "stored": ("klein", sra.SparseRef("mass", sra.Linear(0.2, 0.6), execute=sra.Cache(refresh=sra.At((2,))))),
+    "tiles": ("klein", sra.SparseRef("mass", 0.3, execute=sra.Cache(per="tile", tile=3, refresh=sra.At((2,))))),
     "kontext": ("kontext", sra.SparseRef("mass", 0.3)),
 }
 
@@ -36,7 +37,7 @@ def request(case: Case, pipe: Any, i: int, **arguments: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mine", [False, True], ids=["two others", "the patched one and another"])
-@pytest.mark.parametrize("name", ["mass", "edges", "reranked", "cache", "stored"])
+@pytest.mark.parametrize("name", ["mass", "edges", "reranked", "cache", "stored", "tiles"])
 def test_two_requests_in_two_threads(name: str, mine: bool) -> None:
     """Each gets the picture that it gets alone; without the thread's own state half of them were wrong.
 

@@ -208,6 +208,8 @@ class Trial:
             return
         for step in record.steps:
             assert step.kept == (total if step.selection is None else step.selection.kept)
+        if any(step.read is not None for step in record.steps):  # tests/adapters/test_tiles.py says what it must be
+            return
         wanted = layout.masked(model, record.steps, both=config.execute.name != "cache")
         for i, (got, want) in enumerate(zip(outputs, wanted, strict=True)):
             got, want = layout.generation(got), layout.generation(want)

@@ -16,7 +16,7 @@ from ...adapters.base import Adapter, Found, Kwargs
 from ...adapters.depth import DepthCut
 from ...adapters.joining import flat_ids, same, stack
 from ...adapters.masks import cut_in_block
-from ...adapters.position_ids import place_by_ids, references_from_ids
+from ...adapters.position_ids import grid_of_ids, place_by_ids, references_from_ids
 from ...adapters.row_arguments import take_rows
 from ...errors import LayoutError
 from ...hooks.diffusers import encoded_reference, packed_reference
@@ -109,6 +109,9 @@ class Flux2Adapter(Adapter):
             "the attention mask has no effect: the model reads none where it stores or reads reference keys and values"
         )
         return [text] if unread else []
+
+    def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
+        return grid_of_ids(kwargs["img_ids"], layout)
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
         kwargs = take_rows(self.cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._dense import EXTRA, carry_lse
-from .._support import Call, flash_packages
+from .._flash import flash_packages
 from .arguments import Arguments, HostLayout
 from .flash_packages import BACKWARD, FORWARD, Backward, Forward, Lengths
 from .gradients import Gradients, Wanted
@@ -76,5 +76,5 @@ def _lengths(a: Arguments, p: Packed) -> Lengths:
 
 def _package(a: Arguments, backward: bool = False) -> str:
     """The first package that can; the one inside PyTorch where only shapes are asked for, on meta tensors."""
-    able = flash_packages(Call(a.q.device, a.q.dtype, a.q.shape[2]), backward)
+    able = flash_packages(a.q.device, a.q.dtype, backward)
     return next((name for name, why in able.items() if not why), "torch")

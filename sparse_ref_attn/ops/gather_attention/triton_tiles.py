@@ -62,15 +62,18 @@ def _item_of(CU_Q, row, items, PARTS: tl.constexpr, SLOTS: tl.constexpr):
 
 @triton.jit
 def _biased(
-    q, state, K, V, BIAS, count, k_row, v_row, scale, scale2, C: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, state, K, V, BIAS, count, width, k_row, v_row, scale, scale2, C: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`count` keys whose scores have a bias [count] that all queries of the tile share."""
+    """`count` keys whose scores have a bias [width] that all queries of the tile share.
+
+    The loop goes by `width`, the same for all programs: by `count` ptxas serializes matrix steps on Hopper (C7518).
+    """
     acc, m, total = state
     columns = tl.arange(0, BLOCK_N)
     k_tile = tile_offsets(columns, k_row, C)
     v_tile = tile_offsets(columns, v_row, C)
-    for first in tl.range(0, count, BLOCK_N, num_stages=STAGES):
+    for first in tl.range(0, width, BLOCK_N, num_stages=STAGES):
         inside = first + columns < count
         bias = tl.load(BIAS + first + columns, mask=inside, other=float("-inf"))
         k = tl.load(K + tl.cast(first, tl.int64) * k_row + k_tile, mask=inside[:, None], other=0.0)
@@ -84,7 +87,7 @@ def _biased(
 @triton.jit
 def _tiles(
     Q, K2, V2, K_REF, V_REF, SHARED, OUT, LSE, CU_TILES, CU_Q, CU_K, INDICES, OFFSETS, BIAS,
-    tiles, items, queries, group, scale: tl.float32,
+    tiles, items, queries, width, group, scale: tl.float32,
     q_row: tl.int64, q_head: tl.int64, k2_row: tl.int64, k2_head: tl.int64, v2_row: tl.int64, v2_head: tl.int64,
     k_ref_row: tl.int64, k_ref_head: tl.int64, v_ref_row: tl.int64, v_ref_head: tl.int64,
     out_row: tl.int64, out_head: tl.int64, bias_row: tl.int64,
@@ -95,6 +98,7 @@ def _tiles(
     tile, first, stop = _find_tile(CU_TILES, tl.program_id(0), tiles, SLOTS, BLOCK_M)
     if first >= stop:
         return
+    item = _item_of(CU_Q, first, items, PARTS, ITEM_SLOTS) if BIASED else 0
     head = tl.cast(tl.program_id(1), tl.int64)
     key_head = head // group
     rows = first + tl.arange(0, BLOCK_M)
@@ -113,14 +117,13 @@ def _tiles(
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, C], tl.float32)
     if BIASED:
-        item = _item_of(CU_Q, first, items, PARTS, ITEM_SLOTS)
         at = tl.load(CU_K + items + 1 + item).to(tl.int64)
         count = (tl.load(CU_K + items + 1 + item + 1) - at).to(tl.int32)
         k = K2 + key_head * k2_head + at * k2_row
         v = V2 + key_head * v2_head + at * v2_row
         acc, m, total = _biased(
-            q, (acc, m, total), k, v, BIAS + tl.cast(tile, tl.int64) * bias_row, count, k2_row, v2_row, scale, scale2,
-            C, BLOCK_N, STAGES, PRECISION,
+            q, (acc, m, total), k, v, BIAS + tl.cast(tile, tl.int64) * bias_row, count, width, k2_row, v2_row,
+            scale, scale2, C, BLOCK_N, STAGES, PRECISION,
         )  # fmt: skip
     if GATHER:
         if PER_HEAD:
@@ -150,7 +153,8 @@ def launch_tiles(a: Arguments, shared: Tensor | None, lse: Tensor, config: Confi
         with torch.cuda.device_of(a.q):
             _tiles[tiles_at_most(queries, a.tiles, config.block_m), heads](
                 tensors[0], *tensors[3:], shared, out, lse, a.cu_tiles, a.cu_seqlens_q, a.cu_seqlens_k,
-                a.ref_indices, a.ref_offsets, a.bias, a.tiles, a.items, queries, heads // a.key_heads, a.scale,
+                a.ref_indices, a.ref_offsets, a.bias, a.tiles, a.items, queries,
+                0 if a.bias is None else a.bias.shape[1], heads // a.key_heads, a.scale,
                 *strides[:2], *strides[6:], *out.stride()[:2], 0 if a.bias is None else a.bias.stride(0),
                 C=C, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages, SPLIT=config.split,
                 SLOTS=min(triton.next_power_of_2(a.tiles), MOST_SLOTS), PARTS=a.cu_seqlens_q.shape[0],

@@ -21,13 +21,13 @@ FORWARD: Table = {
 # By the queries of a block: what tiles of 4 x 4 and of 8 x 8 tokens fill.
 TILES: dict[int, Table] = {
     16: {
-        (80, 32): Config(16, 64, 4, 3, split=False),
+        (80, 32): Config(16, 64, 2, 3, split=False),
         (80, 64): Config(16, 64, 4, 3),
         (80, 128): Config(16, 64, 4, 3),
-        (90, 32): Config(16, 64, 4, 3, split=False),
+        (90, 32): Config(16, 64, 2, 3, split=False),
         (90, 64): Config(16, 64, 4, 3),
         (90, 128): Config(16, 64, 4, 3),
-        (100, 32): Config(16, 64, 4, 3, split=False),
+        (100, 32): Config(16, 64, 2, 3, split=False),
         (100, 64): Config(16, 64, 4, 3),
         (100, 128): Config(16, 64, 4, 3),
         (942, 128): Config(16, 32, 4, 2),
@@ -41,7 +41,7 @@ TILES: dict[int, Table] = {
         (90, 128): Config(64, 64, 4, 3),
         (100, 32): Config(64, 64, 4, 3, split=False),
         (100, 64): Config(64, 64, 4, 3, split=False),
-        (100, 128): Config(64, 32, 4, 3, split=False),
+        (100, 128): Config(64, 64, 8, 2, split=False),
         (942, 128): Config(64, 32, 4, 2, split=False),
     },
 }

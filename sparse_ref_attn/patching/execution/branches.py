@@ -4,20 +4,41 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .held import HeldRows
+__all__ = ["Branch", "Branches", "Held"]
 
-__all__ = ["Branch", "Branches"]
+
+class Held(Protocol):
+    """What one branch has stored of the references."""
+
+    layers: int
+    tokens: Tensor | None
+    """Reference tokens that are held, ascending; None for all."""
+    moved: dict[int, Tensor]
+    """How far the rows of each layer moved when they were last taken anew."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer's rows were taken."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+
+    @property
+    def bytes_of_all(self) -> int:
+        """Bytes that the rows of every reference token would take."""
 
 
 class Branch:
     """What the calls of one branch of guidance have stored; None until a full call has come to its end."""
 
     def __init__(self) -> None:
-        self.held: HeldRows | None = None
+        self.held: Held | None = None
 
 
 class _Text:

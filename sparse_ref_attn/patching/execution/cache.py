@@ -3,48 +3,54 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...adapters.base import Adapter, Kwargs
-from ...adapters.mask_columns import reference_columns
 from ...adapters.shortened import Shortened
 from ...config import SparseRef
+from ...cost import ModelShape
 from ...errors import ConfigError, IncompatibleError, UnsupportedModelError
-from ...hooks.diffusers import Attention, chosen_backend, splits_the_sequence, step_cache_active
-from ...reference_cache import RankedCache
+from ...execution import Cache
+from ...hooks.diffusers import Route, splits_the_sequence, step_cache_active
 from ...refresh import Never
-from ...run import Plan, Refreshing, Run, covering
+from ...run import Plan, Refreshing, Run
 from ...types import TokenLayout
 from ..call import Execution, GenerationCall
-from ..proving import computed_dtype, prefers_bank
+from ..proving import computed_dtype
 from ..steps import RunStep
 from . import room
-from .branches import Branch, Branches
-from .held import HeldRows
+from .branches import Branch, Branches, Held
+from .by_rank import ByRank
+from .by_tile import ByTile
 from .joint import JointAttention
-from .stored import to_stored
 from .tokens import AtInput
 
 __all__ = ["ReferenceStore"]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A layer's keys and values of every reference token, in order."""
+class Form(Protocol):
+    """How stored rows are held, filled by full calls, and read by cached ones."""
 
-    k: Tensor
-    v: Tensor
+    measures: bool
+    """Whether full calls measure attention as they store, and so run uncompiled."""
 
-    def get(self) -> tuple[Tensor, Tensor]:
-        return self.k, self.v
+    def check(self, module: nn.Module, layout: TokenLayout, kwargs: Kwargs) -> None:
+        """Raise where the references of a run that begins cannot be stored in this form."""
 
-    def store(self, k: Tensor, v: Tensor) -> None:
-        """They are the call's own, and stay as they are."""
+    def room(self, shape: ModelShape, run: Run, at: RunStep, kwargs: Kwargs) -> tuple[int, int]:
+        """Reference tokens that a run holds, and the bytes that they take in the shape's own element size."""
+
+    def empty(self, call: GenerationCall, attention: JointAttention) -> Held:
+        """Room for what a full call is about to store."""
+
+    def storing(self, call: GenerationCall, held: Any, attention: JointAttention) -> Route:
+        """Attention of a full call, which stores."""
+
+    def reading(self, call: GenerationCall, held: Any, attention: JointAttention) -> Route:
+        """Attention of a cached call, which reads the rows of its plan; measured, where the call measures."""
 
 
 class Computing:
@@ -54,9 +60,11 @@ class Computing:
         self._store, self._branch, self._rows, self.alone = store, branch, AtInput(), store.attention.stays_compiled
 
     def before(self, call: GenerationCall) -> Kwargs:
-        kwargs = self._rows.before(call)
+        kwargs = call.kwargs if self._store.form.measures else self._rows.before(call)
         held, self._branch.held = self._branch.held, None  # a call that is broken off leaves nothing
-        self._held = held if held is not None and _fits(held, call.plan) else self._store.empty(call)
+        self._held = (
+            held if held is not None and _fits(held, call.plan) else self._store.form.empty(call, self._store.attention)
+        )
         self._store.listen(call, self._held, kwargs)
         return kwargs
 
@@ -99,6 +107,8 @@ class ReferenceStore:
 
     def __init__(self, adapter: Adapter, config: SparseRef) -> None:
         self._adapter, self._config = adapter, config
+        tiled = isinstance(config.execute, Cache) and config.execute.per == "tile"
+        self.form: Form = ByTile(adapter, config) if tiled else ByRank(adapter, config)
         self._joints: list[JointAttention] = []
         self._keeps = False
         self._branches: weakref.WeakKeyDictionary[Run, Branches] = weakref.WeakKeyDictionary()
@@ -115,14 +125,16 @@ class ReferenceStore:
         self._keeps = True
         self.look_at(module)
 
-    def begin(self, module: nn.Module, at: RunStep) -> Refreshing:
+    def begin(self, module: nn.Module, at: RunStep, layout: TokenLayout, kwargs: Kwargs) -> Refreshing:
         """The full steps of a run that begins.
 
         Raises
         ------
         IncompatibleError
-            Under context parallelism, and beside a step cache unless the references are computed once.
+            Under context parallelism, beside a step cache unless the references are computed once, and where the
+            call's references cannot be stored as the configuration says.
         """
+        self.form.check(module, layout, kwargs)
         if splits_the_sequence(module):
             raise IncompatibleError(
                 "stored reference keys and values need the whole sequence in one process, got context parallelism: "
@@ -149,11 +161,8 @@ class ReferenceStore:
             shape = self._adapter.shape(module)
         except (ConfigError, UnsupportedModelError):  # a layer of no known stream: nothing can be said
             return
-        kept = sum(covering(run.needed(range(at.total)))) if run.ranking.known else layout.reference_tokens
-        rows = layout.reference_tokens if self._config.cache_rows == "all" else kept
-        room.check_room(
-            tokens.device, shape, rows, layout.text + layout.generation[1], tokens.shape[0], computed_dtype(tokens)
-        )
+        rows, needed = self.form.room(shape, run, at, kwargs)
+        room.check_room(tokens.device, rows, needed * computed_dtype(tokens).itemsize // shape.dtype_bytes)
 
     def forget(self) -> None:
         """Let go of everything."""
@@ -182,30 +191,14 @@ class ReferenceStore:
 
     # -- full calls ----------------------------------------------------------------------------
 
-    def empty(self, call: GenerationCall) -> HeldRows:
-        """Room for what a full call is about to store."""
-        run, selection = call.run, call.plan.selection
-        needs = run.needed(range(call.at.step, call.at.total))
-        limit = run.budgeting.full if selection is None else covering(needs)
-        tokens = None if selection is None else selection.indices
-        held = HeldRows(run, len(self.attention.layers), tokens, limit)
-        if self._config.cache_rows == "all":
-            needs.append(limit)
-        held.prepare(needs, call.layout.text + call.layout.generation[1])
-        return held
-
-    def listen(self, call: GenerationCall, held: HeldRows, kwargs: Kwargs) -> None:
+    def listen(self, call: GenerationCall, held: Held, kwargs: Kwargs) -> None:
         """Store what the joint attention of each layer is given as the references' keys and values."""
-        joint, whole = call.layout.text + kwargs[self._adapter.tokens].shape[1], _reference_keys(call, held)
+        joint = call.layout.text + kwargs[self._adapter.tokens].shape[1]
         held.moved.clear()
+        attend = self.form.storing(call, held, self.attention)
+        self.attention.answer(call, joint, attend, eager=call.measures or self.form.measures)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
-            held.take(layer, _Rows(k.detach()[:, whole], v.detach()[:, whole]))
-            return own()
-
-        self.attention.answer(call, joint, attend)
-
-    def computed(self, call: GenerationCall, branch: Branch, held: HeldRows) -> None:
+    def computed(self, call: GenerationCall, branch: Branch, held: Held) -> None:
         """A full call has come to its end: what it stored counts from now on."""
         run, step = call.run, call.step
         if not held.complete:
@@ -220,68 +213,27 @@ class ReferenceStore:
         if step.drift is None:
             step.drift = drift
         run.refreshing.computed(call.at.step, drift)
-        self._account(call)
 
     # -- cached calls --------------------------------------------------------------------------
 
-    def read(self, call: GenerationCall, held: HeldRows) -> None:
-        """Let every joint attention of a call read the rows of its plan; measured, where the call measures."""
-        run = call.run
-        needs = run.needed([call.at.step] if call.at.observed else range(call.at.step, call.at.total))
-        counts = run.counts(call.at.step) if run.ranking.known else run.budgeting.full
-        if call.at.observed or self._config.cache_rows == "all":
-            needs.append(held.limit)
+    def read(self, call: GenerationCall, held: Held) -> None:
+        """Let every joint attention of a call read the rows of its plan."""
         own = call.layout.text + call.layout.generation[1]
-        held.arrange((), [counts, *needs], own, release=False)
-        assert held.ranked is not None
-        reads = held.reads(counts)
-        if self._config.layers is not None:
-            call.step.layers = tuple(reads)
-        by_bank = self._by_bank(held.ranked, own, reads)
-        mask, batch = self._adapter.mask(call.kwargs), call.kwargs[self._adapter.tokens].shape[0]
-        columns = None if mask is None else reference_columns(mask, batch, call.layout)
-        answer = to_stored(call, held.ranked, reads, by_bank, call.layout.text, columns)
-        self.attention.answer(call, own, answer)
-        self._account(call)
-
-    def _by_bank(self, ranked: RankedCache, own: int, reads: Sequence[int]) -> list[bool]:
-        """Whether each layer's rows are read where they lie; layers that read as many are alike."""
-        known: dict[tuple[object, int], bool] = {}
-        found = []
-        for i, (site, count) in enumerate(zip(self.attention.layers, reads, strict=True)):
-            processor = self.attention.sites[site].processor
-            key = (chosen_backend(processor), count)
-            if key not in known:
-                known[key] = processor is not None and prefers_bank(processor, ranked, i, own, count)
-            found.append(known[key])
-        return found
+        self.attention.answer(call, own, self.form.reading(call, held, self.attention), eager=call.measures)
 
     def over(self, call: GenerationCall, branch: Branch) -> None:
         """A call has come to its end: after the last step nothing is kept."""
+        self._account(call)
         if not call.at.observed and call.at.step == call.at.total - 1:
             branch.held = None
 
     def _account(self, call: GenerationCall) -> None:
         """Write down the bytes that are held."""
-        held = [branch.held for branch in self._branches[call.run]]
-        ranked = [each.ranked for each in held if each is not None and each.ranked is not None]
-        call.step.cache_bytes = sum(each.row_bytes + each.room_bytes for each in ranked)
-        total = call.run.layout.reference_tokens
-        call.run.record.dense_cache_bytes = sum(each.bytes_of(total) for each in ranked)
+        held = [branch.held for branch in self._branches[call.run] if branch.held is not None]
+        call.step.cache_bytes = sum(each.nbytes for each in held)
+        call.run.record.dense_cache_bytes = sum(each.bytes_of_all for each in held)
 
 
-def _fits(held: HeldRows, plan: Plan) -> bool:
+def _fits(held: Held, plan: Plan) -> bool:
     """Whether a call with `plan` computes the tokens that are held."""
     return held.tokens is None if plan.selection is None else held.tokens is plan.selection.indices
-
-
-def _reference_keys(call: GenerationCall, held: HeldRows) -> slice | Tensor:
-    """Where the keys of the held tokens lie in a full call's joint attention, in order."""
-    layout, references = call.layout, call.layout.references
-    if call.shortened is not None:
-        rows = layout.reference_rows(call.device)[held.tokens]
-        return layout.text + torch.searchsorted(call.shortened.rows, rows)
-    first, last = references[0].start, references[-1].start + references[-1].length
-    if last - first == layout.reference_tokens:
-        return slice(layout.text + first, layout.text + last)
-    return layout.text + layout.reference_rows(call.device)

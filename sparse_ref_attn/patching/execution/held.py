@@ -68,6 +68,16 @@ class HeldRows:
         """Whether every layer's rows were taken."""
         return self.ranked is not None and all(self.ranked.holds(i) for i in range(self.layers))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the ranked rows and the rooms beside them."""
+        return 0 if self.ranked is None else self.ranked.row_bytes + self.ranked.room_bytes
+
+    @property
+    def bytes_of_all(self) -> int:
+        """Bytes that the rows of every reference token would take."""
+        return 0 if self.ranked is None else self.ranked.bytes_of(self.run.layout.reference_tokens)
+
     def scaled(self, counts: Counts, layer: int) -> Counts:
         """What a layer reads where the budget is `counts`."""
         return scaled(counts, self._factor(layer))

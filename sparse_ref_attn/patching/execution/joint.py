@@ -17,7 +17,7 @@ from ...hooks.compiled import compiled_blocks, eager_blocks
 from ...hooks.diffusers import AnsweredAttention, Attention, KeptRoute, Route, dispatches
 from ..call import GenerationCall
 
-__all__ = ["JointAttention", "check_cache"]
+__all__ = ["JointAttention", "check_cache", "check_not_kept"]
 
 
 def check_cache(config: SparseRef, adapter: Adapter, transformer: nn.Module) -> None:
@@ -34,6 +34,15 @@ def check_cache(config: SparseRef, adapter: Adapter, transformer: nn.Module) -> 
     if config.layers is not None and len(config.layers) != len(sites):
         raise ConfigError(
             f"layers must be a factor for each of the {len(sites)} attention layers, got {len(config.layers)}"
+        )
+
+
+def check_not_kept(config: SparseRef, name: str) -> None:
+    """Raise IncompatibleError where tiles are to read what a model of the family `name` stores itself."""
+    if isinstance(config.execute, Cache) and config.execute.per == "tile":
+        raise IncompatibleError(
+            'per="tile" reads keys and values that the library stores, got a pipeline whose model keeps those of its '
+            f'references itself ({name} with a KV cache): use per="run"'
         )
 
 
@@ -96,14 +105,15 @@ class JointAttention:
         """Whether they never do."""
         return self._compiled and self._shared is None
 
-    def answer(self, call: GenerationCall, rows: int, attend: Route) -> None:
-        """Let ``attend(layer, ...)`` answer attention over `rows` joint rows until the call is over."""
+    def answer(self, call: GenerationCall, rows: int, attend: Route, eager: bool) -> None:
+        """Let ``attend(layer, ...)`` answer attention over `rows` joint rows until the call is over; `eager`: compiled
+        blocks run uncompiled."""
 
         def route(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
             joint = i in self._places and q.shape[1] == k.shape[1] == rows
             return attend(self._places[i], q, k, v, mask, own) if joint else own()
 
-        if self.stays_compiled and not call.measures:
+        if self.stays_compiled and not eager:
             assert self._shared is not None
             call.contexts.enter_context(self._shared.route(route))
             return

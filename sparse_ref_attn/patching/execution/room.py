@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ...cost import ModelShape, reference_kv_bytes, room_bytes
 from ...errors import BudgetError
 
 __all__ = ["check_room", "free_bytes"]
@@ -18,19 +17,15 @@ def free_bytes(device: torch.device) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def check_room(device: torch.device, shape: ModelShape, rows: int, own: int, batch: int, dtype: torch.dtype) -> None:
-    """Raise where `rows` reference tokens, and rooms for a call's `own` rows beside them, do not fit.
+def check_room(device: torch.device, rows: int, needed: int) -> None:
+    """Raise where what is stored of `rows` reference tokens, `needed` bytes with all that goes with it, does not fit.
 
     Raises
     ------
     BudgetError
     """
     free = free_bytes(device)
-    if free is None:
-        return
-    needed = (reference_kv_bytes(shape, rows, batch) + room_bytes(shape, own, batch)) * dtype.itemsize
-    needed //= shape.dtype_bytes
-    if needed > free:
+    if free is not None and needed > free:
         raise BudgetError(
             f"keys and values of {rows} reference tokens take {needed / 1e9:.2f} GB for each branch of guidance, and "
             f"must fit into what is free on {device}, got {free / 1e9:.2f} GB: give smaller references or fewer, keep "
