@@ -194,6 +194,7 @@ def _abilities(installed: dict[str, str | None]) -> list[Ability]:
         Ability("patch a transformer of your own (PlainAdapter)"),
         Ability("sra demo", pipelines),
         Ability("sra run", pipelines),
+        Ability("sra estimate", pipelines),
         Ability("sra compare and eval", pipelines or _absent(installed, "eval")),
         Ability("sra train", pipelines or _absent(installed, "train")),
         Ability("run on a GPU", gpu),
