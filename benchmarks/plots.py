@@ -28,9 +28,21 @@ STEMS = ("pipeline", "cache", "scaling", "end_to_end")
 COLOURS = ("#1c2430", "#c2410c", "#0f766e", "#7c3aed", "#b45309", "#2563eb", "#be185d", "#4d7c0f")
 QUIET = "#5b6675"
 
-UNITS = {
-    "references": "references: {}", "side": "{} px", "batch": "batch {}", "steps": "{} steps", "depth": "{} blocks",
+NAMES = {
+    "kontext": "FLUX.1 Kontext", "flux2-dev": "FLUX.2 dev", "klein-4b": "FLUX.2 Klein 4B",
+    "klein-9b": "FLUX.2 Klein 9B", "klein-9b-kv": "FLUX.2 Klein-KV 9B", "qwen-image-edit": "Qwen-Image-Edit",
+    "qwen-image-edit-2511": "Qwen-Image-Edit-Plus 2511",
 }  # fmt: skip
+"""Of `vocabulary.MODELS`, in words."""
+
+AXES = {
+    "side": "output and references, pixels a side", "batch": "pictures of one call", "references": "reference images",
+}  # fmt: skip
+
+METHODS = {
+    "tokens": "tokens dropped at the input", "cache": "references stored and read", "both": "dropped, stored and read",
+}  # fmt: skip
+"""Legends of methods whose names say less."""
 
 Row = Mapping[str, str]
 
@@ -63,10 +75,26 @@ def panels(rows: Sequence[Row], by: Sequence[str]) -> dict[str, list[Row]]:
     varying = [name for name in by if name == "model" or len({row[name] for row in rows}) > 1]
     out: dict[str, list[Row]] = {}
     for row in rows:
-        words = [row["model"]]
-        words += [UNITS[name].format(row[name]) for name in varying if name != "model"]
+        words = [NAMES.get(row["model"], row["model"])]
+        words += [_counted(name, row[name]) for name in varying if name != "model"]
         out.setdefault(", ".join(words), []).append(row)
     return out
+
+
+def _counted(column: str, value: str) -> str:
+    """A size of the call in words: "1 reference", "512 x 512 pixels", "2 double and 1 single blocks"."""
+    if column == "depth":
+        double, single = value.split("+")
+        return f"{double} double + {single} single-stream blocks"
+    if column in ("side", "batch"):
+        return f"{value} x {value} pixels" if column == "side" else f"batch of {value}"
+    return f"{value} {column.removesuffix('s') if value == '1' else column}"
+
+
+def _method(name: str) -> str:
+    """A method in words, with its share if it has one."""
+    first, *share = name.split(" ", 1)
+    return ", ".join([METHODS.get(first, first), *share]) if first in METHODS else name
 
 
 def over_kept(axes: Axes, rows: Sequence[Row]) -> bool:
@@ -74,9 +102,10 @@ def over_kept(axes: Axes, rows: Sequence[Row]) -> bool:
     drawn = {name: points for name, points in series(rows).items() if len(points) > 1}
     for colour, (name, points) in zip(COLOURS, drawn.items(), strict=False):
         x = [share for share, _ in points]
-        axes.plot(x, [float(row["speedup"]) for _, row in points], "o-", color=colour, label=name, markersize=4)
+        y = [float(row["speedup"]) for _, row in points]
+        axes.plot(x, y, "o-", color=colour, label=_method(name), markersize=4)
         axes.plot(x, [bound_speedup(row) for _, row in points], "--", color=colour, linewidth=1)
-    axes.set_xlabel("reference tokens kept, %")
+    axes.set_xlabel("reference tokens kept, % of all")
     axes.set_xlim(left=0)
     return bool(drawn)
 
@@ -105,9 +134,9 @@ def _lines(axes: Axes, rows: Sequence[Row], column: str, wanted: Callable[[Row],
     found = {name: sorted(own, key=lambda row: int(row[column])) for name, own in found.items() if len(own) > 1}
     for colour, (name, own) in zip(COLOURS, found.items(), strict=False):
         x = [int(row[column]) for row in own]
-        axes.plot(x, [float(row["speedup"]) for row in own], "o-", color=colour, label=name, markersize=4)
+        axes.plot(x, [float(row["speedup"]) for row in own], "o-", color=colour, label=_method(name), markersize=4)
         axes.plot(x, [bound_speedup(row) for row in own], "--", color=colour, linewidth=1)
-    axes.set_xlabel({"side": "output and references, pixels a side"}.get(column, column))
+    axes.set_xlabel(AXES[column])
     axes.set_xticks(sorted({int(row[column]) for own in found.values() for row in own}))
     return bool(found)
 
@@ -121,7 +150,7 @@ def memory(axes: Axes, rows: Sequence[Row]) -> bool:
         axes.annotate(f"{value:.2f}", (value, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
     axes.invert_yaxis()
     axes.set_xlim(right=1.15 * max(values, default=1.0))
-    axes.set_xlabel("peak memory, GB")
+    axes.set_xlabel("peak memory, GB (with weights)")
     return bool(known)
 
 
@@ -134,25 +163,26 @@ def cache_memory(axes: Axes, rows: Sequence[Row]) -> bool:
     for colour, name, size in zip(COLOURS, ("cache", "both"), (8, 4), strict=False):
         own = sorted((share, float(row["cache_mb"])) for share, row in known if row["method"].startswith(name))
         if own:
-            axes.plot(*zip(*own, strict=True), "o-", color=colour, label=name, markersize=size)
+            axes.plot(*zip(*own, strict=True), "o-", color=colour, label=METHODS[name], markersize=size)
     if known:
         every = float(known[0][1]["dense_cache_mb"])
         axes.axhline(every, color=QUIET, linestyle=":", linewidth=1)
         axes.annotate("every token", (1, every), (-2, -3), xycoords=("axes fraction", "data"), ha="right", va="top",
                       textcoords="offset points", fontsize=8, color=QUIET)  # fmt: skip
-    axes.set_xlabel("reference tokens kept, %")
+    axes.set_xlabel("reference tokens kept, % of all")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     return bool(known)
 
 
+SPEED_UP = "speed-up of the whole call, x\n(dashed: the bound)"
 PLOTS: dict[str, tuple[Callable[[Axes, Sequence[Row]], bool], tuple[str, ...], str]] = {
-    "kept": (over_kept, ("model", "references", "side", "batch", "steps", "depth"), "speed-up (dashed: bound)"),
-    "references": (over_references, ("model", "side", "batch", "steps", "depth"), "speed-up (dashed: bound)"),
-    "side": (over_side, ("model", "references", "batch", "steps", "depth"), "speed-up (dashed: bound)"),
-    "batch": (over_batch, ("model", "references", "side", "steps", "depth"), "speed-up (dashed: bound)"),
+    "kept": (over_kept, ("model", "references", "side", "batch", "steps", "depth"), SPEED_UP),
+    "references": (over_references, ("model", "side", "batch", "steps", "depth"), SPEED_UP),
+    "side": (over_side, ("model", "references", "batch", "steps", "depth"), SPEED_UP),
+    "batch": (over_batch, ("model", "references", "side", "steps", "depth"), SPEED_UP),
     "memory": (memory, ("model", "references", "side", "batch", "steps", "depth"), ""),
-    "cache_memory": (cache_memory, ("model", "references", "side", "batch", "steps"), "reference K/V held, MB"),
+    "cache_memory": (cache_memory, ("model", "references", "side", "batch", "steps"), "reference K and V held, MB"),
 }
 """Name -> what draws one panel and says whether there was anything to draw, the columns of a panel, its y axis."""
 
@@ -171,7 +201,7 @@ def draw(rows: Sequence[Row], name: str) -> Figure | None:
     for place, (title, own) in enumerate(shown.items()):
         axes = figure.add_subplot(high, wide, place + 1)
         panel(axes, own)
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title.replace(", ", "\n", 1), fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
         if label and place % wide == 0:
@@ -179,7 +209,7 @@ def draw(rows: Sequence[Row], name: str) -> Figure | None:
         if axes.get_legend_handles_labels()[0]:
             axes.set_ylim(0, 1.08 * max(max(line.get_ydata()) for line in _data_lines(axes)))
             axes.legend(fontsize=8, frameon=False)
-        if label.startswith("speed-up"):
+        if label == SPEED_UP:
             axes.axhline(1, color=QUIET, linestyle=":", linewidth=1)
     where = "; ".join(dict.fromkeys(_where(row) for own in shown.values() for row in own))
     figure.supxlabel(textwrap.fill(where, 75 * wide), fontsize=7, color=QUIET)
@@ -191,7 +221,8 @@ def _data_lines(axes: Axes) -> list[Any]:
 
 
 def _where(row: Row) -> str:
-    return f"{row['device']}, {row['dtype']}, torch {row['torch']}, {row['date']}, commit {row['commit']}"
+    versions = f"torch {row['torch']}, {row['date']}, commit {row['commit']}"
+    return f"{row['device']}, {row['threads']} threads, {row['dtype']}, {versions}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from .studies.reading import (
 )
 from .studies.stored import Reading
 
-__all__ = ["TABLES"]
+__all__ = ["TABLES", "ReadingRows"]
 
 FAMILIES = {"subject-driven": ("place",), "aligned": ALIGNED, "two references": ("pair",)}
 FIRST_FAMILIES = ("subject-driven", "aligned")
@@ -69,6 +69,15 @@ class ReadingRows:
         """Paired, with its interval: `one` less the weighted sum of the others."""
         terms = [Term(1.0, metric, _where(one)), *(Term(-w, metric, _where(each)) for each, w in others.items())]
         found = self.families[family].interval(terms)
+        if found is None:
+            return ""
+        mean, low, high = (f"{value:+.1f}" for value in (found.mean, found.low, found.high))
+        return f"{mean} [{low}, {high}]"
+
+    def over_dense(self, family: str, metric: str, one: Reading) -> str:
+        """As `difference`, to the dense run in all steps."""
+        dense = {"model": "dense", "method": "dense", "keep": 1.0}
+        found = self.families[family].interval([Term(1.0, metric, _where(one)), Term(-1.0, metric, dense)])
         if found is None:
             return ""
         mean, low, high = (f"{value:+.1f}" for value in (found.mean, found.low, found.high))

@@ -65,8 +65,8 @@ def page(folder: Path = STUDIES) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-PERFORMANCE = """Times, bounds and rivals are not on this page: the whole-pipeline tables are in the
-[README](../README.md), how they and the ops' are measured in [benchmarks/README.md](README.md), and every row in
+PERFORMANCE = """Times, bounds and rivals are not on this page: the whole-pipeline tables are on the page about
+[speed](../docs/speed.md), how they and the ops' are measured in [benchmarks/README.md](README.md), and every row in
 [results](results)."""
 
 

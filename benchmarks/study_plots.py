@@ -13,7 +13,13 @@ from .studies import caches, direction, sparse_context, sweep
 __all__ = ["PLOTS", "draw"]
 
 COLOURS = ("#1c2430", "#c2410c", "#2563eb", "#15803d", "#9333ea", "#b45309")
-QUIET = "#8a94a3"
+QUIET = "#5b6675"
+PSNR = "subject PSNR against the answer (dB)"
+TASKS = {
+    "place": "subject placed elsewhere", "pair": "two references", "swap": "background swapped",
+    "local": "subject recoloured", "global": "all recoloured",
+}  # fmt: skip
+TRAININGS = {"dense": "trained dense", "control": "600 steps more", "drop": "600 steps more, dropping"}
 
 
 def draw(folder: Path) -> list[Path]:
@@ -29,6 +35,8 @@ def draw(folder: Path) -> list[Path]:
         paint(measured, figure)
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)
+        figure.supxlabel(f"The small model, {measured.rows[0]['steps']} steps, held-out subjects; bars: 95 % intervals",
+                         fontsize=8, color=QUIET)  # fmt: skip
         made.append(folder / f"{name}.png")
         figure.savefig(made[-1], dpi=110, metadata={"Software": None})
     return made
@@ -79,7 +87,7 @@ def _methods(measured: Measured, figure: Any) -> None:
     if dense is not None:
         axes.axvline(dense.mean, color=QUIET, linewidth=1, linestyle=":", label="every token")
         axes.legend(frameon=False, loc="lower right")
-    axes.set_xlabel("PSNR on the subject's pixels (dB), 95 % interval over subjects")
+    axes.set_xlabel(PSNR)
 
 
 def _sweep(measured: Measured, figure: Any) -> None:
@@ -90,7 +98,7 @@ def _sweep(measured: Measured, figure: Any) -> None:
         _level(axes, measured, metric, _where("dense", 1.0))
         axes.set_xscale("log", base=2)
         axes.set_xticks([100 * keep for keep in sweep.KEEPS], [f"{100 * keep:g}" for keep in sweep.KEEPS])
-        axes.set_xlabel("% of the reference tokens kept after step 0")
+        axes.set_xlabel("reference tokens kept after step 0, % of all")
         axes.set_ylabel(label)
     figure.axes[0].legend(frameon=False, fontsize=8)
 
@@ -101,8 +109,8 @@ def _direction(measured: Measured, figure: Any) -> None:
             at = {float(x): _where(f"{ranked}, {way}", keep) for x, way in enumerate(_WAYS)}
             _curve(axes, measured, "subject_psnr", at, color=colour, label=f"ranked by the {ranked}")
         axes.set_xticks(range(3), _WAYS)
-        axes.set_xlabel(f"budget over the steps, {100 * keep:g} % on average")
-    figure.axes[0].set_ylabel("subject PSNR (dB)")
+        axes.set_xlabel(f"budget over the steps, {100 * keep:g} % of the tokens on average")
+    figure.axes[0].set_ylabel(PSNR)
     figure.axes[0].legend(frameon=False, fontsize=8)
 
 
@@ -115,10 +123,12 @@ def _entropy(measured: Measured, figure: Any) -> None:
     left.axhline(0, color=QUIET, linewidth=1, linestyle=":")
     for colour, task in zip(COLOURS, measured.distinct("task"), strict=False):
         at = {float(step): {"task": task, "step": step, "block": "single"} for step in steps}
-        _curve(left, measured, (Term(1.0, "bits", {}), Term(-1.0, "uniform_bits", {})), at, color=colour, label=task)
+        _curve(
+            left, measured, (Term(1.0, "bits", {}), Term(-1.0, "uniform_bits", {})), at, color=colour, label=TASKS[task]
+        )
         _curve(right, measured, "top_25", at, color=colour)
     left.set_ylabel("entropy of the references' attention,\nbits above that of a uniform one")
-    right.set_ylabel("share of it in the top 25 % of the tokens")
+    right.set_ylabel("share of the attention\nin the top 25 % of the tokens (0 to 1)")
     for axes in (left, right):
         axes.set_xlabel("step")
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
@@ -128,7 +138,10 @@ def _blocks(measured: Measured, figure: Any) -> None:
     steps = range(int(measured.rows[0]["steps"]))
     blocks = [name for name in measured.distinct("block") if name.isdigit()]
     for axes, metric, title in zip(
-        figure.subplots(1, 2), ("bits", "recall"), ("entropy (bits)", "recall of the subject's tokens"), strict=True
+        figure.subplots(1, 2),
+        ("bits", "recall"),
+        ("entropy of the attention (bits)", "share of the subject's tokens found (0 to 1)"),
+        strict=True,
     ):
         grid = [
             [_mean(measured, metric, {"task": "place", "step": step, "block": block}) for step in steps]
@@ -138,13 +151,16 @@ def _blocks(measured: Measured, figure: Any) -> None:
         figure.colorbar(shown, ax=axes)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
-        axes.set_ylabel("block (0 and 1 double, then single)")
+        axes.set_ylabel("block (0 and 1 double-stream)")
 
 
 def _stability(measured: Measured, figure: Any) -> None:
     steps = int(measured.rows[0]["steps"])
     for axes, metric, title in zip(
-        figure.subplots(1, 2), ("spearman", "overlap_25"), ("Spearman", "overlap of the top 25 %"), strict=True
+        figure.subplots(1, 2),
+        ("spearman", "overlap_25"),
+        ("rank correlation (Spearman)", "overlap of the top 25 % (0 to 1)"),
+        strict=True,
     ):
         grid = [
             [
@@ -155,7 +171,7 @@ def _stability(measured: Measured, figure: Any) -> None:
         ]
         shown = axes.imshow(grid, cmap="viridis", vmax=1.0)
         figure.colorbar(shown, ax=axes)
-        axes.set_title(f"rankings of two steps: {title}", fontsize=10)
+        axes.set_title(f"rankings of two steps:\n{title}", fontsize=10)
         axes.set_xlabel("step")
         axes.set_ylabel("step")
 
@@ -168,7 +184,7 @@ def _reuse(measured: Measured, figure: Any) -> None:
     _curve(axes, measured, "subject_psnr", at, color=COLOURS[0], linestyle="none")
     _level(axes, measured, "subject_psnr", _where("dense", 1.0))
     axes.set_xticks(range(len(names)), names, rotation=35, ha="right", fontsize=8)
-    axes.set_ylabel("subject PSNR (dB)")
+    axes.set_ylabel(PSNR)
 
 
 def _caches(measured: Measured, figure: Any) -> None:
@@ -183,11 +199,13 @@ def _caches(measured: Measured, figure: Any) -> None:
             if found[0] is not None and found[1] is not None:
                 points.append((found[0].mean, found[1].mean))
                 if label != "both":
-                    axes.annotate(name, points[-1], (5, 4), textcoords="offset points", fontsize=8)
+                    axes.annotate(name, points[-1], (5, -12 if name.endswith("3") else 5), textcoords="offset points",
+                                  fontsize=8)  # fmt: skip
         axes.scatter(*zip(*points, strict=True) if points else ([], []), color=colour, label=label, zorder=3)
     _level(axes, measured, "subject_psnr", _where("dense", 1.0))
-    axes.set_xlabel("dense FLOPs / executed FLOPs of the transformer")
-    axes.set_ylabel("subject PSNR (dB)")
+    axes.set_xlabel("dense FLOPs / the run's FLOPs, transformer")
+    axes.margins(0.12)
+    axes.set_ylabel(PSNR)
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -202,10 +220,10 @@ def _tuned(measured: Measured, figure: Any) -> None:
                 _curve(axes, measured, "subject_psnr", at, color=colour, label=rule)
             axes.set_xscale("log")
             axes.set_xticks([5, 10, 25, 100], ["5", "10", "25", "100"], minor=False)
-            axes.set_title(f"{task}, {model}", fontsize=10)
-        row[0].set_ylabel("subject PSNR (dB)")
+            axes.set_title(f"{TASKS[task]},\n{TRAININGS[model]}", fontsize=9)
+        row[0].set_ylabel(PSNR)
     for axes in panels[-1]:
-        axes.set_xlabel("% of the reference tokens kept")
+        axes.set_xlabel("reference tokens kept, % of all")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right upper")
@@ -223,13 +241,13 @@ def _tasks(measured: Measured, figure: Any) -> None:
         _curve(axes, measured, "psnr", at, color=colour, linestyle="none", label=name)
     at = {float(x): _where("dense", 1.0, task=task) for x, task in enumerate(tasks)}
     _curve(axes, measured, "psnr", at, color=QUIET, linestyle="none", label="every token")
-    axes.set_xticks(range(len(tasks)), tasks)
-    axes.set_ylabel("PSNR (dB)")
+    axes.set_xticks(range(len(tasks)), [TASKS[task].replace(" ", "\n", 1) for task in tasks])
+    axes.set_ylabel("PSNR of the picture\nagainst the answer (dB)")
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
 
 
 def _side_by_side(figure: Any, *metrics: str) -> Iterator[tuple[Any, str, str]]:
-    labels = {"subject_psnr": "subject PSNR (dB)", "identity": "identity (MobileNetV2)"}
+    labels = {"subject_psnr": PSNR, "identity": "likeness of the subject,\ncosine of MobileNetV2 features"}
     for axes, metric in zip(figure.subplots(1, len(metrics)), metrics, strict=True):
         yield axes, metric, labels[metric]
 

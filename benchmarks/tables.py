@@ -15,6 +15,8 @@ from statistics import fmean
 from sparse_ref_attn.eval.aggregate import paired
 from sparse_ref_attn.eval.rows import read_rows
 
+from .fitting import fitting
+from .frontier import frontier
 from .readings import TABLES as READINGS
 from .results import RESULTS, read
 
@@ -22,7 +24,15 @@ ROOT = RESULTS.parent.parent
 
 __all__ = ["EVALUATIONS", "PAGES", "configurations", "findings", "insert", "learned", "pipeline", "write"]
 
-PAGES = ("README.md", "benchmarks/README.md", "docs/configurations.md")
+PAGES = (
+    "README.md",
+    "benchmarks/README.md",
+    "docs/configurations.md",
+    "docs/memory.md",
+    "docs/quality.md",
+    "docs/reference-cache.md",
+    "docs/speed.md",
+)
 
 UNITS = {"side": "{} px", "batch": "batch {}"}
 
@@ -66,7 +76,7 @@ EVALUATIONS = {
     "eval": (("dense",), ("0.5", "0.25", "0.15", "0.1", "0.05")),
     "tuned": (tuple(TRAININGS), ("0.25", "0.1")),
 }
-"""Models and shares of the README's tables of `learned`, by their marks."""
+"""Models and shares of the pages' tables of `learned`, by their marks."""
 
 
 def learned(path: Path, models: Sequence[str], keeps: Sequence[str]) -> str:
@@ -106,7 +116,7 @@ FINDINGS = (
     *((family, (model, "dense", "1.0"), ALL) for family in (PLACED, ALIGNED) for model in ("drop", "control")),
     *((PLACED, ("control", rule, "0.25"), ("dense", rule, "0.25")) for rule in ("random", "ReCAST flat")),
 )
-"""Paired differences of the README's table: the kind of edit, and two of (model, method, share)."""
+"""Paired differences of the page about quality: the kind of edit, and two of (model, method, share)."""
 
 
 def findings(folder: Path) -> str:
@@ -159,12 +169,16 @@ def _environment(row: dict[str, str]) -> str:
 
 def insert(text: str) -> str:
     """`text` with every ``<!-- table:NAME -->`` block filled from ``results/NAME.csv``, of ``configurations_CARD``
-    from ``results/configurations.csv``, or from ``results/eval`` and ``results/studies``."""
+    from ``results/configurations.csv``, from ``results/eval`` and ``results/studies``, or from `estimate`."""
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
         if name == "findings":
             made = findings(RESULTS / "eval")
+        elif name == "frontier":
+            made = frontier(RESULTS / "studies", RESULTS / "eval")
+        elif name == "fitting":
+            made = fitting()
         elif name.startswith("configurations_"):
             made = configurations(RESULTS / "configurations.csv", name.removeprefix("configurations_"))
         elif name in READINGS:

@@ -40,6 +40,7 @@ PACKAGES = {
     "matplotlib": "evaluation",
     "scikit-image": "evaluation",
     "scipy": "evaluation",
+    "gradio": "page in the browser",
     "flash-attn": "optional attention kernels",
     "flash-attn-3": "optional attention kernels",
     "fa3-fwd": "optional attention kernels",
@@ -50,11 +51,13 @@ EXTRAS = {
     "diffusers": ("diffusers", "transformers", "pillow"),
     "eval": ("matplotlib", "scikit-image", "scipy"),
     "train": ("accelerate", "peft"),
+    "app": ("gradio",),
 }
 MODULES = {
     "diffusers": ("diffusers", "transformers", "accelerate", "PIL", "safetensors", "sentencepiece", "google.protobuf"),
     "eval": ("matplotlib", "skimage", "scipy"),
     "train": ("peft",),
+    "app": ("gradio",),
 }
 """What each extra brings, by the names that are imported."""
 DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "google.protobuf": "protobuf"}
@@ -99,7 +102,7 @@ def missing(*extras: str) -> str:
 
     Parameters
     ----------
-    *extras : "diffusers", "eval" or "train"
+    *extras : "diffusers", "eval", "train" or "app"
 
     Examples
     --------
@@ -197,6 +200,7 @@ def _abilities(installed: dict[str, str | None]) -> list[Ability]:
         Ability("sra estimate", pipelines),
         Ability("sra compare and eval", pipelines or _absent(installed, "eval")),
         Ability("sra train", pipelines or _absent(installed, "train")),
+        Ability("sra app", pipelines or _absent(installed, "app")),
         Ability("run on a GPU", gpu),
         Ability("offload a model to the CPU's memory (sra run --offload)", offload),
     ]

@@ -11,7 +11,7 @@ from typing import Any
 from .checks import is_int, is_number
 from .errors import ConfigError
 
-__all__ = ["At", "Drift", "Every", "Never", "Refresh", "from_dict", "standard"]
+__all__ = ["At", "Drift", "Every", "Never", "Refresh", "from_dict", "named", "standard"]
 
 Place = int | float
 """A number of steps, or a share of the run."""
@@ -227,6 +227,42 @@ def standard(total: int | None) -> Refresh:
     if total is None:
         return Every(4)
     return Every(0.5) if total <= 8 else Every(0.25)
+
+
+def named(text: str) -> Refresh:
+    """What people write: ``"4"`` or ``"25%"``, every so many steps or shares of the run; ``"0,4,8"``, at these; or
+    ``"never"``, or ``"drift:0.3"``.
+
+    Raises
+    ------
+    ConfigError
+        If it is none of these, or a number is outside its range.
+
+    Examples
+    --------
+    >>> named("25%"), named("0,4"), named("Never")
+    (Every(n=0.25, warmup=1, last=0), At(places=(0, 4)), Never())
+    """
+    name, _, value = text.strip().lower().partition(":")
+    try:
+        if name == "never":
+            return Never()
+        if name == "drift":
+            return Drift(float(value))
+        places = [_place(part.strip()) for part in text.split(",")]
+    except ConfigError:
+        raise
+    except ValueError:
+        raise ConfigError(
+            f"must be steps (4), a share (25%), several of them (0,4,8), never, or drift:0.3, got {text!r}"
+        ) from None
+    return At(places) if len(places) > 1 else Every(places[0])
+
+
+def _place(text: str) -> Place:
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
+    return int(text) if text.isdecimal() else float(text)
 
 
 def from_dict(data: Mapping[str, Any]) -> Refresh:

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import plots, results
 from benchmarks.cli import main
 from sparse_ref_attn import ConfigError
+from sparse_ref_attn.vocabulary import MODELS
 
 CACHE = results.RESULTS / "cache_cpu.csv"
 
@@ -27,7 +28,7 @@ def lines(figure, label: str) -> list[tuple[list[float], list[float]]]:
 def test_speed_up_over_the_kept_ratio_with_its_bound():
     rows = plots.latest(results.read(CACHE))
     figure = plots.draw(rows, "kept")
-    by_panel = lines(figure, "both")
+    by_panel = lines(figure, "dropped, stored and read")
     assert len(by_panel) == 3
     for references, (measured, bound) in zip((1, 2, 4), by_panel, strict=True):
         own = {row["method"]: row for row in rows if row["references"] == str(references)}
@@ -37,6 +38,15 @@ def test_speed_up_over_the_kept_ratio_with_its_bound():
             row = own[f"both {share:.0f}%"]
             assert speedup == pytest.approx(dense / float(row["seconds_median"]), rel=5e-3)
             assert limit == pytest.approx(dense / float(row["bound_seconds"]), rel=5e-3)
+
+
+def test_panels_say_models_sizes_and_units_in_words():
+    axes = plots.draw(plots.latest(results.read(CACHE)), "kept").get_axes()
+    counts = ("1 reference", "2 references", "4 references")
+    assert [each.get_title() for each in axes] == [f"FLUX.2 Klein 9B\n{count}" for count in counts]
+    assert axes[0].get_ylabel().startswith("speed-up of the whole call, x")
+    assert {each.get_xlabel() for each in axes} == {"reference tokens kept, % of all"}
+    assert set(plots.NAMES) == set(MODELS)
 
 
 def test_the_latest_row_of_a_call_counts():

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sparse_ref_attn.errors import ConfigError, LayoutError
 from sparse_ref_attn.overlay import save_budget_strip, save_overlay
+from sparse_ref_attn.overlay.kept import OUTLINE, VEIL
 from sparse_ref_attn.record import BlockAttention, RunRecord, Stability, StepRecord
 from sparse_ref_attn.report import FlopSummary, attention_table, summary
 from sparse_ref_attn.types import Reference, RefSelection, TokenLayout
@@ -244,7 +245,7 @@ def near(picture: np.ndarray, colour: tuple[float, ...], within: int) -> np.ndar
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 9), (9, 3), (33, 31)])
 def test_kept_tokens_keep_their_colour_and_dropped_ones_are_dark(tmp_path, grid):
-    """A block of kept tokens at the top left, as large as its share; dropped tokens keep little light."""
+    """A block of kept tokens at the top left, as large as its share; dropped tokens lie under a dark blue veil."""
     h, w = (grid[0] + 1) // 2, (grid[1] + 1) // 2
     kept = [y * grid[1] + x for y in range(h) for x in range(w)]
     layout = layout_of(grid)
@@ -257,14 +258,30 @@ def test_kept_tokens_keep_their_colour_and_dropped_ones_are_dark(tmp_path, grid)
     assert cell >= 10
     assert (xs.max() - xs.min() + 1) / w == pytest.approx(cell, rel=0.01)
     assert len(ys) == pytest.approx(h * w * cell**2, rel=0.1)
-    # The centre of a kept cell has its mean colour; that of the last, dropped, cell is darker but not lost.
+    # The centre of a kept cell has its mean colour; that of the last, dropped, cell is the veil's, a little lighter.
     y0, x0 = ys.min(), xs.min()
     inside = picture[y0 + round(cell / 2), x0 + round(cell / 2)]
     outside = picture[y0 + round((grid[0] - 0.5) * cell), x0 + round((grid[1] - 0.5) * cell)]
     assert np.abs(inside - RED).max() <= 2
-    assert 0 < outside.sum() < 0.35 * sum(BLUE)
-    # Just right of the kept block runs the light outline.
-    assert near(picture[y0 + round(cell / 2), xs.max() + 1 : xs.max() + 4][None], (255, 255, 255), 0).any()
+    assert np.abs(outside - VEIL).max() <= 40
+    # Just right of the kept block runs the outline.
+    assert near(picture[y0 + round(cell / 2), xs.max() + 1 : xs.max() + 4][None], OUTLINE, 0).any()
+
+
+@pytest.mark.parametrize("shade", [-1.0, 0.0, 1.0], ids=["black", "grey", "white"])
+def test_what_was_kept_shows_on_a_photo_of_one_shade(tmp_path, shade):
+    """A white photo's kept tokens looked like holes in the page, outlined in white on white."""
+    layout = layout_of((12, 12))
+    record = RunRecord(layout, 1, 1, steps=[step_of(0, layout, [40, 41, 52, 53])])
+    record.pixels = [torch.full((1, 3, 96, 96), shade)]
+    save_overlay(record, tmp_path / "kept.png")
+    picture = pixels_of(tmp_path / "kept.png")
+    ys, xs = np.nonzero(near(picture[100:], OUTLINE, 0) & (np.arange(picture.shape[1]) > 100))
+    kept = picture[100:][ys.min() + 6, (xs.min() + xs.max()) // 2]
+    dropped = picture[100:][ys.min() - 6, (xs.min() + xs.max()) // 2]
+    assert np.abs(kept - 127.5 * (shade + 1)).max() <= 2
+    for one, other in ((kept, dropped), (kept, OUTLINE), (dropped, OUTLINE)):
+        assert np.abs(one - np.array(other)).max() > 60
 
 
 def test_heat_shows_the_highest_score_in_yellow_and_the_lowest_in_violet(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from .. import vocabulary
 from . import execution, values
 
 __all__ = [
     "OWN", "STEPS", "add_builtin", "add_config", "add_likeness", "add_offload", "add_place", "add_runs", "add_set",
+    "settings",
 ]  # fmt: skip
 
 KEEP = "mean share of the reference tokens over all steps, a dense one included (25%%, 0.25), or with sparse-context "
@@ -91,6 +93,12 @@ def add_config(parser: argparse.ArgumentParser, preset: str | None, keep: str, d
         help=f"what ranks the tokens: {', '.join(vocabulary.SELECTORS)} (default: the preset's)",
     )
     execution.add_arguments(parser)
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of a preset that `add_config` read, beside how much it keeps; those that were given."""
+    given = {name: value for name in ("task", "select") if (value := getattr(options, name)) is not None}
+    return given | execution.settings(options)
 
 
 def add_runs(parser: argparse.ArgumentParser) -> None:

@@ -13,12 +13,14 @@ from ..errors import ConfigError, SparseRefError
 from ..estimation import at_share
 from ..eval import calls, loading, metrics, outputs
 from ..eval.compare import compare_all
+from ..eval.method_rows import markdown, rows_of
 from ..eval.methods import methods
 from ..eval.metrics import Metric, weights
-from ..eval.page import markdown, rows_of, write_page
+from ..eval.page import Asked, write_page
 from ..execution import Cache
 from ..hooks.compiled import unwrap
 from ..pictures import open_image
+from ..toy.calls import image
 from . import builtin, calling, execution, failures
 from .logs import quiet
 from .memory import memory_of
@@ -40,15 +42,18 @@ def compare(options: argparse.Namespace) -> None:
     families = _families(options, refused)
     directory = outputs.prepare_directory(options.out)
     shown = _metrics(options)
-    note = ""
+    note, answer = "", None
     if options.model is None:
-        pipe, device, arguments, note = _built_in(options)
+        pipe, device, arguments, note, answer = _built_in(options)
     else:
         pipe, device, arguments = _loaded(options)
     steps = arguments.pop("num_inference_steps")
     configs = _at_share(unwrap(pipe.transformer), families, options.keep, steps, refused)
     call = calling.caller(pipe, arguments, options.seed)
     pictures = outputs.Pictures(directory / "pictures", ())
+    asked = Asked(arguments["prompt"], _listed(arguments["image"]), answer)
+    for name, picture in asked.pictures():
+        pictures(name, picture)
     largest = max(configs.values(), key=lambda config: isinstance(config.execute, Cache))
     with failures.told(pictures.folder, pictures.written, memory_of(pipe, largest, arguments, options)):
         results = compare_all(pipe, configs, call, steps=steps, repeats=options.repeats, refused=refused, made=pictures)
@@ -64,8 +69,8 @@ def compare(options: argparse.Namespace) -> None:
         "methods": {name: config.describe() for name, config in configs.items() if name in results},
         "versions": doctor.versions(),
     }
-    files = write_page(directory, results, shown, about, refused=refused, note=note)
-    files.append(("pictures/", "each picture by itself"))
+    files = write_page(directory, results, shown, about, asked, refused=refused, note=note, save=pictures)
+    files.append(("pictures/", "each picture of the page by itself"))
     show(f"\n{markdown(rows_of(results, shown), shown)}\n")
     for names, why in _by_reason(refused):
         show(f"{names} could not run: {why}")
@@ -123,14 +128,19 @@ def _by_reason(refused: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(", ".join(those), why) for why, those in names.items()]
 
 
-def _built_in(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any], str]:
+def _listed(images: Any) -> list[Any]:
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _built_in(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any], str, Any]:
     if options.image is not None and len(options.image) > 1:
         raise ConfigError(f"the built-in pipeline takes one image, got {len(options.image)}")
     quiet(pipelines_too=True)
     made = builtin.builtin(options, None if options.image is None else options.image[0])
     show(made.note)
     arguments = made.arguments | {"num_inference_steps": made.steps}
-    return made.build(), "cpu", arguments, made.note.replace("\n", " ")
+    answer = None if made.pair is None else image(made.pair.target)
+    return made.build(), "cpu", arguments, made.note.replace("\n", " "), answer
 
 
 def _loaded(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any]]:

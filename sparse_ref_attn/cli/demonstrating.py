@@ -9,12 +9,13 @@ from typing import Any
 
 from .. import doctor
 from ..config import SparseRef
+from ..estimation import Amount
 from ..eval import outputs
 from ..eval.compare import compare
 from ..toy.scenes import Scene
 from . import calling, failures
-from .amount import Amount, settings
 from .builtin import builtin
+from .common import settings
 from .logs import quiet
 from .memory import memory_of
 from .terminal import saved, show

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import SparseRefError
-from ..estimation import estimate
+from ..estimation import Amount, estimate
 from ..pictures import open_image
 from . import failures
-from .amount import Amount, settings
+from .common import settings
 from .edits import Edit, edits_of
 from .fingerprint import fingerprints
 from .logs import hushed, quiet

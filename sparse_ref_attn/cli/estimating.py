@@ -6,8 +6,9 @@ import argparse
 import json
 
 from .. import estimation
+from ..estimation import Amount
 from ..eval.geometry import meta_transformer, pipeline_of
-from .amount import Amount, settings
+from .common import settings
 from .logs import quiet
 from .terminal import show
 

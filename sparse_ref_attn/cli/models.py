@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import re
 from collections.abc import Sequence
@@ -18,12 +17,13 @@ from ..eval import calls, loading
 from ..eval.geometry import meta_transformer, pipeline_of
 from ..eval.loras import Lora, check_loras
 from ..eval.quantization import check_quantization
+from ..eval.sizes import size_of
+from ..toy.calls import written
 from ..toy.pipeline import TRAINED, toy_pipeline
-from ..toy.words import LENGTH
 from ..vocabulary import MODELS
 from .edits import Edit
 
-__all__ = ["Model", "model_of", "size_of"]
+__all__ = ["Model", "model_of"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _QWEN = "temperal_downsample"  # of its VAE's configuration
@@ -99,7 +99,8 @@ class Published:
 
     def arguments(self, pipe: Any, edit: Edit, images: list[Any]) -> dict[str, Any]:
         return calls.call_arguments(
-            pipe, images, edit.prompt, size=size_of(pipe, edit, images, self._more), steps=edit.steps,
+            pipe, images, edit.prompt, size=size_of(pipe, images, edit.width, edit.height, self._more),
+            steps=edit.steps,
             negative=edit.negative, guidance=edit.guidance, more=self._more,
         )  # fmt: skip
 
@@ -145,11 +146,7 @@ class Small:
         joined = Image.new("RGB", (side * len(images), side))
         for i, image in enumerate(images):
             joined.paste(ImageOps.fit(image, (side, side)), (side * i, 0))
-        return {
-            "prompt": edit.prompt, "image": joined, "height": side, "width": side, "max_area": side * side,
-            "_auto_resize": False, "max_sequence_length": LENGTH, "guidance_scale": 1.0,
-            "num_inference_steps": self.steps(edit),
-        }  # fmt: skip
+        return written(edit.prompt, joined, side) | {"num_inference_steps": self.steps(edit)}
 
     def steps(self, edit: Edit) -> int | None:
         return edit.steps or self._STEPS
@@ -163,24 +160,3 @@ def _cell(folder: Path) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return int(2 ** (halved + 1))
-
-
-def size_of(pipe: Any, edit: Edit, images: Sequence[Any], more: dict[str, Any]) -> tuple[int, int] | None:
-    """Height and width: as given, one of them in the shape of the reference, or None where the pipeline keeps it.
-
-    FLUX.1 Kontext alone would make a square of every reference: it gets the reference's shape at its own area.
-    """
-    if edit.width and edit.height:
-        return edit.height, edit.width
-    cell, facts = 2 * getattr(pipe, "vae_scale_factor", 8), calls.check_class(pipe)
-    image = images[facts.shaped_by]
-    ratio = image.width / image.height
-    if edit.width or edit.height:
-        height, width = edit.height or edit.width / ratio, edit.width or edit.height * ratio
-        rounded = (max(cell, round(side / cell) * cell) for side in (height, width))
-        return tuple(given or side for given, side in zip((edit.height, edit.width), rounded, strict=True))  # type: ignore[return-value]
-    if facts.area is None or facts.area in more:
-        return None
-    area = inspect.signature(load_class(facts.cls).__call__).parameters[facts.area].default
-    height, width = (int((area * shape) ** 0.5) // cell * cell for shape in (1 / ratio, ratio))
-    return max(cell, height), max(cell, width)

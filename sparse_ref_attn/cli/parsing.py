@@ -56,7 +56,7 @@ def later(module: str, name: str, *extras: str) -> Callable[[argparse.Namespace]
     Parameters
     ----------
     module, name : str
-    *extras : "diffusers", "eval" or "train"
+    *extras : "diffusers", "eval", "train" or "app"
         Without whose packages the command is refused before anything else.
     """
 

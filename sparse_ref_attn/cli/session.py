@@ -10,10 +10,10 @@ from typing import Any
 
 from .. import doctor
 from ..config import SparseRef
+from ..estimation import Amount
 from ..patching import patched
 from ..pictures import open_image
 from . import calling, failures
-from .amount import Amount
 from .edits import Edit
 from .memory import memory_of
 from .models import Model

@@ -9,9 +9,10 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from .. import refresh as refreshing
 from ..checks import is_int
 from ..errors import ConfigError
-from ..refresh import At, Drift, Every, Never, Refresh
+from ..refresh import Refresh
 from ..vocabulary import chosen
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "lora",
     "named",
     "one_of",
+    "port",
     "refresh",
     "seed",
     "setting",
@@ -102,27 +104,24 @@ def at_least_zero(text: str) -> float:
 
 
 def refresh(text: str) -> Refresh:
-    """ "4" or "25%": every so many steps, or shares of the run; "0,4,8" at these; "never"; "drift:0.3"."""
-    name, _, value = text.lower().partition(":")
+    """As `refresh.named`."""
     try:
-        if name == "never":
-            return Never()
-        if name == "drift":
-            return Drift(float(value))
-        places = [float(part[:-1]) / 100 if part.endswith("%") else _number(part) for part in text.split(",")]
-        return At(places) if len(places) > 1 else Every(places[0])
+        return refreshing.named(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be steps (4), a share (25%), several of them (0,4,8), never, or drift:0.3, got {text!r}"
-        ) from None
 
 
 def seed(text: str) -> int:
     """What torch's generators take."""
     if not text.isdecimal() or not int(text) < 2**64:
         raise argparse.ArgumentTypeError(f"must be a whole number in [0, 2**64), got {text!r}")
+    return int(text)
+
+
+def port(text: str) -> int:
+    """What a server may listen on."""
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 65535, got {text!r}")
     return int(text)
 
 

@@ -1,7 +1,8 @@
 """What a run will cost, before it runs."""
 
+from .amount import Amount
 from .api import estimate
 from .result import Estimate, RunMemory
-from .share import at_share
+from .share import at_share, at_share_of_sites
 
-__all__ = ["Estimate", "RunMemory", "at_share", "estimate"]
+__all__ = ["Amount", "Estimate", "RunMemory", "at_share", "at_share_of_sites", "estimate"]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from ..config import SparseRef
 from ..errors import ConfigError
+from ..hooks.diffusers import AttentionSite
 from ..models import adapter_for
 from ..patching.execution.joint import check_cache
 from ..types import Reference, TokenLayout
 from .planned import PlannedRun
 
-__all__ = ["at_share"]
+__all__ = ["at_share", "at_share_of_sites"]
 
 _SIDE = 1000  # of the reference that stands for all: counts of a million tokens are shares to six digits
 _LAYOUT = TokenLayout(_SIDE**2 + 1, 0, (0, 1), (Reference(1, _SIDE**2, (_SIDE, _SIDE)),))
@@ -62,8 +63,34 @@ def at_share(transformer: nn.Module, family: Callable[[float], SparseRef], share
     0.2
     """
     adapter = adapter_for(transformer)
-    sites = adapter.sites(transformer)
+    check_cache(family(share), adapter, transformer)
     kept_by_model = adapter.cache is not None and adapter.cache.kept_by(transformer)
+    return at_share_of_sites(adapter.sites(transformer), family, share, steps, kept_by_model)
+
+
+def at_share_of_sites(
+    sites: Sequence[AttentionSite],
+    family: Callable[[float], SparseRef],
+    share: float,
+    steps: int,
+    kept_by_model: bool = False,
+) -> SparseRef:
+    """As `at_share`, of a model that is known by the attention of its blocks alone.
+
+    Parameters
+    ----------
+    sites : sequence of AttentionSite
+        In the order of the blocks.
+    kept_by_model : bool
+        Whether the model keeps its references' keys and values itself.
+
+    Examples
+    --------
+    >>> import sparse_ref_attn as sra
+    >>> blocks = [AttentionSite(None, "double")] * 4
+    >>> at_share_of_sites(blocks, lambda keep: sra.SparseRef("mass", keep), 0.4, steps=4).budget.keep
+    0.2
+    """
 
     def planned(config: SparseRef) -> PlannedRun:
         return PlannedRun.of(config, sites, _LAYOUT, steps, kept_by_model)
@@ -71,7 +98,6 @@ def at_share(transformer: nn.Module, family: Callable[[float], SparseRef], share
     def mean(config: SparseRef) -> float:
         return planned(config).mean(_SIDE**2, len(sites)) / _SIDE**2
 
-    check_cache(family(share), adapter, transformer)
     if family(share).budget == family(1.0).budget or planned(family(share)).reads_all(_SIDE**2):
         return family(share)
     for exact in (share, 1.0):

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hooks.diffusers import AttentionSite, tapped_attention
+from ..adapters.base import Adapter
+from ..errors import IncompatibleError
+from ..hooks.diffusers import AttentionSite, check_measurable, tapped_attention
 from ..timing import Stopwatch
 
-__all__ = ["CallTimes", "time_call", "timed"]
+__all__ = ["CallTimes", "time_call", "timed", "timed_sites"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,16 @@ class CallTimes:
     def fixed(self) -> float:
         """Outside the transformer: text encoders, VAE, scheduler."""
         return max(self.whole - self.transformer, 0.0)
+
+
+def timed_sites(adapter: Adapter, transformer: nn.Module) -> list[AttentionSite]:
+    """The attention of a transformer whose time can be taken; none where it cannot be."""
+    sites = adapter.sites(transformer)
+    try:
+        check_measurable(sites, adapter.name)
+    except IncompatibleError:
+        return []
+    return sites
 
 
 def time_call(call: Callable[[], Any], transformer: nn.Module, sites: Sequence[AttentionSite]) -> tuple[Any, CallTimes]:

@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ..adapters.base import Adapter
 from ..batching.progress import NoBar, SequentialBar
 from ..config import SparseRef
-from ..errors import ConfigError, IncompatibleError, SparseRefError
+from ..errors import ConfigError, SparseRefError
 from ..hooks.compiled import unwrap
-from ..hooks.diffusers import AttentionSite, check_measurable
 from ..models import adapter_for
 from ..patching import PatchHandle, patched
 from ..report.work import dense_flops, recorded_flops
-from .clock import CallTimes, time_call
+from .clock import CallTimes, time_call, timed_sites
 from .comparison import Comparison
 
 __all__ = ["compare", "compare_all"]
@@ -114,7 +112,7 @@ def compare_all(
     made = (lambda name, picture: None) if made is None else made
     transformer = unwrap(pipe.transformer)
     adapter = adapter_for(transformer)
-    sites = _sites(adapter, transformer)
+    sites = timed_sites(adapter, transformer)
     short = min(steps, 2)
     make = getattr(pipe, "progress_bar", NoBar)  # a modular pipeline's blocks have bars of their own
     bar = SequentialBar(make, dense + short * len(configs) + repeats * steps * (dense + len(configs)))
@@ -162,16 +160,6 @@ def compare_all(
         )
         for name, (handle, image) in last.items()
     }
-
-
-def _sites(adapter: Adapter, transformer: Any) -> list[AttentionSite]:
-    """The attention whose time is taken; none where it cannot be."""
-    sites = adapter.sites(transformer)
-    try:
-        check_measurable(sites, adapter.name)
-    except IncompatibleError:
-        return []
-    return sites
 
 
 @contextmanager

@@ -9,17 +9,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from ..errors import ConfigError
 from ..files import replacing
 from ..toy.calls import image
 from ..toy.scenes import Scene
 from .comparison import Comparison
 from .metrics import MaskedPsnr, Psnr
+from .panels import Panel, panels
 
-__all__ = ["Pictures", "against_answer", "check_name", "prepare_directory", "table", "write", "write_answer"]
+__all__ = [
+    "Pictures",
+    "against_answer",
+    "check_name",
+    "prepare_directory",
+    "table",
+    "table_rows",
+    "write",
+    "write_answer",
+]
 
 _OF_FILES = (".csv", ".gif", ".html", ".jpeg", ".jpg", ".json", ".md", ".png", ".safetensors", ".tif", ".tiff", ".webp")
 REPORT = "report.json"
@@ -102,7 +109,7 @@ def write(directory: Path, result: Comparison, about: dict[str, Any]) -> list[tu
     kinds = {step.kind for step in result.handle.record.steps}
     if kinds & {"in_flight", "sparse", "cached"}:
         result.handle.save_overlay(directory / "kept.png")
-        files.append(("kept.png", "the reference: kept tokens bright, dropped ones dark; scores; tokens by step"))
+        files.append(("kept.png", "the reference: kept tokens outlined, dropped ones dark; scores; tokens by step"))
     report = {**about, "comparison": result.to_dict(), "run": result.summary("dict")}
     with replacing(directory / REPORT) as draft:
         Path(draft).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
@@ -122,15 +129,31 @@ def write_answer(directory: Path, references: Any, pair: Scene, result: Comparis
         Of a run with the dense picture.
     """
     answer = image(pair.target)
-    row = np.concatenate([np.asarray(x) for x in (references, answer, result.dense_image, result.sparse_image)], 1)
     pictures = Pictures(directory, ())
-    for name, picture in (("references", references), ("answer", answer), ("row", Image.fromarray(row))):
+    for name, picture in (
+        ("references", references), ("answer", answer), ("row", _row(references, answer, pair, result))
+    ):  # fmt: skip
         pictures(name, picture)
     return [
-        ("row.png", "side by side: what the model was shown, the answer, dense, sparse"),
+        ("row.png", "side by side: what the model was shown, the answer, dense and sparse with gain and loss"),
         ("references.png", "what the model was shown"),
         ("answer.png", "what the right answer is"),
     ]
+
+
+def _row(references: Any, answer: Any, pair: Scene, result: Comparison) -> Any:
+    """What was shown, the answer, and both pictures with what they cost and how near they come to it."""
+    record, near = result.handle.record, against_answer(result, pair)
+    every = record.layout.reference_tokens
+    used = sum(record.mean_kept(step) for step in record.steps) / len(record.steps)
+    shown = [Panel("reference", references, ("what the model is shown",)), Panel("right answer", answer)]
+    for name, picture, tokens in (("dense", result.dense_image, every), ("sparse", result.sparse_image, used)):
+        lines = [f"all {every:,} reference tokens" if name == "dense" else f"{tokens:,.0f} of {every:,} tokens a step"]
+        lines.append(f"subject: {near[f'{name} against the answer, subject']:.1f} dB PSNR")
+        if name == "sparse" and result.flop_ratio is not None:
+            lines.append(f"{result.flop_ratio:.2f}x less work")
+        shown.append(Panel(name, picture, tuple(lines)))
+    return panels(shown)
 
 
 def against_answer(result: Comparison, pair: Scene) -> dict[str, float]:
@@ -143,13 +166,10 @@ def against_answer(result: Comparison, pair: Scene) -> dict[str, float]:
     return found
 
 
-def table(result: Comparison) -> str:
-    """The comparison as lines of text: times, tokens, work, bound.
+def table_rows(result: Comparison) -> list[tuple[str, str, str, str]]:
+    """The comparison in words, the head first: what, of the dense run, of the sparse one, and the gain.
 
-    Returns
-    -------
-    str
-        Without a dense run, its column and the ratios are "-".
+    Without a dense run, its column and the ratios are "-".
     """
     dense, sparse = result.dense, result.sparse
     tokens = result.handle.record.layout.reference_tokens
@@ -172,6 +192,12 @@ def table(result: Comparison) -> str:
         rows.append(("transformer work, TFLOP", full, short, f"{_times(result.flop_ratio)} (FLOP ratio)"))
     if result.bound_seconds is not None:
         rows.append(("the bound of the whole call", "", _seconds(result.bound_seconds), _times(result.bound_speedup)))
+    return rows
+
+
+def table(result: Comparison) -> str:
+    """`table_rows` as lines of text, and what the measured time over the bound says."""
+    rows = table_rows(result)
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3]]).rstrip()

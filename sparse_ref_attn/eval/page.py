@@ -7,75 +7,64 @@ import csv
 import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..overlay import save_overlay
+from ..overlay import overlay
 from .comparison import Comparison
+from .method_rows import Row, cells, markdown, rows_of
 from .metrics import Metric
 from .plots import quality_plot
 
-__all__ = ["Row", "rows_of", "write_page"]
-
-Row = dict[str, Any]
+__all__ = ["Asked", "write_page"]
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff; margin: 2rem auto; max-width: 78rem;
-       padding: 0 1.5rem }
-h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem }
+* { box-sizing: border-box }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff; margin: 0 auto; max-width: 96rem;
+       padding: 1.5rem clamp(1rem, 3vw, 3rem) }
+h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem }
 p, li { max-width: 52rem } .quiet { color: #5b6675 }
+blockquote { margin: .8rem 0 1.2rem; padding: .2rem 0 .2rem .9rem; border-left: 3px solid #c2410c; font-size: 1.1rem;
+             max-width: 52rem; overflow-wrap: anywhere }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #e3e7ec; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } thead th { border-bottom: 2px solid #1c2430 }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; padding-left: 0 }
+thead th { border-bottom: 2px solid #1c2430; white-space: normal; vertical-align: bottom }
 td.best { font-weight: 600 } .wide { overflow-x: auto }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1.2rem }
-figure { margin: 0 } img { max-width: 100%; display: block } .grid img { width: 100% }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(clamp(9.5rem, 17vw, 16rem), 1fr)); gap: 1.2rem }
+figure { margin: 0 } img { max-width: 100%; height: auto; display: block } .grid img { width: 100% }
 figcaption { font-size: .85rem; padding-top: .3rem } details { margin: .4rem 0 } summary { cursor: pointer }
-.plots { display: flex; flex-wrap: wrap; gap: 1.5rem } .plots svg { max-width: 100%; height: auto }
+pre { white-space: pre-wrap; overflow-wrap: anywhere }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem }
+.plots svg { width: 100%; height: auto }
 """
 
 
-def rows_of(results: Mapping[str, Comparison], metrics: Sequence[Metric]) -> list[Row]:
-    """One row a method, dense first: tokens, seconds, bound, and each metric against the dense picture.
+@dataclass(frozen=True)
+class Asked:
+    """What every method was asked for, which the page shows first.
 
     Parameters
     ----------
-    results : mapping of str to Comparison
-        By method, of `compare_all` with dense runs.
-    metrics : sequence of Metric
+    prompt : str
+    references : sequence of PIL.Image.Image
+        As they were given to the pipeline.
+    answer : PIL.Image.Image, optional
+        The right answer, where there is one.
     """
-    first = next(iter(results.values()))
-    assert first.dense is not None
-    rows: list[Row] = [
-        {
-            "method": "dense",
-            "tokens_a_step": first.handle.record.layout.reference_tokens,
-            "seconds": first.dense.whole,
-            "speedup": 1.0,
-            "bound_seconds": None,
-            "bound_speedup": None,
-            "measured_over_bound": None,
-            "flop_ratio": 1.0,
-            **dict.fromkeys(metric.name for metric in metrics),
-        }
-    ]
-    for name, result in results.items():
-        record = result.handle.record
-        rows.append(
-            {
-                "method": name,
-                "tokens_a_step": sum(record.mean_kept(step) for step in record.steps) / len(record.steps),
-                "seconds": result.sparse.whole,
-                "speedup": result.speedup,
-                "bound_seconds": result.bound_seconds,
-                "bound_speedup": result.bound_speedup,
-                "measured_over_bound": result.measured_over_bound,
-                "flop_ratio": result.flop_ratio,
-                **{metric.name: metric(result.sparse_image, result.dense_image) for metric in metrics},
-            }
-        )
-    return rows
+
+    prompt: str
+    references: Sequence[Any]
+    answer: Any | None = None
+
+    def pictures(self) -> Iterator[tuple[str, Any]]:
+        """Each picture by its name: the references, then the answer."""
+        for i, picture in enumerate(self.references):
+            yield "reference" if len(self.references) == 1 else f"reference {i + 1}", picture
+        if self.answer is not None:
+            yield "answer", self.answer
 
 
 def write_page(
@@ -83,9 +72,11 @@ def write_page(
     results: Mapping[str, Comparison],
     metrics: Sequence[Metric],
     about: Mapping[str, Any],
+    asked: Asked,
     *,
     refused: Mapping[str, str] | None = None,
     note: str = "",
+    save: Callable[[str, Any], None] | None = None,
 ) -> list[tuple[str, str]]:
     """Write ``compare.html``, ``compare.csv``, ``compare.json`` and ``compare.md``; which files, and what each is.
 
@@ -98,10 +89,14 @@ def write_page(
         Of each picture against the dense one.
     about : mapping
         JSON types: where and how it ran.
+    asked : Asked
+        The prompt, the references and the answer.
     refused : mapping of str to str, optional
         Methods that could not run, and why.
     note : str
         A sentence for the head of the page.
+    save : callable of (str, picture), optional
+        Given the picture of each method's kept tokens, "kept NAME".
     """
     rows, refused = rows_of(results, metrics), dict(refused or {})
     columns = list(rows[0])
@@ -115,36 +110,18 @@ def write_page(
     text = json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
     (directory / "compare.json").write_text(text, encoding="utf-8")
     (directory / "compare.md").write_text(markdown(rows, metrics) + "\n", encoding="utf-8")
-    page = _page(rows, results, metrics, about, refused, note)
+    kept = {name: _kept(result) for name, result in results.items()}
+    for name, drawn in kept.items():
+        if save is not None and not isinstance(drawn, str):
+            save(f"kept {name}", drawn)
+    page = _page(rows, results, metrics, about, asked, kept, refused, note)
     (directory / "compare.html").write_text(page, encoding="utf-8")
     return [
-        ("compare.html", "pictures, kept tokens, table and plots in one page"),
+        ("compare.html", "prompt, references, pictures, table, plots and kept tokens in one page"),
         ("compare.csv", "the table"),
         ("compare.json", "the table, every run's report, settings and versions"),
         ("compare.md", "the table, for a README"),
     ]
-
-
-def markdown(rows: Sequence[Row], metrics: Sequence[Metric]) -> str:
-    """The rows as a markdown table."""
-    header, cells = _cells(rows, metrics)
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "--:|" * (len(header) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
-
-
-def _cells(rows: Sequence[Row], metrics: Sequence[Metric]) -> tuple[list[str], list[list[str]]]:
-    header = ["method", "reference tokens a step", "seconds", "speed-up", "bound", "measured / bound"]
-    header += [f"{metric.name} {'↑' if metric.higher_is_better else '↓'}" for metric in metrics]
-    out = []
-    for row in rows:
-        cells = [str(row["method"]), f"{row['tokens_a_step']:,.0f}", f"{row['seconds']:.3g}", f"{row['speedup']:.2f}x"]
-        cells += [_number(row["bound_speedup"], ".2f", "x"), _number(row["measured_over_bound"], ".2f")]
-        out.append(cells + [_number(row[metric.name], ".4g") for metric in metrics])
-    return header, out
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "" if value is None else f"{value:{form}}{unit}"
 
 
 def _page(
@@ -152,18 +129,25 @@ def _page(
     results: Mapping[str, Comparison],
     metrics: Sequence[Metric],
     about: Mapping[str, Any],
+    asked: Asked,
+    kept: Mapping[str, Any],
     refused: Mapping[str, str],
     note: str,
 ) -> str:
     first = next(iter(results.values()))
+    captions = {row["method"]: _caption(row, results.get(row["method"])) for row in rows}
+    given = {name: f"{picture.width} x {picture.height} pixels" for name, picture in asked.pictures()}
+    given |= {"answer": "what is right"} if asked.answer is not None else {}
     parts = [
-        f"<h1>{html.escape(str(about.get('pipeline', 'Comparison')))}</h1>",
+        f"<h1>{html.escape(str(about.get('pipeline', 'Comparison')))}: the same edit by {len(results)} methods</h1>",
+        f"<blockquote>{html.escape(asked.prompt)}</blockquote>",
+        _figures([*asked.pictures(), ("dense", first.dense_image)], given | captions),
         f'<p class="quiet">{html.escape(_where(about))}</p>',
     ]
     if note:
         parts.append(f"<p>{html.escape(note)}</p>")
-    pictures = [("dense", first.dense_image)] + [(name, result.sparse_image) for name, result in results.items()]
-    parts.append("<h2>Pictures, same seed</h2>" + _figures(pictures, {row["method"]: _caption(row) for row in rows}))
+    pictures = [(name, result.sparse_image) for name, result in results.items()]
+    parts.append("<h2>Pictures, same seed as the dense one</h2>" + _figures(pictures, captions))
     parts.append("<h2>Table</h2>" + _table(rows, metrics))
     parts.append(
         '<p class="quiet">Metrics compare each picture with the dense one. The bound is the time the run would take if '
@@ -173,13 +157,14 @@ def _page(
     )
     plots = [quality_plot(rows, metric, over) for metric in metrics for over in ("tokens", "seconds")]
     parts.append("<h2>Quality over tokens and time</h2>" + f'<div class="plots">{"".join(plots)}</div>')
-    parts.append("<h2>Which tokens were kept</h2>" + "".join(_kept(name, result) for name, result in results.items()))
+    parts.append("<h2>Which tokens were kept</h2>" + "".join(_told(name, drawn) for name, drawn in kept.items()))
     if refused:
         told = "".join(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in refused.items())
         parts.append(f"<h2>Could not run</h2><ul>{told}</ul>")
     settings = html.escape(json.dumps(_finite(dict(about)), indent=2))
     parts.append(f"<h2>Settings</h2><details><summary>Everything that was set</summary><pre>{settings}</pre></details>")
-    head = f'<meta charset="utf-8"><title>sparse_ref_attn: comparison</title><style>{_STYLE}</style>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>sparse_ref_attn: comparison</title><style>{_STYLE}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 
 
@@ -190,10 +175,14 @@ def _where(about: Mapping[str, Any]) -> str:
     return ", ".join(str(part) for part in given if part)
 
 
-def _caption(row: Row) -> str:
-    if row["method"] == "dense":
+def _caption(row: Row, result: Comparison | None) -> str:
+    if result is None:
         return f"every token, {row['seconds']:.3g} s"
-    return f"{row['tokens_a_step']:,.0f} tokens a step, {row['seconds']:.3g} s, {row['speedup']:.2f}x"
+    kinds = [step.kind for step in result.handle.record.steps]
+    tokens = f"{row['tokens_a_step']:,.0f} tokens a step"
+    if "cached" in kinds:
+        tokens = f"references run in {len(kinds) - kinds.count('cached')} of {len(kinds)} steps"
+    return f"{tokens}, {row['seconds']:.3g} s, {row['speedup']:.2f}x"
 
 
 def _figures(pictures: Sequence[tuple[str, Any]], captions: Mapping[str, str]) -> str:
@@ -206,13 +195,13 @@ def _figures(pictures: Sequence[tuple[str, Any]], captions: Mapping[str, str]) -
 
 
 def _table(rows: Sequence[Row], metrics: Sequence[Metric]) -> str:
-    header, cells = _cells(rows, metrics)
+    header, lines = cells(rows, metrics)
     best = {}
     for place, metric in enumerate(metrics, start=len(header) - len(metrics)):
         values = [row[metric.name] for row in rows[1:]]
         best[place] = (max if metric.higher_is_better else min)(values)
     body = []
-    for row, line in zip(rows, cells, strict=True):
+    for row, line in zip(rows, lines, strict=True):
         marks = [
             i in best and row["method"] != "dense" and row[metrics[i - len(header) + len(metrics)].name] == best[i]
             for i in range(len(line))
@@ -222,20 +211,26 @@ def _table(rows: Sequence[Row], metrics: Sequence[Metric]) -> str:
             for cell, mark in zip(line, marks, strict=True)
         ]
         body.append(f"<tr>{''.join(tds)}</tr>")
-    ths = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    ths = "".join(f"<th>{html.escape(name).replace('-', '&#8209;')}</th>" for name in header)
     return f'<div class="wide"><table><thead><tr>{ths}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
-def _kept(name: str, result: Comparison) -> str:
+def _kept(result: Comparison) -> Any:
+    """The picture of the tokens that were kept, or why there is none."""
     sparse = [step for step in result.handle.record.steps if step.kind in ("sparse", "cached")]
     if not sparse:
-        return f"<p>{html.escape(name)}: every step ran dense.</p>"
+        return "every step ran dense."
     if all(step.selection is None for step in sparse):
-        return f"<p>{html.escape(name)}: changes the tokens instead of choosing among them.</p>"
-    buffer = io.BytesIO()
-    save_overlay(result.handle.record, buffer)
-    picture = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return f'<details><summary>{html.escape(name)}</summary><img src="{picture}" alt="tokens kept by {name}"></details>'
+        cached = all(step.kind == "cached" for step in sparse)
+        return "reads every token." if cached else "changes the tokens instead of choosing among them."
+    return overlay(result.handle.record)
+
+
+def _told(name: str, drawn: Any) -> str:
+    name = html.escape(name)
+    if isinstance(drawn, str):
+        return f"<p>{name}: {drawn}</p>"
+    return f'<details><summary>{name}</summary><img src="{_inline(drawn)}" alt="tokens kept by {name}"></details>'
 
 
 def _inline(image: Any) -> str:

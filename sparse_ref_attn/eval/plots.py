@@ -21,9 +21,9 @@ _COLOURS = (
 )  # fmt: skip
 _STYLES = {"flat": "-", "rising": "--", "falling": ":", "dense-first": "-."}
 _OVER = {
-    "keep": "tokens kept",
-    "share": "tokens used, mean of all steps",
-    "work": "FLOP ratio of the run at FLUX.1 Kontext's sizes, 1 reference",
+    "keep": "reference tokens kept, % of all",
+    "share": "reference tokens used, % of all, mean over the steps",
+    "work": "dense FLOPs / the run's FLOPs at FLUX.1 Kontext's sizes, 1 reference",
 }
 _INK, _QUIET, _BOUND = "#1c2430", "#5b6675", "#c2410c"
 
@@ -31,13 +31,15 @@ _INK, _QUIET, _BOUND = "#1c2430", "#5b6675", "#c2410c"
 def quality_plot(rows: Sequence[Mapping[str, Any]], metric: Metric, over: str) -> str:
     """One metric of every method over its tokens or its seconds, an ``<svg>``.
 
+    Names stand in a column at the right.
+
     Over seconds, a hollow mark shows the time that a method was bound to take, joined to the time it took, and a line
     the dense run's time.
 
     Parameters
     ----------
     rows : sequence of mapping
-        As `page.rows_of` makes them, dense first.
+        As `method_rows.rows_of` makes them, dense first.
     metric : Metric
         A value that is infinite (equal pictures) is not drawn.
     over : {"tokens", "seconds"}
@@ -55,20 +57,39 @@ def quality_plot(rows: Sequence[Mapping[str, Any]], metric: Metric, over: str) -
             axes.plot([row["bound_seconds"], x], [y, y], color=_BOUND, linewidth=1, zorder=1)
             axes.plot(row["bound_seconds"], y, "o", color=_BOUND, markerfacecolor="white", zorder=2)
         axes.plot(x, y, "o", color=_INK, zorder=3)
-        axes.annotate(row["method"], (x, y), (5, 4), textcoords="offset points", fontsize=8, color=_INK)
     axes.axvline(dense[column], color=_QUIET, linewidth=1, linestyle=":")
     axes.annotate(
         "dense", (dense[column], 1), (-4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
         ha="right", va="top", fontsize=8, color=_QUIET,
     )  # fmt: skip
     axes.set_xlim(left=0)
-    axes.set_xlabel("reference tokens a step" if over == "tokens" else "seconds (hollow: bound)")
+    _named(axes, [(row["method"], row[column], row[metric.name]) for row in drawn])
+    axes.set_xlabel(
+        "reference tokens a step, mean" if over == "tokens" else "seconds of the whole call (hollow: the bound)"
+    )
     axes.set_ylabel(f"{metric.name}, {'higher' if metric.higher_is_better else 'lower'} is closer to dense")
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def _named(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Names in a column at the right, in the order of their points' heights, each joined to its point."""
+    low, high = axes.get_ylim()
+    ordered = sorted(points, key=lambda point: point[2])
+    apart = min(0.055, 1 / max(1, len(ordered)))
+    heights = [(y - low) / (high - low) for _, _, y in ordered]
+    for i in range(1, len(heights)):  # upwards, then down again from the top
+        heights[i] = max(heights[i], heights[i - 1] + apart)
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], 1 - apart * (len(heights) - 1 - i))
+    for (name, x, y), height in zip(ordered, heights, strict=True):
+        axes.annotate(
+            name, (x, y), (1.03, height), xycoords="data", textcoords="axes fraction", fontsize=8, color=_INK,
+            va="center", arrowprops={"arrowstyle": "-", "color": _QUIET, "linewidth": 0.5, "alpha": 0.6, "shrinkB": 3},
+        )  # fmt: skip
 
 
 def grid_plot(
@@ -136,9 +157,9 @@ def grid_plot(
             if over != "work":
                 axes.set_xscale("log")
                 ticks = sorted({mean.keep for mean in own})
-                axes.set_xticks(ticks, [f"{100 * tick:.3g} %" for tick in ticks])
+                axes.set_xticks(ticks, [f"{100 * tick:.3g}" for tick in ticks])
                 axes.minorticks_off()
-            axes.set_title(f"{model}, {family}", fontsize=10)
+            axes.set_title(f"weights: {model}; edits: {family}", fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
         what = f"{metric} minus {against}'s" if against else metric
         panels[i][0].set_ylabel(f"{what}, {'higher' if higher_is_better else 'lower'} is better")

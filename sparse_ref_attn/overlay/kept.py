@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["overlay", "save_overlay"]
 
-OUTLINE, NEUTRAL = (255, 255, 255), ((206, 208, 212), (180, 183, 189))
-DIM, COLOUR_LEFT = 0.3, 0.25  # brightness and saturation that dropped tokens keep
+OUTLINE, NEUTRAL = (255, 205, 0), ((206, 208, 212), (180, 183, 189))
+VEIL, SEEN, COLOUR_LEFT = (20, 36, 84), 0.24, 0.25  # over dropped tokens, what shines through, and its saturation
 # Viridis (Smith and van der Walt, 2015) at ten even points: perceptually uniform, rising in lightness.
 HEAT = np.array(
     [
@@ -63,12 +63,12 @@ def save_overlay(record: RunRecord, path: str | os.PathLike[str] | IO[bytes], st
 
 
 def overlay(record: RunRecord, step: int | None = None) -> Image.Image:
-    """Draw the references with what one step dropped dimmed, the scores, and the budget over steps.
+    """Draw the references with what one step dropped darkened, the scores, and the budget over steps.
 
-    Kept tokens have the reference's own colours and a light outline, dropped ones are dark and
-    nearly grey. A reference without pixels is a grey checkerboard, one cell a token; tokens without
-    a grid are a strip, left to right. Beside or below each stands the heat of its scores,
-    on its own scale.
+    Kept tokens have the reference's own colours and a yellow outline, dropped ones lie under a dark
+    blue veil: both show on a white, a dark and a colourful photo. A reference without pixels is a grey
+    checkerboard, one cell a token; tokens without a grid are a strip, left to right. Beside or below
+    each stands the heat of its scores, on its own scale.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def overlay(record: RunRecord, step: int | None = None) -> Image.Image:
 
 
 def _kept_image(record: RunRecord, reference: int, kept: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """One reference with its dropped tokens dimmed and an outline around the kept ones.
+    """One reference with a veil over its dropped tokens and an outline around the kept ones.
 
     `kept` has the shape of the grid, `size` is (width, height) in pixels. Kept cells have the
     reference's colours exactly; the outline lies on dropped cells, where a cell has at least 4 pixels.
@@ -129,7 +129,7 @@ def _kept_image(record: RunRecord, reference: int, kept: np.ndarray, size: tuple
     edge = min(size[0] / kept.shape[1], size[1] / kept.shape[0])
     if edge >= 4:
         near, inside = share > 0.5, share > 0.5
-        for _ in range(2 if edge >= 14 else 1):
+        for _ in range(2 if edge >= 9 else 1):
             near = _grown(near)
         out[near & ~inside] = OUTLINE
     return Image.fromarray(np.round(out).clip(0, 255).astype(np.uint8))
@@ -265,7 +265,8 @@ def _resize(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _dimmed(colours: np.ndarray) -> np.ndarray:
     grey = colours @ (0.299, 0.587, 0.114)
-    return DIM * (COLOUR_LEFT * colours + (1 - COLOUR_LEFT) * grey[..., None])
+    under = COLOUR_LEFT * colours + (1 - COLOUR_LEFT) * grey[..., None]
+    return SEEN * under + (1 - SEEN) * np.asarray(VEIL, dtype=np.float64)
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:
@@ -281,14 +282,13 @@ def _colour(unit: np.ndarray) -> np.ndarray:
 
 
 def _legend(scores: bool) -> Image.Image:
-    """What bright, dim and the colours mean, on one line."""
-    from PIL import Image
+    """What outline, veil and the colours mean, on one line."""
+    from PIL import Image, ImageOps
 
-    photo = Image.new("RGB", (22, 22), (214, 160, 92))
-    dim = _dimmed(np.asarray(photo, dtype=np.float64))
-    apart = Image.new("RGB", (12, 22), PAPER)
-    parts = [photo, words("kept: full colour", 16), apart]
-    parts += [Image.fromarray(np.round(dim).astype(np.uint8)), words("dropped: dark and grey", 16)]
+    photo, apart = Image.new("RGB", (18, 18), (214, 160, 92)), Image.new("RGB", (12, 22), PAPER)
+    dim = _dimmed(np.asarray(photo.resize((22, 22)), dtype=np.float64))
+    parts = [ImageOps.expand(photo, 2, OUTLINE), words("kept: own colours, outlined", 16), apart]
+    parts += [Image.fromarray(np.round(dim).astype(np.uint8)), words("dropped: dark blue", 16)]
     if scores:
         bar = _heat_image(np.linspace(0, 1, 200)[None], (200, 22))
         parts += [apart, words("token score: low", 16), bar, words("high (each reference on its own scale)", 16)]

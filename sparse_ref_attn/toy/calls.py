@@ -9,7 +9,7 @@ import numpy as np
 from .scenes import Picture, Scene
 from .words import LENGTH
 
-__all__ = ["call_arguments", "image"]
+__all__ = ["call_arguments", "image", "written"]
 
 
 def image(picture: Picture) -> Any:
@@ -42,10 +42,14 @@ def call_arguments(scene: Scene) -> dict[str, Any]:
     >>> arguments["image"].size, arguments["height"], arguments["prompt"].split()[0]
     ((256, 128), 128, 'pair')
     """
-    side = scene.target.shape[0]
+    return written(scene.prompt, image(np.concatenate(scene.references, 1)), scene.target.shape[0])
+
+
+def written(prompt: str, picture: Any, side: int) -> dict[str, Any]:
+    """Arguments of the pipeline for a prompt and a picture of one's own; the output has `side` x `side` pixels."""
     return {
-        "prompt": scene.prompt,
-        "image": image(np.concatenate(scene.references, 1)),
+        "prompt": prompt,
+        "image": picture,
         "height": side,
         "width": side,
         "max_area": side * side,

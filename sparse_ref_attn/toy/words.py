@@ -17,7 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["COLOURS", "GRID", "LENGTH", "OPERATIONS", "PATTERNS", "TASKS", "WIDTH", "offset_words", "text_encoders"]
+__all__ = [
+    "COLOURS",
+    "GRID",
+    "LENGTH",
+    "OPERATIONS",
+    "PATTERNS",
+    "TASKS",
+    "WIDTH",
+    "offset_words",
+    "text_encoders",
+    "unknown",
+]
 
 LENGTH = 16  # text tokens of a prompt
 WIDTH = 96  # of the text embeddings
@@ -77,6 +88,18 @@ def _codes() -> dict[str, Tensor]:
 def _waves(number: int) -> list[float]:
     angles = torch.tensor(_FREQUENCIES) * number
     return [*angles.cos().tolist(), *angles.sin().tolist()]
+
+
+def unknown(prompt: str) -> list[str]:
+    """Words of a prompt that the small model does not know.
+
+    Examples
+    --------
+    >>> unknown("place 1:x3 on a beach")
+    ['on', 'a', 'beach']
+    """
+    known = _codes()
+    return [word for word in prompt.split() if word not in known]
 
 
 def text_encoders() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from sparse_ref_attn.models import adapter_for
 from tests.adapters.test_dropping import ROUNDING, error
 from tests.adapters.test_stored_references import JOINT, dense, run, with_keys_of
 from tests.adapters.tiles_by_hand import ByTile, TilesOf
-from tests.adapters.witnesses import GENERATION, Call
+from tests.adapters.witnesses import GENERATION, Call, witnessed
 from tests.pipelines import CASES
 
 joint = pytest.mark.parametrize("name", JOINT)
@@ -148,6 +148,35 @@ def test_a_budget_that_changes_at_every_step_is_a_prefix() -> None:
         counts.append(by.counts)
         assert error(calls[i].sample[:, :GENERATION], wanted(fresh, calls[i], calls[earlier], by)) < ROUNDING
     assert len(set(counts)) == 3
+
+
+@torch.no_grad()
+def test_a_budget_that_the_mass_decides() -> None:
+    """Nobody knows before the first full step how many tokens tiles will read."""
+    calls, record = run("klein", tiled(sra.TopP(0.5), refresh=sra.At((2,))), references=2, steps=4)
+    assert 0 < record.steps[1].kept < sum(record.layout.sizes)
+    fresh = CASES["klein"].build().transformer
+    for i in (1, 3):
+        by = by_hand(record, calls[i].text, i)
+        assert error(calls[i].sample[:, :GENERATION], wanted(fresh, calls[i], calls[i - 1], by)) < ROUNDING
+
+
+@pytest.mark.parametrize("budget", [0.25, sra.Linear(0.2, 0.5)], ids=str)
+@torch.no_grad()
+def test_a_loop_that_does_not_tell_its_steps(budget: Any) -> None:
+    pipe = CASES["kontext"].build()
+    with witnessed(pipe.transformer) as given:
+        CASES["kontext"].call(pipe, steps=4)
+    model = CASES["kontext"].build().transformer
+    with sra.patched(model, tiled(budget)) as handle, witnessed(model) as calls:
+        for call in given:
+            model(**call.given)
+        record = handle.record
+    assert [step.kind for step in record.steps] == ["profile", "cached", "dense", "cached"]
+    fresh = CASES["kontext"].build().transformer
+    for i in (1, 3):
+        by = by_hand(record, calls[i].text, i)
+        assert error(calls[i].sample[:, :GENERATION], wanted(fresh, calls[i], calls[i - 1], by)) < ROUNDING
 
 
 @torch.no_grad()

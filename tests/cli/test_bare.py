@@ -21,6 +21,7 @@ NEED = {
     "compare": ["compare", "--out", "none"],
     "evaluate": ["eval", "--out", "none"],
     "train": ["train", "--sprites", "none", "--out", "none", "--steps", "1"],
+    "app": ["app"],
     "estimate": ["estimate", "--model", "kontext"],
 }
 WORK = {

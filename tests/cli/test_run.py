@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ import torch
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.cli import calling, main
-from sparse_ref_attn.cli.edits import Edit
-from sparse_ref_attn.cli.models import size_of
 from sparse_ref_attn.cli.recorded import record_of
 from sparse_ref_attn.eval import loading
+from sparse_ref_attn.eval.sizes import size_of
 from tests.cli.commands import KLEIN, KONTEXT, pixels, run
 from tests.pictures import picture
 from tests.pipelines import CASES
@@ -167,13 +165,12 @@ def test_one_side_keeps_the_shape_of_the_reference(
 def test_without_a_size_every_pipeline_keeps_the_shape_of_the_reference() -> None:
     """FLUX.1 Kontext alone would make a square of it; Qwen-Image-Edit-Plus takes the last reference's shape."""
     wide, tall = picture(300, 200), picture(200, 400)
-    edit = Edit((), "x", Path("o.png"), 0)
 
     def size(name: str, *images: PIL.Image.Image, **sides: int) -> Any:
-        return size_of(CASES[name].build(), replace(edit, **sides), images, {})
+        return size_of(CASES[name].build(), images, sides.get("width"), sides.get("height"), {})
 
     assert size("kontext", wide) == (836, 1252)  # a megapixel of 3 : 2, in tokens of 4
-    assert size_of(CASES["kontext"].build(), edit, [wide], {"max_area": 100}) is None
+    assert size_of(CASES["kontext"].build(), [wide], None, None, {"max_area": 100}) is None
     assert size("klein", wide) is size("qwen_edit", wide) is None
     assert size("klein", wide, tall, width=96) == (64, 96)
     assert size("qwen_edit_plus", wide, tall, width=96) == (192, 96)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import re
@@ -11,13 +12,14 @@ from pathlib import Path
 import pytest
 
 import sparse_ref_attn as sra
+from benchmarks.front_page import compared
 from sparse_ref_attn.cli import builtin, calling, main
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.eval import methods as named
 from sparse_ref_attn.eval.compare import compare_all
 from sparse_ref_attn.eval.embedded import kontext_pipeline
+from sparse_ref_attn.eval.method_rows import rows_of
 from sparse_ref_attn.eval.metrics import Psnr, Ssim
-from sparse_ref_attn.eval.page import rows_of
 
 METHODS = ["downscaled", "ReCAST rising", "edges", "ToMe"]
 TINY = ["--size", "tiny", "--steps", "3", "--keep", "50%", "--methods", *METHODS]
@@ -40,6 +42,36 @@ def test_page_needs_nothing_but_itself(page: Path) -> None:
     assert "random (seeded)" in text
     for name in ("dense", *METHODS):
         assert f"<b>{name}</b>" in text
+
+
+def test_what_was_asked_comes_first_and_every_picture_stands_beside_the_page(page: Path) -> None:
+    text = (page / "compare.html").read_text()
+    prompt = json.loads((page / "compare.json").read_text())["about"]["arguments"]["prompt"]
+    places = [text.index(part) for part in (f"<blockquote>{prompt}<", ">reference<", ">dense<", f">{METHODS[0]}<")]
+    assert places == sorted(places)
+    assert 'name="viewport"' in text
+    names = {path.stem for path in (page / "pictures").iterdir()}
+    assert names == {"reference", "dense", *METHODS, "kept ReCAST rising", "kept edges"}
+    inline = re.search(r'<img src="data:image/png;base64,([^"]*)" alt="reference"', text)
+    assert base64.b64decode(inline[1]) == (page / "pictures/reference.png").read_bytes()
+
+
+def test_a_method_that_reads_everything_is_not_one_that_changes_tokens(tmp_path: Path) -> None:
+    """Of "cache" the page said that it changed the tokens."""
+    given = ["--size", "tiny", "--steps", "3", "--keep", "50%", "--methods", "cache", "ToMe"]
+    assert main(["compare", "--out", str(tmp_path), *given]) == 0
+    text = (tmp_path / "compare.html").read_text()
+    assert "<p>cache: reads every token.</p>" in text
+    assert "<p>ToMe: changes the tokens" in text
+    assert "references run in 2 of 3 steps" in text
+
+
+def test_the_small_models_right_answer_is_shown(tmp_path: Path) -> None:
+    assert main(["compare", "--out", str(tmp_path), "--steps", "2", "--keep", "50%", "--methods", "edges"]) == 0
+    text = (tmp_path / "compare.html").read_text()
+    assert text.index('alt="reference"') < text.index('alt="answer"') < text.index('alt="dense"')
+    assert (tmp_path / "pictures/answer.png").is_file()
+    assert compared(tmp_path).width == 1400  # as the documentation shows it: four pictures in a row
 
 
 def test_every_form_holds_the_same_rows(page: Path) -> None:

@@ -108,6 +108,7 @@ class Trial:
     @staticmethod
     def _check_refusal(words: str, unchanged: bool) -> None:
         assert words, "an error must say something"
+        assert "its tiles have ranked" not in words, "tiles must rank what the steps to come read"
         assert unchanged, "a refusal must change nothing"
 
     def _configuration(self, settings: Settings) -> sra.SparseRef:

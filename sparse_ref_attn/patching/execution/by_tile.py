@@ -67,18 +67,18 @@ class ByTile:
         layout, batch = run.layout, kwargs[self._adapter.tokens].shape[0]
         tiling, cells = Tiling(layout.text, self._grid(kwargs, layout), self._way.tile), cells_of(self._way, layout)
         tiles, means = len(tiling.sizes), 0 if cells is None else cells.count
-        most = sum(self._most(run, at, range(at.total)))
-        rows = layout.reference_tokens
-        lists = tile_bytes(shape, tiles, most if most < rows else 0, means, batch)
+        most, rows = self._most(run, at, range(at.total)), layout.reference_tokens
+        read = rows if most is None else sum(most)
+        lists = tile_bytes(shape, tiles, 0 if most is not None and read == rows else read, means, batch)
         return rows, reference_kv_bytes(shape, rows + means, batch) + lists
 
-    def _most(self, run: Run, at: RunStep, steps: range) -> Counts:
-        """The most tokens that a tile reads in any of `steps`; all where that is not known yet."""
+    def _most(self, run: Run, at: RunStep, steps: range) -> Counts | None:
+        """The most tokens that a tile reads in any of `steps`; None where that is not known yet."""
         budget = self._config.budget
         unknown = not run.ranking.known and (budget.needs_mass or self._config.guard is not None)
-        if at.observed or unknown:
-            return run.budgeting.full
-        counts = [run.counts(step) for step in steps]
+        if unknown or (at.observed and budget.varies != "never"):
+            return None
+        counts = [run.counts(step) for step in (steps[:1] if at.observed else steps)]
         return covering(counts) if counts else (0,) * len(run.budgeting.full)
 
     def empty(self, call: GenerationCall, attention: JointAttention) -> HeldTiles:
@@ -95,7 +95,7 @@ class ByTile:
             reference_keys(layout, call.device),
             self._most(run, call.at, range(call.at.step + 1, call.at.total)),
         )
-        ranks = _some(most, run.budgeting.full)
+        ranks = most is None or _some(most, run.budgeting.full)
         held.cache.hide(seen.references)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
@@ -110,7 +110,7 @@ class ByTile:
             with torch.no_grad():
                 mass = _mass(call, held, q.detach(), k.detach(), lse, seen.keys)
                 if ranks:
-                    held.ranking.rank(layer, mass, most)
+                    held.ranking.rank(layer, mass, run.budgeting.full if most is None else most)
                 if measured:
                     pooled = held.ranking.pooled(mass)[layout.conditional or slice(None)]
                     run.observed(call.at.step, site, pooled)

@@ -1,21 +1,18 @@
-"""``--preset`` and ``--keep``: how many tokens a run keeps."""
+"""A preset and how much it keeps, before the model and its steps are known."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
-from ..checks import is_int
 from ..config import SparseRef
 from ..errors import ConfigError
-from ..estimation import at_share
 from ..presets import ReCAST, SparseContext
-from . import execution
+from .share import at_share
 
-__all__ = ["Amount", "settings"]
+__all__ = ["Amount"]
 
 
 class Amount:
@@ -38,12 +35,12 @@ class Amount:
 
     def __init__(self, preset: str, keep: float | int | None, settings: Mapping[str, Any]) -> None:
         self._keep, family = keep, FAMILIES[preset]
-        if is_int(keep) and preset == "recast":
-            raise ConfigError(f"--keep of recast must be a share such as 0.25 or 25%, got {keep} tokens")
+        if isinstance(keep, int) and preset == "recast":
+            raise ConfigError(f"keep of recast must be a share such as 0.25 or 25%, got {keep} tokens")
         if isinstance(keep, float) and not 0 < keep <= 1:
-            raise ConfigError(f"--keep must be a share in (0, 1] or a number of tokens of at least 1, got {keep:g}")
-        self._family: Callable[[Any], SparseRef] = lambda amount: family(amount, settings)
-        self._config = self._family(keep)
+            raise ConfigError(f"keep must be a share in (0, 1] or a number of tokens of at least 1, got {keep:g}")
+        self.family: Callable[[Any], SparseRef] = lambda amount: family(amount, settings)
+        self._config = self.family(keep)
 
     def config(self, transformer: nn.Module, steps: int) -> SparseRef:
         """The configuration of a run of `steps` steps.
@@ -55,13 +52,7 @@ class Amount:
         """
         if not isinstance(self._keep, float):
             return self._config
-        return at_share(transformer, self._family, self._keep, steps)
-
-
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of a preset that were given, beside how much it keeps."""
-    given = {name: value for name in ("task", "select") if (value := getattr(options, name)) is not None}
-    return given | execution.settings(options)
+        return at_share(transformer, self.family, self._keep, steps)
 
 
 def _sparse_context(keep: float | int | None, settings: Mapping[str, Any]) -> SparseRef:
