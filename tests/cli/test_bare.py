@@ -5,22 +5,25 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sparse_ref_attn import doctor
 from sparse_ref_attn.cli.arguments import COMMANDS
+from sparse_ref_attn.toy.sprites import held_out
 from tests.cli.bare import main_without
+from tests.pictures import picture
 
 EXTRAS = [module for modules in doctor.MODULES.values() for module in modules]
 BROUGHT = [*EXTRAS, "huggingface_hub", "tokenizers", "torchao", "gguf", "cache_dit"]
 NEED = {
-    "demo": ["demo", "--out", "none"],
-    "run": ["run", "none.png", "-p", "x", "-o", "none/o.png"],
-    "compare": ["compare", "--out", "none"],
-    "evaluate": ["eval", "--out", "none"],
-    "train": ["train", "--sprites", "none", "--out", "none", "--steps", "1"],
+    "demo": ["demo", "--out", "{folder}/demo"],
+    "run": ["run", "{folder}/cup.png", "-p", "x", "-o", "{folder}/out.png"],
+    "compare": ["compare", "--out", "{folder}/compare"],
+    "evaluate": ["eval", "--out", "{folder}/eval"],
+    "train": ["train", "--sprites", "{folder}", "--out", "{folder}/train", "--steps", "1"],
     "app": ["app"],
     "estimate": ["estimate", "--model", "kontext"],
 }
@@ -30,6 +33,13 @@ WORK = {
     "bench": [["bench", "ops", "--help"], ["bench", "pipeline"]],
 }
 LINE = re.compile(r"sra: error: sra ([\w-]+) cannot run: (.+) not installed: pip install 'sparse-ref-attn\[(\w+)\]'\n")
+
+
+def needing(folder: Path) -> list[list[str]]:
+    """`NEED` on a folder with one picture, which is a sprite of the training part."""
+    picture(32, 32).convert("RGBA").save(folder / "cup.png")
+    assert not held_out("cup")
+    return [[word.format(folder=folder) for word in command] for command in NEED.values()]
 
 
 def missing(ending: list[Any]) -> tuple[str, str, str]:
@@ -45,10 +55,10 @@ def test_every_command_is_tried() -> None:
     assert {command.__name__.rpartition(".")[2] for command in COMMANDS} == NEED.keys() | WORK.keys()
 
 
-def test_a_bare_installation_does_what_it_can_and_says_what_the_rest_needs() -> None:
+def test_a_bare_installation_does_what_it_can_and_says_what_the_rest_needs(tmp_path: Path) -> None:
     """`sra doctor` died with "No module named 'PIL' (unexpected ...)"."""
     works = [command for commands in WORK.values() for command in commands]
-    *needs, told, data, build_help, build, bench_help, bench = main_without(BROUGHT, [*NEED.values(), *works])
+    *needs, told, data, build_help, build, bench_help, bench = main_without(BROUGHT, [*needing(tmp_path), *works])
     for command, ending in zip(NEED.values(), needs, strict=True):
         assert missing(ending) == (command[0], "diffusers, transformers, pillow", "diffusers")
     assert [ending[0] for ending in (told, data, build_help, bench_help)] == [0, 0, 0, 0]
@@ -61,11 +71,12 @@ def test_a_bare_installation_does_what_it_can_and_says_what_the_rest_needs() -> 
     assert "none" in build[2]
     assert "--resume" in bench_help[1]
     assert missing(bench)[0] == "bench"
+    assert [path.name for path in tmp_path.iterdir()] == ["cup.png"]
 
 
-def test_packages_that_only_seem_to_be_there_are_the_same_line() -> None:
+def test_packages_that_only_seem_to_be_there_are_the_same_line(tmp_path: Path) -> None:
     """Metadata without modules, as a broken installation has it: the import fails in the middle of a command."""
-    for command, ending in zip(NEED.values(), main_without(EXTRAS, [*NEED.values()], known=True), strict=True):
+    for command, ending in zip(NEED.values(), main_without(EXTRAS, needing(tmp_path), known=True), strict=True):
         name, packages, extra = missing(ending)
         assert name == command[0]
         assert packages in {doctor.DISTRIBUTIONS.get(module, module) for module in doctor.MODULES[extra]}
