@@ -23,7 +23,8 @@ from .ops.verdicts.table import verify as verify_kinds
 from .selection.names import NAMES
 
 __all__ = [
-    "Ability", "backends", "device", "diagnose", "missing", "report", "verdict_lines", "verify", "versions",
+    "Ability", "absent_module", "backends", "device", "diagnose", "missing", "report", "verdict_lines", "verify",
+    "versions",
 ]  # fmt: skip
 
 PACKAGES = {
@@ -52,6 +53,15 @@ EXTRAS = {
     "train": ("accelerate", "peft"),
     "app": ("gradio",),
 }
+MODULES = {
+    "diffusers": ("diffusers", "transformers", "accelerate", "PIL", "safetensors", "sentencepiece", "google.protobuf"),
+    "eval": ("matplotlib", "skimage", "scipy"),
+    "train": ("peft",),
+    "app": ("gradio",),
+}
+"""What each extra brings, by the names that are imported."""
+DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "google.protobuf": "protobuf"}
+"""Of modules with another name than the package that they come in."""
 CHANNELS = 128  # of the call that backends are asked for
 
 
@@ -101,6 +111,26 @@ def missing(*extras: str) -> str:
     """
     installed = versions()
     return next(filter(None, (_absent(installed, extra) for extra in extras)), "")
+
+
+def absent_module(name: str) -> str:
+    """How to get a module that cannot be imported, as the words of `missing`; empty for one that no extra brings.
+
+    Parameters
+    ----------
+    name : str
+        Of the module or one inside it.
+
+    Examples
+    --------
+    >>> absent_module("PIL.Image")
+    "pillow not installed: pip install 'sparse-ref-attn[diffusers]'"
+    """
+    for extra, modules in MODULES.items():
+        for module in modules:
+            if f"{name}.".startswith(f"{module}."):
+                return _install([DISTRIBUTIONS.get(module, module)], extra)
+    return ""
 
 
 def device(name: str | None = None) -> str:
@@ -167,6 +197,7 @@ def _abilities(installed: dict[str, str | None]) -> list[Ability]:
         Ability("patch a transformer of your own (PlainAdapter)"),
         Ability("sra demo", pipelines),
         Ability("sra run", pipelines),
+        Ability("sra estimate", pipelines),
         Ability("sra compare and eval", pipelines or _absent(installed, "eval")),
         Ability("sra train", pipelines or _absent(installed, "train")),
         Ability("sra app", pipelines or _absent(installed, "app")),
@@ -177,7 +208,11 @@ def _abilities(installed: dict[str, str | None]) -> list[Ability]:
 
 def _absent(installed: dict[str, str | None], extra: str, names: Sequence[str] = ()) -> str:
     absent = [name for name in names or EXTRAS[extra] if installed[name] is None]
-    return f"{', '.join(absent)} not installed: pip install 'sparse-ref-attn[{extra}]'" if absent else ""
+    return _install(absent, extra) if absent else ""
+
+
+def _install(names: Sequence[str], extra: str) -> str:
+    return f"{', '.join(names)} not installed: pip install 'sparse-ref-attn[{extra}]'"
 
 
 def diagnose() -> dict[str, Any]:

@@ -91,6 +91,20 @@ def test_constraints_pin_every_direct_requirement() -> None:
     assert names - pins == {"flash-attn", "sparse-ref-attn"}  # flash-attn needs a card to build; the other is us
 
 
+def test_the_changelog_has_this_version_and_is_in_the_sdist() -> None:
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert sra.__version__ in headings
+    assert "include CHANGELOG.md" in (ROOT / "MANIFEST.in").read_text().splitlines()
+
+
+def test_the_python_versions_are_those_of_the_matrix() -> None:
+    stated = importlib.metadata.metadata("sparse-ref-attn").get_all("Classifier")
+    named = {
+        found[1] for line in stated if (found := re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line))
+    }
+    assert named == set(re.findall(r"\b(3\.\d+)/0\.", (ROOT / ".ci" / "matrix").read_text()))
+
+
 def test_photo_and_its_notice_are_package_data() -> None:
     assets = importlib.resources.files("sparse_ref_attn") / "assets"
     with PIL.Image.open(assets / "photo.jpg") as photo:

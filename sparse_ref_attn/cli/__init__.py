@@ -36,14 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     ...
     0
     """
-    trace = False
+    trace, command = False, "sra"
     try:
         line = parser()
         options = line.parse(argv)
         if options.run is None:
             line.print_help()
             return 0
-        trace = options.traceback
+        trace, command = options.traceback, options.parser.prog
         code = options.run(options)
         sys.stdout.flush()
         return code or 0
@@ -56,13 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if trace:
             raise
-        words, code = _ending(error)
+        words, code = _ending(error, command)
         print(f"sra: error: {words}", file=sys.stderr)
         return code
 
 
-def _ending(error: Exception) -> tuple[str, int]:
+def _ending(error: Exception, command: str) -> tuple[str, int]:
     """One line, and the exit code of its kind."""
+    if words := failures.missing_package(error):
+        return f"{command} cannot run: {words}", failures.MISTAKE
     line = " ".join(str(error).split())
     if isinstance(error, SparseRefError):
         return line, failures.code_of(error)

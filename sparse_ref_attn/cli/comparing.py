@@ -11,7 +11,7 @@ from .. import doctor
 from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
 from ..estimation import at_share
-from ..eval import metrics, outputs
+from ..eval import calls, loading, metrics, outputs
 from ..eval.compare import compare_all
 from ..eval.method_rows import markdown, rows_of
 from ..eval.methods import methods
@@ -19,8 +19,10 @@ from ..eval.metrics import Metric, weights
 from ..eval.page import Asked, write_page
 from ..execution import Cache
 from ..hooks.compiled import unwrap
+from ..pictures import open_image
 from ..toy.calls import image
-from . import builtin, commands, execution, failures
+from . import builtin, calling, execution, failures
+from .logs import quiet
 from .memory import memory_of
 from .terminal import saved, show
 
@@ -44,10 +46,10 @@ def compare(options: argparse.Namespace) -> None:
     if options.model is None:
         pipe, device, arguments, note, answer = _built_in(options)
     else:
-        pipe, device, arguments = commands.loaded(options)
+        pipe, device, arguments = _loaded(options)
     steps = arguments.pop("num_inference_steps")
     configs = _at_share(unwrap(pipe.transformer), families, options.keep, steps, refused)
-    call = commands.caller(pipe, arguments, options.seed)
+    call = calling.caller(pipe, arguments, options.seed)
     pictures = outputs.Pictures(directory / "pictures", ())
     asked = Asked(arguments["prompt"], _listed(arguments["image"]), answer)
     for name, picture in asked.pictures():
@@ -133,12 +135,33 @@ def _listed(images: Any) -> list[Any]:
 def _built_in(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any], str, Any]:
     if options.image is not None and len(options.image) > 1:
         raise ConfigError(f"the built-in pipeline takes one image, got {len(options.image)}")
-    commands.quiet(pipelines_too=True)
+    quiet(pipelines_too=True)
     made = builtin.builtin(options, None if options.image is None else options.image[0])
     show(made.note)
     arguments = made.arguments | {"num_inference_steps": made.steps}
     answer = None if made.pair is None else image(made.pair.target)
     return made.build(), "cpu", arguments, made.note.replace("\n", " "), answer
+
+
+def _loaded(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any]]:
+    """The pipeline of ``--model``, its device, and the arguments of its call."""
+    if (options.height is None) != (options.width is None):
+        raise ConfigError("--height and --width must be given together, got one of them")
+    size = None if options.height is None else (options.height, options.width)
+    if options.output is not None:
+        if size is not None:
+            raise ConfigError("the output must have one size, got --output beside --height and --width")
+        size = options.output[1], options.output[0]
+    calls.check_reserved(dict(options.set or ()))
+    images = [open_image(path) for path in options.image]
+    quiet(pipelines_too=False)
+    pipe, device = loading.load_pipeline(
+        options.model, device=options.device, dtype=options.dtype, offload=options.offload
+    )
+    more = dict(options.set or ())
+    arguments = calls.call_arguments(pipe, images, options.prompt, size=size, steps=options.steps, more=more)
+    show(f"Loaded {type(pipe).__name__} from {options.model} on {device}.")
+    return pipe, device, arguments
 
 
 def _metrics(options: argparse.Namespace) -> list[Metric]:

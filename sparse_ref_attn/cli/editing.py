@@ -9,9 +9,11 @@ from typing import Any
 from ..errors import SparseRefError
 from ..estimation import Amount, estimate
 from ..pictures import open_image
-from . import commands, failures
+from . import failures
+from .common import settings
 from .edits import Edit, edits_of
 from .fingerprint import fingerprints
+from .logs import hushed, quiet
 from .models import Model, model_of
 from .recorded import record_of, save
 from .session import OF_DENSE, Session, shareable
@@ -27,12 +29,11 @@ def run(options: argparse.Namespace) -> int:
 
     Of many edits those that are there are not made again, and one that cannot be made is told while others go on.
     """
-    commands.needs("run", "diffusers")
     tell = Telling(options.json, options.quiet)
-    with tell.hushed():
-        amount = Amount(options.preset, options.keep, commands.settings(options))
+    with hushed(options.quiet):
+        amount = Amount(options.preset, options.keep, settings(options))
         edits, many = edits_of(options)
-        commands.quiet(pipelines_too=options.model is None)
+        quiet(pipelines_too=options.model is None)
         model = model_of(options)
         _check(model, edits, amount)
         waiting = []

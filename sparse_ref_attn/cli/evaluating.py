@@ -7,32 +7,25 @@ from pathlib import Path
 
 from .. import doctor
 from ..errors import ConfigError
+from ..eval.calls import check_reserved
+from ..eval.datasets import load_examples
+from ..eval.evaluate import Grid
+from ..eval.evaluate import evaluate as run_grid
+from ..eval.examples import procedural
 from ..eval.methods import RULES, method_name
+from ..eval.models import EvalModel
+from ..eval.scores import Scorer
+from ..eval.tables import write_results
 from ..toy.pipeline import TRAINED
-from . import commands
+from .logs import quiet
 from .terminal import saved, show
 from .values import typed
 
-__all__ = ["evaluate", "run"]
-
-
-def run(options: argparse.Namespace) -> None:
-    """What the command needs is only imported here."""
-    commands.needs("eval", "diffusers", "eval")
-    evaluate(options)
+__all__ = ["evaluate"]
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """Make what is missing of the grid, then tables and plots of all rows."""
-    from ..eval.calls import check_reserved
-    from ..eval.datasets import load_examples
-    from ..eval.evaluate import Grid
-    from ..eval.evaluate import evaluate as run_grid
-    from ..eval.examples import procedural
-    from ..eval.models import EvalModel
-    from ..eval.scores import Scorer
-    from ..eval.tables import write_results
-
     if options.data is not None and options.sprites is not None:
         raise ConfigError("--sprites must come without --data, got both")
     if options.data is not None and options.models is None:
@@ -42,7 +35,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         raise ConfigError(f"models must have names of their own, got {', '.join(names)}")
     check_reserved(dict(options.set or ()))
-    commands.quiet(pipelines_too=True)
+    quiet(pipelines_too=True)
     if options.data is None:
         data = procedural(options.sprites, side=128 if options.side is None else options.side)
     else:

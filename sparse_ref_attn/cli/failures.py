@@ -10,7 +10,8 @@ from pathlib import Path
 from ..errors import SparseRefError
 
 __all__ = [
-    "CODES", "MISTAKE", "NO_MEMORY", "STOPPED", "UNEXPECTED", "OutOfMemoryError", "code_of", "memory_told", "told",
+    "CODES", "MISTAKE", "NO_MEMORY", "STOPPED", "UNEXPECTED", "OutOfMemoryError", "code_of", "memory_told",
+    "missing_package", "told",
 ]  # fmt: skip
 
 MISTAKE, NO_MEMORY, UNEXPECTED, STOPPED = 2, 3, 4, 130
@@ -66,6 +67,17 @@ def memory_told(less: Callable[[], str]) -> Iterator[None]:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise OutOfMemoryError(f"memory must hold the run, got: {reason}{less()}") from error
         raise
+
+
+def missing_package(error: BaseException | None) -> str:
+    """How to get the package whose absence the error comes from, if an extra brings it; else empty."""
+    from .. import doctor
+
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and (words := doctor.absent_module(error.name or "")):
+            return words
+        error = error.__cause__
+    return ""
 
 
 def code_of(error: SparseRefError) -> int:

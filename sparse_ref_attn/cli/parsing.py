@@ -6,12 +6,12 @@ import argparse
 import importlib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import ConfigError
 from ..vocabulary import near
 
-__all__ = ["Parser", "later"]
+__all__ = ["Commands", "Parser", "later"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,10 +43,28 @@ class Parser(argparse.ArgumentParser):
         return options
 
 
-def later(module: str, name: str) -> Callable[[argparse.Namespace], int | None]:
-    """A function of a module of this package, imported when it is called."""
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[Parser]
+else:
+    Commands = Any
+"""What a command adds its own parser to."""
+
+
+def later(module: str, name: str, *extras: str) -> Callable[[argparse.Namespace], int | None]:
+    """What runs a command: a function of a module of this package, imported when it is called.
+
+    Parameters
+    ----------
+    module, name : str
+    *extras : "diffusers", "eval", "train" or "app"
+        Without whose packages the command is refused before anything else.
+    """
 
     def call(options: argparse.Namespace) -> int | None:
+        from .. import doctor
+
+        if why := doctor.missing(*extras):
+            raise ConfigError(f"{options.parser.prog} cannot run: {why}")
         found: int | None = getattr(importlib.import_module(f".{module}", __package__), name)(options)
         return found
 

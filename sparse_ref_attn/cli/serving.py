@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from ..app.serve import check_place, is_loopback, serve
+from ..app.session import Session
 from ..errors import ConfigError
-from .commands import needs, quiet
+from .logs import quiet
 from .terminal import show
 
 __all__ = ["app"]
@@ -13,10 +15,6 @@ __all__ = ["app"]
 
 def app(options: argparse.Namespace) -> None:
     """Load the model, then serve until Ctrl-C."""
-    needs("app", "diffusers", "app")
-    from ..app.serve import check_place, is_loopback, serve
-    from ..app.session import Session
-
     port = check_place(options.host, options.port)
     small = options.model is None
     quiet(pipelines_too=small)

@@ -13,7 +13,7 @@ from ..config import SparseRef
 from ..estimation import Amount
 from ..patching import patched
 from ..pictures import open_image
-from . import commands, failures
+from . import calling, failures
 from .edits import Edit
 from .memory import memory_of
 from .models import Model
@@ -100,7 +100,7 @@ class Session:
         return arguments, arguments.pop("num_inference_steps")
 
     def _timed(self, arguments: dict[str, Any], steps: int, seed: int, config: SparseRef) -> tuple[Any, float]:
-        call = commands.caller(self.pipe, arguments, seed)
+        call = calling.caller(self.pipe, arguments, seed)
         with failures.memory_told(memory_of(self.pipe, config, arguments, self._options)):
             began = time.perf_counter()
             image = call(steps)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from .terminal import show
@@ -44,28 +40,6 @@ class Telling:
             print(json.dumps(record, allow_nan=False), flush=True)
         elif not self.quiet and record["status"] != "failed":
             show(_line(record))
-
-    @contextmanager
-    def hushed(self) -> Iterator[None]:
-        """Inside, libraries draw no bars and log errors alone, if the command is quiet."""
-        if not self.quiet:
-            yield
-            return
-        logger = logging.getLogger("sparse_ref_attn")
-        level = logger.level
-        logger.setLevel(logging.ERROR)
-        others = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
-        levels = [other.get_verbosity() for other in others]
-        for other in others:
-            other.disable_progress_bar()
-            other.set_verbosity_error()
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-            for other, before in zip(others, levels, strict=True):
-                other.enable_progress_bar()
-                other.set_verbosity(before)
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -13,7 +13,14 @@ import torch
 from ..errors import ConfigError
 from ..eval import loading
 from ..eval.outputs import check_name
-from . import commands
+from ..toy.pipeline import build_vae, toy_pipeline
+from ..training import RandomDrop, checkpoint, patch_for_training
+from ..training.batches import ToyBatches, training_of
+from ..training.folder import FolderBatches
+from ..training.loop import TrainConfig
+from ..training.loop import train as loop
+from ..training.lora import add_lora, save_lora
+from ..training.vae import toy_crops, train_vae
 from .values import typed
 
 __all__ = ["train"]
@@ -21,11 +28,6 @@ __all__ = ["train"]
 
 def train(options: argparse.Namespace) -> None:
     """The small model on the procedural task, or a LoRA of a real one on a folder."""
-    commands.needs("train", "diffusers", "train")
-    from ..training import RandomDrop, patch_for_training
-    from ..training.loop import TrainConfig
-    from ..training.loop import train as loop
-
     check_name(options.out)
     if (options.sprites is None) == (options.data is None):
         raise ConfigError("train needs --sprites (the small model) or --data with --model (a real one)")
@@ -68,23 +70,15 @@ def train(options: argparse.Namespace) -> None:
 
 
 def _small(options: argparse.Namespace) -> tuple[Any, Any]:
-    from ..toy.pipeline import toy_pipeline
-    from ..training.batches import ToyBatches
-    from ..training.checkpoint import begin_from
-
     batches = ToyBatches(options.sprites, options.batch, grid=options.grid, seed=options.seed)
     pipe = toy_pipeline(None, seed=options.seed)
     pipe.transformer.requires_grad_(True)
     if options.init is not None:
-        begin_from(Path(options.init), dict(pipe.transformer.named_parameters()))
+        checkpoint.begin_from(Path(options.init), dict(pipe.transformer.named_parameters()))
     return pipe, batches
 
 
 def _vae(options: argparse.Namespace) -> None:
-    from ..toy.pipeline import build_vae
-    from ..training import checkpoint
-    from ..training.vae import toy_crops, train_vae
-
     vae = build_vae(options.seed)
     crops = toy_crops(options.sprites, options.batch, seed=options.seed)
     out = Path(options.out)
@@ -98,10 +92,6 @@ def _vae(options: argparse.Namespace) -> None:
 
 
 def _real(options: argparse.Namespace) -> tuple[Any, Any]:
-    from ..training.batches import training_of
-    from ..training.folder import FolderBatches
-    from ..training.lora import add_lora
-
     batches = FolderBatches(
         options.data, options.batch, side=options.side, text_tokens=options.text_tokens, seed=options.seed
     )
@@ -117,9 +107,6 @@ def _real(options: argparse.Namespace) -> tuple[Any, Any]:
 
 def _write(pipe: Any, out: Path, ema: dict[str, Any], drop: Any, small: bool, about: dict[str, Any]) -> None:
     """The moving average where a pipeline finds it, with the settings that it was trained by."""
-    from ..training import checkpoint
-    from ..training.lora import save_lora
-
     settings = None if drop is None else drop.drop
     if not small:
         print(f"LoRA written to {save_lora(pipe, out, ema, settings)}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .. import refresh as refreshing
+from ..checks import is_int
 from ..errors import ConfigError
 from ..refresh import Refresh
 from ..vocabulary import chosen
@@ -54,7 +55,7 @@ def keep(text: str) -> float | int:
         raise argparse.ArgumentTypeError(
             f"must be a share (0.25, 25%) or a number of tokens (256), got {text!r}"
         ) from None
-    if found == 1 and isinstance(found, int):
+    if is_int(found) and found == 1:
         raise argparse.ArgumentTypeError("1 means one token or all of them: write 100% to keep all, got '1'")
     return found
 
@@ -66,7 +67,7 @@ def _number(text: str) -> float | int:
 def share(text: str) -> float:
     """A share in (0, 1]."""
     found = keep(text)
-    if isinstance(found, int) or not 0 < found <= 1:
+    if is_int(found) or not 0 < found <= 1:
         raise argparse.ArgumentTypeError(f"must be a share in (0, 1] such as 0.25 or 25%, got {text!r}")
     return found
 

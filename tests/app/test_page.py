@@ -140,7 +140,7 @@ def test_a_port_that_is_taken_and_settings_of_no_model(capsys: pytest.CaptureFix
 
 
 def test_gradio_is_imported_by_the_page_alone() -> None:
-    code = "import sys, sparse_ref_attn.cli.commands, sparse_ref_attn.app.session; print('gradio' in sys.modules)"
+    code = "import sys, sparse_ref_attn.cli.serving, sparse_ref_attn.app.session; print('gradio' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
 

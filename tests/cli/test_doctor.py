@@ -72,7 +72,7 @@ def test_doctor_says_what_is_there_and_what_is_not() -> None:
     assert "tested: 0.38 to 0.42" in text
     assert all(word in text for word in ("FluxTransformer2DModel", "Qwen-Image-Edit", "self-attention", "chunked"))
     assert data["versions"]["torch"] == torch.__version__
-    assert {"sra demo", "sra run", "sra compare and eval", "sra train"} <= set(data["can"])
+    assert {"sra demo", "sra run", "sra estimate", "sra compare and eval", "sra train"} <= set(data["can"])
     for name, version in doctor.versions().items():
         line = next(line for line in text.splitlines() if line.strip().startswith(name))
         assert (version or "not installed") in line

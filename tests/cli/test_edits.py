@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from sparse_ref_attn.cli import commands, main
+from sparse_ref_attn.cli import calling, main
 from sparse_ref_attn.cli.recorded import record_of
 from sparse_ref_attn.eval import loading
 from tests import programs
@@ -122,7 +122,7 @@ def test_one_that_fails_does_not_end_the_others(
 def test_memory_that_runs_out_at_one_is_told_with_its_code(
     folder: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, count = commands.caller, iter(range(9))
+    real, count = calling.caller, iter(range(9))
 
     def caller(*arguments: Any) -> Any:
         call, number = real(*arguments), next(count)
@@ -134,7 +134,7 @@ def test_memory_that_runs_out_at_one_is_told_with_its_code(
 
         return limited
 
-    monkeypatch.setattr(commands, "caller", caller)
+    monkeypatch.setattr(calling, "caller", caller)
     command = ["run", folder, "-p", "a", "-o", tmp_path / "out", "--model", models / "kontext", *FAST]
     assert main([str(word) for word in command]) == 3
     said = capsys.readouterr().err

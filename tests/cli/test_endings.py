@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_ref_attn.cli import commands, failures, main
+from sparse_ref_attn.cli import calling, failures, main
 from sparse_ref_attn.cli.memory import memory_of
 from tests.cli.commands import KLEIN, KONTEXT, TINY, pixels, report, run
 from tests.pictures import picture
@@ -21,7 +21,7 @@ from tests.pipelines import CASES
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int) -> None:
     """The pipeline's call number `at`, counted from 0 with the two of the warm-up, raises."""
-    real = commands.caller
+    real = calling.caller
 
     def caller(*arguments: Any) -> Callable[[int], Any]:
         call, count = real(*arguments), iter(range(100))
@@ -33,7 +33,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int) -> N
 
         return counted
 
-    monkeypatch.setattr(commands, "caller", caller)
+    monkeypatch.setattr(calling, "caller", caller)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.cli import commands, main
+from sparse_ref_attn.cli import calling, main
 from sparse_ref_attn.cli.recorded import record_of
 from sparse_ref_attn.eval import loading
 from sparse_ref_attn.eval.sizes import size_of
@@ -25,13 +25,13 @@ GRID = ["--preset", "sparse-context", "--rule", "grid"]
 
 def steps_asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps of each call of a pipeline from here on."""
-    real, asked = commands.caller, list[int]()
+    real, asked = calling.caller, list[int]()
 
     def caller(*arguments: Any) -> Any:
         call = real(*arguments)
         return lambda steps: asked.append(steps) or call(steps)
 
-    monkeypatch.setattr(commands, "caller", caller)
+    monkeypatch.setattr(calling, "caller", caller)
     return asked
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import sparse_ref_attn as sra
 from benchmarks.front_page import compared
-from sparse_ref_attn.cli import builtin, commands, main
+from sparse_ref_attn.cli import builtin, calling, main
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.eval import methods as named
 from sparse_ref_attn.eval.compare import compare_all
@@ -116,7 +116,7 @@ def test_rows_are_the_runs() -> None:
         "quarter": sra.SparseRef("grid", 0.25),
         "two weights": sra.SparseRef("grid", 0.25, weights=(1.0, 2.0)),
     }
-    results = compare_all(pipe, configs, commands.caller(pipe, arguments, 0), steps=steps, refused=refused)
+    results = compare_all(pipe, configs, calling.caller(pipe, arguments, 0), steps=steps, refused=refused)
     assert list(results) == ["all", "quarter"]
     assert "weights must be one a reference" in refused["two weights"]
     dense, every, quarter = rows_of(results, [Psnr(), Ssim()])
@@ -125,7 +125,7 @@ def test_rows_are_the_runs() -> None:
     assert 0 < quarter["PSNR (dB)"] < 100
     assert every["flop_ratio"] == 1 < quarter["flop_ratio"]
     with pytest.raises(ConfigError, match="weights must be one a reference"):
-        compare_all(pipe, configs, commands.caller(pipe, arguments, 0), steps=steps)
+        compare_all(pipe, configs, calling.caller(pipe, arguments, 0), steps=steps)
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.7, 0.25, 0.05])

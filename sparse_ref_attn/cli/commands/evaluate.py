@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
+from ... import vocabulary
+from .. import values
+from ..common import add_likeness, add_place, add_set
+from ..parsing import Commands, later
 
-from .. import vocabulary
-from . import values
-from .parsing import later
-
-__all__ = ["add_evaluation"]
+__all__ = ["add"]
 
 KEEPS = (1.0, 0.5, 0.25, 0.15, 0.1, 0.05)
 
 
-def add_evaluation(parser: argparse.ArgumentParser) -> None:
-    """Add them to a parser."""
+def add(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "eval",
+        help="models, rules and shares over a data set: rows, intervals, plots",
+        description="Makes pictures dense and with each rule at each share of the tokens, scores them against the "
+        "dense ones and the answers, and appends a row for each. A run that was stopped goes on; several processes "
+        "share the work under accelerate launch or torchrun.",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="rows.csv and what is made of it; runs add to it")
     parser.add_argument(
         "--models",
@@ -63,21 +69,15 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--side", type=values.above(16), help="of the square output in pixels (default: 128 for the small pipeline)"
     )
-    how.add_argument(
-        "--set", action="append", type=values.setting, metavar="NAME=VALUE", help="of the pipeline's own call"
-    )
+    add_set(how, "of the pipeline's own call")
     how.add_argument(
         "--metrics",
         nargs="+",
         **values.one_of(vocabulary.METRICS) | {"metavar": "M"},
         help=f"{', '.join(vocabulary.METRICS)} (default: the first four)",
     )
-    how.add_argument("--clip", metavar="PATH", help="folder of a CLIP model: adds CLIP-I and CLIP-T")
-    how.add_argument("--dino", metavar="PATH", help="folder of a DINO or DINOv2 model: adds its similarity")
-    parser.add_argument(
-        "--dtype", **values.one_of(vocabulary.DTYPES), help="default: bfloat16 on CUDA, float32 elsewhere"
-    )
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu; the small pipeline: cpu")
+    add_likeness(how, "CLIP-I and CLIP-T")
+    add_place(parser, device="; the small pipeline: cpu")
     parser.add_argument(
         "--pictures",
         type=values.above(0),
@@ -85,4 +85,4 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="kept of each family (default: 1)",
     )
-    parser.set_defaults(run=later("evaluating", "run"))
+    parser.set_defaults(run=later("evaluating", "evaluate", "diffusers", "eval"))

@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import argparse
 
-from .. import vocabulary
-from . import values
-from .parsing import later
+from ... import vocabulary
+from .. import values
+from ..common import OWN, add_config, add_offload, add_place, add_set
+from ..parsing import Commands, later
 
-__all__ = ["add_run"]
+__all__ = ["add"]
+
+ABOUT = """\
+Edits pictures with a diffusers pipeline, computing the reference tokens that
+matter alone.
+
+  sra run photo.jpg -p "the cup on a beach" -o out.png --model PATH
+  sra run cup.jpg table.jpg -p "the cup on the table" -o out.png --model PATH
+  sra run photos/ -p "as a watercolour" -o out/ --model PATH
+  sra run edits.jsonl -o out/ --model PATH
+
+Each picture is saved as soon as it exists, and says in its file how it was
+made. Of many edits, those that are there already are not made again, and one
+that cannot be made does not end the others."""
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """Add them to a parser, but for those that say what is kept."""
+def add(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "run",
+        help="edit pictures with a model: FLUX.1 Kontext, FLUX.2, Klein, Qwen-Image-Edit",
+        usage="%(prog)s IMAGE [IMAGE ...] -p TEXT -o PATH [--model PATH] [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=ABOUT,
+    )
     parser.add_argument(
         "images",
         nargs="*",
@@ -40,15 +61,8 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         **values.one_of(vocabulary.QUANTIZATIONS),
         help="the transformer's weights in 8 bits (int8, float8: torchao) or 4 (nf4: bitsandbytes)",
     )
-    model.add_argument(
-        "--dtype",
-        **values.one_of(vocabulary.DTYPES),
-        help="default: bfloat16 on CUDA and with --quantize, float32 elsewhere",
-    )
-    model.add_argument("--device", help="default: cuda where there is one, else cpu")
-    model.add_argument(
-        "--offload", **values.one_of(vocabulary.OFFLOADS), default="none", help="keep the model in the CPU's memory"
-    )
+    add_place(model, half="on CUDA and with --quantize")
+    add_offload(model)
     picture = parser.add_argument_group("picture", "default: the pipeline's own")
     picture.add_argument("--negative", metavar="TEXT", help="what not to make, where the pipeline takes it")
     picture.add_argument(
@@ -70,9 +84,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         "--width", type=values.above(16), metavar="W", help="in pixels; alone, the height follows the reference's shape"
     )
     picture.add_argument("--height", type=values.above(16), metavar="H")
-    picture.add_argument(
-        "--set", action="append", type=values.setting, metavar="NAME=VALUE", help="argument of the pipeline's own call"
-    )
+    add_set(picture)
     told = parser.add_argument_group("what is told")
     told.add_argument("--json", action="store_true", help="a JSON object a picture on stdout, all else on stderr")
     told.add_argument("--quiet", action="store_true", help="errors alone, and what --json asks for")
@@ -81,4 +93,5 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="make each picture with every token too (out-dense.png), and tell both times",
     )
-    parser.set_defaults(run=later("editing", "run"))
+    add_config(parser, "recast", OWN)
+    parser.set_defaults(run=later("editing", "run", "diffusers"))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
+from ... import vocabulary
+from .. import values
+from ..parsing import Commands, later
 
-from .. import vocabulary
-from . import values
-from .parsing import later
-
-__all__ = ["add_training"]
+__all__ = ["add"]
 
 
-def add_training(parser: argparse.ArgumentParser) -> None:
-    """Add them to a parser."""
+def add(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "train",
+        help="train the small model, or a LoRA of a real one, with or without dropping reference tokens",
+        description="Flow matching on (reference, prompt, target), resumable bit for bit; several processes under "
+        "accelerate launch. A LoRA of FLUX.1 Kontext on a folder of pairs, or the small model on its procedural task.",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="checkpoints, log.csv, the trained weights")
     parser.add_argument("--steps", required=True, type=values.above(1), help="in all; a run that was stopped goes on")
     data = parser.add_argument_group("data, one of")
@@ -56,4 +60,4 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--precision", **values.one_of(("bf16", "no")), default="bf16", help="default: %(default)s")
     how.add_argument("--checkpoint-every", type=values.above(1), default=200, metavar="N", help="default: %(default)s")
     how.add_argument("--seed", type=values.seed, default=0)
-    parser.set_defaults(run=later("training", "train"))
+    parser.set_defaults(run=later("training", "train", "diffusers", "train"))

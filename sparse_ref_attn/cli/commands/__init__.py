@@ -1,0 +1,1 @@
+"""A file for each command: its arguments, and which function runs it."""

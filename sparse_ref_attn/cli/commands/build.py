@@ -1,0 +1,23 @@
+"""The arguments of ``sra build-kernels``."""
+
+from __future__ import annotations
+
+from ..parsing import Commands, later
+
+__all__ = ["add"]
+
+
+def add(commands: Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "build-kernels",
+        help="compile the CUDA C++ kernels with nvcc, for the cards of this machine",
+        description="Compiles csrc with nvcc and ninja into the user's cache, where every later process finds it. "
+        "Nothing else ever compiles them on use. ninja_build.md says what each error means.",
+    )
+    parser.add_argument(
+        "--archs",
+        metavar="LIST",
+        help='such as "80;90a"; default SRA_CUDA_ARCHS, else the cards found, else 80;90a;100a',
+    )
+    parser.set_defaults(run=later("building", "build"))

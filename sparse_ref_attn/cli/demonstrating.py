@@ -1,0 +1,90 @@
+"""``sra demo``: what it does with its arguments."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from .. import doctor
+from ..config import SparseRef
+from ..estimation import Amount
+from ..eval import outputs
+from ..eval.compare import compare
+from ..toy.scenes import Scene
+from . import calling, failures
+from .builtin import builtin
+from .common import settings
+from .logs import quiet
+from .memory import memory_of
+from .terminal import saved, show
+
+__all__ = ["demo"]
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Dense and sparse side by side, on a built-in pipeline."""
+    made = builtin(options, options.image)
+    small = made.pair is not None
+    preset = options.preset = options.preset or ("recast" if small else "sparse-context")
+    given = settings(options)
+    if preset == "sparse-context":
+        given.setdefault("task", "subject" if small else "edit")
+        options.keep = 0.25 if options.keep is None else options.keep
+    elif not small:
+        given.setdefault("task", "subject")
+    if small and preset == "recast" and options.keep is None:
+        given |= {"n_min": 0.25, "n_max": 0.25}  # the paper's ramp would begin with 16 tokens of 256
+    amount = Amount(preset, options.keep, given)
+    directory = outputs.prepare_directory(options.out)
+    quiet(pipelines_too=True)
+    began = time.perf_counter()
+    pipe = made.build()
+    seconds = time.perf_counter() - began
+    config = amount.config(pipe.transformer, made.steps)
+    show(f"Built a small FLUX.1 Kontext pipeline of diffusers' own classes in {seconds:.1f} s.\n{made.note}")
+    if preset == "recast" and not small and options.task is None:
+        show('ReCAST runs with task="subject": random attention is near uniform, and the guard of "auto" keeps all.')
+    if small:
+        show(f'Prompt: "{made.arguments["prompt"]}"')
+    about = {"weights": made.note.replace("\n", " "), "prompt": made.arguments["prompt"]}
+    arguments = made.arguments | {"num_inference_steps": made.steps}
+    _compare(pipe, config, arguments, options, directory, "cpu", about, made.pair)
+
+
+def _compare(
+    pipe: Any,
+    config: SparseRef,
+    arguments: dict[str, Any],
+    options: argparse.Namespace,
+    directory: Path,
+    device: str,
+    about: dict[str, Any],
+    pair: Scene | None = None,
+) -> None:
+    steps = arguments.pop("num_inference_steps")
+    call = calling.caller(pipe, arguments, options.seed)
+    where = doctor.device(device)
+    show(f"{options.preset}: {config.describe()}; {steps} steps, seed {options.seed}; {where}.\n")
+    pictures = outputs.Pictures(directory)
+    with failures.told(directory, pictures.written, memory_of(pipe, config, arguments, options)):
+        result = compare(pipe, config, call, steps=steps, repeats=options.repeats, made=pictures)
+    about = {
+        "pipeline": type(pipe).__name__,
+        **about,
+        "device": where,
+        "arguments": {k: v for k, v in arguments.items() if k != "image"} | {"steps": steps},
+        "preset": options.preset,
+        "seed": options.seed,
+        "versions": doctor.versions(),
+    }
+    files = []
+    if pair is not None:
+        files = outputs.write_answer(directory, arguments["image"], pair, result)
+        about["psnr_db"] = outputs.against_answer(result, pair)
+    files += outputs.write(directory, result, about)
+    show(f"\n{outputs.table(result)}\n\nInside the transformer, sparse run\n\n{result.summary()}")
+    if pair is not None:
+        show("\n" + "\n".join(f"{name}: {value:.1f} dB" for name, value in about["psnr_db"].items()))
+    saved(directory, files)

@@ -1,0 +1,94 @@
+"""Without the packages of the extras: what still works, and one line on how to get the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparse_ref_attn import doctor
+from sparse_ref_attn.cli.arguments import COMMANDS
+from sparse_ref_attn.toy.sprites import held_out
+from tests.cli.bare import main_without
+from tests.pictures import picture
+
+EXTRAS = [module for modules in doctor.MODULES.values() for module in modules]
+BROUGHT = [*EXTRAS, "huggingface_hub", "tokenizers", "torchao", "gguf", "cache_dit"]
+NEED = {
+    "demo": ["demo", "--out", "{folder}/demo"],
+    "run": ["run", "{folder}/cup.png", "-p", "x", "-o", "{folder}/out.png"],
+    "compare": ["compare", "--out", "{folder}/compare"],
+    "evaluate": ["eval", "--out", "{folder}/eval"],
+    "train": ["train", "--sprites", "{folder}", "--out", "{folder}/train", "--steps", "1"],
+    "app": ["app"],
+    "estimate": ["estimate", "--model", "kontext"],
+}
+WORK = {
+    "doctor": [["doctor"], ["doctor", "--json"]],
+    "build": [["build-kernels", "--help"], ["build-kernels", "--archs", "none"]],
+    "bench": [["bench", "ops", "--help"], ["bench", "pipeline"]],
+}
+LINE = re.compile(r"sra: error: sra ([\w-]+) cannot run: (.+) not installed: pip install 'sparse-ref-attn\[(\w+)\]'\n")
+
+
+def needing(folder: Path) -> list[list[str]]:
+    """`NEED` on a folder with one picture, which is a sprite of the training part."""
+    picture(32, 32).convert("RGBA").save(folder / "cup.png")
+    assert not held_out("cup")
+    return [[word.format(folder=folder) for word in command] for command in NEED.values()]
+
+
+def missing(ending: list[Any]) -> tuple[str, str, str]:
+    """Command, packages and extra of the line that it ended with."""
+    code, out, err = ending
+    found = LINE.fullmatch(err)
+    assert found is not None, err
+    assert (code, out) == (2, "")
+    return found[1], found[2], found[3]
+
+
+def test_every_command_is_tried() -> None:
+    assert {command.__name__.rpartition(".")[2] for command in COMMANDS} == NEED.keys() | WORK.keys()
+
+
+def test_a_bare_installation_does_what_it_can_and_says_what_the_rest_needs(tmp_path: Path) -> None:
+    """`sra doctor` died with "No module named 'PIL' (unexpected ...)"."""
+    works = [command for commands in WORK.values() for command in commands]
+    *needs, told, data, build_help, build, bench_help, bench = main_without(BROUGHT, [*needing(tmp_path), *works])
+    for command, ending in zip(NEED.values(), needs, strict=True):
+        assert missing(ending) == (command[0], "diffusers, transformers, pillow", "diffusers")
+    assert [ending[0] for ending in (told, data, build_help, bench_help)] == [0, 0, 0, 0]
+    assert "no   sra demo: diffusers, transformers, pillow not installed" in told[1]
+    found = json.loads(data[1])
+    assert "patch a transformer of your own (PlainAdapter)" in found["can"]
+    assert found["versions"]["peft"] is None
+    assert "--archs" in build_help[1]
+    assert build[0] == 2
+    assert "none" in build[2]
+    assert "--resume" in bench_help[1]
+    assert missing(bench)[0] == "bench"
+    assert [path.name for path in tmp_path.iterdir()] == ["cup.png"]
+
+
+def test_packages_that_only_seem_to_be_there_are_the_same_line(tmp_path: Path) -> None:
+    """Metadata without modules, as a broken installation has it: the import fails in the middle of a command."""
+    for command, ending in zip(NEED.values(), main_without(EXTRAS, needing(tmp_path), known=True), strict=True):
+        name, packages, extra = missing(ending)
+        assert name == command[0]
+        assert packages in {doctor.DISTRIBUTIONS.get(module, module) for module in doctor.MODULES[extra]}
+
+
+@pytest.mark.parametrize("extra", sorted(doctor.MODULES))
+def test_the_modules_are_those_of_the_extras(extra: str) -> None:
+    needs = [
+        need for need in importlib.metadata.requires("sparse-ref-attn") if re.search(f"extra == .{extra}\\b", need)
+    ]
+    brought = {re.match(r"[\w-]+", need)[0] for need in needs} - {"sparse-ref-attn"}
+    told = [doctor.DISTRIBUTIONS.get(module, module) for module in doctor.MODULES[extra]]
+    elsewhere = {doctor.DISTRIBUTIONS.get(module, module) for module in EXTRAS} - set(told)
+    assert brought - elsewhere == set(told)
+    assert set(doctor.EXTRAS[extra]) <= brought
