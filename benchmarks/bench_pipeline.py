@@ -26,9 +26,9 @@ from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.eval.clock import time_call, timed
 
 from . import results
-from .bench_ops import REFUSALS, told
 from .memory import page_faults, peak_memory, reserve
 from .methods import METHODS, Method
+from .op_methods import REFUSALS, told
 from .options import Output, add_cuts, add_shared, prepare
 from .pipelines import build, caller, transformer_of, with_cache
 from .runs import Runs, about, gate, rows_of, run_once, run_untimed, running

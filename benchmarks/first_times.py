@@ -13,9 +13,10 @@ from torch import Tensor
 
 from sparse_ref_attn.functional import attention_mass, gather_attention, pack_rows
 
-from .bench_ops import REFUSALS, TILES, Method, refused, told
+from .bench_ops import TILES
 from .lines import Lines
 from .op_calls import Attention, Mass, TileMass
+from .op_methods import REFUSALS, Method, refused, told
 from .op_rivals import ATTENTION, MASS, Rival, by_hand
 from .op_shapes import MODELS, OpShape
 from .replay import replayable, replayed

@@ -32,7 +32,7 @@ from sparse_ref_attn.ops.gather_attention.triton_grad_q import launch_delta, lau
 from sparse_ref_attn.ops.gather_attention.triton_tiles import launch_tiles
 from sparse_ref_attn.ops.gather_attention.tuning import FORWARD, GRAD_KV, GRAD_Q, TILES
 
-from .bench_ops import measure
+from .op_timing import measure
 from .options import Output, add_shared, prepare
 from .results import ENVIRONMENT
 

@@ -15,9 +15,10 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import op_rivals, results
-from benchmarks.bench_ops import COLUMNS, Method, refused
+from benchmarks.bench_ops import COLUMNS
 from benchmarks.cli import main
 from benchmarks.op_calls import Attention, Mass, TileMass
+from benchmarks.op_methods import Method, refused
 from benchmarks.op_shapes import MODELS, quick
 from benchmarks.tile_calls import Tiled
 

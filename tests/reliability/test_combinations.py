@@ -15,7 +15,8 @@ import sparse_ref_attn as sra
 from tests.contract.state import state
 from tests.pictures import picture
 from tests.pipelines import CASES
-from tests.reliability.trials import BatchItems, _alike
+from tests.reliability.alike import alike
+from tests.reliability.drawn_batch import BatchItems
 
 KV = CASES["klein_kv"]
 RISING = sra.Linear(0.2, 0.6)
@@ -52,7 +53,7 @@ def test_batches_of_cached_pipelines(name: str, seed: int) -> None:
             told = [[(s.kind, s.kept, s.layers, s.cache_bytes) for s in r.steps] for r in (record, handle.record)]
             assert told[0] == told[1]
             steps = zip(record.steps, handle.record.steps, strict=True)
-            assert all(_alike(a.selection, b.selection) for a, b in steps)
+            assert all(alike(a.selection, b.selection) for a, b in steps)
         np.testing.assert_allclose(done.outputs[i].images, image, rtol=0, atol=5e-5)
 
 
@@ -81,7 +82,7 @@ def test_captured_and_reused(count: int, execute: str, tmp_path: Path) -> None:
         image = call(pipe, shapes, seed=4)
         for (kept, selection), step in zip(steps, handle.record.steps[1:], strict=True):
             assert step.kept == kept
-            assert _alike(selection, step.selection)
+            assert alike(selection, step.selection)
         if execute == "both":  # the same rows in every step; with "cache" the first step computes all when it is anew
             np.testing.assert_allclose(image, wanted, rtol=0, atol=1e-4)
         for others in (shapes[::-1], (*shapes, (64, 64)), shapes[1:]):

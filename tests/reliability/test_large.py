@@ -21,8 +21,8 @@ from sparse_ref_attn.types import Reference, RefSelection, TokenLayout
 from tests.contract.state import state
 from tests.pictures import generator, picture
 from tests.pipelines import CASES
+from tests.reliability.alike import same
 from tests.reliability.layouts import ROWS, Layout
-from tests.reliability.trials import same
 
 PIXEL_SELECTORS: dict[str, Selector] = {
     "edges": sra.Edges(),

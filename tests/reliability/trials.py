@@ -10,7 +10,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -24,9 +23,10 @@ from torch import Tensor
 import sparse_ref_attn as sra
 from sparse_ref_attn.selection import Reducer
 from tests.contract.state import state
-from tests.pictures import generator
-from tests.pipeline_arguments import PROMPTS, Request
-from tests.pipelines import CASES, Case, _small_references
+from tests.pipelines import CASES, Case
+from tests.reliability.alike import alike, same, whole
+from tests.reliability.drawn_batch import BatchItems, sizes_of
+from tests.reliability.kept_pipelines import pipeline, transformer
 from tests.reliability.layouts import MODELS, Layout
 from tests.reliability.settings import JUNK, Settings
 
@@ -34,35 +34,10 @@ KINDS = {"patch": 35, "steps": 35, "run": 14, "handle": 10, "batch": 6}
 """Shares of the trials, in percent: a configuration is made and patched; a transformer's calls on a random layout;
 a whole pipeline call; a random sequence of what can be done with a handle; an `sra.batch`."""
 TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-6}  # of the output's scale; rotary tables are float32
-SIZES = ((96, 64), (64, 64), (64, 96), (128, 64), (64, 128), (96, 96))
-FLUX_SIZES = ((48, 32), (32, 32), (32, 48), (64, 16), (16, 64))
 
 
 class TrialError(AssertionError):
     """A trial failed; says which and how to see it again."""
-
-
-@cache
-def pipeline(name: str) -> Any:
-    """One for all trials: whatever a trial leaves behind, the next one trips over."""
-    pipe = CASES[name].build()
-    CASES[name].call(pipe, steps=1)
-    return pipe
-
-
-@cache
-def transformer(name: str, dtype: torch.dtype) -> Any:
-    return CASES[name].build().transformer.to(dtype)
-
-
-def same(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit, NaN where NaN is."""
-    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
-def _whole(step: Any, total: int, stored: bool) -> bool:
-    """Whether a step did what the dense model's does."""
-    return step.kept == total and not step.layers and not (stored and step.kind == "cached")
 
 
 class Trial:
@@ -198,7 +173,7 @@ class Trial:
     ) -> None:
         total = sum(layout.sizes)
         stored = record is not None and record.exactness in ("drifting", "fixed time")
-        if record is None or all(_whole(step, total, stored) for step in record.steps):
+        if record is None or all(whole(step, total, stored) for step in record.steps):
             assert all(map(same, outputs, dense)), "all tokens kept must be the dense model's bits"
             return
         assert [step.index for step in record.steps] == list(range(layout.steps))
@@ -234,7 +209,7 @@ class Trial:
             "images_per_prompt": draw.choice((1, 1, 1, 2)), "seed": draw.randrange(3), "first": draw.randrange(3),
         }  # fmt: skip
         request["latents"] = case.latents and request["references"] > 0 and draw.random() < 0.3
-        request["sizes"] = tuple(draw.choice(_sizes(case)) for _ in range(3))
+        request["sizes"] = tuple(draw.choice(sizes_of(case)) for _ in range(3))
         self._note(f"{case.name} {request}")
         return request
 
@@ -270,7 +245,7 @@ class Trial:
         assert len(steps) == request["steps"]
         assert all(1 <= step.kept <= total for step in steps)
         stored = handle.record.exactness in ("drifting", "fixed time")
-        if all(_whole(step, total, stored) for step in steps):
+        if all(whole(step, total, stored) for step in steps):
             assert np.array_equal(image, plain)
         self._report(handle)
         if self.random.random() < 0.2 and not isinstance(handle.config.select, Reducer):  # a rival chooses no tokens
@@ -386,65 +361,9 @@ class Trial:
             if record is not None:
                 assert [(s.kind, s.calls) for s in record.steps] == [(s.kind, s.calls) for s in handle.record.steps]
                 pairs = zip(record.steps, handle.record.steps, strict=True)
-                if not all(a.kept == b.kept and _alike(a.selection, b.selection) for a, b in pairs):
+                if not all(a.kept == b.kept and alike(a.selection, b.selection) for a, b in pairs):
                     continue
             np.testing.assert_allclose(result.outputs[i].images, image, rtol=0, atol=1e-4)
-
-
-class BatchItems:
-    """One to four items of random references, and the arguments of their calls."""
-
-    def __init__(self, draw: Random, case: Case, pipe: Any) -> None:
-        self.case, self.steps = case, draw.choice((1, 2, 3))
-        many = max(case.references) > 1 and not case.name.endswith("inpaint")
-        cfg = case.cfg and draw.random() < 0.4
-        self.counts, self.images, self.each, self.prompts = [], [], [], []
-        for i in range(draw.randint(1, 4)):
-            count = draw.choice((0, *case.references) if case.text_to_image else case.references)
-            sizes = tuple(draw.choice(_sizes(case)) for _ in range(3))
-            request = Request(count if many else min(count, 1), 1, case.side, cfg, sizes, False, i)
-            arguments = case.arguments(pipe, request)
-            image = arguments.pop("image", None)
-            self.images.append([] if image is None else image if isinstance(image, list) else [image])
-            self.prompts.append(None if "prompt_embeds" in arguments else PROMPTS[i])
-            arguments.pop("prompt", None)
-            if draw.random() < 0.2:
-                arguments["num_inference_steps"] = draw.choice((1, 2, 4))
-            if draw.random() < 0.15:
-                arguments["num_images_per_prompt"] = 2
-            self.counts.append(count)
-            self.each.append(arguments)
-        side = {"height": case.side, "width": case.side}
-        self.common = {"num_inference_steps": self.steps, "output_type": "np", **side}
-
-    def __repr__(self) -> str:
-        sizes = [[getattr(image, "size", None) for image in images] for images in self.images]
-        own = [{k: v for k, v in each.items() if k.startswith("num_")} for each in self.each]
-        return f"{len(self.images)} items of {sizes}, {self.steps} steps, {own}"
-
-    def together(self, pipe: Any, config: sra.SparseRef | None) -> sra.BatchResult:
-        generators = [generator(i) for i in range(len(self.images))]
-        with _small_references():
-            return sra.batch(
-                pipe, self.prompts, self.images, config=config, generators=generators, each=self.each, **self.common
-            )
-
-    def alone(self, pipe: Any, config: sra.SparseRef, i: int) -> tuple[np.ndarray, Any]:
-        images = self.images[i]
-        image = {} if not images else {"image": images[0] if len(images) == 1 else images}
-        with sra.patched(pipe, config) as handle, _small_references():
-            made = pipe(prompt=self.prompts[i], generator=generator(i), **{**self.common, **self.each[i], **image})
-            return made.images, handle.record if images else None
-
-
-def _sizes(case: Case) -> tuple[tuple[int, int], ...]:
-    return FLUX_SIZES if case.side == 32 else SIZES
-
-
-def _alike(one: Any, other: Any) -> bool:
-    if one is None or other is None:
-        return one is other
-    return torch.equal(one.indices.sort().values, other.indices.sort().values)
 
 
 def _is_json(value: object) -> bool:
