@@ -117,7 +117,7 @@ def test_a_missing_package_is_one_line_with_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     installed = doctor.versions()
-    monkeypatch.setattr(doctor, "versions", lambda: installed | {"gradio": None})
+    monkeypatch.setattr(doctor.packages, "versions", lambda: installed | {"gradio": None})
     assert main(["app"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "sra: error: sra app cannot run: gradio not installed: pip install 'sparse-ref-attn[app]'"

@@ -16,7 +16,7 @@ from sparse_ref_attn.toy.sprites import held_out
 from tests.cli.bare import main_without
 from tests.pictures import picture
 
-EXTRAS = [module for modules in doctor.MODULES.values() for module in modules]
+EXTRAS = [module for modules in doctor.packages.MODULES.values() for module in modules]
 BROUGHT = [*EXTRAS, "huggingface_hub", "tokenizers", "torchao", "gguf", "cache_dit"]
 NEED = {
     "demo": ["demo", "--out", "{folder}/demo"],
@@ -79,16 +79,18 @@ def test_packages_that_only_seem_to_be_there_are_the_same_line(tmp_path: Path) -
     for command, ending in zip(NEED.values(), main_without(EXTRAS, needing(tmp_path), known=True), strict=True):
         name, packages, extra = missing(ending)
         assert name == command[0]
-        assert packages in {doctor.DISTRIBUTIONS.get(module, module) for module in doctor.MODULES[extra]}
+        assert packages in {
+            doctor.packages.DISTRIBUTIONS.get(module, module) for module in doctor.packages.MODULES[extra]
+        }
 
 
-@pytest.mark.parametrize("extra", sorted(doctor.MODULES))
+@pytest.mark.parametrize("extra", sorted(doctor.packages.MODULES))
 def test_the_modules_are_those_of_the_extras(extra: str) -> None:
     needs = [
         need for need in importlib.metadata.requires("sparse-ref-attn") if re.search(f"extra == .{extra}\\b", need)
     ]
     brought = {re.match(r"[\w-]+", need)[0] for need in needs} - {"sparse-ref-attn"}
-    told = [doctor.DISTRIBUTIONS.get(module, module) for module in doctor.MODULES[extra]]
-    elsewhere = {doctor.DISTRIBUTIONS.get(module, module) for module in EXTRAS} - set(told)
+    told = [doctor.packages.DISTRIBUTIONS.get(module, module) for module in doctor.packages.MODULES[extra]]
+    elsewhere = {doctor.packages.DISTRIBUTIONS.get(module, module) for module in EXTRAS} - set(told)
     assert brought - elsewhere == set(told)
-    assert set(doctor.EXTRAS[extra]) <= brought
+    assert set(doctor.packages.EXTRAS[extra]) <= brought
