@@ -32,7 +32,7 @@ from sparse_ref_attn.eval.clock import time_call, timed
 
 from .memory import peak_memory, reserve
 from .options import Output, add_cuts, add_shared, prepare
-from .pipelines import build, embeddings, own_arguments, photos, transformer_of
+from .random_pipelines import build, embeddings, own_arguments, photos, transformer_of
 from .results import ENVIRONMENT
 from .runs import about
 from .shapes import PipelineCase, changed

@@ -30,7 +30,7 @@ from .memory import page_faults, peak_memory, reserve
 from .methods import METHODS, Method
 from .op_methods import REFUSALS, told
 from .options import Output, add_cuts, add_shared, prepare
-from .pipelines import build, caller, transformer_of, with_cache
+from .random_pipelines import build, caller, transformer_of, with_cache
 from .runs import Runs, about, gate, rows_of, run_once, run_untimed, running
 from .shapes import SUITES, PipelineCase, changed
 from .work import sites_of

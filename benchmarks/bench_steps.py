@@ -27,7 +27,7 @@ from sparse_ref_attn.models import MODELS, adapter_for
 
 from .memory import peak_memory, peak_of, reserve
 from .options import Output, add_cuts, add_shared, prepare
-from .pipelines import build, caller, transformer_of
+from .random_pipelines import build, caller, transformer_of
 from .results import ENVIRONMENT
 from .runs import about, scoring_seconds
 from .shapes import PipelineCase, changed

@@ -19,7 +19,7 @@ def pipeline_flops(arguments: Sequence[str]) -> float:
     A step cache is counted as if it saved nothing, and so is Klein's own cache.
     """
     from .bench_pipeline import add_arguments, cases
-    from .pipelines import transformer_of
+    from .random_pipelines import transformer_of
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)

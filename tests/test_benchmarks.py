@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_steps, pipelines, results, runs
+from benchmarks import bench_steps, random_pipelines, results, runs
 from benchmarks.cli import LEVELS, main
 from benchmarks.memory import peak_of
 from benchmarks.methods import METHODS
@@ -90,14 +90,14 @@ def test_suites_have_real_shapes():
         assert set(suite.methods) <= set(METHODS)
         assert all(case.heads is None for case in suite.cases)
     for case in SUITES["end-to-end"].cases:
-        cut, whole = pipelines.transformer_of(case).config, named_model(case.model).config
+        cut, whole = random_pipelines.transformer_of(case).config, named_model(case.model).config
         assert dict(cut) == dict(whole)
 
 
 def test_references_are_different_pictures():
-    assert len({photo.tobytes() for photo in pipelines.photos(8, 64)}) == 8
+    assert len({photo.tobytes() for photo in random_pipelines.photos(8, 64)}) == 8
     with pytest.raises(ValueError, match="8 different references, got 9"):
-        pipelines.photos(9, 64)
+        random_pipelines.photos(9, 64)
 
 
 def tiny(model: str = "klein-9b", **changes: Any) -> PipelineCase:
@@ -107,9 +107,9 @@ def tiny(model: str = "klein-9b", **changes: Any) -> PipelineCase:
 @pytest.mark.parametrize("model", ["kontext", "klein-9b"])
 def test_counted_work_is_that_of_the_shapes(model: str):
     case = tiny(model)
-    pipe = pipelines.build(case, CPU, torch.float32)
+    pipe = random_pipelines.build(case, CPU, torch.float32)
     with torch.no_grad(), counted_work(pipe.transformer) as work:
-        pipelines.caller(pipe, case)()
+        random_pipelines.caller(pipe, case)()
     shape = adapter_for(pipe.transformer).shape(pipe.transformer)
     assert work() == run_flops(shape, [StepTokens(TEXT_TOKENS, 64, 64)] * 2)
 
@@ -117,9 +117,9 @@ def test_counted_work_is_that_of_the_shapes(model: str):
 @torch.no_grad()
 def test_the_work_of_kleins_own_cache_is_that_of_ours_with_every_token():
     case = tiny(references=2, steps=3)
-    pipe = pipelines.with_cache(pipelines.build(case, CPU, torch.float32))
+    pipe = random_pipelines.with_cache(random_pipelines.build(case, CPU, torch.float32))
     with patched(pipe, SparseRef("grid", 1.0, "cache")) as handle:
-        pipelines.caller(pipe, case)()
+        random_pipelines.caller(pipe, case)()
     shape = adapter_for(pipe.transformer).shape(pipe.transformer)
     dense = runs.Runs([1.0], [1.0], [0.5])
     plain, kv = runs.rows_of(case, {"dense": dense, "Klein-KV": runs.Runs([1.0])}, pipe.transformer)
@@ -243,7 +243,7 @@ def test_a_step_and_its_blocks(tmp_path):
     assert (step["method"], step["kept"], profile["method"], profile["kept"]) == ("grid 25%", "16", "profile", "64")
     joint, kept = TEXT_TOKENS + 128, TEXT_TOKENS + 80
     single = rows[-1]
-    model = pipelines.transformer_of(tiny("klein-4b"))
+    model = random_pipelines.transformer_of(tiny("klein-4b"))
     linears = [m for m in model.single_transformer_blocks[0].modules() if isinstance(m, torch.nn.Linear)]
     macs = sum(m.in_features * m.out_features for m in linears)
     pairs = 2 * model.config.num_attention_heads * model.config.attention_head_dim
@@ -253,7 +253,7 @@ def test_a_step_and_its_blocks(tmp_path):
 
 
 def test_the_first_block_of_each_kind_is_timed_with_its_own_attention():
-    model = pipelines.transformer_of(tiny("klein-4b"), CPU, torch.float32)
+    model = random_pipelines.transformer_of(tiny("klein-4b"), CPU, torch.float32)
     assert list(bench_steps.first_blocks(model)) == ["double block", "single block"]
     assert [site for _, site in bench_steps.first_blocks(model).values()] == [0, 1]
 
@@ -277,8 +277,8 @@ def test_a_quick_run_without_out_writes_no_rows(monkeypatch: pytest.MonkeyPatch,
 @torch.no_grad()
 def test_the_gate_is_red_for_a_method_that_changes_the_pipeline():
     case = tiny()
-    pipe = pipelines.build(case, CPU, torch.float32)
-    call = pipelines.caller(pipe, case)
+    pipe = random_pipelines.build(case, CPU, torch.float32)
+    call = random_pipelines.caller(pipe, case)
     assert runs.gate(pipe, call, case, [METHODS["edges 25%"]])
     assert not runs.gate(pipe, call, case, [replace(METHODS["edges 25%"], config=SparseRef("grid", 1.0))])
     weight = pipe.transformer.proj_out.weight

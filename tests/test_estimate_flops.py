@@ -16,7 +16,7 @@ from sparse_ref_attn.cost import StepTokens, step_flops
 from sparse_ref_attn.estimation import estimate
 from sparse_ref_attn.models import adapter_for, named_model
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
-from sparse_ref_attn.patching.execution.depth import leaving
+from sparse_ref_attn.patching.execution.depth import truncate
 from sparse_ref_attn.types import Reference, TokenLayout
 
 ONE = [(1024, 1024)]
@@ -96,7 +96,7 @@ def call_by_depth(name, model, kept, first):
         assert cut.arrive()
         return adapter.drop_in_block(kind, adapter.bind(block, args, kwargs), cut)
 
-    with leaving(adapter.blocks(model)[first:], shorten):
+    with truncate(adapter.blocks(model)[first:], shorten):
         call(name, model, 300, 4096, 4096)
 
 

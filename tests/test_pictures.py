@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 import torch
 
-from benchmarks.pipelines import photos
+from benchmarks.random_pipelines import photos
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.eval.datasets import load_examples
 from sparse_ref_attn.pictures import check_image, open_image

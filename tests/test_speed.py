@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
-from benchmarks import pipelines
+from benchmarks import random_pipelines
 from benchmarks.op_calls import Attention, Mass
 from benchmarks.op_rivals import by_hand, mass_by_hand
 from benchmarks.op_shapes import MODELS, quick
@@ -104,8 +104,8 @@ def test_patch_and_remove(timed: Timed) -> None:
 def test_a_whole_call(timed: Timed, keep: float | None) -> None:
     """A quarter of a thousand tokens an image, four references: 4.1 times less work in all at 5 %, where T = 512."""
     case = PipelineCase("klein-4b", references=4, layers=0, single=1, steps=1, side=256, heads=2)
-    pipe = pipelines.build(case, CPU, torch.float32)
-    call = pipelines.caller(pipe, case)
+    pipe = random_pipelines.build(case, CPU, torch.float32)
+    call = random_pipelines.caller(pipe, case)
     if keep is None:
         timed(call, reference_tokens=1024)
         return

@@ -13,7 +13,7 @@ from PIL import Image
 import sparse_ref_attn as sra
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.overlay import tile_overlay
-from sparse_ref_attn.overlay.tiles import _often
+from sparse_ref_attn.overlay.tile_reads import _often
 from sparse_ref_attn.record import RunRecord, StepRecord, TileRecord
 from sparse_ref_attn.report import summary
 from sparse_ref_attn.types import Reference, RefSelection, TokenLayout

@@ -26,9 +26,9 @@ from ..run import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
 from . import masks
-from .cache_seam import CacheSeam
+from .cache_hooks import CacheHooks
+from .collate import sample_of, split_items, with_sample
 from .depth import Block, DepthCut, blocks_of
-from .joining import sample_of, split_items, with_sample
 from .joint_view import joint_view
 from .pipeline_facts import PipelineFacts
 from .published_size import PublishedSize
@@ -75,7 +75,7 @@ class Adapter:
     """Classes of attention processors with which calls can run together (see `ragged`)."""
     packs: ClassVar[bool] = False
     """Whether calls that run together lie end to end through whole blocks; otherwise they are padded."""
-    cache: CacheSeam | None = None
+    cache: CacheHooks | None = None
     """How the family keeps its references' K/V between steps, if some of its pipelines do."""
 
     def check(self, transformer: nn.Module) -> None:

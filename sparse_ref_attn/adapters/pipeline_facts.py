@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 from .classes import load_class
-from .training_seam import TrainingSeam
+from .training_hooks import TrainingHooks
 
 __all__ = ["PipelineFacts"]
 
@@ -32,7 +32,7 @@ class PipelineFacts:
         Which reference gives the output its shape where nobody says a size, as an index. Default: the first.
     distilled : bool
         Whether all of its models are distilled to few steps. Default: those whose config says ``is_distilled``.
-    training : TrainingSeam, optional
+    training : TrainingHooks, optional
         How its models are trained on pairs of pictures; None: `sra train` does not train them.
     """
 
@@ -42,7 +42,7 @@ class PipelineFacts:
     area: str | None = None
     shaped_by: int = 0
     distilled: bool = False
-    training: TrainingSeam | None = None
+    training: TrainingHooks | None = None
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, SparseRefError
-from ..eval.calls import call_arguments, check_more
+from ..eval.checked_arguments import call_arguments, check_more
 from ..eval.loading import load_pipeline, open_image
 from ..eval.sizes import size_of
 from ..hooks.compiled import unwrap

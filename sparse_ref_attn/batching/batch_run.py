@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter, Kwargs
-from ..adapters.joining import with_sample
+from ..adapters.collate import with_sample
 from ..config import SparseRef
 from ..hooks.compiled import eager_blocks, unwrap
 from ..patching.execution.ragged import Item, Ragged

@@ -11,7 +11,7 @@ from .. import doctor
 from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
 from ..estimation import at_share
-from ..eval import calls, loading, metrics, outputs
+from ..eval import checked_arguments, loading, metrics, outputs
 from ..eval.compare import compare_all
 from ..eval.method_rows import markdown, rows_of
 from ..eval.methods import methods
@@ -152,14 +152,16 @@ def _loaded(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any]]:
         if size is not None:
             raise ConfigError("the output must have one size, got --output beside --height and --width")
         size = options.output[1], options.output[0]
-    calls.check_reserved(dict(options.set or ()))
+    checked_arguments.check_reserved(dict(options.set or ()))
     images = [open_image(path) for path in options.image]
     quiet(pipelines_too=False)
     pipe, device = loading.load_pipeline(
         options.model, device=options.device, dtype=options.dtype, offload=options.offload
     )
     more = dict(options.set or ())
-    arguments = calls.call_arguments(pipe, images, options.prompt, size=size, steps=options.steps, more=more)
+    arguments = checked_arguments.call_arguments(
+        pipe, images, options.prompt, size=size, steps=options.steps, more=more
+    )
     show(f"Loaded {type(pipe).__name__} from {options.model} on {device}.")
     return pipe, device, arguments
 

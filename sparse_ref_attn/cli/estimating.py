@@ -7,7 +7,7 @@ import json
 
 from .. import estimation
 from ..estimation import Amount
-from ..eval.geometry import meta_transformer, pipeline_of
+from ..eval.meta_model import meta_transformer, pipeline_of
 from .common import settings
 from .logs import quiet
 from .terminal import show

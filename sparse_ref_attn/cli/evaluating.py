@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import doctor
 from ..errors import ConfigError
-from ..eval.calls import check_reserved
+from ..eval.checked_arguments import check_reserved
 from ..eval.datasets import load_examples
 from ..eval.evaluate import Grid
 from ..eval.evaluate import evaluate as run_grid

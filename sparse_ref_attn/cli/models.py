@@ -13,9 +13,9 @@ from torch import nn
 
 from ..adapters.classes import load_class
 from ..errors import ConfigError
-from ..eval import calls, loading
-from ..eval.geometry import meta_transformer, pipeline_of
+from ..eval import checked_arguments, loading
 from ..eval.loras import Lora, check_loras
+from ..eval.meta_model import meta_transformer, pipeline_of
 from ..eval.quantization import check_quantization
 from ..eval.sizes import size_of
 from ..toy.calls import written
@@ -74,16 +74,18 @@ class Published:
         if options.quantize is not None:
             check_quantization(options.quantize, device)
         check_loras(self._loras)
-        calls.check_reserved(self._more)
+        checked_arguments.check_reserved(self._more)
         if self._known is not None:
             loading.import_diffusers()
             cls, cell = load_class(self._known.cls), _cell(Path(self._name))
-            calls.check_more(cls, self._more)
+            checked_arguments.check_more(cls, self._more)
             for edit in edits:
                 self._known.check_references(len(edit.images))
-                calls.check_words(cls, self._distilled, negative=edit.negative, guidance=edit.guidance, more=self._more)
+                checked_arguments.check_words(
+                    cls, self._distilled, negative=edit.negative, guidance=edit.guidance, more=self._more
+                )
                 if cell is not None and edit.width and edit.height:
-                    calls.check_size(cell, (edit.height, edit.width))
+                    checked_arguments.check_size(cell, (edit.height, edit.width))
                 elif cell is not None and (side := edit.width or edit.height or 0) % cell:
                     name, low = "width" if edit.width else "height", side // cell * cell
                     near = f"{max(cell, low)} or {low + cell}"
@@ -98,7 +100,7 @@ class Published:
         )  # fmt: skip
 
     def arguments(self, pipe: Any, edit: Edit, images: list[Any]) -> dict[str, Any]:
-        return calls.call_arguments(
+        return checked_arguments.call_arguments(
             pipe, images, edit.prompt, size=size_of(pipe, images, edit.width, edit.height, self._more),
             steps=edit.steps,
             negative=edit.negative, guidance=edit.guidance, more=self._more,

@@ -97,11 +97,11 @@ def _real(options: argparse.Namespace) -> tuple[Any, Any]:
     )
     pipe, _ = loading.load_pipeline(options.model)
     try:
-        seam = training_of(pipe)
+        hooks = training_of(pipe)
     except ConfigError as error:
         raise ConfigError(f"{error} from {options.model}") from error
     batches.check(pipe)
-    add_lora(pipe.transformer, options.lora_rank, seam.lora)
+    add_lora(pipe.transformer, options.lora_rank, hooks.lora)
     return pipe, batches
 
 

@@ -30,7 +30,7 @@ from .cache import run_work
 from .planned import PlannedRun
 from .result import Estimate, RunMemory
 from .scoring import scoring_of
-from .tiles import held_by_tiles
+from .tile_memory import held_by_tiles
 
 __all__ = ["estimate"]
 

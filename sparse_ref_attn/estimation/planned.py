@@ -10,7 +10,7 @@ from typing import Any
 from ..config import SparseRef
 from ..cost import StepTokens
 from ..execution import Cache
-from ..patching.execution.tiles import cells_of
+from ..patching.execution.held_tiles import cells_of
 from ..record import mean_over_blocks
 from ..run import Budgeting, Probing, Timeline
 from ..run.timeline import PlannedStep

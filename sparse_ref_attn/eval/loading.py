@@ -11,7 +11,7 @@ import torch
 from ..errors import ConfigError, VersionError
 from ..pictures import open_image
 from ..vocabulary import OFFLOADS, chosen
-from .calls import check_class
+from .checked_arguments import check_class
 from .loras import Lora, add_loras, check_loras
 from .quantization import quantization
 

@@ -15,7 +15,7 @@ from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
 from ..patching import patched
 from ..record import RunRecord
-from .calls import call_arguments, check_class, check_more
+from .checked_arguments import call_arguments, check_class, check_more
 from .examples import Example, Mask
 from .loading import check_device, load_pipeline
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..adapters.classes import load_class
-from .calls import check_class
+from .checked_arguments import check_class
 
 __all__ = ["size_of"]
 

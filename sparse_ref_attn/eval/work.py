@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from ..estimation import estimate
-from .geometry import meta_transformer
+from .meta_model import meta_transformer
 from .methods import methods
 
 __all__ = ["flop_ratio"]

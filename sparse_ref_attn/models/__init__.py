@@ -6,8 +6,8 @@ A family is a line of `vocabulary.FAMILIES` and a module here whose ``FAMILY`` i
 from importlib import import_module
 
 from ..vocabulary import FAMILIES
+from .named_models import MODELS, named_model, published_size
 from .pipelines import edit_facts, edit_facts_named, edit_pipelines, facts_of
-from .published import MODELS, named_model, published_size
 from .registry import adapter_for, register_adapter, register_family, supported
 
 __all__ = [

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter, Found, Kwargs
+from ..adapters.collate import flat_ids, pad, same, stack
 from ..adapters.depth import DepthCut
-from ..adapters.joining import flat_ids, pad, same, stack
 from ..adapters.masks import cut_in_block
 from ..adapters.pipeline_facts import PipelineFacts
 from ..adapters.position_ids import grid_of_ids, place_by_ids, references_from_ids
 from ..adapters.published_size import PublishedSize
 from ..adapters.row_arguments import take_rows
-from ..adapters.training_seam import TrainingSeam
+from ..adapters.training_hooks import TrainingHooks
 from ..hooks.diffusers import encoded_reference, internal, packed_reference
 from ..selection import Reduced
 from ..types import TokenLayout
@@ -42,7 +42,7 @@ _STREAMS = {
 }
 
 
-class KontextTraining(TrainingSeam):
+class KontextTraining(TrainingHooks):
     """The target has frame 0 and the reference frame 1; the prompt is read by CLIP and T5."""
 
     max_text = 512

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter, Found, Kwargs
+from ..adapters.collate import pad, same, stack
 from ..adapters.depth import DepthCut
-from ..adapters.joining import pad, same, stack
 from ..adapters.pipeline_facts import PipelineFacts
 from ..adapters.published_size import PublishedSize
 from ..adapters.shortened import Shortened

@@ -2,6 +2,6 @@
 
 from .kept import overlay, save_overlay
 from .strip import save_budget_strip
-from .tiles import tile_overlay
+from .tile_reads import tile_overlay
 
 __all__ = ["overlay", "save_budget_strip", "save_overlay", "tile_overlay"]

@@ -83,7 +83,7 @@ class Generations:
         """Listen to what the pipeline's VAE encodes, and to which thread its scheduler runs in."""
         self._owners.listen(undo, self._scheduled)
         undo.callback(self._lengths.leave, weakref.ref(transformer))
-        if self.store is not None and not (self.cache is not None and self.cache.seam.kept_by(transformer)):
+        if self.store is not None and not (self.cache is not None and self.cache.hooks.kept_by(transformer)):
             self.store.install(transformer)
         vae = getattr(None if self._pipe is None else self._pipe(), "vae", None)
         if isinstance(vae, nn.Module) and hasattr(vae, "encode"):

@@ -248,7 +248,7 @@ class PatchHandle:
         if self._generations.removed:
             raise HandleRemovedError("a handle must not be used after remove(); patch again")
         transformer, cache = self._transformer(), self._generations.cache
-        if cache is None or transformer is None or not cache.seam.kept_by(transformer):
+        if cache is None or transformer is None or not cache.hooks.kept_by(transformer):
             raise IncompatibleError(
                 "a reference cache needs a model that computes its references' keys and values once and keeps them "
                 f"(FLUX.2 Klein-KV), got {self._name}"

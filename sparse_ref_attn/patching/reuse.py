@@ -28,13 +28,13 @@ class CacheReuse:
     Parameters
     ----------
     adapter : Adapter
-        Of a family with a `CacheSeam`.
+        Of a family with a `CacheHooks`.
     config : SparseRef
     """
 
     def __init__(self, adapter: Adapter, config: SparseRef) -> None:
         assert adapter.cache is not None
-        self._adapter, self._config, self._seam = adapter, config, adapter.cache
+        self._adapter, self._config, self._hooks = adapter, config, adapter.cache
         self.given: ReferenceCache | None = None
         self.capturing = False
         self.captured: ReferenceCache | None = None
@@ -45,7 +45,7 @@ class CacheReuse:
         return Source(
             model=f"{self._adapter.name} ({full_name(type(module))})",
             weights=weights_fingerprint(module),
-            conditions=self._seam.conditions(kwargs),
+            conditions=self._hooks.conditions(kwargs),
             references=fingerprint(tokens),
             sizes=layout.sizes,
             grids=tuple(reference.grid for reference in layout.references),
@@ -111,7 +111,7 @@ class CacheReuse:
         if source is None:
             return
         alike = torch.equal(tokens[:1].expand_as(tokens), tokens)
-        layers = [layer.get() for layer in self._seam.layers(cache)]
+        layers = [layer.get() for layer in self._hooks.layers(cache)]
         layers = [(k[:1], v[:1]) for k, v in layers] if alike else layers
         ranking = None
         if held is not None:

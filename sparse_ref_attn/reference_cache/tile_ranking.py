@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .tiling import Cells, Tiling
+from .grid_tiling import Cells, Tiling
 
 __all__ = ["TileRanking", "TileSelection"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters.training_seam import TrainingSeam
+from ..adapters.training_hooks import TrainingHooks
 from ..errors import ConfigError
 from ..hooks.compiled import unwrap
 from ..models import adapter_for, edit_pipelines, facts_of
@@ -127,15 +127,15 @@ def encode(pipe: Any, targets: Tensor, references: Tensor, prompts: list[str], t
     ConfigError
         If nothing says how the pipeline is trained.
     """
-    seam, adapter = training_of(pipe), adapter_for(unwrap(pipe.transformer))
+    hooks, adapter = training_of(pipe), adapter_for(unwrap(pipe.transformer))
     with torch.no_grad():
         pictures = [x.to(pipe.vae.device, pipe.vae.dtype) for x in (targets, references)]
         (target, rows), (reference, reference_rows) = (adapter.encode(pipe, x) for x in pictures)
-        arguments = seam.arguments(pipe, (rows, reference_rows), prompts, pictures[1], text_tokens)
+        arguments = hooks.arguments(pipe, (rows, reference_rows), prompts, pictures[1], text_tokens)
     return Batch(target.float(), reference.float(), arguments)
 
 
-def training_of(pipe: Any) -> TrainingSeam:
+def training_of(pipe: Any) -> TrainingHooks:
     """How its family says that the pipeline's model is trained.
 
     Raises

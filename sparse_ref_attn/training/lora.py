@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.training_seam import TrainingSeam
+from ..adapters.training_hooks import TrainingHooks
 from ..errors import ConfigError, VersionError
 from ..files import fits
 from .random_drop import RandomDrop
@@ -18,7 +18,7 @@ from .random_drop import RandomDrop
 __all__ = ["add_lora", "save_lora"]
 
 
-def add_lora(transformer: Any, rank: int, targets: Sequence[str] = TrainingSeam.lora) -> None:
+def add_lora(transformer: Any, rank: int, targets: Sequence[str] = TrainingHooks.lora) -> None:
     """Freeze the transformer and add trainable float32 LoRA matrices, by default to its attention.
 
     Parameters

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_ref_attn.adapters.joining import sample_of
+from sparse_ref_attn.adapters.collate import sample_of
 from sparse_ref_attn.adapters.shortened import Shortened
 from sparse_ref_attn.errors import IncompatibleError, LayoutError
 from sparse_ref_attn.models import adapter_for

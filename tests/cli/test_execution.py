@@ -12,7 +12,7 @@ import pytest
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.cli import execution, main
-from sparse_ref_attn.eval.calls import call_arguments
+from sparse_ref_attn.eval.checked_arguments import call_arguments
 from tests.cli.commands import report, run
 from tests.pictures import picture
 from tests.pipelines import CASES

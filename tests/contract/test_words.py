@@ -151,7 +151,7 @@ def test_without_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_registry_that_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The seams are checked before anything is touched."""
+    """What the hooks rely on is checked before anything is touched."""
     pipe = KLEIN.build()
     monkeypatch.delattr(attention_dispatch._AttentionBackendRegistry, "_constraints")
     with pytest.raises(sra.VersionError, match=r"must keep the attention backend registry's \['_constraints'\]"):

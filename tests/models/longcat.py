@@ -13,20 +13,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sparse_ref_attn.adapters.base import Adapter, Found, Kwargs
+from sparse_ref_attn.adapters.collate import flat_ids, pad, same, stack
 from sparse_ref_attn.adapters.depth import DepthCut
-from sparse_ref_attn.adapters.joining import flat_ids, pad, same, stack
 from sparse_ref_attn.adapters.pipeline_facts import PipelineFacts
 from sparse_ref_attn.adapters.position_ids import place_by_ids, references_from_ids
 from sparse_ref_attn.adapters.published_size import PublishedSize
 from sparse_ref_attn.adapters.row_arguments import take_rows
-from sparse_ref_attn.adapters.training_seam import TrainingSeam
+from sparse_ref_attn.adapters.training_hooks import TrainingHooks
 from sparse_ref_attn.hooks.diffusers import encoded_reference, internal, packed_reference
 from sparse_ref_attn.hooks.instance import InstanceHook
 from sparse_ref_attn.selection import Reduced
 from sparse_ref_attn.types import TokenLayout
 
 
-class LongCatTraining(TrainingSeam):
+class LongCatTraining(TrainingHooks):
     """Its text encoder sees the reference; pictures begin where the text ends, with frames 1 and 2."""
 
     max_text = 512

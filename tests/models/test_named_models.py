@@ -7,7 +7,7 @@ import torch
 
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.models import named_model
-from sparse_ref_attn.models.published import published_size
+from sparse_ref_attn.models.named_models import published_size
 from sparse_ref_attn.vocabulary import MODELS
 
 

@@ -12,8 +12,8 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.adapters.classes import load_class
 from sparse_ref_attn.batching.arguments import item_arguments
 from sparse_ref_attn.errors import ConfigError, UnsupportedModelError
-from sparse_ref_attn.eval.calls import call_arguments, check_class
-from sparse_ref_attn.eval.geometry import pipeline_of
+from sparse_ref_attn.eval.checked_arguments import call_arguments, check_class
+from sparse_ref_attn.eval.meta_model import pipeline_of
 from sparse_ref_attn.models import edit_pipelines, facts_of
 from sparse_ref_attn.models.registry import families, register_adapter
 from sparse_ref_attn.training.batches import training_of

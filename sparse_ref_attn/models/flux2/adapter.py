@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.base import Adapter, Found, Kwargs
+from ...adapters.collate import flat_ids, same, stack
 from ...adapters.depth import DepthCut
-from ...adapters.joining import flat_ids, same, stack
 from ...adapters.masks import cut_in_block
 from ...adapters.position_ids import grid_of_ids, place_by_ids, references_from_ids
 from ...adapters.row_arguments import take_rows
@@ -23,7 +23,7 @@ from ...hooks.diffusers import encoded_reference, packed_reference
 from ...run import AttentionView
 from ...selection import Reduced
 from ...types import Reference, TokenLayout
-from .cache import Flux2CacheSeam
+from .cache import Flux2CacheHooks
 from .modulation import per_row_modulation
 from .published import PIPELINES, PUBLISHED
 
@@ -72,7 +72,7 @@ class Flux2Adapter(Adapter):
         "single_stream_modulation",
         "norm_out.linear",
     )
-    cache = Flux2CacheSeam()
+    cache = Flux2CacheHooks()
 
     def layout_key(self, kwargs: Kwargs) -> object:
         return kwargs.get("kv_cache_mode"), kwargs.get("num_ref_tokens") or 0

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...adapters.cache_seam import CacheSeam, Kwargs, LayerCache
+from ...adapters.cache_hooks import CacheHooks, Kwargs, LayerCache
 from ...adapters.masks import without_mask
 from ...hooks.diffusers import internal
 from ...types import TokenLayout
 
-__all__ = ["Flux2CacheSeam", "keep_references"]
+__all__ = ["Flux2CacheHooks", "keep_references"]
 
 
 def keep_references(transformer: nn.Module) -> None:
@@ -27,7 +27,7 @@ def keep_references(transformer: nn.Module) -> None:
             block.attn.set_processor(processor())
 
 
-class Flux2CacheSeam(CacheSeam):
+class Flux2CacheHooks(CacheHooks):
     """Its references see no prompt, no noise and no timestep: their K/V depend on their own tokens alone."""
 
     def kept_by(self, transformer: nn.Module) -> bool:

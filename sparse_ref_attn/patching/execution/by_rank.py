@@ -19,7 +19,7 @@ from ...types import TokenLayout
 from ..call import GenerationCall
 from ..proving import prefers_bank
 from ..steps import RunStep
-from .held import HeldRows
+from .held_rows import HeldRows
 from .joint import JointAttention
 from .stored import to_stored
 

@@ -23,9 +23,9 @@ from ...types import TokenLayout
 from ..call import GenerationCall
 from ..steps import RunStep
 from .by_rank import reference_keys
+from .held_tiles import HeldTiles, cells_of
 from .joint import JointAttention
 from .seen import SeenKeys
-from .tiles import HeldTiles, cells_of
 
 __all__ = ["ByTile"]
 

@@ -22,7 +22,7 @@ from ...packing import kept_rows
 from ..call import GenerationCall
 from ..measuring import listen
 
-__all__ = ["ByDepth", "check_call", "leaving"]
+__all__ = ["ByDepth", "check_call", "truncate"]
 
 Arguments = dict[str, Any]
 
@@ -50,7 +50,7 @@ class ByDepth:
             kwargs = adapter.bind(block, args, kwargs)
             return adapter.drop_in_block(kind, kwargs, cut) if cut.arrive() else kwargs
 
-        call.contexts.enter_context(leaving(adapter.blocks(call.module)[call.plan.from_block :], shorten))
+        call.contexts.enter_context(truncate(adapter.blocks(call.module)[call.plan.from_block :], shorten))
         return call.kwargs
 
     def after(self, call: GenerationCall, output: Any) -> Any:
@@ -88,7 +88,7 @@ class _Later(nn.Module):
 
 
 @contextlib.contextmanager
-def leaving(
+def truncate(
     blocks: Sequence[Block], cut: Callable[[str, nn.Module, tuple[Any, ...], Arguments], Arguments]
 ) -> Iterator[None]:
     """Inside, each of `blocks` is called with the arguments that ``cut(kind, block, args, kwargs)`` makes.
@@ -100,7 +100,7 @@ def leaving(
     >>> from sparse_ref_attn.adapters.depth import blocks_of
     >>> model = nn.ModuleList([nn.Identity(), nn.Identity()])
     >>> (block,) = blocks_of(nn.ModuleDict({"blocks": model}), {"blocks": "single"})[1:]
-    >>> with leaving([block], lambda kind, module, args, kwargs: {"input": args[0] + 1}):
+    >>> with truncate([block], lambda kind, module, args, kwargs: {"input": args[0] + 1}):
     ...     [layer(1) for layer in model]
     [1, 2]
     >>> type(model[1]).__name__

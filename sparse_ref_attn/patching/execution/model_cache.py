@@ -23,7 +23,7 @@ from ..call import Execution, GenerationCall
 from ..proving import prefers_bank
 from ..reuse import CacheReuse
 from ..steps import RunStep
-from .held import HeldRows
+from .held_rows import HeldRows
 from .stored import to_stored
 from .tokens import AtInput
 
@@ -63,7 +63,7 @@ class Reading:
         return self._keeper.read(call, kwargs)
 
     def after(self, call: GenerationCall, output: Any) -> Any:
-        return self._keeper.seam.returned(output, self._cache) if self._resumes else output
+        return self._keeper.hooks.returned(output, self._cache) if self._resumes else output
 
 
 class CacheKeeper:
@@ -72,13 +72,13 @@ class CacheKeeper:
     Parameters
     ----------
     adapter : Adapter
-        Of a family with a `CacheSeam`.
+        Of a family with a `CacheHooks`.
     config : SparseRef
     """
 
     def __init__(self, adapter: Adapter, config: SparseRef) -> None:
         assert adapter.cache is not None
-        self._adapter, self._config, self.seam = adapter, config, adapter.cache
+        self._adapter, self._config, self.hooks = adapter, config, adapter.cache
         self._held: weakref.WeakKeyDictionary[Any, HeldRows] = weakref.WeakKeyDictionary()
         self._stored: tuple[Run, Plan] | None = None
         self.reuse = CacheReuse(adapter, config)
@@ -132,7 +132,7 @@ class CacheKeeper:
         for i, site in enumerate(sites):
 
             def fill(module: nn.Module, args: Any, kwargs: Kwargs, out: Any, i: int = i) -> None:
-                layer = self.seam.of_attention(kwargs)
+                layer = self.hooks.of_attention(kwargs)
                 if layer is not None:
                     held.take(i, layer)
 
@@ -145,15 +145,15 @@ class CacheKeeper:
         """The arguments of a call that stores as those of one that reads the K/V of an earlier run, and their cache."""
         given, run = self.reuse.given, call.run
         assert given is not None
-        cache = self.seam.make(call.module, self.reuse.layers(call.kwargs[self._adapter.tokens].shape[0]))
+        cache = self.hooks.make(call.module, self.reuse.layers(call.kwargs[self._adapter.tokens].shape[0]))
         limit = (len(given.tokens),) if run.budgeting.shared or len(run.layout.references) == 1 else given.counts()
         tokens = None if given.complete else given.tokens
         self._held[cache] = HeldRows(run, len(given.layers), tokens, limit, foreign=not given.complete)
-        return self.seam.resumed(call.kwargs, run.layout, cache), cache
+        return self.hooks.resumed(call.kwargs, run.layout, cache), cache
 
     def take_charge(self, call: GenerationCall, held: HeldRows, output: Any) -> None:
         """After a call that stores: follow its cache."""
-        cache = self.seam.of_output(output)
+        cache = self.hooks.of_output(output)
         if cache is not None:
             self._held[cache] = held
             self._account(call, held, cache)
@@ -172,7 +172,7 @@ class CacheKeeper:
             If the plan keeps tokens that are not held.
         """
         run, plan, module = call.run, call.plan, call.module
-        cache = self.seam.of_call(kwargs)
+        cache = self.hooks.of_call(kwargs)
         held = self._held.get(cache)
         if held is None or not held.are_of(run):
             raise LayoutError(
@@ -201,7 +201,7 @@ class CacheKeeper:
             call.step.layers = tuple(reads)
         if not routable or torch.is_grad_enabled() or (compiled_blocks(module) and not call.measures):
             views = [held.ranked.prefix(i, count) for i, count in enumerate(reads)]
-            return self.seam.reading(kwargs, self.seam.make(module, views))
+            return self.hooks.reading(kwargs, self.hooks.make(module, views))
         if call.measures:
             call.contexts.enter_context(eager_blocks(module))
         text = self._text(kwargs)
@@ -209,7 +209,7 @@ class CacheKeeper:
         by_bank = [prefers_bank(site.processor, held.ranked, i, own, reads[i]) for i, site in enumerate(sites)]
         route = to_stored(call, held.ranked, reads, by_bank, text)
         call.contexts.enter_context(routed_attention(sites, route))
-        return self.seam.alone(kwargs)
+        return self.hooks.alone(kwargs)
 
     def _heard(self, call: GenerationCall, text: int) -> Route:
         """The model's own cached attention, text | references | generation, listened to."""
@@ -234,11 +234,11 @@ class CacheKeeper:
         if at.observed or self._config.cache_rows == "all":
             needs.append(held.limit)
         room = self._text(kwargs) + kwargs[self._adapter.tokens].shape[1]
-        held.arrange(self.seam.layers(cache), needs, room, at.observed or not _needs_all(run, steps))
+        held.arrange(self.hooks.layers(cache), needs, room, at.observed or not _needs_all(run, steps))
 
     def _account(self, call: GenerationCall, held: HeldRows, cache: Any) -> None:
         """Write down the bytes that are held."""
-        own = [layer.get()[0] for layer in self.seam.layers(cache)]
+        own = [layer.get()[0] for layer in self.hooks.layers(cache)]
         row = own[0][:, :1].numel() * own[0].element_size()
         call.run.record.dense_cache_bytes = 2 * len(own) * row * call.run.layout.reference_tokens
         held.bytes = 0

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.base import Adapter, Kwargs
-from ...adapters.joining import sample_of, with_sample
+from ...adapters.collate import sample_of, with_sample
 from ...adapters.masks import without_mask
 from ...adapters.shortened import Shortened
 from ...errors import IncompatibleError, LayoutError

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-__all__ = ["TrainingSeam"]
+__all__ = ["TrainingHooks"]
 
 
-class TrainingSeam:
+class TrainingHooks:
     """How a pair and its prompt become a call of the transformer.
 
     The target's rows come first, then the reference's, each as `Adapter.encode` makes them. The model is given them

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...adapters.cache_seam import LayerCache
+from ...adapters.cache_hooks import LayerCache
 from ...errors import BudgetError
 from ...reference_cache import RankedCache
 from ...run import Counts, Run, covering

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..record import RunRecord, TileRecord
-from ..reference_cache.tiling import squares
+from ..reference_cache.grid_tiling import squares
 from .canvas import FAINT, GAP, INK, MARGIN, PAPER, WIDTH, across, down, page, percent, words
 from .kept import NEUTRAL, OUTLINE, _fit, _heat_image, _kept_image
 

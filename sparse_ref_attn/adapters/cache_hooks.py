@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..types import TokenLayout
 
-__all__ = ["CacheSeam", "LayerCache"]
+__all__ = ["CacheHooks", "LayerCache"]
 
 Kwargs = dict[str, Any]
 
@@ -22,7 +22,7 @@ class LayerCache(Protocol):
     def store(self, k: Tensor, v: Tensor) -> None: ...
 
 
-class CacheSeam:
+class CacheHooks:
     """How one family computes, brings and returns its cache.
 
     An *extract* call has the reference rows and fills a cache, a *cached* call has none and attends to
