@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import __version__
 from .errors import VersionError
+from .extras import PACKAGES, absent, versions
 from .hooks.diffusers import TESTED, check_diffusers
 from .models import supported
 from .ops import _support
@@ -23,45 +22,9 @@ from .ops.verdicts.table import verify as verify_kinds
 from .selection.names import NAMES
 
 __all__ = [
-    "Ability", "absent_module", "backends", "device", "diagnose", "missing", "report", "verdict_lines", "verify",
-    "versions",
+    "Ability", "backends", "device", "diagnose", "report", "verdict_lines", "verify", "versions",
 ]  # fmt: skip
 
-PACKAGES = {
-    "torch": "core",
-    "numpy": "core",
-    "einops": "core",
-    "triton": "core on Linux",
-    "diffusers": "pipelines",
-    "transformers": "pipelines",
-    "accelerate": "offloading",
-    "pillow": "pictures",
-    "peft": "training",
-    "matplotlib": "evaluation",
-    "scikit-image": "evaluation",
-    "scipy": "evaluation",
-    "gradio": "page in the browser",
-    "flash-attn": "optional attention kernels",
-    "flash-attn-3": "optional attention kernels",
-    "fa3-fwd": "optional attention kernels",
-    "torchao": "optional quantised transformers",
-    "bitsandbytes": "optional quantised transformers",
-}
-EXTRAS = {
-    "diffusers": ("diffusers", "transformers", "pillow"),
-    "eval": ("matplotlib", "scikit-image", "scipy"),
-    "train": ("accelerate", "peft"),
-    "app": ("gradio",),
-}
-MODULES = {
-    "diffusers": ("diffusers", "transformers", "accelerate", "PIL", "safetensors", "sentencepiece", "google.protobuf"),
-    "eval": ("matplotlib", "skimage", "scipy"),
-    "train": ("peft",),
-    "app": ("gradio",),
-}
-"""What each extra brings, by the names that are imported."""
-DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "google.protobuf": "protobuf"}
-"""Of modules with another name than the package that they come in."""
 CHANNELS = 128  # of the call that backends are asked for
 
 
@@ -78,59 +41,6 @@ class Ability:
 
     what: str
     missing: str = ""
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python, this library and the packages it knows; None for one that is not installed.
-
-    Examples
-    --------
-    >>> versions()["torch"] == torch.__version__.split("+")[0] or versions()["torch"] == torch.__version__
-    True
-    """
-    found: dict[str, str | None] = {"python": platform.python_version(), "sparse-ref-attn": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def missing(*extras: str) -> str:
-    """What the first of these extras that is not whole lacks, and how to get it, in words; empty if all are whole.
-
-    Parameters
-    ----------
-    *extras : "diffusers", "eval", "train" or "app"
-
-    Examples
-    --------
-    >>> missing("diffusers")
-    ''
-    """
-    installed = versions()
-    return next(filter(None, (_absent(installed, extra) for extra in extras)), "")
-
-
-def absent_module(name: str) -> str:
-    """How to get a module that cannot be imported, as the words of `missing`; empty for one that no extra brings.
-
-    Parameters
-    ----------
-    name : str
-        Of the module or one inside it.
-
-    Examples
-    --------
-    >>> absent_module("PIL.Image")
-    "pillow not installed: pip install 'sparse-ref-attn[diffusers]'"
-    """
-    for extra, modules in MODULES.items():
-        for module in modules:
-            if f"{name}.".startswith(f"{module}."):
-                return _install([DISTRIBUTIONS.get(module, module)], extra)
-    return ""
 
 
 def device(name: str | None = None) -> str:
@@ -184,35 +94,26 @@ def _plain_call() -> _support.Call:
 
 
 def _abilities(installed: dict[str, str | None]) -> list[Ability]:
-    pipelines = _absent(installed, "diffusers")
+    pipelines = absent(installed, "diffusers")
     if not pipelines:
         try:
             check_diffusers()
         except VersionError as error:
             pipelines = str(error)
     gpu = "" if torch.cuda.is_available() else "no CUDA device, or torch was built without CUDA"
-    offload = gpu or _absent(installed, "diffusers", ("accelerate",))
+    offload = gpu or absent(installed, "diffusers", ("accelerate",))
     return [
         Ability("patch a diffusers pipeline", pipelines),
         Ability("patch a transformer of your own (PlainAdapter)"),
         Ability("sra demo", pipelines),
         Ability("sra run", pipelines),
         Ability("sra estimate", pipelines),
-        Ability("sra compare and eval", pipelines or _absent(installed, "eval")),
-        Ability("sra train", pipelines or _absent(installed, "train")),
-        Ability("sra app", pipelines or _absent(installed, "app")),
+        Ability("sra compare and eval", pipelines or absent(installed, "eval")),
+        Ability("sra train", pipelines or absent(installed, "train")),
+        Ability("sra app", pipelines or absent(installed, "app")),
         Ability("run on a GPU", gpu),
         Ability("offload a model to the CPU's memory (sra run --offload)", offload),
     ]
-
-
-def _absent(installed: dict[str, str | None], extra: str, names: Sequence[str] = ()) -> str:
-    absent = [name for name in names or EXTRAS[extra] if installed[name] is None]
-    return _install(absent, extra) if absent else ""
-
-
-def _install(names: Sequence[str], extra: str) -> str:
-    return f"{', '.join(names)} not installed: pip install 'sparse-ref-attn[{extra}]'"
 
 
 def diagnose() -> dict[str, Any]:

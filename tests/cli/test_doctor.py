@@ -123,11 +123,11 @@ def test_the_command_line_needs_nothing_of_the_eval_extra() -> None:
     code = (
         "import sys\n"
         "for name in ('scipy', 'skimage', 'matplotlib'): sys.modules[name] = None\n"
-        "from sparse_ref_attn import doctor\n"
+        "from sparse_ref_attn import extras\n"
         "from sparse_ref_attn.cli import main\n"
         "assert main(['doctor']) == 0\n"
-        "found = doctor.versions()\n"
-        "doctor.versions = lambda: {**found, 'scipy': None, 'peft': None}\n"
+        "found = extras.versions()\n"
+        "extras.versions = lambda: {**found, 'scipy': None, 'peft': None}\n"
         "sys.exit(10 * main(['train', '--steps', '1', '--out', 'nowhere']) + main(['compare', '--out', 'nowhere']))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
