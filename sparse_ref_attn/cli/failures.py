@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import SparseRefError
+from ..extras import absent_module
 
 __all__ = [
     "CODES", "MISTAKE", "NO_MEMORY", "STOPPED", "UNEXPECTED", "OutOfMemoryError", "code_of", "memory_told",
@@ -71,10 +72,8 @@ def memory_told(less: Callable[[], str]) -> Iterator[None]:
 
 def missing_package(error: BaseException | None) -> str:
     """How to get the package whose absence the error comes from, if an extra brings it; else empty."""
-    from .. import doctor
-
     while error is not None:
-        if isinstance(error, ModuleNotFoundError) and (words := doctor.absent_module(error.name or "")):
+        if isinstance(error, ModuleNotFoundError) and (words := absent_module(error.name or "")):
             return words
         error = error.__cause__
     return ""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import ConfigError
+from ..extras import missing
 from ..vocabulary import near
 
 __all__ = ["Commands", "Parser", "later"]
@@ -61,9 +62,7 @@ def later(module: str, name: str, *extras: str) -> Callable[[argparse.Namespace]
     """
 
     def call(options: argparse.Namespace) -> int | None:
-        from .. import doctor
-
-        if why := doctor.missing(*extras):
+        if why := missing(*extras):
             raise ConfigError(f"{options.parser.prog} cannot run: {why}")
         found: int | None = getattr(importlib.import_module(f".{module}", __package__), name)(options)
         return found

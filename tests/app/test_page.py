@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sparse_ref_attn import doctor
+from sparse_ref_attn import extras
 from sparse_ref_attn.app.edit import Edit
 from sparse_ref_attn.app.handlers import Handlers
 from sparse_ref_attn.app.serve import check_place, launch
@@ -116,8 +116,8 @@ def test_other_machines_do_not_choose_the_model(session: Session) -> None:
 def test_a_missing_package_is_one_line_with_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    installed = doctor.versions()
-    monkeypatch.setattr(doctor.packages, "versions", lambda: installed | {"gradio": None})
+    installed = extras.versions()
+    monkeypatch.setattr(extras, "versions", lambda: installed | {"gradio": None})
     assert main(["app"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "sra: error: sra app cannot run: gradio not installed: pip install 'sparse-ref-attn[app]'"

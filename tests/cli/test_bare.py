@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from sparse_ref_attn import doctor
+from sparse_ref_attn import extras
 from sparse_ref_attn.cli.arguments import COMMANDS
 from sparse_ref_attn.toy.sprites import held_out
 from tests.cli.bare import main_without
 from tests.pictures import picture
 
-EXTRAS = [module for modules in doctor.packages.MODULES.values() for module in modules]
+EXTRAS = [module for modules in extras.MODULES.values() for module in modules]
 BROUGHT = [*EXTRAS, "huggingface_hub", "tokenizers", "torchao", "gguf", "cache_dit"]
 NEED = {
     "demo": ["demo", "--out", "{folder}/demo"],
@@ -79,18 +79,16 @@ def test_packages_that_only_seem_to_be_there_are_the_same_line(tmp_path: Path) -
     for command, ending in zip(NEED.values(), main_without(EXTRAS, needing(tmp_path), known=True), strict=True):
         name, packages, extra = missing(ending)
         assert name == command[0]
-        assert packages in {
-            doctor.packages.DISTRIBUTIONS.get(module, module) for module in doctor.packages.MODULES[extra]
-        }
+        assert packages in {extras.DISTRIBUTIONS.get(module, module) for module in extras.MODULES[extra]}
 
 
-@pytest.mark.parametrize("extra", sorted(doctor.packages.MODULES))
+@pytest.mark.parametrize("extra", sorted(extras.MODULES))
 def test_the_modules_are_those_of_the_extras(extra: str) -> None:
     needs = [
         need for need in importlib.metadata.requires("sparse-ref-attn") if re.search(f"extra == .{extra}\\b", need)
     ]
     brought = {re.match(r"[\w-]+", need)[0] for need in needs} - {"sparse-ref-attn"}
-    told = [doctor.packages.DISTRIBUTIONS.get(module, module) for module in doctor.packages.MODULES[extra]]
-    elsewhere = {doctor.packages.DISTRIBUTIONS.get(module, module) for module in EXTRAS} - set(told)
+    told = [extras.DISTRIBUTIONS.get(module, module) for module in extras.MODULES[extra]]
+    elsewhere = {extras.DISTRIBUTIONS.get(module, module) for module in EXTRAS} - set(told)
     assert brought - elsewhere == set(told)
-    assert set(doctor.packages.EXTRAS[extra]) <= brought
+    assert set(extras.EXTRAS[extra]) <= brought

@@ -82,12 +82,12 @@ def test_doctor_says_what_is_there_and_what_is_not() -> None:
 
 def test_doctor_names_the_packages_that_a_command_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     found = doctor.versions()
-    monkeypatch.setattr(doctor.packages, "versions", lambda: {**found, "peft": None, "matplotlib": None, "scipy": None})
+    monkeypatch.setattr(doctor, "versions", lambda: {**found, "peft": None, "matplotlib": None, "scipy": None})
     cannot = doctor.diagnose()["cannot"]
     wanted = "matplotlib, scipy not installed: pip install 'sparse-ref-attn[eval]'"
     assert cannot["sra compare and eval"] == wanted
     assert cannot["sra train"] == "peft not installed: pip install 'sparse-ref-attn[train]'"
-    monkeypatch.setattr(doctor.packages, "versions", lambda: {**found, "diffusers": None})
+    monkeypatch.setattr(doctor, "versions", lambda: {**found, "diffusers": None})
     cannot = doctor.diagnose()["cannot"]
     assert all(why.startswith("diffusers not installed") for what, why in cannot.items() if what.startswith("sra"))
 
@@ -123,11 +123,11 @@ def test_the_command_line_needs_nothing_of_the_eval_extra() -> None:
     code = (
         "import sys\n"
         "for name in ('scipy', 'skimage', 'matplotlib'): sys.modules[name] = None\n"
-        "from sparse_ref_attn import doctor\n"
+        "from sparse_ref_attn import extras\n"
         "from sparse_ref_attn.cli import main\n"
         "assert main(['doctor']) == 0\n"
-        "found = doctor.versions()\n"
-        "doctor.packages.versions = lambda: {**found, 'scipy': None, 'peft': None}\n"
+        "found = extras.versions()\n"
+        "extras.versions = lambda: {**found, 'scipy': None, 'peft': None}\n"
         "sys.exit(10 * main(['train', '--steps', '1', '--out', 'nowhere']) + main(['compare', '--out', 'nowhere']))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -106,7 +106,7 @@ def test_a_folder_of_somebody_else_loses_nothing(tmp_path: Path) -> None:
 def test_compare_saves_each_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, KeyboardInterrupt(), at=5)  # three of warm-up, dense, edges
     assert main(["compare", *TINY[1:], "--methods", "edges", "grid", "--out", str(tmp_path)]) == 130
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"dense.png", "edges.png"}
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"reference.png", "dense.png", "edges.png"}
 
 
 RUN = ["run", "--model", "{models}/kontext", "--prompt", "x", "--out", "{out}", "--image", "{photo}", *KONTEXT]

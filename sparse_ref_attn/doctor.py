@@ -1,26 +1,29 @@
-"""What is possible here with what is installed, and why the rest is not."""
+"""What is installed, what it makes possible here, and why the rest is not."""
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..errors import VersionError
-from ..hooks.diffusers import TESTED, check_diffusers
-from ..models import supported
-from ..ops import _support
-from ..ops._flash import flash_packages
-from ..ops.attention_mass.backends import explain as explain_mass
-from ..ops.pack_rows.library import explain as explain_rows
-from ..ops.verdicts import JUDGED
-from ..selection.names import NAMES
-from . import packages
-from .hardware import device
-from .packages import absent
+from .errors import VersionError
+from .extras import PACKAGES, absent, versions
+from .hooks.diffusers import TESTED, check_diffusers
+from .models import supported
+from .ops import _support
+from .ops._flash import flash_packages
+from .ops.attention_mass.backends import explain as explain_mass
+from .ops.pack_rows.library import explain as explain_rows
+from .ops.verdicts import JUDGED
+from .ops.verdicts.table import verify as verify_kinds
+from .selection.names import NAMES
 
-__all__ = ["Ability", "backends", "diagnose", "report"]
+__all__ = [
+    "Ability", "backends", "device", "diagnose", "report", "verdict_lines", "verify", "versions",
+]  # fmt: skip
 
 CHANNELS = 128  # of the call that backends are asked for
 
@@ -38,6 +41,25 @@ class Ability:
 
     what: str
     missing: str = ""
+
+
+def device(name: str | None = None) -> str:
+    """A torch device in words; the one that runs by default when none is named.
+
+    Examples
+    --------
+    >>> device("cpu").startswith("CPU (")
+    True
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not name.startswith("cuda"):
+        threads = torch.get_num_threads()
+        kind = "CPU" if name == "cpu" else name
+        return f"{kind} ({platform.machine()}, {threads} thread{'s' * (threads != 1)})"
+    found = torch.cuda.get_device_properties(name)
+    memory = found.total_memory / 2**30
+    return f"{found.name} (CUDA {torch.version.cuda}, sm_{found.major}{found.minor}, {memory:.0f} GiB)"
 
 
 def backends() -> dict[str, dict[str, list[str]]]:
@@ -67,8 +89,8 @@ def _flash_packages() -> dict[str, list[str]]:
 
 
 def _plain_call() -> _support.Call:
-    at = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return _support.Call(at, torch.bfloat16, CHANNELS)
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _support.Call(where, torch.bfloat16, CHANNELS)
 
 
 def _abilities(installed: dict[str, str | None]) -> list[Ability]:
@@ -102,7 +124,7 @@ def diagnose() -> dict[str, Any]:
     >>> sorted(diagnose())
     ['backends', 'can', 'cannot', 'device', 'flash_packages', 'models', 'selectors', 'versions']
     """
-    installed = packages.versions()
+    installed = versions()
     abilities = _abilities(installed)
     return {
         "versions": installed,
@@ -130,7 +152,7 @@ def report() -> str:
     wanted = f"tested: {first} to {last}"
     lines = ["Versions"]
     for name, version in found["versions"].items():
-        use = f"{packages.PACKAGES[name]}; {wanted}" if name == "diffusers" else packages.PACKAGES.get(name, "")
+        use = f"{PACKAGES[name]}; {wanted}" if name == "diffusers" else PACKAGES.get(name, "")
         lines.append(f"  {name:<16} {version or 'not installed':<16} {use}".rstrip())
     lines += ["", "Device", f"  {found['device']}", "", "Possible here"]
     lines += [f"  yes  {what}" for what in found["can"]]
@@ -149,3 +171,47 @@ def report() -> str:
     lines += ["", "Modules with FlashAttention (flash calls the first that can)"]
     lines += [f"  {name:<20} {f'no: {why}' if why else 'yes'}" for name, why in found["flash_packages"].items()]
     return "\n".join(lines)
+
+
+def verify(name: str | None = None) -> Iterator[dict[str, Any]]:
+    """Compare every backend of every op with float64, and time those that agree, on a device; see `ops.verdicts`.
+
+    Parameters
+    ----------
+    name : str, optional
+        A torch device. Default: the GPU if there is one.
+
+    Yields
+    ------
+    dict
+        ``kind`` in words, and as JSON types what `ops.verdicts.Verdict` holds: ``order``, ``milliseconds``, ``errors``
+        (over what is allowed), ``unusable``, ``unable``.
+    """
+    for kind, verdict in verify_kinds(_where(name)):
+        yield {"kind": kind.name, **verdict._asdict()}
+
+
+def verdict_lines(name: str | None = None) -> Iterator[str]:
+    """What `verify` finds, as the lines of a table, each as soon as it is known."""
+    where = _where(name)
+    yield f"{device(name)}"
+    if where.type in JUDGED:
+        yield "auto takes the first of each kind, from now on"
+    else:
+        yield f"auto does not go by these times on {where.type}: it is fixed there, so that results repeat"
+    yield f"  {'backend':<12}{'ms':>10}  error, of what is allowed"
+    for row in verify(name):
+        yield row["kind"]
+        for backend in row["order"]:
+            took = row["milliseconds"][backend]
+            yield f"  {backend:<12}{f'{took:.3f}' if took else 'alone':>10}  {row['errors'][backend]:.2f}"
+        for backend, why in row["unusable"].items():
+            yield f"  {backend:<12}  UNUSABLE  {why}"
+        for backend, why in row["unable"].items():
+            yield f"  {backend:<12}{'-':>10}  {why}"
+
+
+def _where(name: str | None) -> torch.device:
+    if name is not None:
+        return torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

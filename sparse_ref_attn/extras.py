@@ -1,4 +1,4 @@
-"""The packages that the library knows: what is installed, and how to get what is not."""
+"""The packages of each extra: which are installed, and how to get one that is not."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 
-from .. import __version__
+from . import __version__
 
-__all__ = ["absent", "absent_module", "missing", "versions"]
+__all__ = ["DISTRIBUTIONS", "EXTRAS", "MODULES", "PACKAGES", "absent", "absent_module", "missing", "versions"]
 
 PACKAGES = {
     "torch": "core",
@@ -30,12 +30,14 @@ PACKAGES = {
     "torchao": "optional quantised transformers",
     "bitsandbytes": "optional quantised transformers",
 }
+"""What is asked for, and what each is for."""
 EXTRAS = {
     "diffusers": ("diffusers", "transformers", "pillow"),
     "eval": ("matplotlib", "scikit-image", "scipy"),
     "train": ("accelerate", "peft"),
     "app": ("gradio",),
 }
+"""What the commands cannot do without."""
 MODULES = {
     "diffusers": ("diffusers", "transformers", "accelerate", "PIL", "safetensors", "sentencepiece", "google.protobuf"),
     "eval": ("matplotlib", "skimage", "scipy"),
@@ -52,8 +54,7 @@ def versions() -> dict[str, str | None]:
 
     Examples
     --------
-    >>> import torch
-    >>> versions()["torch"] == torch.__version__.split("+")[0] or versions()["torch"] == torch.__version__
+    >>> versions()["sparse-ref-attn"] == __version__
     True
     """
     found: dict[str, str | None] = {"python": platform.python_version(), "sparse-ref-attn": __version__}
@@ -102,9 +103,9 @@ def absent_module(name: str) -> str:
 
 
 def absent(installed: dict[str, str | None], extra: str, names: Sequence[str] = ()) -> str:
-    """What an extra lacks of its packages, or of these, as the words of `missing`."""
-    absent = [name for name in names or EXTRAS[extra] if installed[name] is None]
-    return _install(absent, extra) if absent else ""
+    """The words of `missing` on one extra, or on `names` of its packages, given what `versions` found."""
+    lacking = [name for name in names or EXTRAS[extra] if installed[name] is None]
+    return _install(lacking, extra) if lacking else ""
 
 
 def _install(names: Sequence[str], extra: str) -> str:
