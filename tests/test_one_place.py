@@ -16,7 +16,7 @@ from tests.pipelines import CASES
 PACKAGE = Path(sra.__path__[0])
 PLACE = PACKAGE / "hooks" / "diffusers"
 KERNELS = PACKAGE / "ops"  # reaches torch's and flash-attn's kernels
-OTHERS = ("torch", "numpy", "np", "nn", "sys")  # whose private names are not diffusers'
+OTHERS = ("torch", "numpy", "np", "nn", "sys", "argparse")  # whose private names are not diffusers'
 TORCH = {
     "_compiled_call_impl",
     "_dynamic",

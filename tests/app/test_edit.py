@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.geometries import named_model
 from sparse_ref_attn.app.edit import Edit
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.eval.ways import WAYS
 from sparse_ref_attn.execution import Cache
+from sparse_ref_attn.models import named_model
 from sparse_ref_attn.refresh import Every, Never
 from sparse_ref_attn.vocabulary import METHODS, PRESETS
 

@@ -97,10 +97,3 @@ def test_a_saved_pipeline_is_known_by_the_class_that_it_names(tmp_path: Any) -> 
     for text in ('{"_class_name": "FluxKontextInpaintPipeline"}', '{"_class_name": ["own.py", "FluxKontextPipeline"]}'):
         index.write_text(text)
         assert pipeline_of(str(tmp_path)) == (None, False)
-
-
-def test_the_path_that_was_documented_still_works() -> None:
-    from sparse_ref_attn.adapters.geometries import named_model
-    from sparse_ref_attn.models import named_model as home
-
-    assert named_model is home
