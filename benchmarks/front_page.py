@@ -12,11 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.eval.panels import Panel, panels
 from sparse_ref_attn.overlay.canvas import down
+from sparse_ref_attn.pictures import open_image
 
 from .results import RESULTS
 
@@ -34,8 +33,8 @@ def make(folder: Path = FOLDER) -> list[Path]:
         for command in ("demo", "compare"):
             _run(command, "--seed", SEED, "--out", f"{name}/{command}")
         made = {
-            "demo": Image.open(f"{name}/demo/row.png"),
-            "kept": Image.open(f"{name}/demo/kept.png"),
+            "demo": open_image(f"{name}/demo/row.png"),
+            "kept": open_image(f"{name}/demo/kept.png"),
             "compare": compared(Path(name) / "compare"),
         }
         for stem, picture in made.items():
@@ -48,7 +47,7 @@ def compared(folder: Path) -> Any:
     found = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
 
     def panel(name: str, *lines: str) -> Panel:
-        return Panel(name, Image.open(folder / "pictures" / f"{name}.png"), lines)
+        return Panel(name, open_image(folder / "pictures" / f"{name}.png"), lines)
 
     shown = [panel("reference", "what the model is shown"), panel("answer", "what is right")]
     for row in found["rows"]:

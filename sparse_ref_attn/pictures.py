@@ -12,7 +12,7 @@ import numpy as np
 
 from .errors import ConfigError
 
-__all__ = ["check_image", "open_image"]
+__all__ = ["check_image", "notes_of", "open_image"]
 
 logger = logging.getLogger("sparse_ref_attn")
 
@@ -47,6 +47,19 @@ def check_image(path: str | os.PathLike[str]) -> None:
     """Raise as `open_image` where the file is no single picture, without decoding it."""
     with _opened(path):
         pass
+
+
+def notes_of(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """A picture's format, and what its file says beside the pixels; "" and nothing of what is no whole picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            notes = {str(name): value for name, value in image.info.items()}
+            image.verify()
+            return image.format or "", notes
+    except (OSError, SyntaxError, ValueError):
+        return "", {}
 
 
 def _eight_bits(image: Any, path: str | os.PathLike[str]) -> Any:

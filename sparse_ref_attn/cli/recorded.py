@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files import fits, replacing
+from ..pictures import notes_of
 
 __all__ = ["FORMATS", "KEY", "check_place", "record_of", "save"]
 
@@ -56,16 +57,13 @@ def save(picture: Any, path: Path, record: dict[str, Any]) -> None:
 
 def record_of(path: Path) -> dict[str, Any] | None:
     """What `save` wrote beside the picture; None for any other file."""
-    from PIL import Image
-
+    kind, notes = notes_of(path)
+    found = notes.get(KEY if kind == "PNG" else "comment")
     try:
-        with Image.open(path) as picture:
-            found = picture.info.get(KEY) if picture.format == "PNG" else picture.info.get("comment")
-            picture.verify()
         record = json.loads(found) if found else None
-        record = record.get(KEY) if isinstance(found, bytes) and isinstance(record, dict) else record
-    except (OSError, SyntaxError, ValueError):
+    except ValueError:
         return None
+    record = record.get(KEY) if isinstance(found, bytes) and isinstance(record, dict) else record
     return record if isinstance(record, dict) else None
 
 
