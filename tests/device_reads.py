@@ -15,7 +15,7 @@ __all__ = ["device_reads"]
 
 READS = ("tolist", "item", "__int__", "__index__", "__float__", "__bool__", "cpu", "numpy", "nonzero", "unique")
 # Checks of values that these make on a CPU alone, where nobody waits for them.
-ON_A_CPU = {"check_values", "_check_values", "attention_mass_chunked"}
+ON_A_CPU = {"check_values", "_check_values", "_add_masses"}
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def test_compare_is_one_progress_line_and_an_aligned_table_and_ends_with_the_fil
     head = next(i for i, line in enumerate(lines) if line.startswith("method"))
     assert [line.split("  ")[0] for line in lines[head + 2 : head + 5]] == ["dense", "edges", "grid"]
     assert "Written to" in said.out
-    assert lines[-1].split() == ["pictures/", "each", "picture", "by", "itself"]
+    assert lines[-1].split() == ["pictures/", "each", "picture", "of", "the", "page", "by", "itself"]
 
 
 def test_demo_ends_with_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

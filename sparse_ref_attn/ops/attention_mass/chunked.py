@@ -44,13 +44,13 @@ def attention_mass_chunked(
     kept = 1 if reduce_heads else heads
     mass = q.new_zeros(batch, kept, len(cut) - 1, columns.stop - columns.start, dtype=torch.float32)
     if q.numel():
-        _add(mass, q, k, columns, scale, key_mask, lse, cut)
+        _add_masses(mass, q, k, columns, scale, key_mask, lse, cut)
         mean_of(mass, cut, heads // kept)
     mass = mass[:, :, 0] if tiles is None else mass
     return mass[:, 0] if reduce_heads else mass
 
 
-def _add(
+def _add_masses(
     mass: Tensor,
     q: Tensor,
     k: Tensor,
