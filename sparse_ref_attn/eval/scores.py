@@ -171,7 +171,7 @@ def _resized(mask: Mask, size: tuple[int, int]) -> Mask:
 
     if mask.shape == size[::-1]:
         return mask
-    return np.asarray(Image.fromarray(np.float32(mask)).resize(size, Image.Resampling.BOX)).clip(0, 1)
+    return np.asarray(Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BOX)).clip(0, 1)
 
 
 def _fitted(image: Any, size: tuple[int, int]) -> Tensor:
