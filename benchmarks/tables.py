@@ -80,7 +80,10 @@ EVALUATIONS = {
 
 
 def learned(path: Path, models: Sequence[str], keeps: Sequence[str]) -> str:
-    """Markdown of the small model: PSNR of the subject in subject-driven edits, by training and share kept."""
+    """Markdown of the small model: PSNR of the subject in subject-driven edits, by training and share kept.
+
+    Of the methods that were run with all of them.
+    """
     cells: dict[str, dict[tuple[str, str], str]] = {}
     for row in read(path):
         if (row["family"], row["metric"], row["against"]) == (PLACED, SUBJECT, ""):
@@ -93,7 +96,8 @@ def learned(path: Path, models: Sequence[str], keeps: Sequence[str]) -> str:
     lines = [f"| kept by | {' | '.join(titles)} |", "|---|" + "--:|" * len(columns)]
     dense = cells.pop("dense")
     lines.append("| all tokens | " + " | ".join(dense[model, "1"] for model, _ in columns) + " |")
-    for method in sorted(cells, key=lambda name: -float(cells[name]["dense", "0.25"].split()[0])):
+    whole = [method for method, own in cells.items() if all(column in own for column in columns)]
+    for method in sorted(whole, key=lambda name: -float(cells[name]["dense", "0.25"].split()[0])):
         lines.append(f"| {method} | " + " | ".join(cells[method][column] for column in columns) + " |")
     return "\n".join(lines)
 
