@@ -197,9 +197,14 @@ def test_strength_that_starts_late() -> None:
         assert kinds(handle) == ["dense", "cached", "cached"]
 
 
+@pytest.mark.parametrize("per", ["run", "tile"])
 @pytest.mark.parametrize("name", ["kontext", "qwen_edit_plus"])
-def test_with_gradients(name: str) -> None:
-    """What is read is no part of the graph; the call's own rows are."""
+def test_with_gradients(name: str, per: str) -> None:
+    """What is read is no part of the graph; the call's own rows are. Of tiles the op's definition attends."""
+    config = {
+        "run": sra.SparseRef("grid", 0.3, execute=sra.Cache(refresh=sra.Never())),
+        "tile": sra.SparseRef("mass", 0.25, execute=sra.Cache(per="tile", tile=3, cell=3, refresh=sra.Never())),
+    }[per]
     case = CASES[name]
     pipe, calls = case.build(), []
     hook = pipe.transformer.register_forward_pre_hook(lambda m, a, k: calls.append(dict(k)), with_kwargs=True)
@@ -208,7 +213,7 @@ def test_with_gradients(name: str) -> None:
     samples = []
     for grad in (False, True):
         model = case.build().transformer.requires_grad_()
-        handle = sra.patch(model, sra.SparseRef("grid", 0.3, execute=sra.Cache(refresh=sra.Never())))
+        handle = sra.patch(model, config)
         handle.begin(steps=2)
         with torch.set_grad_enabled(grad):
             model(**calls[0])
@@ -217,6 +222,7 @@ def test_with_gradients(name: str) -> None:
     torch.testing.assert_close(samples[1].detach(), samples[0], rtol=1e-4, atol=1e-5)
     samples[1].square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 @models

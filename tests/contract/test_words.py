@@ -102,10 +102,15 @@ def test_a_diffusers_that_is_too_old(version: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("version", ["0.38.0", "0.41.2", "0.42.9.dev0"])
 def test_a_diffusers_that_was_tested(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = KLEIN.build()
+    before = state(pipe)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        sra.patch(KLEIN.build(), GRID).remove()
+        handle = sra.patch(pipe, GRID)
+    assert state(pipe) != before
+    handle.remove()
+    assert state(pipe) == before
 
 
 @pytest.mark.parametrize("version", ["0.43.0", "1.0.0.dev0"])
