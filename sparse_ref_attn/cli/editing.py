@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
     tell = Telling(options.json, options.quiet)
     with hushed(options.quiet):
         amount = Amount(options.preset, options.keep, settings(options))
+        options.preset = amount.preset
         edits, many = edits_of(options)
         quiet(pipelines_too=options.model is None)
         model = model_of(options)
