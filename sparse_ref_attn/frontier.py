@@ -120,8 +120,8 @@ def _point(row: dict[str, str], path: Path, line: int) -> Point:
             raise ValueError("a loss without its interval")
         return Point(
             row["setting"], row["code"], row["family"], int(row["references"]), int(row["base_steps"]),
-            int(row["steps"]), *map(_number, interval), _number(row["dense_db"]), int(row["examples"]), int(row["seeds"]),
-            row["weights"],
+            int(row["steps"]), *map(_number, interval), _number(row["dense_db"]), int(row["examples"]),
+            int(row["seeds"]), row["weights"],
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"{path}, line {line}, must hold numbers of a frontier, got {row}") from error

@@ -13,7 +13,7 @@ from ..estimation import at_share
 from ..eval.ways import WAYS, family_of
 from ..execution import EXECUTIONS
 from ..refresh import named
-from ..vocabulary import DEFAULT_PRESET, SAME, chosen
+from ..vocabulary import CHOSEN_PRESETS, DEFAULT_PRESET, SAME, chosen
 
 __all__ = ["Edit"]
 
@@ -79,6 +79,11 @@ class Edit:
         if self.execute is not None:
             object.__setattr__(self, "execute", chosen("the execution", self.execute, EXECUTIONS))
         self._settings()
+
+    @property
+    def words(self) -> str:
+        """Rule and share; a preset that keeps every token has none."""
+        return self.way if self.way in CHOSEN_PRESETS else f"{self.way} at {100 * self.share:g} %"
 
     def config(self, transformer: nn.Module, steps: int) -> SparseRef:
         """What the transformer is patched with for a run of `steps` steps.

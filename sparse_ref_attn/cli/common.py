@@ -10,7 +10,7 @@ from . import execution, values
 
 __all__ = [
     "OWN", "STEPS", "add_builtin", "add_config", "add_likeness", "add_offload", "add_place", "add_runs", "add_set",
-    "settings",
+    "add_speedup", "settings",
 ]  # fmt: skip
 
 KEEP = "mean share of the reference tokens over all steps, a dense one included (25%%, 0.25), or with sparse-context "
@@ -92,6 +92,17 @@ def add_config(parser: argparse.ArgumentParser, keep: str = OWN, default: str = 
         help=f"what ranks the tokens: {', '.join(vocabulary.SELECTORS)} (default: the preset's)",
     )
     execution.add_arguments(parser)
+
+
+def add_speedup(parser: argparse.ArgumentParser) -> None:
+    """``--speedup``: a setting that is chosen for a speed, in place of a preset."""
+    parser.add_argument(
+        "--speedup",
+        type=values.at_least_one,
+        metavar="X",
+        help="take the setting that loses least on the small model of those that save so much work (1.5: a third of "
+        "it), in place of a preset",
+    )
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _cache(pipe: Any, config: SparseRef, images: list[Any], output: tuple[int, i
             rows, beside = memory.dense_reference_kv, memory.tiles
         held = (rows + beside) / 1e9
         return (
-            f"the reference cache holds {held:.1f} GB (all tokens: {memory.dense_reference_kv / 1e9:.1f} GB), less "
-            "with a smaller --keep and --cache-rows budget, none with --execute tokens"
+            f"the reference cache holds {held:.1f} GB (all tokens: {memory.dense_reference_kv / 1e9:.1f} GB), none with "
+            "--preset sparse-context or recast, which drop tokens"
         )
     return ""

@@ -39,8 +39,8 @@ class Amount:
         preset = preset_of(keep, settings) if preset is None else preset
         if keep is not None and preset in CHOSEN:
             raise ConfigError(
-                f"keep must come with a preset that drops tokens ({', '.join(PAPERS)}), got {keep} with {preset}, which "
-                "stores every reference token and reads all of them"
+                f"keep must come with a preset that drops tokens ({', '.join(PAPERS)}), got {keep} with {preset}, "
+                "which stores every reference token and reads all of them"
             )
         self.preset, self._keep, family = preset, keep, FAMILIES[preset]
         if isinstance(keep, int) and preset == "recast":
