@@ -42,6 +42,5 @@ def _line(name: str, computed: str, ratios: list[float], loss: Loss | None) -> s
     if loss is None:
         raise ValueError(f"the frontier must have rows of {name}, got none")
     work = " | ".join(f"{ratio:.2f}x" for ratio in ratios)
-    return (
-        f"| {name} | {computed} | {work} | {loss.db:+.1f} [{loss.low:+.1f}, {loss.high:+.1f}] | {loss.dense_db or 0:.1f} |"
-    )
+    lost, picture = f"{loss.db:+.1f} [{loss.low:+.1f}, {loss.high:+.1f}]", f"{loss.dense_db or 0:.1f}"
+    return f"| {name} | {computed} | {work} | {lost} | {picture} |"

@@ -39,9 +39,9 @@ class UniformGuard:
     ``ReCAST(select=AttentionMass(blocks="all"), guard=UniformGuard(0.345))`` did. Try it on your own model.
 
     Where references are stored and all of them are read there is nothing to keep more of, so the presets "faithful",
-    "balanced" and "fast" have no guard: global recolours, for which it is made, lose 0.2 dB of the subject with "balanced"
-    and 1.4 with "fast" (study `reading`, 52 edits), where one ranking that reads a quarter loses 8. With a budget below
-    1.0 it does in a cache what it does without.
+    "balanced" and "fast" have no guard: global recolours, for which it is made, lose 0.2 dB of the subject with
+    "balanced" and 1.4 with "fast" (study `reading`, 52 edits). With a budget below 1.0 it does in a cache what it does
+    without.
     """
 
     top_quarter: float = 0.40

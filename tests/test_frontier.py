@@ -107,9 +107,13 @@ def test_what_has_not_been_timed_is_measured_and_not_chosen() -> None:
 
 
 def test_a_loss_is_that_of_the_worst_family_at_the_nearest_number_of_steps() -> None:
-    rows = [replace(POINTS[0], setting="a", family=f, base_steps=b, steps=s, loss_db=v, low=v - 1, high=v + 1, dense_db=d)
-            for f, b, s, v, d in [("x", 12, 12, -1.0, 30.0), ("y", 12, 12, -2.0, None), ("x", 4, 4, -9.0, 20.0),
-                                  ("x", 12, 6, -3.0, 25.0), ("x", 12, 3, -4.0, 24.0)]]  # fmt: skip
+    given = [("x", 12, 12, -1.0, 30.0), ("y", 12, 12, -2.0, None), ("x", 4, 4, -9.0, 20.0), ("x", 12, 6, -3.0, 25.0),
+             ("x", 12, 3, -4.0, 24.0)]  # fmt: skip
+    rows = [
+        replace(POINTS[0], setting="a", family=family, base_steps=base, steps=steps, loss_db=db, low=db - 1,
+                high=db + 1, dense_db=picture)
+        for family, base, steps, db, picture in given
+    ]  # fmt: skip
     open_ended = replace(rows[0], loss_db=None, low=None, high=None)
     found = loss_of([*rows, open_ended], "a", 28)
     assert (found.db, found.low, found.high, found.dense_db, found.base_steps) == (-2.0, -3.0, -1.0, 30.0, 12)

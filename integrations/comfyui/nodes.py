@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sparse_ref_attn.errors import SparseRefError
 from sparse_ref_attn.eval.ways import WAYS
-from sparse_ref_attn.vocabulary import CHOSEN_PRESETS
 from sparse_ref_attn.overlay import overlay
 from sparse_ref_attn.report import summary
+from sparse_ref_attn.vocabulary import CHOSEN_PRESETS
 
 from .rows import kinds_of
 from .sampling import Sampling

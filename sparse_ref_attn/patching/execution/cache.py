@@ -143,7 +143,7 @@ class ReferenceStore:
         if step_cache_active(module) and not isinstance(self._config.refresh, Never):
             raise IncompatibleError(
                 "beside a step cache, which skips blocks at steps of its own choice, references can be computed in the "
-                f"first step alone (\"fast\", Cache(refresh=Never())), got {self._config.refresh or 'the default'}; or "
+                f'first step alone ("fast", Cache(refresh=Never())), got {self._config.refresh or "the default"}; or '
                 "take the step cache off"
             )
         return Refreshing(self._config.refresh, None if at.observed else at.total)
