@@ -22,6 +22,7 @@ from sparse_ref_attn.eval.frontier.sweep import survivors
 from sparse_ref_attn.eval.frontier.table import markdown, speed
 from sparse_ref_attn.eval.metrics import Interval
 from sparse_ref_attn.frontier import Point, read_points
+from sparse_ref_attn.models import named_model
 from sparse_ref_attn.toy.pipeline import build_transformer
 from sparse_ref_attn.toy.words import seeded
 
@@ -123,18 +124,14 @@ def test_who_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_listed() -> None:
     settings = all_settings(12)
-    assert {key for key, _ in settings} == {
-        DENSE,
-        *CANDIDATES,
-        *STEP_CACHES,
-        *(f"stored-once+{k}" for k in STEP_CACHES),
-    }
+    beside = {f"stored-once+{key}" for key in STEP_CACHES}
+    assert {key for key, _ in settings} == {DENSE, *CANDIDATES, *STEP_CACHES, *beside}
     assert (DENSE, 12) not in settings
     assert ("stored-sixths", 6) not in settings  # computed in every step
     assert ("stored-sixths", 8) in settings
     assert settings["stored-once", 6] == setting_of("stored-once", 6)
     assert settings["stored-once", 12].steps is None
-    with pytest.raises(ConfigError, match="candidates must be among stored-sixths, .*, got magic"):
+    with pytest.raises(ConfigError, match=r"candidates must be among stored-sixths, .*, got magic"):
         all_settings(12, ["magic"])
 
 
@@ -151,7 +148,7 @@ def test_nothing_beats_what_is_numbered(tmp_path: Path) -> None:
     lines = markdown(points).splitlines()
     assert len(lines) == 2 + 3  # of what can be made here
     assert speed("stored-once", 12, 12, "kontext", 1) == pytest.approx(
-        sra.estimate(sra.models.named_model("kontext"), CANDIDATES["stored-once"], steps=12).flop_ratio
+        sra.estimate(named_model("kontext"), CANDIDATES["stored-once"], steps=12).flop_ratio
     )
 
 

@@ -34,17 +34,16 @@ def speed(key: str, steps: int, base: int, model: str, references: int) -> float
 def markdown(points: Sequence[Point]) -> str:
     """A line for each setting, the least work of FLUX.1 Kontext with one reference last.
 
-    The FLOP ratios are those of published sizes with 1, 2 and 4 references of 1024 x 1024; losses are paired
-    differences to the dense run, below 0 where something is lost, with 95 % intervals.
+    The FLOP ratios are those of published sizes with 1, 2 and 4 references of 1024 x 1024. Losses are paired
+    differences to the dense run, below 0 where something is lost, with 95 % intervals; beside them stands the picture's
+    PSNR against the dense one.
     """
     settings = grouped(points)
     groups = sorted({(p.family, p.references) for own in settings.values() for p in own})
     models = list(dict.fromkeys(model for model, _ in GEOMETRIES))
     counts = list(dict.fromkeys(count for _, count in GEOMETRIES))
     titles = [f"{model}, {' / '.join(map(str, counts))} references" for model in models]
-    losses = [
-        f"{family}, {count} reference{'s' * (count > 1)}: subject, dB; picture to dense, dB" for family, count in groups
-    ]
+    losses = [f"{family}, {count} reference{'s' * (count > 1)}: subject; picture, dB" for family, count in groups]
     lines = [
         f"| setting | steps | {' | '.join(titles + losses)} | examples | what to write |",
         "|---|---|" + "--:|" * (len(titles) + len(losses) + 1) + "---|",
