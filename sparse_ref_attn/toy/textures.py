@@ -25,7 +25,7 @@ PAIRS = np.argwhere(np.sqrt(np.square(PALETTE[:, None] - PALETTE).mean(-1)) > _A
 
 _DOT = 0.39  # radius of a dot by the period: dots cover nearly half of the picture, as the other kinds' bands do
 
-Numbers = NDArray[np.floating[Any]]
+Shares = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Texture:
 
     def picture(self, side: int) -> NDArray[np.float32]:
         """(side, side, 3), 0 to 1."""
-        share = mix(self.kind, *(np.float32(v) for v in (self.angle, self.period, self.x, self.y)), side)[..., None]
+        share = mix(self.kind, self.angle, self.period, self.x, self.y, side)[..., None]
         return (PALETTE[self.first] * (1 - share) + PALETTE[self.second] * share).astype(np.float32)
 
 
@@ -80,8 +80,8 @@ def turns(kind: str) -> float:
     return {"stripes": np.pi, "rings": 0.0}.get(kind, np.pi / 2)
 
 
-def mix(kind: str, angle: Any, period: Any, x: Any, y: Any, side: int, step: int = 1) -> Numbers:
-    """Share of the second colour at each pixel, 0 to 1; edges are one pixel wide.
+def mix(kind: str, angle: Any, period: Any, x: Any, y: Any, side: int, step: int = 1) -> Shares:
+    """Share of the second colour at each pixel, 0 to 1; edges are as wide as a step.
 
     Parameters
     ----------
@@ -92,30 +92,36 @@ def mix(kind: str, angle: Any, period: Any, x: Any, y: Any, side: int, step: int
     side : int
         Of the picture, in pixels.
     step : int
-        Pixels from one to the next that is computed.
+        Pixels from one to the next that is computed, each in the middle of the square that it stands for.
 
     Returns
     -------
     ndarray
         (side / step, side / step), or with n in front.
     """
-    angle, period, x, y = (np.asarray(v)[..., None, None] for v in (angle, period, x, y))
+    angle, period, x, y = (np.asarray(v, np.float32)[..., None, None] for v in (angle, period, x, y))
     rows, columns = np.mgrid[:side:step, :side:step].astype(np.float32) + np.float32((step - 1) / 2)
     right, down = columns - x, rows - y
     if kind == "rings":
-        return _band(np.hypot(right, down) + period / 4, period)
+        return _band(np.hypot(right, down) + period / 4, period, step)
     along = right * np.cos(angle) + down * np.sin(angle)
     if kind == "stripes":
-        return _band(along, period)
+        return _band(along, period, step)
     across = down * np.cos(angle) - right * np.sin(angle)
     if kind == "checks":
-        one, other = _band(along, period), _band(across, period)
+        one, other = _band(along, period, step), _band(across, period, step)
         return one + other - 2 * one * other
     nearest = [v - period * np.round(v / period) for v in (along, across)]
-    return np.clip(_DOT * period - np.hypot(*nearest) + 0.5, 0, 1)
+    return _inside(_DOT * period - np.hypot(*nearest), step)
 
 
-def _band(distance: Any, period: Any) -> Any:
+def _band(distance: Any, period: Any, edge: int) -> Any:
     """1 in the first half of each period and 0 in the second."""
-    within = distance - period * np.floor(distance / period)
-    return np.clip(period / 4 - np.abs(within - period / 4) + 0.5, 0, 1) + np.clip(within - period + 0.5, 0, 1)
+    from_middle = distance - period / 4
+    from_middle -= period * np.round(from_middle / period)
+    return _inside(period / 4 - np.abs(from_middle), edge)
+
+
+def _inside(depth: Any, edge: int) -> Any:
+    """0 outside, 1 inside, and between them over an edge of so many pixels."""
+    return np.clip(depth / edge + np.float32(0.5), 0, 1)
