@@ -7,7 +7,7 @@
 | swap | a subject on scenery | the same picture, the scenery replaced by the pattern |
 | local | a subject on scenery | the same picture, the subject recoloured |
 | global | a subject on scenery | the same picture, all of it recoloured |
-| open, open-pair | as place and pair | as place and pair, on a texture that the prompt leaves open: one answer of many |
+| open, open-pair | as place, pair | as place, pair, but on a texture that the prompt leaves open: one answer of many |
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scenery that a prompt leaves open: two colours in a texture of one of four kinds, every one as likely as the others."""
+"""Scenery that a prompt leaves open: two colours in a texture, of any of four kinds alike."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def random_texture(rng: np.random.Generator, side: int) -> Texture:
 
 
 def turns(kind: str) -> float:
-    """The angle after which a kind is itself again, in radians; 0 for rings."""
+    """The angle, in radians, after which a kind is itself again or with its colours swapped; 0 for rings."""
     return {"stripes": np.pi, "rings": 0.0}.get(kind, np.pi / 2)
 
 

@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...toy.textures import KINDS, PAIRS, PALETTE, PERIODS, Texture, mix, turns
 from .base import as_image
 
-__all__ = ["Nearest", "SceneryPsnr", "nearest_texture"]
+__all__ = ["Nearest", "SceneryPsnr", "grown", "nearest_texture"]
 
 _CELL = 4  # pixels of the first search
 _RATES = 0.003  # between the frequencies of the first search, in periods a pixel
@@ -40,13 +40,13 @@ class SceneryPsnr:
 
     Parameters
     ----------
-    subject : array, shape (H, W), 0 to 1
-        Alpha of the subjects, which hide what is behind them; pixels less than 2 from them do not count.
+    hidden : ndarray of bool, shape (H, W)
+        Pixels that do not count: the subjects', with a margin.
 
     Raises
     ------
     ConfigError
-        If the subjects leave nothing to see, or a picture is of another size or not square.
+        When called, as `nearest_texture`.
 
     See Also
     --------
@@ -55,11 +55,7 @@ class SceneryPsnr:
 
     name = "scenery PSNR (dB)"
 
-    def __init__(self, subject: Any) -> None:
-        hidden = np.asarray(subject) > 0
-        for axis in (0, 1):
-            hidden = hidden | _moved(hidden, 1, axis) | _moved(hidden, -1, axis)
-            hidden = hidden | _moved(hidden, 1, axis) | _moved(hidden, -1, axis)
+    def __init__(self, hidden: NDArray[np.bool_]) -> None:
         self._weight = (~hidden).astype(np.float32)
 
     def __call__(self, image: Any) -> float:
@@ -173,6 +169,24 @@ class _Seen:
         return settings, errors
 
 
+def grown(marked: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
+    """What is marked, and every pixel at most `by` rows and columns from it.
+
+    Examples
+    --------
+    >>> grown(np.array([[True, False, False, False]]), 2)
+    array([[ True,  True,  True, False]])
+    """
+    for axis in (0, 1):
+        for _ in range(by):
+            narrow = marked.swapaxes(0, axis)
+            wide = narrow.copy()
+            wide[1:] |= narrow[:-1]
+            wide[:-1] |= narrow[1:]
+            marked = wide.swapaxes(0, axis)
+    return marked
+
+
 @lru_cache(maxsize=8)
 def _bank(kind: str, side: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Settings of a kind, (n, 4) of angle, period, x and y, close enough that one is near any; and their maps."""
@@ -215,12 +229,3 @@ def _means(values: NDArray[np.float32], step: int) -> NDArray[np.float32]:
     side = len(values) // step
     found: NDArray[np.float32] = values.reshape(side, step, side, step).mean((1, 3), dtype=np.float32)
     return found
-
-
-def _moved(marked: NDArray[np.bool_], by: int, axis: int) -> NDArray[np.bool_]:
-    """Moved by one pixel, nothing coming in at the edge."""
-    moved = np.roll(marked, by, axis)
-    edge = [slice(None), slice(None)]
-    edge[axis] = slice(0, 1) if by > 0 else slice(-1, None)
-    moved[tuple(edge)] = False
-    return moved
