@@ -47,7 +47,7 @@ def frontier(points: Sequence[Point] | None = None) -> str:
     """
     points = read_points() if points is None else points
     lines = [
-        "| way to save | steps | FLOP ratio, 1 reference | 4 references | subject-driven edits, dB | aligned edits, dB |",
+        "| way to save | steps | FLOP ratio, 1 reference | 4 references | subject-driven, dB | aligned edits, dB |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for words, key, share in SHOWN:

@@ -10,14 +10,14 @@ from ..errors import ConfigError
 from ..eval.checked_arguments import check_reserved
 from ..eval.datasets import load_examples
 from ..eval.evaluate import evaluate as run_grid
-from ..eval.examples import procedural
+from ..eval.examples import FAMILIES, OPEN_SCENERY, procedural
 from ..eval.grid import Grid
 from ..eval.methods import RULES, method_name
 from ..eval.models import EvalModel
 from ..eval.rival_settings import is_rival
 from ..eval.scores import Scorer
 from ..eval.tables import write_results
-from ..toy.pipeline import TRAINED
+from ..toy.pipeline import TRAINED, knows_open_scenery
 from ..vocabulary import FEWER
 from .commands.evaluate import KEEPS
 from .frontier import check as check_frontier
@@ -29,7 +29,7 @@ from .values import typed
 __all__ = ["evaluate"]
 
 
-FRONTIER_METRICS = ["psnr", "subject-psnr"]
+FRONTIER_METRICS = ("psnr", "subject-psnr", "scenery-psnr")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -46,7 +46,11 @@ def evaluate(options: argparse.Namespace) -> None:
     check_reserved(dict(options.set or ()))
     quiet(pipelines_too=True)
     if options.data is None:
-        data = procedural(options.sprites, side=128 if options.side is None else options.side)
+        open_too = all(knows_open_scenery(path) for _, path in given)
+        known = [family for family in FAMILIES if open_too or family != OPEN_SCENERY]
+        data = procedural(
+            options.sprites, side=128 if options.side is None else options.side, families=options.families or known
+        )
     else:
         data = load_examples(options.data, options.layout)
     rules = [rule for rule in (*RULES, FEWER) if rule != "subject mask" or data.reference_masks]
@@ -59,10 +63,14 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     grid = Grid(
         tuple(methods), tuple(KEEPS if options.keep is None else options.keep), options.seeds,
-        None if options.families is None else tuple(options.families), options.subjects, options.mean_over,
+        None if options.families is None or options.data is None else tuple(options.families), options.subjects,
+        options.mean_over,
     )  # fmt: skip
     data.chosen(grid.families, grid.count)  # a family that is not there is told before anything is loaded
-    names = FRONTIER_METRICS if options.frontier and options.metrics is None else options.metrics
+    names = options.metrics
+    if options.frontier and names is None:
+        needs = {"subject-psnr": data.masks, "scenery-psnr": data.open_scenery}
+        names = [name for name in FRONTIER_METRICS if needs.get(name, True)]
     scorer = Scorer(data, names, clip=options.clip, dino=options.dino)
     steps = options.steps or (12 if options.frontier else 8)
     models = [

@@ -36,7 +36,8 @@ def frontier(
     options: argparse.Namespace, data: Examples, model: EvalModel, scorer: Scorer, about: Mapping[str, Any]
 ) -> None:
     """Sweep, then write ``frontier.csv``, a table and a figure for each published model."""
-    families = None if options.families is None else tuple(options.families)
+    chosen = options.families is not None and options.data is not None  # the procedural task is made of them
+    families = tuple(options.families) if chosen else None
     fewest = min(len(data.chosen((family,), None)) for family in families or data.families)
     out, first = Path(options.out), 8 if options.first is None else options.first
     losses = sweep(
