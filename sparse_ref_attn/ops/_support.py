@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import BuildError, ConfigError, VersionError
+from ..kernels.cpu_library import library as cpu_library
 from ._cuda import CHANNELS, DTYPES, against
 from ._flash import flash_packages
 from .verdicts import JUDGED, order_of
@@ -38,7 +39,7 @@ __all__ = [
 # What "auto" tries where it has no verdict: on a CPU always, on a card where nothing can be measured (see `verdicts`).
 # So it holds only what needs no proof.
 ORDER: dict[str, tuple[str, ...]] = {
-    "cpu": ("sdpa",),
+    "cpu": ("cpp", "sdpa"),
     "cuda": ("sdpa",),
 }
 
@@ -159,12 +160,33 @@ def cuda_reasons(call: Call) -> list[str]:
     return why
 
 
+def cpp_reasons(call: Call) -> list[str]:
+    """Why the kernel of csrc/cpu cannot do `call`; empty when it can."""
+    why = []
+    try:
+        cpu_library()
+    except (BuildError, VersionError) as error:
+        why.append(str(error))
+    if call.device.type != "cpu":
+        why.append(f"needs a CPU, got {call.device}")
+    if call.dtype not in (torch.bfloat16, torch.float32):
+        why.append(f"needs bfloat16 or float32, got {call.dtype}")
+    if call.channels % 8:
+        why.append(f"needs a head dim that is a multiple of 8, got {call.channels}")
+    if not call.tiles:
+        why.append("serves selections of query tiles alone")
+    if call.gradients:
+        why.append("cannot compute gradients")
+    return why
+
+
 _PREDICATES: dict[str, Callable[[Call], list[str]]] = {
     "sdpa": _sdpa,
     "triton": _triton,
     "flash": _flash,
     "flex": _flex,
     "cuda": cuda_reasons,
+    "cpp": cpp_reasons,
 }
 
 

@@ -12,7 +12,7 @@ from .normal_form import normalise
 
 __all__ = ["BACKENDS", "gather_attention"]
 
-BACKENDS = ("auto", "reference", "sdpa", "triton", "flash", "flex", "cuda")
+BACKENDS = ("auto", "reference", "sdpa", "triton", "flash", "flex", "cuda", "cpp")
 
 
 @overload

@@ -25,7 +25,10 @@ TENSORS = (
     "Tensor q, Tensor? k, Tensor? v, Tensor? k2, Tensor? v2, Tensor? k_ref, Tensor? v_ref, "
     "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? ref_indices, Tensor? ref_offsets"
 )
-MODULES = {"sdpa": ".sdpa", "triton": ".triton_backend", "flash": ".flash", "flex": ".flex", "cuda": ".cuda"}
+MODULES = {
+    "sdpa": ".sdpa", "triton": ".triton_backend", "flash": ".flash", "flex": ".flex", "cuda": ".cuda", "cpp": ".cpp",
+}  # fmt: skip
+ON_THE_HOST = ("sdpa", "cpp")  # those that need the ranges there
 BACKWARD = {"cuda": "triton"}  # whose backward belongs to a forward that has none
 DIFFERENTIABLE = 7  # q, k, v, k2, v2, k_ref, v_ref come first
 
@@ -81,7 +84,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     if check and a.host is not None and HostLayout.read(a) != layout:
         raise LayoutError(f"host must say what the offsets hold, {HostLayout.read(a)}, got {layout}")
     chosen = choose(backend, _call(a))
-    if chosen == "sdpa":  # the only one that needs the ranges on the host
+    if chosen in ON_THE_HOST:
         return implementation(chosen).forward(a, layout)
     return implementation(chosen).forward(a)
 
