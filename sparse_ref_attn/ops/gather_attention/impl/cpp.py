@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels import abi, cpu_abi
-from ...kernels.cpu_library import library
-from .._cuda import index, pointer, tensor
+from ....kernels import abi, cpu_abi
+from ....kernels.cpu_library import library
+from ...shared.cuda_launch import index, pointer, tensor
+from ..arguments import Arguments, HostLayout
 from . import sdpa
-from .arguments import Arguments, HostLayout
 
 __all__ = ["DTYPES", "forward"]
 
