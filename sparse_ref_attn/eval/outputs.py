@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -14,8 +13,11 @@ from ..files import replacing
 from ..toy.calls import image
 from ..toy.scenes import Scene
 from .comparison import Comparison
+from .method_rows import rows_of
 from .metrics import MaskedPsnr, Psnr
 from .panels import Panel, panels
+from .reports.document import document
+from .reports.writing import write as write_document
 
 __all__ = [
     "Pictures",
@@ -90,7 +92,9 @@ class Pictures:
             self.written.append(path.name)
 
 
-def write(directory: Path, result: Comparison, about: dict[str, Any]) -> list[tuple[str, str]]:
+def write(
+    directory: Path, result: Comparison, about: dict[str, Any], answer: dict[str, float] | None = None
+) -> list[tuple[str, str]]:
     """Write the pictures and ``report.json``; which files, and what each shows.
 
     Parameters
@@ -98,7 +102,9 @@ def write(directory: Path, result: Comparison, about: dict[str, Any]) -> list[tu
     directory : Path
     result : Comparison
     about : dict
-        JSON types that go into the report beside the measurements.
+        As `reports.document` takes it.
+    answer : dict of str to float, optional
+        Of `against_answer`.
     """
     files, pictures = [], Pictures(directory, ())
     if result.dense_image is not None:
@@ -110,9 +116,9 @@ def write(directory: Path, result: Comparison, about: dict[str, Any]) -> list[tu
     if kinds & {"in_flight", "sparse", "cached"}:
         result.handle.save_overlay(directory / "kept.png")
         files.append(("kept.png", "the reference: kept tokens outlined, dropped ones dark; scores; tokens by step"))
-    report = {**about, "comparison": result.to_dict(), "run": result.summary("dict")}
-    with replacing(directory / REPORT) as draft:
-        Path(draft).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    metrics, runs = [Psnr()], {"sparse": result}
+    found = document(runs, rows_of(runs, metrics), metrics, about)
+    write_document(directory / REPORT, found if answer is None else {**found, "against_answer": answer})
     files.append((REPORT, "all numbers, settings and versions"))
     return files
 

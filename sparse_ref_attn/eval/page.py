@@ -17,6 +17,8 @@ from .comparison import Comparison
 from .method_rows import Row, cells, markdown, rows_of
 from .metrics import Metric
 from .plots import quality_plot
+from .reports.document import document
+from .reports.writing import write
 
 __all__ = ["Asked", "write_page"]
 
@@ -104,11 +106,8 @@ def write_page(
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    data = {"about": dict(about), "rows": rows, "refused": refused}
-    data["runs"] = {name: {**result.to_dict(), "run": result.summary("dict")} for name, result in results.items()}
-    # JSON knows no infinity, which is the PSNR of equal pictures.
-    text = json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
-    (directory / "compare.json").write_text(text, encoding="utf-8")
+    found = document(results, rows, metrics, about, refused=refused)
+    write(directory / "compare.json", found)
     (directory / "compare.md").write_text(markdown(rows, metrics) + "\n", encoding="utf-8")
     kept = {name: _kept(result) for name, result in results.items()}
     for name, drawn in kept.items():
@@ -161,7 +160,7 @@ def _page(
     if refused:
         told = "".join(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in refused.items())
         parts.append(f"<h2>Could not run</h2><ul>{told}</ul>")
-    settings = html.escape(json.dumps(_finite(dict(about)), indent=2))
+    settings = html.escape(json.dumps(dict(about), indent=2))
     parts.append(f"<h2>Settings</h2><details><summary>Everything that was set</summary><pre>{settings}</pre></details>")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f"<title>sparse_ref_attn: comparison</title><style>{_STYLE}</style>"
@@ -237,11 +236,3 @@ def _inline(image: Any) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
