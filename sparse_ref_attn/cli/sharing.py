@@ -15,6 +15,7 @@ from ..eval.reports.scatter import scatter
 from ..eval.reports.shareable import shareable
 from ..eval.reports.table import as_csv, as_markdown, metrics_of
 from ..eval.reports.writing import write
+from ..extras import absent, versions
 from ..files import fits
 from ..vocabulary import chosen
 from .terminal import saved, show
@@ -53,11 +54,15 @@ def share(options: argparse.Namespace, own: Path, pictures: Mapping[str, Any]) -
 
 
 def shared(options: argparse.Namespace) -> None:
-    """One table and one picture of many files."""
+    """One table and one picture of many files; the table alone needs no package of an extra."""
+    if options.out is not None and (why := absent(versions(), "eval", ("matplotlib",))):
+        raise ConfigError(f"--out needs what draws the picture, got {why}; without --out the table is printed")
     reports = read_shared(options.files)
-    metrics = metrics_of(reports)
-    metric = chosen("the metric", options.metric, metrics, {name.partition(" (")[0]: name for name in metrics})
-    table = as_markdown(reports)
+    metrics, table = metrics_of(reports), as_markdown(reports)
+    same = {name.partition(" (")[0]: name for name in metrics}
+    metric = next(iter(metrics), None)
+    if options.metric is not None:
+        metric = chosen("the metric", options.metric, metrics, same)
     directory = None if options.out is None else outputs.prepare_directory(options.out)
     show(table)
     if directory is None:
@@ -65,12 +70,8 @@ def shared(options: argparse.Namespace) -> None:
     with fits("the table", directory):
         (directory / "shared.csv").write_text(as_csv(reports), encoding="utf-8")
         (directory / "shared.md").write_text(table + "\n", encoding="utf-8")
-        scatter(reports, metric, metrics[metric], directory / "shared.png")
-    saved(
-        directory,
-        [
-            ("shared.csv", "every run, with model, device and versions"),
-            ("shared.md", "the table"),
-            ("shared.png", f"{metric} over the speed-up"),
-        ],
-    )
+        files = [("shared.csv", "every run, with model, device and versions"), ("shared.md", "the table")]
+        if metric is not None:
+            scatter(reports, metric, metrics[metric], directory / "shared.png")
+            files.append(("shared.png", f"{metric} over the speed-up"))
+    saved(directory, files)

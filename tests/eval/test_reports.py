@@ -21,6 +21,7 @@ from sparse_ref_attn.cli import main
 from sparse_ref_attn.eval.reports.schema import KEYWORDS, broken, check, schema
 from sparse_ref_attn.eval.reports.shareable import shareable
 from sparse_ref_attn.eval.reports.table import as_csv, as_markdown
+from tests.eval import report_example
 from tests.pictures import picture
 from tests.pipelines import CASES
 
@@ -327,3 +328,9 @@ def test_the_command_draws_what_is_asked_for(made: Path, tmp_path: Path, capsys:
     assert "SSIM over the speed-up" in capsys.readouterr().out
     assert main(["shared", *files, "--metric", "beauty"]) == 2
     assert "the metric must be one of PSNR (dB), SSIM" in capsys.readouterr().err
+
+
+def test_files_without_metrics_have_a_table_alone(tmp_path: Path) -> None:
+    (tmp_path / "theirs.json").write_text(json.dumps(report_example.report() | {"metrics": []}))
+    assert main(["shared", str(tmp_path / "theirs.json"), "--out", str(tmp_path / "out")]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"shared.csv", "shared.md"}

@@ -17,7 +17,5 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a file, or a folder of .json files")
     parser.add_argument("--out", metavar="DIR", help="where table and picture go (default: the table is printed alone)")
-    parser.add_argument(
-        "--metric", default="PSNR (dB)", metavar="NAME", help="what the picture shows (default: %(default)s)"
-    )
-    parser.set_defaults(run=later("sharing", "shared", "eval"))
+    parser.add_argument("--metric", metavar="NAME", help="what the picture shows (default: the files' first, PSNR)")
+    parser.set_defaults(run=later("sharing", "shared"))
