@@ -17,8 +17,9 @@ __all__ = ["grid_plot", "quality_plot"]
 
 _COLOURS = (
     "#c2410c", "#1c2430", "#1d4ed8", "#0e7490", "#be185d", "#15803d", "#7c3aed", "#a16207", "#94a3b8", "#4d7c0f",
-    "#f59e0b",
+    "#f59e0b", "#00b4d8", "#ff5fa2", "#84cc16", "#8b5a2b", "#111827",
 )  # fmt: skip
+_MARKERS = "osD^v<>PhX*dpH84"
 _STYLES = {"flat": "-", "rising": "--", "falling": ":", "dense-first": "-."}
 _OVER = {
     "keep": "reference tokens kept, % of all",
@@ -151,7 +152,7 @@ def grid_plot(
                 x, y = [place(mean) * aside for mean in line], [mean.mean for mean in line]
                 spread = [[m.mean - m.low for m in line], [m.high - m.mean for m in line]]
                 axes.errorbar(
-                    x, y, spread, color=_COLOURS[at % len(_COLOURS)], marker="osD^v<>PhX*"[at % 11], markersize=4,
+                    x, y, spread, color=_COLOURS[at % len(_COLOURS)], marker=_MARKERS[at % len(_MARKERS)], markersize=4,
                     linestyle=_STYLES[schedule], linewidth=1.2, elinewidth=0.8, capsize=2, label=method,
                 )  # fmt: skip
             if over != "work":

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._tiles import LOG2E, base2_lse, natural_lse, softmax_step, tile_offsets
-from .._tuning import Config
-from .ragged import Ragged
+from ...shared.launch_config import Config
+from ...shared.online_softmax import LOG2E, base2_lse, natural_lse, softmax_step, tile_offsets
+from ..ragged import Ragged
 from .results import empty_lse, empty_mass
 
 __all__ = ["as_bytes", "launch_lse", "launch_mass", "precision"]

@@ -7,26 +7,22 @@ asks for the device's properties.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError, LayoutError
-from .._support import Call, choose, has_16_byte_rows, is_aligned
+from ...errors import LayoutError
 from .arguments import Arguments, HostLayout, check_ranges, check_values
+from .backends import BACKWARD, call_of, choose, implementation, refuse_gradients
 from .gradients import Gradients, Wanted
 
-__all__ = ["BACKWARD", "MODULES", "gather_attention_op", "implementation"]
+__all__ = ["gather_attention_op"]
 
 TENSORS = (
     "Tensor q, Tensor? k, Tensor? v, Tensor? k2, Tensor? v2, Tensor? k_ref, Tensor? v_ref, "
     "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? ref_indices, Tensor? ref_offsets"
 )
-MODULES = {"sdpa": ".sdpa", "triton": ".triton_backend", "flash": ".flash", "flex": ".flex", "cuda": ".cuda"}
-BACKWARD = {"cuda": "triton"}  # whose backward belongs to a forward that has none
 DIFFERENTIABLE = 7  # q, k, v, k2, v2, k_ref, v_ref come first
 
 library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
@@ -43,33 +39,8 @@ library.define(
 def gather_attention_op(a: Arguments, backend: str, check: bool) -> tuple[Tensor, Tensor]:
     """Out (T, H, C) and lse (H, T), differentiable where there are no query tiles."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*a.tensors, a.bias)):
-        _refuse_tiles(a.cu_tiles)
+        refuse_gradients(a.cu_tiles)
     return forward_op(*a, backend, check)
-
-
-def _refuse_tiles(cu_tiles: Tensor | None) -> None:
-    if cu_tiles is not None:
-        raise ConfigError(
-            'gradients through cu_tiles are computed by backend="reference" alone, got an operand that requires them '
-            "(use that backend, or torch.no_grad())"
-        )
-
-
-def _call(a: Arguments) -> Call:
-    given = [x for x in a.tensors if x is not None]
-    kept = 0 if a.ref_indices is None or a.ref_offsets is None else a.ref_indices.shape[0] // a.ref_offsets.shape[0]
-    gradients = a.cu_tiles is None and any(x.requires_grad for x in given)
-    return Call(
-        a.q.device, a.q.dtype, a.q.shape[2], a.items, a.per_head, all(map(has_16_byte_rows, given)),
-        gradients, a.q.shape[1], a.key_heads, a.q.shape[0],
-        sum(k.shape[0] for k, _, _ in a.segments), kept, all(map(is_aligned, given)), a.tiles,
-    )  # fmt: skip
-
-
-@cache
-def implementation(backend: str) -> Any:
-    """The module of a backend: `forward(a)` and `backward(a, ...)`; imported when it is first called."""
-    return import_module(MODULES[backend], __package__)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -80,7 +51,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         (check_values if check or a.q.device.type == "cpu" else check_ranges)(a, layout)
     if check and a.host is not None and HostLayout.read(a) != layout:
         raise LayoutError(f"host must say what the offsets hold, {HostLayout.read(a)}, got {layout}")
-    chosen = choose(backend, _call(a))
+    chosen = choose(backend, call_of(a))
     if chosen == "sdpa":  # the only one that needs the ranges on the host
         return implementation(chosen).forward(a, layout)
     return implementation(chosen).forward(a)
@@ -89,7 +60,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
     *given, backend, wanted = arguments
     a = Arguments(*given)
-    chosen = choose(backend, _call(a)._replace(gradients=True))  # as its forward was, though nothing records now
+    chosen = choose(backend, call_of(a)._replace(gradients=True))  # as its forward was, though nothing records now
     differentiate = implementation(BACKWARD.get(chosen, chosen)).backward
     grads: Gradients = differentiate(a, grad_out, grad_lse, out, lse, Wanted(*wanted))
     return [a.q.new_empty(0) if g is None else g for g in grads]
@@ -122,7 +93,7 @@ def _each(wanted: Sequence[bool]) -> list[bool]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _refuse_tiles(inputs[14])
+    refuse_gradients(inputs[14])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:11], *output)
     ctx.rest = (*inputs[11:14], inputs[-2])  # scale, distinct, host, backend

@@ -1,39 +1,29 @@
-"""Who can compute a call of an op, and why another cannot.
+"""Who computes a call: the backends, one predicate of each, and the order in which "auto" tries them.
 
-One predicate per backend returns the reasons against it; an empty list means that it can. The same
-predicate picks a backend and explains a refusal. `pick`, `triton_reasons` and `cuda_reasons` serve every op, the rest
-`gather_attention`.
+On a card "auto" goes by the verdict of `verdicts`; `ORDER` is what it takes without one, on a CPU always.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
-from typing import NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from ..errors import ConfigError
-from ._cuda import CHANNELS, DTYPES, against
-from ._flash import flash_packages
-from .verdicts import JUDGED, order_of
+from ...errors import ConfigError
+from ..shared.choice import order_on, pick, ranked
+from ..shared.requirements import UNALIGNED, csrc_reasons, has_16_byte_rows, has_triton, is_aligned
+from ..verdicts import Kind
+from .arguments import Arguments
 
 __all__ = [
-    "ORDER",
-    "Call",
-    "choose",
-    "cuda_reasons",
-    "explain",
-    "has_16_byte_rows",
-    "is_aligned",
-    "order_for",
-    "pick",
-    "ranked",
-    "reasons",
-    "triton_reasons",
-]
+    "BACKWARD", "MODULES", "ORDER", "PREDICATES", "Call", "call_of", "choose", "explain", "flash_packages",
+    "implementation", "order_for", "reasons", "refuse_gradients",
+]  # fmt: skip
 
 # What "auto" tries where it has no verdict: on a CPU always, on a card where nothing can be measured (see `verdicts`).
 # So it holds only what needs no proof.
@@ -41,10 +31,16 @@ ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("sdpa",),
     "cuda": ("sdpa",),
 }
-
+MODULES = {
+    "sdpa": ".impl.sdpa",
+    "triton": ".impl.triton_backend",
+    "flash": ".impl.flash",
+    "flex": ".impl.flex",
+    "cuda": ".impl.cuda",
+}
+BACKWARD = {"cuda": "triton"}  # whose backward belongs to a forward that has none
 
 _UNTILED = "cannot give each query tile a selection of its own"
-_UNALIGNED = "needs a pointer at a multiple of 16 bytes and strides of multiples of 16 elements"
 
 
 class Call(NamedTuple):
@@ -73,13 +69,25 @@ class Call(NamedTuple):
     tiles: int = 0
 
 
+def call_of(a: Arguments) -> Call:
+    """The call with these operands."""
+    given = [x for x in a.tensors if x is not None]
+    kept = 0 if a.ref_indices is None or a.ref_offsets is None else a.ref_indices.shape[0] // a.ref_offsets.shape[0]
+    gradients = a.cu_tiles is None and any(x.requires_grad for x in given)
+    return Call(
+        a.q.device, a.q.dtype, a.q.shape[2], a.items, a.per_head, all(map(has_16_byte_rows, given)),
+        gradients, a.q.shape[1], a.key_heads, a.q.shape[0],
+        sum(k.shape[0] for k, _, _ in a.segments), kept, all(map(is_aligned, given)), a.tiles,
+    )  # fmt: skip
+
+
 def _sdpa(call: Call) -> list[str]:
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return [] if call.dtype in floats else [f"needs float16, bfloat16, float32 or float64, got {call.dtype}"]
 
 
 def _triton(call: Call) -> list[str]:
-    if not _has_triton():
+    if not has_triton():
         return ["needs the package triton, which is not installed"]
     import triton
 
@@ -95,7 +103,7 @@ def _triton(call: Call) -> list[str]:
     if call.channels not in (32, 64, 128):
         against.append(f"needs a head dim of 32, 64 or 128, got {call.channels}")
     if not (call.aligned and call.known_aligned):
-        against.append(_UNALIGNED)
+        against.append(UNALIGNED)
     return against
 
 
@@ -126,7 +134,7 @@ def _flex(call: Call) -> list[str]:
     against = []
     floats = (torch.float16, torch.bfloat16, torch.float32)
     if call.device.type == "cuda":
-        if not _has_triton():
+        if not has_triton():
             against.append("needs the package triton, which is not installed")
         if call.dtype not in floats:
             against.append(f"needs float16, bfloat16 or float32, got {call.dtype}")
@@ -143,15 +151,8 @@ def _flex(call: Call) -> list[str]:
     return against
 
 
-def cuda_reasons(call: Call) -> list[str]:
-    """Why the attention kernels of csrc cannot do `call`; empty when they can."""
-    why = against(call.device)
-    if call.dtype not in DTYPES:
-        why.append(f"needs float16 or bfloat16, got {call.dtype}")
-    if call.channels not in CHANNELS:
-        why.append(f"needs a head dim of 64 or 128, got {call.channels}")
-    if not call.aligned:
-        why.append("needs every row to start at a multiple of 16 bytes (strides and storage offset)")
+def _cuda(call: Call) -> list[str]:
+    why = csrc_reasons(call.device, call.dtype, call.channels, call.aligned)
     if call.tiles:
         why.append(_UNTILED)
     if call.gradients:
@@ -159,24 +160,28 @@ def cuda_reasons(call: Call) -> list[str]:
     return why
 
 
-_PREDICATES: dict[str, Callable[[Call], list[str]]] = {
+PREDICATES: dict[str, Callable[[Call], list[str]]] = {
     "sdpa": _sdpa,
     "triton": _triton,
     "flash": _flash,
     "flex": _flex,
-    "cuda": cuda_reasons,
+    "cuda": _cuda,
 }
+"""Why a backend cannot do a call; empty when it can."""
 
 
 def reasons(backend: str, call: Call) -> list[str]:
     """Why `backend` cannot do `call`; empty when it can, as "reference" always can."""
-    return [] if backend == "reference" else _PREDICATES[backend](call)
+    return [] if backend == "reference" else PREDICATES[backend](call)
 
 
-def ranked(order: Sequence[str], predicates: Mapping[str, Callable[[], list[str]]]) -> dict[str, list[str]]:
-    """Every backend of an op with the reasons against it: those that can come first, in the order of "auto"."""
-    found = {name: predicates[name]() for name in (*order, *predicates)}
-    return dict(sorted(found.items(), key=lambda each: bool(each[1])))
+def refuse_gradients(tiles: object) -> None:
+    """Raise a ConfigError if a call that is to be differentiated has `tiles`: no registered backend can."""
+    if tiles is not None:
+        raise ConfigError(
+            'gradients through cu_tiles are computed by backend="reference" alone, got an operand that requires them '
+            "(use that backend, or torch.no_grad())"
+        )
 
 
 def explain(call: Call) -> dict[str, list[str]]:
@@ -188,20 +193,18 @@ def explain(call: Call) -> dict[str, list[str]]:
     >>> list(found)[0], found["sdpa"], found["flash"][0]
     ('sdpa', [], 'needs a CUDA device, got cpu')
     """
-    return ranked(order_for(call), {name: partial(reasons, name, call) for name in (*_PREDICATES, "reference")})
+    return ranked(order_for(call), {name: partial(reasons, name, call) for name in (*PREDICATES, "reference")})
 
 
 def order_for(call: Call, measure: bool = False) -> tuple[str, ...]:
-    """What "auto" tries, in order: the verdict's, or the row of `ORDER`; devices other than CUDA take the CPU's.
+    """What "auto" tries, in order; with `measure` a verdict that is not known is got."""
 
-    With `measure` a verdict that is not known is got.
-    """
-    safe = ORDER.get(call.device.type, ORDER["cpu"])
-    if call.device.type not in JUDGED:
-        return safe
-    from .gather_attention.trial import kind_of
+    def kind() -> Kind:
+        from .trial import kind_of
 
-    return order_of(kind_of(call), safe, measure)
+        return kind_of(call)
+
+    return order_on(call.device, ORDER, kind, measure)
 
 
 def choose(backend: str, call: Call) -> str:
@@ -213,65 +216,45 @@ def choose(backend: str, call: Call) -> str:
         If it cannot do the call (each backend tried, with its reasons).
     """
     order = order_for(call, measure=True) if backend == "auto" else ()
-    return pick(backend, order, {name: partial(reasons, name, call) for name in _PREDICATES})
-
-
-def pick(backend: str, order: Sequence[str], predicates: Mapping[str, Callable[[], list[str]]]) -> str:
-    """`backend` itself if it can do the call, or for "auto" the first of `order` that can.
-
-    Raises
-    ------
-    ConfigError
-        If none can (each one tried, with its reasons), or the name is unknown.
-    """
-    if backend != "auto" and backend not in predicates:
-        raise ConfigError(f"backend must be one of {('auto', *predicates)}, got {backend!r}")
-    tried: dict[str, list[str]] = {}
-    for name in order if backend == "auto" else (backend,):
-        tried[name] = predicates[name]()
-        if not tried[name]:
-            return name
-    told = "; ".join(f"{name}: {', '.join(why)}" for name, why in tried.items())
-    told = told or "none that agrees with the definition on this device (`sra doctor --verify` prints the figures)"
-    raise ConfigError(f"the backend must be able to do the call, got {told}")
-
-
-def has_16_byte_rows(x: Tensor) -> bool:
-    """Whether every row along the last dim starts at a multiple of 16 bytes."""
-    return not x.numel() or (
-        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-    )
-
-
-def is_aligned(x: Tensor) -> bool:
-    """Whether Triton will know that every row along the last dim starts at a multiple of 16 bytes.
-
-    It asks that of the pointer, and 16 elements of every stride; otherwise it turns its 16-byte asynchronous copies
-    into 2-byte loads, without a word.
-    """
-    if not x.numel():
-        return True
-    strides = zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    return x.data_ptr() % 16 == 0 and all(n == 1 or s % 16 == 0 for n, s in strides)
-
-
-def triton_reasons(*tensors: Tensor) -> list[str]:
-    """Why Triton kernels cannot run on these tensors (last dim: channels); the op's own limits come on top."""
-    if not _has_triton():
-        return ["needs triton"]
-    from triton import knobs
-
-    why = []
-    interpreted = knobs.runtime.interpret
-    if not interpreted and not all(x.is_cuda for x in tensors):
-        why.append(f"needs a CUDA device, or TRITON_INTERPRET=1, got {tensors[0].device}")
-    if any(x.stride(-1) != 1 for x in tensors if x.numel()):
-        why.append("needs a contiguous last dim")
-    elif not all(is_aligned(x) for x in tensors if x.numel()):
-        why.append(_UNALIGNED)
-    return why
+    return pick(backend, order, {name: partial(reasons, name, call) for name in PREDICATES})
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def implementation(backend: str) -> Any:
+    """The module of a backend: `forward(a)` and `backward(a, ...)`; imported when it is first called."""
+    return import_module(MODULES[backend], __package__)
+
+
+def flash_packages(device: torch.device, dtype: torch.dtype, backward: bool = False) -> dict[str, list[str]]:
+    """What is against each package with packed FlashAttention, by the name of its module, the best one first."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    capability = torch.cuda.get_device_capability(device) if nvidia else (0, 0)
+    ampere = [] if capability >= (8, 0) else ["needs an NVIDIA card of compute capability 8.0 or later"]
+    hopper = [] if capability[0] == 9 else ["needs an NVIDIA card of compute capability 9.0"]
+    forward_only = ["has no backward"] if backward else []
+    if dtype != torch.bfloat16:
+        forward_only.append(f"needs bfloat16, got {dtype}")
+    inside = [] if torch.backends.cuda.is_flash_attention_available() else ["was built without FlashAttention"]
+    return {
+        "flash_attn_interface": hopper + _flash_module("flash_attn_interface"),
+        "fa3_fwd_interface": hopper + forward_only + _flash_module("fa3_fwd_interface"),
+        "flash_attn": ampere + _flash_module("flash_attn", at_least=(2, 7)),
+        "torch": ampere + inside,
+    }
+
+
+@cache
+def _flash_module(name: str, at_least: tuple[int, int] = (0, 0)) -> list[str]:
+    if find_spec(name) is None:
+        return ["is not installed"]
+    try:
+        module = import_module(name)
+    except (ImportError, OSError) as error:  # built for another PyTorch or CUDA
+        return [f"cannot be imported: {str(error).splitlines()[0]}"]
+    attend = getattr(module, "flash_attn_varlen_func", None)
+    if attend is None or "return_attn_probs" not in signature(attend).parameters:
+        return ["must have a flash_attn_varlen_func that returns the lse (return_attn_probs)"]
+    version = str(getattr(module, "__version__", ""))
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < at_least and at_least > (0, 0):
+        return [f"must be {at_least[0]}.{at_least[1]} or later, got {version or 'no version'}"]
+    return []

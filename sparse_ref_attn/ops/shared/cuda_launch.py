@@ -6,10 +6,10 @@ from ctypes import Structure
 
 import torch
 
-from ..errors import BuildError, VersionError
-from ..kernels import abi
-from ..kernels.library import library
-from ..kernels.toolchain import serves
+from ...errors import BuildError, VersionError
+from ...kernels import abi
+from ...kernels.library import library
+from ...kernels.toolchain import serves
 
 __all__ = ["CHANNELS", "DTYPES", "against", "index", "launch", "pointer", "tensor"]
 

@@ -8,7 +8,7 @@ this one, so that the rows' addresses are known in time for the asynchronous cop
 import triton
 import triton.language as tl
 
-from .._tiles import tile_offsets
+from ...shared.online_softmax import tile_offsets
 
 __all__ = ["segment", "walk"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ...kernels import abi
-from .._cuda import index, launch
+from ....kernels import abi
+from ...shared.cuda_launch import index, launch
 
 __all__ = ["launch_pack", "launch_unpack", "nested"]
 

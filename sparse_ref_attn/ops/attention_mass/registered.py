@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ...errors import LayoutError
-from .._tuning import capability_of, config_for
+from ..shared.launch_config import capability_of, config_for
 from .backends import choose
-from .chunked import attention_mass_chunked
+from .impl.chunked import attention_mass_chunked
+from .impl.tuning import LSE, MASS
 from .offsets import check_offsets, split_offsets
 from .ragged import Ragged
 from .reference import attention_mass_reference
-from .tuning import LSE, MASS
 
 __all__ = ["LAUNCHERS", "Launchers", "compute", "mass_op", "mass_varlen_op"]
 
@@ -178,13 +178,13 @@ Launchers = tuple[Callable[..., Tensor], Callable[..., Tensor]]
 
 
 def _cuda(q: Tensor) -> Launchers:
-    from .cuda import launch_lse, launch_mass
+    from .impl.cuda import launch_lse, launch_mass
 
     return launch_lse, launch_mass
 
 
 def _triton(q: Tensor) -> Launchers:
-    from . import triton_mass
+    from .impl import triton_mass
 
     tables = ((triton_mass.launch_lse, LSE), (triton_mass.launch_mass, MASS))
     of_lse, of_mass = (partial(f, config=config_for(table, capability_of(q), q.shape[-1])) for f, table in tables)

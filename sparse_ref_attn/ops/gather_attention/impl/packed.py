@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import Arguments
-from .gradients import Gradients, Wanted, sum_rows
+from ..arguments import Arguments
+from ..gradients import Gradients, Wanted, sum_rows
 
 __all__ = ["Packed", "pack", "unpack_gradients"]
 

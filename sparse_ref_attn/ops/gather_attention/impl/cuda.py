@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels import abi
-from .._cuda import DTYPES, index, launch, pointer, tensor
-from .arguments import Arguments
+from ....kernels import abi
+from ...shared.cuda_launch import DTYPES, index, launch, pointer, tensor
+from ..arguments import Arguments
 
 __all__ = ["forward"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._support import is_aligned
-from .._tuning import Config, capability_of, config_for
-from .arguments import Arguments
-from .gradients import Gradients, Wanted
+from ...shared.launch_config import Config, capability_of, config_for
+from ...shared.requirements import is_aligned
+from ..arguments import Arguments
+from ..gradients import Gradients, Wanted
 from .triton_forward import launch_forward
 from .triton_grad_kv import launch_grad_kv, launch_grad_kv_gathered
 from .triton_grad_q import launch_delta, launch_grad_q

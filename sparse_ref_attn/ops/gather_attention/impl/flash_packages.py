@@ -2,7 +2,7 @@
 
 All take q (T, H, C), k and v (K, G, C) in item order, int32 offsets (B + 1,) and upper bounds of the lengths, and give
 out (T, H, C) and a natural-log lse (H, T), float32: what one computed forward, another may differentiate.
-`_support.flash_packages` says which of them can do a call.
+`backends.flash_packages` says which of them can do a call.
 
 Written against the sources of flash-attn 2.7 to 2.8, of flash-attn 3 (hopper/), of fa3-fwd 0.0.3 and of PyTorch 2.13.
 """

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._dense import EXTRA, carry_lse
-from .._flash import flash_packages
-from .arguments import Arguments, HostLayout
+from ..arguments import Arguments, HostLayout
+from ..backends import flash_packages
+from ..gradients import Gradients, Wanted
+from .dense_attention import EXTRA, carry_lse
 from .flash_packages import BACKWARD, FORWARD, Backward, Forward, Lengths
-from .gradients import Gradients, Wanted
 from .packed import Packed, pack, unpack_gradients
 
 __all__ = ["backward", "backward_by", "forward", "forward_by"]

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ranges import find_tile, tiles_at_most
-from .._tiles import LOG2E, base2_lse, tile_offsets
-from .._tuning import Config
-from .arguments import Arguments
+from ...shared.launch_config import Config
+from ...shared.online_softmax import LOG2E, base2_lse, tile_offsets
+from ..arguments import Arguments
+from .row_blocks import find_tile, tiles_at_most
 from .triton_forward import precision, slots
 
 __all__ = ["launch_grad_kv", "launch_grad_kv_gathered"]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-from .arguments import Arguments
-from .gradients import Gradients, Wanted
+from ..arguments import Arguments
+from ..gradients import Gradients, Wanted
 from .packed import Packed, pack, unpack_gradients
 
 __all__ = ["backward", "forward"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .._tuning import Config, Table
+from ...shared.launch_config import Config, Table
 
 __all__ = ["FORWARD", "GRAD_KV", "GRAD_Q", "TILES"]
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._dense import attend_biased
-from .arguments import Arguments, HostLayout
+from ..arguments import Arguments, HostLayout
+from .dense_attention import attend_biased
 
 __all__ = ["forward_of_tiles"]
 

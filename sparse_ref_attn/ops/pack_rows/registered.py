@@ -5,111 +5,42 @@ The public functions call the definition directly where it is the backend, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from importlib import import_module
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._cuda import against
-from .._support import pick, ranked, triton_reasons
-from ..verdicts import JUDGED, order_of
+from .backends import choose, kernels
 from .reference import pack_reference, unpack_reference
 
-__all__ = ["ORDER", "PREDICATES", "explain", "fixed", "pack_by", "pack_op", "unpack_by", "unpack_op"]
-
-# What "auto" takes where it has no verdict: on a CPU always, on a card where nothing can be measured (see `verdicts`).
-ORDER: dict[str, tuple[str, ...]] = {
-    "cpu": ("reference",),
-    "cuda": ("reference",),
-}
-MODULES = {"triton": ".triton_rows", "cuda": ".cuda"}
-MOST_OUTER = 65_535  # the grid's third axis
+__all__ = ["pack_by", "pack_op", "unpack_by", "unpack_op"]
 
 library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
 library.define("pack_rows(Tensor[] x, Tensor rows, int dim, str backend) -> Tensor[]")
 library.define("unpack_rows(Tensor[] y, Tensor rows, SymInt size, int dim, str backend) -> Tensor[]")
 
 
-def explain(tensors: Sequence[Tensor], rows: Tensor, dim: int) -> dict[str, list[str]]:
-    """Every backend with the reasons against it, the one that "auto" takes first."""
-    return ranked(_order("pack", tensors, rows, tensors[0].shape[dim], dim, False), _predicates(tensors, rows, dim))
-
-
-def fixed(device: torch.device) -> str | None:
-    """What "auto" takes on a device whatever the call; None where it goes by a verdict."""
-    return None if device.type in JUDGED else ORDER.get(device.type, ORDER["cpu"])[0]
-
-
-def _choose(backend: str, form: str, tensors: Sequence[Tensor], rows: Tensor, size: int, dim: int) -> str:
-    order = _order(form, tensors, rows, size, dim, True) if backend == "auto" else ()
-    return pick(backend, order, _predicates(tensors, rows, dim))
-
-
-def _order(form: str, tensors: Sequence[Tensor], rows: Tensor, size: int, dim: int, measure: bool) -> tuple[str, ...]:
-    safe = ORDER.get(rows.device.type, ORDER["cpu"])
-    if rows.device.type not in JUDGED:
-        return safe
-    from .trial import kind_of
-
-    return order_of(kind_of(form, tensors, size, rows.shape[0], dim), safe, measure)
-
-
-def _predicates(tensors: Sequence[Tensor], rows: Tensor, dim: int) -> dict[str, Callable[[], list[str]]]:
-    return {name: partial(reasons, tensors, rows, dim) for name, reasons in PREDICATES.items()}
-
-
-def _always(tensors: Sequence[Tensor], rows: Tensor, dim: int) -> list[str]:
-    return []
-
-
-def _triton(tensors: Sequence[Tensor], rows: Tensor, dim: int) -> list[str]:
-    why = triton_reasons(rows)
-    outer = max(x.shape[:dim].numel() for x in tensors)
-    if outer > MOST_OUTER:
-        why.append(f"needs at most {MOST_OUTER} elements before the token axis, got {outer}")
-    return why
-
-
-def _cuda(tensors: Sequence[Tensor], rows: Tensor, dim: int) -> list[str]:
-    return against(rows.device)
-
-
-PREDICATES: dict[str, Callable[[Sequence[Tensor], Tensor, int], list[str]]] = {
-    "reference": _always,
-    "triton": _triton,
-    "cuda": _cuda,
-}
-"""Why a backend cannot do a call with tensors, rows and their axis; empty when it can."""
-
-
 def _pack(x: Sequence[Tensor], rows: Tensor, dim: int, backend: str) -> list[Tensor]:
-    return pack_by(_choose(backend, "pack", x, rows, x[0].shape[dim], dim), x, rows, dim)
+    return pack_by(choose(backend, "pack", x, rows, x[0].shape[dim], dim), x, rows, dim)
 
 
 def pack_by(chosen: str, x: Sequence[Tensor], rows: Tensor, dim: int) -> list[Tensor]:
     """The op by the backend `chosen`, which can do the call."""
     if chosen == "reference":
         return [pack_reference(t, rows, dim) for t in x]
-    return _kernels(chosen).launch_pack(x, rows.contiguous(), dim)
+    return kernels(chosen).launch_pack(x, rows.contiguous(), dim)
 
 
 def _unpack(y: Sequence[Tensor], rows: Tensor, size: int, dim: int, backend: str) -> list[Tensor]:
-    return unpack_by(_choose(backend, "unpack", y, rows, size, dim), y, rows, size, dim)
+    return unpack_by(choose(backend, "unpack", y, rows, size, dim), y, rows, size, dim)
 
 
 def unpack_by(chosen: str, y: Sequence[Tensor], rows: Tensor, size: int, dim: int) -> list[Tensor]:
     """The op by the backend `chosen`, which can do the call."""
     if chosen == "reference":
         return [unpack_reference(t, rows, size, dim) for t in y]
-    return _kernels(chosen).launch_unpack(y, rows.contiguous(), size, dim)
-
-
-def _kernels(chosen: str) -> Any:
-    """The module with `launch_pack` and `launch_unpack`."""
-    return import_module(MODULES[chosen], __package__)
+    return kernels(chosen).launch_unpack(y, rows.contiguous(), size, dim)
 
 
 library.impl("pack_rows", _pack, "CompositeExplicitAutograd")

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._ranges import tiles_at_most
-from .._tiles import LOG2E, natural_lse, softmax_step, tile_offsets
-from .._tuning import Config
-from .arguments import Arguments
+from ...shared.launch_config import Config
+from ...shared.online_softmax import LOG2E, natural_lse, softmax_step, tile_offsets
+from ..arguments import Arguments
+from .row_blocks import tiles_at_most
 from .triton_forward import attend_keys, operands, precision, slots
 from .triton_walk import segment
 

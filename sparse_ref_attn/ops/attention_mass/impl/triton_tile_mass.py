@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._tiles import LOG2E, base2_lse, tile_offsets
-from .._tuning import Config
+from ...shared.launch_config import Config
+from ...shared.online_softmax import LOG2E, base2_lse, tile_offsets
 from .triton_mass import as_bytes, precision
 
 __all__ = ["launch_parts", "launch_tile_mass"]

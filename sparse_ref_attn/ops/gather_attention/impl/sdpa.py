@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._dense import attend, attend_backward
-from .arguments import Arguments, HostLayout
-from .gradients import Gradients, Wanted, sum_rows
+from ..arguments import Arguments, HostLayout
+from ..gradients import Gradients, Wanted, sum_rows
+from .dense_attention import attend, attend_backward
 from .sdpa_tiles import forward_of_tiles
 
 __all__ = ["backward", "forward"]

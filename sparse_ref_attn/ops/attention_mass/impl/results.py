@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .ragged import Ragged
+from ..ragged import Ragged
 
 __all__ = ["empty_lse", "empty_mass"]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...kernels import abi
-from .._cuda import DTYPES, launch, pointer, tensor
-from .ragged import Ragged
+from ....kernels import abi
+from ...shared.cuda_launch import DTYPES, launch, pointer, tensor
+from ..ragged import Ragged
 from .results import empty_lse, empty_mass
 
 __all__ = ["launch_lse", "launch_mass"]
