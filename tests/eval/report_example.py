@@ -1,4 +1,4 @@
-"""A report by hand: the least that the schema asks for, with one run that stored its references."""
+"""A report by hand: the least that the schema asks for, with two methods and two rivals."""
 
 from __future__ import annotations
 
@@ -14,8 +14,16 @@ def report() -> dict[str, Any]:
     bound = {"bound_seconds": 1.9, "bound_speedup": 2.1, "measured_over_bound": 0.95}
     rows = [
         {"method": "dense", "seconds": 4.0, "speedup": 1.0, "flop_ratio": 1.0, "SSIM": None, **dict.fromkeys(bound)},
-        {"method": "cache", "seconds": 2.0, "speedup": 2.0, "flop_ratio": 2.2, "SSIM": 0.9, **bound},
+        {"method": "cache", "seconds": 2.0, "speedup": 2.0, "flop_ratio": 2.2, "SSIM": 0.9, **bound, "steps": 3},
+        {"method": "edges", "seconds": 2.5, "speedup": 1.6, "flop_ratio": 1.7, "SSIM": 0.8, **bound, "steps": 3},
     ]
+    for name, steps, seconds, likeness in (("1 step", 1, 1.5, 0.85), ("TaylorSeer", 3, 2.2, 0.95)):
+        rival = {"method": name, "steps": steps, "seconds": seconds, "speedup": 4 / seconds, "flop_ratio": 3.0 / steps}
+        rows.append({**dict.fromkeys(bound), **rival, "SSIM": likeness})
+    rivals = {
+        row["method"]: {"setting": row["method"], "code": "", "each_seconds": [row["seconds"]], **row}
+        for row in rows[3:]
+    }
     summary = {
         "steps": {"ran": 3},
         "by_step": {"kind": ["dense", "cached", "dense"]},
@@ -54,5 +62,14 @@ def report() -> dict[str, Any]:
         "metrics": [{"name": "SSIM", "higher_is_better": True}],
         "rows": [row | {"tokens_a_step": 4096} for row in rows],
         "refused": {},
-        "runs": {"cache": {"dense": times, "sparse": times | {"seconds": 2.0}, "run": summary}},
+        "runs": {
+            "cache": {"dense": times, "sparse": times | {"seconds": 2.0}, "run": summary},
+            "edges": {"dense": times, "sparse": times | {"seconds": 2.5}, "run": summary | {"cache": None}},
+        },
+        "rivals": {
+            "base_steps": 3,
+            "runs": rivals,
+            "at_equal_time": {"cache": "1 step", "edges": "1 step"},
+            "fewer_steps_win": ["edges"],
+        },
     }

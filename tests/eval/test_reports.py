@@ -113,7 +113,7 @@ def test_a_stranger_sees_what_the_runs_were(made: Path) -> None:
     (report,) = sra.read_shared(made / "numbers.json")
     points = report.points()
     assert sorted(point.method for point in points) == ["cache", "grid"]
-    assert [point.seconds for point in points] == sorted(point.seconds for point in points)
+    assert [point.seconds for point in points] == sorted((point.seconds for point in points), reverse=True)
     rows = {row["method"]: row for row in report.document["rows"]}
     runs = report.document["runs"]
     for point in points:
@@ -158,9 +158,9 @@ def test_tables_hold_every_run(made: Path) -> None:
             assert float(row["SSIM"]) == point.metrics["SSIM"]
     first = as_markdown(reports).split("\n\n**")[0].splitlines()
     assert first[0].startswith("**numbers.json**: FluxKontextPipeline (float32, weights ")
-    seconds = [float(line.split("|")[2]) for line in first[4:]]
+    seconds = [float(line.split("|")[3]) for line in first[4:]]
     assert len(seconds) == 3
-    assert seconds == sorted(seconds)
+    assert seconds == sorted(seconds, reverse=True)
 
 
 def test_a_strangers_words_break_no_table(made: Path, document: dict[str, Any], tmp_path: Path) -> None:
@@ -328,6 +328,20 @@ def test_the_command_draws_what_is_asked_for(made: Path, tmp_path: Path, capsys:
     assert "SSIM over the speed-up" in capsys.readouterr().out
     assert main(["shared", *files, "--metric", "beauty"]) == 2
     assert "the metric must be one of PSNR (dB), SSIM" in capsys.readouterr().err
+
+
+def test_where_fewer_steps_win_is_said_first(tmp_path: Path) -> None:
+    (tmp_path / "theirs.json").write_text(json.dumps(report_example.report()))
+    reports = sra.read_shared(tmp_path)
+    lines = as_markdown(reports).splitlines()
+    assert lines[0] == "**Fewer steps are nearer to the dense picture, in no more time, than edges.**"
+    told = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines[-5:]]
+    assert told == [["dense", "3"], ["edges", "3"], ["TaylorSeer", "3"], ["cache", "3"], ["1 step", "1"]]
+    kinds = {point.method: (point.kind, point.steps) for point in reports[0].points()}
+    assert kinds == {"cache": ("sparse", 3), "edges": ("sparse", 3), "1 step": ("fewer steps", 1),
+                     "TaylorSeer": ("other", 3)}  # fmt: skip
+    rows = {row["method"]: row for row in csv.DictReader(io.StringIO(as_csv(reports)))}
+    assert (rows["1 step"]["kind"], rows["1 step"]["steps"], rows["dense"]["steps"]) == ("fewer steps", "1", "3")
 
 
 def test_files_without_metrics_have_a_table_alone(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ class Point:
         Hub id, or the class of the pipeline.
     references, steps : int
     method : str
+    kind : {"sparse", "fewer steps", "other"}
+        A method of this library, the dense pipeline in fewer steps, or another rival.
     seconds, speedup : float
         Of the whole call, median; dense seconds over these.
     bound_speedup, flop_ratio : float, optional
@@ -42,6 +44,7 @@ class Point:
     references: int
     steps: int
     method: str
+    kind: str
     seconds: float
     speedup: float
     bound_speedup: float | None
@@ -85,16 +88,22 @@ class SharedReport:
         """Of the whole dense call, median."""
         return float(self.document["rows"][0]["seconds"])
 
+    @property
+    def fewer_steps_win(self) -> list[str]:
+        """Methods that fewer steps beat: nearer to the dense picture by PSNR, in no more time."""
+        return list(self.document.get("rivals", {"fewer_steps_win": ()})["fewer_steps_win"])
+
     def points(self) -> list[Point]:
-        """Every run but the dense one, fastest first."""
+        """Every run but the dense one, the longest first."""
         about, runs = self.about, self.document["runs"]
         found = [
             Point(
                 self.path.name,
                 self.model,
                 len(about["references"]),
-                about["arguments"]["steps"],
+                row.get("steps", about["arguments"]["steps"]),
                 row["method"],
+                self._kind(row["method"]),
                 row["seconds"],
                 row["speedup"],
                 row["bound_speedup"],
@@ -104,7 +113,13 @@ class SharedReport:
             )
             for row in self.document["rows"][1:]
         ]
-        return sorted(found, key=lambda point: point.seconds)
+        return sorted(found, key=lambda point: -point.seconds)
+
+    def _kind(self, method: str) -> str:
+        rivals = self.document.get("rivals", {"runs": (), "at_equal_time": {}})
+        if method not in rivals["runs"]:
+            return "sparse"
+        return "fewer steps" if method in rivals["at_equal_time"].values() else "other"
 
 
 def read_shared(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[SharedReport]:

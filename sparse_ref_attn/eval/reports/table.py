@@ -12,7 +12,7 @@ from .reading import Point, SharedReport
 
 __all__ = ["as_csv", "as_markdown", "metrics_of"]
 
-_MEASURED = ("method", "seconds", "speedup", "bound_speedup", "flop_ratio", "drift")
+_MEASURED = ("method", "kind", "steps", "seconds", "speedup", "bound_speedup", "flop_ratio", "drift")
 
 
 def metrics_of(reports: Sequence[SharedReport]) -> dict[str, bool]:
@@ -27,14 +27,17 @@ def as_csv(reports: Sequence[SharedReport]) -> str:
     """A line a run, dense ones too, with device, weights and versions; empty where something is not known."""
     metrics = list(metrics_of(reports))
     columns = ["file", "model", "pipeline", "weights", "dtype", "device", "torch", "diffusers", "sparse-ref-attn"]
-    columns += ["date", "repeats", "references", "reference_tokens", "output", "steps", "method", "settings"]
+    columns += ["date", "repeats", "references", "reference_tokens", "output", "method", "kind", "steps", "settings"]
     columns += ["seconds", "speedup", "bound_speedup", "flop_ratio", "drift", *metrics]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
     for report in reports:
         own = _constant(report)
-        writer.writerow(own | {"method": "dense", "seconds": report.dense_seconds, "speedup": 1.0, "flop_ratio": 1.0})
+        writer.writerow(
+            own
+            | {"method": "dense", "kind": "dense", "seconds": report.dense_seconds, "speedup": 1.0, "flop_ratio": 1.0}
+        )
         settings = report.about.get("methods", {})
         for point in report.points():
             measured = {name: value for name, value in asdict(point).items() if name in _MEASURED}
@@ -63,7 +66,8 @@ def _constant(report: SharedReport) -> dict[str, Any]:
 
 
 def as_markdown(reports: Sequence[SharedReport]) -> str:
-    """One table for each file: every run and dense, fastest first; above it model, device and sizes."""
+    """One table for each file: every run by time, the longest first; above it model, device and sizes, and first of all
+    whether fewer steps win."""
     return "\n\n".join(_one(report) for report in reports)
 
 
@@ -77,12 +81,20 @@ def _one(report: SharedReport) -> str:
         f"{known['reference_tokens']:,} tokens, {known['output']} pixels, {known['steps']} steps; "
         f"{_plain(about['device'])}, torch {_plain(str(known['torch']))}, {known['date']}"
     )
-    columns = ["method", "seconds", "speed-up", "bound", "FLOP ratio", "drift, worst"]
+    if report.fewer_steps_win:
+        beaten = ", ".join(map(_plain, report.fewer_steps_win))
+        head = f"**Fewer steps are nearer to the dense picture, in no more time, than {beaten}.**\n\n{head}"
+    columns = ["method", "steps", "seconds", "speed-up", "bound", "FLOP ratio", "drift, worst"]
     columns += [f"{name} {'↑' if higher else '↓'}" for name, higher in metrics.items()]
     lines = [head, "", _line(columns), "|---|" + "--:|" * (len(columns) - 1)]
     timed = [(point.seconds, _cells(point, metrics)) for point in report.points()]
-    timed.append((report.dense_seconds, ["dense", f"{report.dense_seconds:.3g}", "1.00x", *[""] * (len(columns) - 3)]))
-    lines += [_line(cells) for _, cells in sorted(timed, key=lambda row: row[0])]
+    timed.append(
+        (
+            report.dense_seconds,
+            ["dense", str(known["steps"]), f"{report.dense_seconds:.3g}", "1.00x", *[""] * (len(columns) - 4)],
+        )
+    )
+    lines += [_line(cells) for _, cells in sorted(timed, key=lambda row: -row[0])]
     return "\n".join(lines)
 
 
@@ -90,7 +102,7 @@ def _cells(point: Point, metrics: Mapping[str, bool]) -> list[str]:
     likeness = ["equal" if (value := point.metrics[name]) is None else f"{value:.4g}" for name in metrics]
     ratios = ["" if value is None else f"{value:.2f}x" for value in (point.bound_speedup, point.flop_ratio)]
     drift = "" if point.drift is None else f"{point.drift:.2g}"
-    return [point.method, f"{point.seconds:.3g}", f"{point.speedup:.2f}x", *ratios, drift, *likeness]
+    return [point.method, str(point.steps), f"{point.seconds:.3g}", f"{point.speedup:.2f}x", *ratios, drift, *likeness]
 
 
 def _line(cells: Sequence[str]) -> str:
