@@ -12,6 +12,7 @@ from ..config import SparseRef
 from ..estimation import Amount
 from ..eval import outputs
 from ..eval.compare import compare
+from ..eval.equal_time import run_rivals
 from ..eval.reports.document import about_pipeline
 from . import calling, failures
 from .builtin import Builtin, builtin
@@ -59,15 +60,16 @@ def _compare(pipe: Any, config: SparseRef, made: Builtin, options: argparse.Name
     pictures = outputs.Pictures(directory)
     with failures.told(directory, pictures.written, memory_of(pipe, config, arguments, options)):
         result = compare(pipe, config, call, steps=steps, repeats=options.repeats, made=pictures)
+        rivals = run_rivals(pipe, {outputs.SPARSE: result}, call, steps=steps, repeats=options.repeats)
     about = about_pipeline(pipe, None, where, arguments, steps)
     about |= {"preset": options.preset, "seed": options.seed, "repeats": options.repeats}
-    about |= {"methods": {"sparse": config.describe()}, "note": made.note.replace("\n", " ")}
+    about |= {"methods": {outputs.SPARSE: config.describe()}, "note": made.note.replace("\n", " ")}
     files, answer = [], None
     if pair is not None:
         files = outputs.write_answer(directory, arguments["image"], pair, result)
         answer = outputs.against_answer(result, pair)
-    files += outputs.write(directory, result, about, answer)
-    show(f"\n{outputs.table(result)}\n\nInside the transformer, sparse run\n\n{result.summary()}")
+    files += outputs.write(directory, result, about, rivals, answer)
+    show(f"\n{outputs.table(result, rivals)}\n\nInside the transformer, sparse run\n\n{result.summary()}")
     if answer is not None:
         show("\n" + "\n".join(f"{name}: {value:.1f} dB" for name, value in answer.items()))
     saved(directory, files)

@@ -334,7 +334,7 @@ def test_where_fewer_steps_win_is_said_first(tmp_path: Path) -> None:
     (tmp_path / "theirs.json").write_text(json.dumps(report_example.report()))
     reports = sra.read_shared(tmp_path)
     lines = as_markdown(reports).splitlines()
-    assert lines[0] == "**Fewer steps are nearer to the dense picture, in no more time, than edges.**"
+    assert lines[0] == "**All tokens in fewer steps are nearer to the dense picture than edges, in no more time.**"
     told = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines[-5:]]
     assert told == [["dense", "3"], ["edges", "3"], ["TaylorSeer", "3"], ["cache", "3"], ["1 step", "1"]]
     kinds = {point.method: (point.kind, point.steps) for point in reports[0].points()}

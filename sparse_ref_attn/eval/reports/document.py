@@ -15,6 +15,7 @@ from ...extras import versions
 from ...hooks.compiled import unwrap
 from ...models import adapter_for
 from ..comparison import Comparison
+from ..equal_time import Rivals
 from ..method_rows import Row
 from ..metrics import Metric
 from .schema import NAME, VERSION
@@ -73,6 +74,7 @@ def document(
     metrics: Sequence[Metric],
     about: Mapping[str, Any],
     *,
+    rivals: Rivals | None = None,
     refused: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """A comparison as the JSON types of ``assets/report.schema.json``.
@@ -87,6 +89,8 @@ def document(
         That the rows have.
     about : mapping
         `about_pipeline`, "seed" and "repeats", and further JSON types.
+    rivals : Rivals, optional
+        Runs in fewer steps and under step caches, whose rows are among `rows`.
     refused : mapping of str to str, optional
         Methods that could not run, and why.
     """
@@ -108,6 +112,8 @@ def document(
         "refused": dict(refused or {}),
         "runs": {name: {**result.to_dict(), "run": result.summary("dict")} for name, result in results.items()},
     }
+    if rivals is not None:
+        found["rivals"] = rivals.to_dict()
     return _finite(found)  # type: ignore[no-any-return]
 
 

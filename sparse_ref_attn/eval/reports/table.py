@@ -83,7 +83,9 @@ def _one(report: SharedReport) -> str:
     )
     if report.fewer_steps_win:
         beaten = ", ".join(map(_plain, report.fewer_steps_win))
-        head = f"**Fewer steps are nearer to the dense picture, in no more time, than {beaten}.**\n\n{head}"
+        head = (
+            f"**All tokens in fewer steps are nearer to the dense picture than {beaten}, in no more time.**\n\n{head}"
+        )
     columns = ["method", "steps", "seconds", "speed-up", "bound", "FLOP ratio", "drift, worst"]
     columns += [f"{name} {'↑' if higher else '↓'}" for name, higher in metrics.items()]
     lines = [head, "", _line(columns), "|---|" + "--:|" * (len(columns) - 1)]
