@@ -56,7 +56,7 @@ def frontier(points: Sequence[Point] | None = None) -> str:
         by = {(p.family, p.references): p for p in own if p.base_steps == base}
         if all(by.get(family) is not None for family in FAMILIES):
             steps = by[FAMILIES[0]].steps
-            ratios = " | ".join(f"{speed(key, steps, base, 'kontext', count):.2f}x" for count in (1, 4))
+            ratios = " | ".join(f"{speed((key, steps, base), 'kontext', count):.2f}x" for count in (1, 4))
             losses = " | ".join(_loss(by[family]) for family in FAMILIES)
             lines.append(f"| {words} | {steps} of {base} | {ratios} | {losses} |")
     return "\n".join(lines)

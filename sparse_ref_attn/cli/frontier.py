@@ -10,8 +10,9 @@ from typing import Any
 from ..errors import ConfigError
 from ..eval.examples import Examples
 from ..eval.frontier.figure import figure
+from ..eval.frontier.listed import GEOMETRIES
 from ..eval.frontier.points import points_of
-from ..eval.frontier.sweep import GEOMETRIES, sweep
+from ..eval.frontier.sweep import sweep
 from ..eval.frontier.table import markdown
 from ..eval.models import EvalModel
 from ..eval.scores import Scorer

@@ -147,7 +147,7 @@ def test_nothing_beats_what_is_numbered(tmp_path: Path) -> None:
     assert figure(points, tmp_path / "f.png") == ["stored-once"]
     lines = markdown(points).splitlines()
     assert len(lines) == 2 + 3  # of what can be made here
-    assert speed("stored-once", 12, 12, "kontext", 1) == pytest.approx(
+    assert speed(("stored-once", 12, 12), "kontext", 1) == pytest.approx(
         sra.estimate(named_model("kontext"), CANDIDATES["stored-once"], steps=12).flop_ratio
     )
 

@@ -51,7 +51,7 @@ def figure(points: Sequence[Point], path: Path, *, model: str = "kontext", base:
     own = {key: found for key, found in settings.items() if key[2] == base}
     places = {
         (measure, count): {
-            key: (speed(*key, model, count), value)
+            key: (speed(key, model, count), value)
             for key, found in own.items()
             if (value := _worst(found, measure, count)) is not None
         }
@@ -60,7 +60,7 @@ def figure(points: Sequence[Point], path: Path, *, model: str = "kontext", base:
     }
     best = {panel: best_of(where) for panel, where in places.items()}
     shown = {key for keys in best.values() for key in keys if key[0] != DENSE}
-    numbered = sorted(shown, key=lambda key: speed(*key, model, REFERENCES[-1]))
+    numbered = sorted(shown, key=lambda key: speed(key, model, REFERENCES[-1]))
     drawn = Figure(figsize=(10.5, 6.6 + 0.17 * (len(numbered) // 3 + 1)), layout="constrained")
     panels = drawn.subplots(len(MEASURES), len(REFERENCES), sharex="col", sharey="row", squeeze=False)
     for i, measure in enumerate(MEASURES):

@@ -12,7 +12,7 @@ from ...refresh import Never
 from ..settings import Setting
 from ..step_caches import StepCache
 
-__all__ = ["STEP_CACHES", "all_settings", "setting_of", "steps_of"]
+__all__ = ["GEOMETRIES", "STEP_CACHES", "all_settings", "setting_of", "steps_of"]
 
 Key = tuple[str, int]
 """A key, of `candidates.CANDIDATES`, `STEP_CACHES` or `DENSE`, and the number of steps."""
@@ -22,6 +22,11 @@ STEP_CACHES: Mapping[str, StepCache] = {
     **{f"taylorseer-lite-{every}": StepCache("TaylorSeer lite", every=every) for every in (2, 3, 4)},
 }
 """Those whose work is known before they run, so that it can be told at a published model's sizes."""
+GEOMETRIES: tuple[tuple[str, int], ...] = tuple(
+    (model, references) for model in ("kontext", "klein-9b", "qwen-image-edit") for references in (1, 2, 4)
+)
+"""Published models and numbers of references at whose sizes work is told."""
+
 BESIDE = "stored-once+"
 """In front of a step cache's key: beside stored references, which it allows if they are computed once."""
 

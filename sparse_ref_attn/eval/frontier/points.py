@@ -129,9 +129,19 @@ def points_of(losses: Mapping[Key, Losses], base: int, weights: str) -> Iterator
         setting = setting_of(key, steps if steps < base else None)
         assert setting is not None
         for (family, references), lost in losses[key, steps].groups.items():
-            numbers = (None, None, None) if lost.loss is None else (round(value, 3) for value in lost.loss)
-            picture = None if lost.picture is None else round(lost.picture, 2)
+            loss, low, high = (None,) * 3 if lost.loss is None else (round(value, 3) for value in lost.loss)
             yield Point(
-                key, "; ".join(setting.code.split("\n")), family, references, base, steps, *numbers, picture,
-                lost.examples, lost.seeds, weights,
-            )  # fmt: skip
+                setting=key,
+                code="; ".join(setting.code.split("\n")),
+                family=family,
+                references=references,
+                base_steps=base,
+                steps=steps,
+                loss_db=loss,
+                low=low,
+                high=high,
+                dense_db=None if lost.picture is None else round(lost.picture, 2),
+                examples=lost.examples,
+                seeds=lost.seeds,
+                weights=weights,
+            )

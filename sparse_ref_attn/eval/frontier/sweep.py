@@ -15,15 +15,10 @@ from ..models import EvalModel
 from ..rows import read_rows
 from ..scores import Scorer
 from ..settings import Setting
-from .listed import Key, all_settings
+from .listed import GEOMETRIES, Key, all_settings
 from .points import Losses, losses_of
 
-__all__ = ["GEOMETRIES", "Sweep", "rungs", "survivors", "sweep"]
-
-GEOMETRIES: tuple[tuple[str, int], ...] = tuple(
-    (model, references) for model in ("kontext", "klein-9b", "qwen-image-edit") for references in (1, 2, 4)
-)
-"""Published models and numbers of references at whose sizes work is told."""
+__all__ = ["Sweep", "rungs", "survivors", "sweep"]
 
 
 @dataclass(frozen=True)

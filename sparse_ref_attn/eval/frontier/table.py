@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from ...candidates import DENSE
 from ...frontier import Point
-from .listed import setting_of
-from .sweep import GEOMETRIES
+from .listed import GEOMETRIES, setting_of
 
 __all__ = ["grouped", "markdown", "speed"]
 
-Settings = dict[tuple[str, int, int], list[Point]]
+Place = tuple[str, int, int]
+Settings = dict[Place, list[Point]]
 """Points of each key, number of steps and of the dense run's."""
 
 
@@ -24,8 +24,9 @@ def grouped(points: Sequence[Point]) -> Settings:
     return found
 
 
-def speed(key: str, steps: int, base: int, model: str, references: int) -> float:
-    """Dense work over a setting's, at a published model's sizes."""
+def speed(place: Place, model: str, references: int) -> float:
+    """Dense work over that of a setting, by key, steps and those of its base, at a published model's sizes."""
+    key, steps, base = place
     setting = setting_of(key, steps if steps < base else None)
     assert setting is not None
     return setting.flop_ratio(base, model, references)
@@ -48,9 +49,9 @@ def markdown(points: Sequence[Point]) -> str:
         f"| setting | steps | {' | '.join(titles + losses)} | examples | what to write |",
         "|---|---|" + "--:|" * (len(titles) + len(losses) + 1) + "---|",
     ]
-    for (key, steps, base), own in sorted(settings.items(), key=lambda item: speed(*item[0], *GEOMETRIES[0])):
+    for (key, steps, base), own in sorted(settings.items(), key=lambda item: speed(item[0], *GEOMETRIES[0])):
         cells = [key if key != DENSE else "fewer steps", f"{steps} of {base}"]
-        cells += [" / ".join(f"{speed(key, steps, base, model, n):.2f}x" for n in counts) for model in models]
+        cells += [" / ".join(f"{speed((key, steps, base), model, n):.2f}x" for n in counts) for model in models]
         by = {(p.family, p.references): p for p in own}
         cells += [_loss(by.get(group)) for group in groups]
         code = "; ".join(f"`{line}`" for line in own[0].code.split("; "))
