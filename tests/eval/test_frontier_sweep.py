@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.candidates import CANDIDATES, DENSE
@@ -98,7 +99,8 @@ def test_points_are_paired_differences(done: Path) -> None:
         assert point.examples == len(own)
     text = (done / "frontier.md").read_text()
     assert '`sra.patch(pipe, sra.SparseRef("edges", 0.25))`; `pipe(..., num_inference_steps=3)`' in text
-    assert all((done / f"frontier-{name}.png").is_file() for name in ("kontext", "klein-9b", "qwen-image-edit"))
+    with Image.open(done / "frontier-kontext.png") as drawn:
+        assert np.asarray(drawn.convert("L")).std() > 5
 
 
 def test_who_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
