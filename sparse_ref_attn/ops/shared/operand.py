@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Operand", "precision", "row_offsets", "rows_of"]
+__all__ = ["Operand", "precision", "row_offsets", "rows_of", "wide"]
 
 
 class Operand(NamedTuple):
     """Data, and strides in elements; those of the channels are 1. Without data the kernel is compiled without it.
 
-    Triton specialises each stride as it would an argument of its own. It passes those below 2^31 as int32, so a kernel
+    Triton specialises each stride as it would an argument of its own, and passes those below 2^31 as int32: a kernel
     multiplies them with int64 numbers of rows, heads and items.
     """
 
@@ -23,6 +23,18 @@ class Operand(NamedTuple):
     row: int = 0
     head: int = 0
     item: int = 0
+
+
+@triton.jit
+def wide(X):
+    """X with its row stride as int64, never below 0.
+
+    Where that is left to the products, the compiler extends the sign, and the forward's loop on sm_80 spills.
+    """
+    row = tl.cast(0, tl.int32) + X.row  # 1 is a constant
+    if row.dtype == tl.int32:
+        row = tl.cast(tl.cast(row, tl.uint32), tl.int64)
+    return Operand(X.data, row, X.head, X.item)
 
 
 @triton.jit
