@@ -146,10 +146,11 @@ def gather_attention(
     backend : {"auto", "reference", "sdpa", "triton", "flash", "flex", "cuda", "cpp"}
         Who computes it. A name that cannot do the call raises, with its reasons. "auto" is "cpp" on a CPU where that
         is built and can do the call, else "sdpa"; on a card it is the fastest that agreed with float64 there, for this
-        kind of call: found once, in a second or two, and kept (``sra doctor --verify``). "reference" is the definition. "cuda" computes the
-        forward with the kernels of csrc, float16 or bfloat16 with C in {64, 128}, and leaves the backward
-        to "triton", whose reasons then count too. "cpp" computes selections of query tiles on a CPU with the kernel of
-        csrc/cpu, float32 or bfloat16 with C a multiple of 8, where it is built (``sra build-kernels``).
+        kind of call: found once, in a second or two, and kept (``sra doctor --verify``). "reference" is the
+        definition. "cuda" computes the forward with the kernels of csrc, float16 or bfloat16 with C in {64, 128}, and
+        leaves the backward to "triton", whose reasons then count too. "cpp" computes selections of query tiles on a
+        CPU with the kernel of csrc/cpu, float32 or bfloat16 with C a multiple of 8, where it is built
+        (``sra build-kernels``).
     check : bool
         Check the values of indices and offsets on CUDA too, which waits for the device. On the CPU they
         are always checked. Unchecked, a bad index reads foreign memory. Default False.
