@@ -12,6 +12,7 @@ from ..config import SparseRef
 from ..estimation import Amount, preset_of
 from ..eval import outputs
 from ..eval.compare import compare
+from ..eval.equal_time import run_rivals
 from ..toy.scenes import Scene
 from . import calling, failures
 from .builtin import builtin
@@ -72,6 +73,7 @@ def _compare(
     pictures = outputs.Pictures(directory)
     with failures.told(directory, pictures.written, memory_of(pipe, config, arguments, options)):
         result = compare(pipe, config, call, steps=steps, repeats=options.repeats, made=pictures)
+        rivals = run_rivals(pipe, {outputs.SPARSE: result}, call, steps=steps, repeats=options.repeats)
     about = {
         "pipeline": type(pipe).__name__,
         **about,
@@ -85,8 +87,8 @@ def _compare(
     if pair is not None:
         files = outputs.write_answer(directory, arguments["image"], pair, result)
         about["psnr_db"] = outputs.against_answer(result, pair)
-    files += outputs.write(directory, result, about)
-    show(f"\n{outputs.table(result)}\n\nInside the transformer, sparse run\n\n{result.summary()}")
+    files += outputs.write(directory, result, about, rivals)
+    show(f"\n{outputs.table(result, rivals)}\n\nInside the transformer, sparse run\n\n{result.summary()}")
     if pair is not None:
         show("\n" + "\n".join(f"{name}: {value:.1f} dB" for name, value in about["psnr_db"].items()))
     saved(directory, files)

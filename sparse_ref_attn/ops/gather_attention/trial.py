@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._support import Call, reasons
 from ..verdicts import Kind, size_class
 from ..verdicts.judge import Compared
 from .arguments import Arguments
+from .backends import BACKWARD, Call, implementation, reasons
 from .gradients import Gradients, Wanted
 from .host_offsets import HostOffsets
-from .library import BACKWARD, implementation
 from .normal_form import normalise
 from .reference import gather_attention_reference
 
