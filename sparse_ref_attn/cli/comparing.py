@@ -18,13 +18,14 @@ from ..eval.method_rows import markdown, rows_of
 from ..eval.methods import methods
 from ..eval.metrics import Metric, weights
 from ..eval.page import Asked, write_page
+from ..eval.reports.document import about_pipeline
 from ..eval.rival_settings import is_rival, rival_setting
 from ..eval.settings import Setting
 from ..execution import Cache
 from ..hooks.compiled import unwrap
 from ..pictures import open_image
 from ..toy.calls import image
-from . import builtin, calling, execution, failures
+from . import builtin, calling, execution, failures, sharing
 from .logs import quiet
 from .memory import memory_of
 from .terminal import saved, show
@@ -41,6 +42,7 @@ def compare(options: argparse.Namespace) -> None:
         raise ConfigError("--model needs --image and --prompt, got it without them")
     if options.model is not None and options.edit is not None:
         raise ConfigError("--edit must come with the built-in model, got --model")
+    sharing.check_asked(options)
     refused: dict[str, str] = {}
     families = _families(options, refused)
     directory = outputs.prepare_directory(options.out)
@@ -66,18 +68,10 @@ def compare(options: argparse.Namespace) -> None:
         rivals = run_rivals(
             pipe, results, call, steps=steps, repeats=options.repeats, others=others, refused=refused, made=pictures
         )
-    about: dict[str, Any] = {
-        "pipeline": type(pipe).__name__,
-        "model": options.model,
-        "device": doctor.device(device),
-        "keep": options.keep,
-        "seed": options.seed,
-        "repeats": options.repeats,
-        "arguments": {k: v for k, v in arguments.items() if k != "image"} | {"steps": steps},
-        "methods": {name: config.describe() for name, config in configs.items() if name in results},
-        "rivals": {name: setting.code.split("\n") for name, setting in others.items() if name in rivals.runs},
-        "versions": doctor.versions(),
-    }
+    about = about_pipeline(pipe, options.model, doctor.device(device), arguments, steps)
+    about |= {"keep": options.keep, "seed": options.seed, "repeats": options.repeats}
+    about |= {"methods": {name: config.describe() for name, config in configs.items() if name in results}}
+    about |= {"rivals": {name: setting.code.split("\n") for name, setting in others.items() if name in rivals.runs}}
     files = write_page(
         directory, results, shown, about, asked, rivals=rivals, refused=refused, note=note, save=pictures
     )
@@ -86,6 +80,11 @@ def compare(options: argparse.Namespace) -> None:
     for names, why in _by_reason(refused):
         show(f"{names} could not run: {why}")
     saved(directory, files)
+    if options.share is not None:
+        given = {"dense": next(iter(results.values())).dense_image}
+        given |= {name: result.sparse_image for name, result in results.items()}
+        given |= {name: run.image for name, run in rivals.runs.items()}
+        sharing.share(options, directory / "compare.json", dict(asked.pictures()) | given)
 
 
 def _families(options: argparse.Namespace, refused: dict[str, str]) -> dict[str, Family]:

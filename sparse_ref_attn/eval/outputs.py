@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -16,8 +15,11 @@ from ..toy.calls import image
 from ..toy.scenes import Scene
 from .comparison import Comparison
 from .equal_time import DENSE, Rivals
+from .method_rows import rows_of
 from .metrics import MaskedPsnr, Psnr
 from .panels import Panel, panels
+from .reports.document import document
+from .reports.writing import write as write_document
 
 __all__ = [
     "Pictures",
@@ -95,7 +97,11 @@ class Pictures:
 
 
 def write(
-    directory: Path, result: Comparison, about: dict[str, Any], rivals: Rivals | None = None
+    directory: Path,
+    result: Comparison,
+    about: dict[str, Any],
+    rivals: Rivals | None = None,
+    answer: dict[str, float] | None = None,
 ) -> list[tuple[str, str]]:
     """Write the pictures and ``report.json``; which files, and what each shows.
 
@@ -104,9 +110,11 @@ def write(
     directory : Path
     result : Comparison
     about : dict
-        JSON types that go into the report beside the measurements.
+        As `reports.document` takes it.
     rivals : Rivals, optional
         The dense pipeline in no more time than the sparse run, whose picture is drawn and whose numbers are reported.
+    answer : dict of str to float, optional
+        Of `against_answer`.
     """
     files, pictures = [], Pictures(directory, ())
     if result.dense_image is not None:
@@ -122,11 +130,9 @@ def write(
     if kinds & {"in_flight", "sparse", "cached"}:
         result.handle.save_overlay(directory / "kept.png")
         files.append(("kept.png", "the reference: kept tokens outlined, dropped ones dark; scores; tokens by step"))
-    report = {**about, "comparison": result.to_dict(), "run": result.summary("dict")}
-    if rivals is not None:
-        report["rivals"] = rivals.to_dict()
-    with replacing(directory / REPORT) as draft:
-        Path(draft).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    metrics, runs = [Psnr()], {SPARSE: result}
+    found = document(runs, rows_of(runs, metrics, rivals), metrics, about, rivals=rivals)
+    write_document(directory / REPORT, found if answer is None else {**found, "against_answer": answer})
     files.append((REPORT, "all numbers, settings and versions"))
     return files
 

@@ -18,6 +18,8 @@ from .equal_time import RivalRun, Rivals
 from .method_rows import Row, cells, markdown, rows_of
 from .metrics import Metric
 from .plots import quality_plot
+from .reports.document import document
+from .reports.writing import write
 
 __all__ = ["Asked", "write_page"]
 
@@ -108,13 +110,7 @@ def write_page(
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    data = {"about": dict(about), "rows": rows, "refused": refused}
-    data["runs"] = {name: {**result.to_dict(), "run": result.summary("dict")} for name, result in results.items()}
-    if rivals is not None:
-        data["rivals"] = rivals.to_dict()
-    # JSON knows no infinity, which is the PSNR of equal pictures.
-    text = json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
-    (directory / "compare.json").write_text(text, encoding="utf-8")
+    write(directory / "compare.json", document(results, rows, metrics, about, rivals=rivals, refused=refused))
     told = "" if rivals is None else f"{rivals.told()}\n\n"
     (directory / "compare.md").write_text(f"{told}{markdown(rows, metrics)}\n", encoding="utf-8")
     kept = {name: _kept(result) for name, result in results.items()}
@@ -174,7 +170,7 @@ def _page(
     if refused:
         told = "".join(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in refused.items())
         parts.append(f"<h2>Could not run</h2><ul>{told}</ul>")
-    settings = html.escape(json.dumps(_finite(dict(about)), indent=2))
+    settings = html.escape(json.dumps(dict(about), indent=2))
     parts.append(f"<h2>Settings</h2><details><summary>Everything that was set</summary><pre>{settings}</pre></details>")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f"<title>sparse_ref_attn: comparison</title><style>{_STYLE}</style>"
@@ -252,11 +248,3 @@ def _inline(image: Any) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value

@@ -50,6 +50,15 @@ def add(commands: Commands) -> None:
         help=f"{', '.join(vocabulary.METHODS)}; beside them {', '.join(OTHERS)} (default: the first, TaylorSeer and "
         "FirstBlockCache)",
     )
+    share = parser.add_argument_group("what is given away", "docs/sharing.md says what the file holds")
+    share.add_argument(
+        "--share",
+        metavar="FILE",
+        help="write all numbers and settings to a .json file, without prompt, pictures or paths",
+    )
+    share.add_argument(
+        "--share-pictures", action="store_true", help="put the prompt, the references and every picture into it too"
+    )
     add_builtin(parser)
     add_likeness(parser, "CLIP-I")
     execution.add_arguments(parser)

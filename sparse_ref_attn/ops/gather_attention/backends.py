@@ -18,16 +18,16 @@ from ...errors import BuildError, ConfigError, VersionError
 from ...kernels.cpu_library import library as cpu_library
 from ..shared.choice import order_on, pick, ranked
 from ..shared.requirements import UNALIGNED, csrc_reasons, has_16_byte_rows, has_triton, is_aligned
-from ..verdicts import Kind
+from ..verdicts import Kind, fault_of
 from .arguments import Arguments
 
 __all__ = [
-    "BACKWARD", "MODULES", "ON_THE_HOST", "ORDER", "PREDICATES", "Call", "call_of", "choose", "explain", "flash_packages",
-    "implementation", "order_for", "reasons", "refuse_gradients",
+    "BACKWARD", "MODULES", "ON_THE_HOST", "ORDER", "PREDICATES", "Call", "call_of", "choose", "explain",
+    "flash_packages", "implementation", "order_for", "reasons", "refuse_gradients",
 ]  # fmt: skip
 
 # What "auto" tries where it has no verdict: on a CPU always, on a card where nothing can be measured (see `verdicts`).
-# So it holds only what needs no proof.
+# So it holds only what needs no proof, and "cpp", whose predicate proves it.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp", "sdpa"),
     "cuda": ("sdpa",),
@@ -43,6 +43,10 @@ MODULES = {
 ON_THE_HOST = ("sdpa", "cpp")  # those that need the ranges there
 BACKWARD = {"cuda": "triton"}  # whose backward belongs to a forward that has none
 
+# What "cpp" must get right on a machine before it is used there: more queries than a processor's vector, and fewer.
+_PROOF = Kind(
+    "gather_attention", "tiles", torch.device("cpu"), torch.float32, 4, 2, 40, several=True, size=(256, 64, 64, 16)
+)
 _UNTILED = "cannot give each query tile a selection of its own"
 
 
@@ -179,7 +183,7 @@ def _cpp(call: Call) -> list[str]:
         why.append("serves selections of query tiles alone")
     if call.gradients:
         why.append("cannot compute gradients")
-    return why
+    return why or [f"differs from float64 here: {wrong}" for wrong in [fault_of(_PROOF, "cpp")] if wrong]
 
 
 PREDICATES: dict[str, Callable[[Call], list[str]]] = {
