@@ -31,6 +31,7 @@ from .models import register_adapter as register_adapter
 from .patching import PatchHandle as PatchHandle
 from .patching import patch as patch
 from .patching import patched as patched
+from .planning import plan as plan
 from .presets import ReCAST as ReCAST
 from .presets import SparseContext as SparseContext
 from .reference_cache import ReferenceCache as ReferenceCache

@@ -9,7 +9,11 @@ from .errors import ConfigError
 
 __all__ = ["chosen"]
 
-PRESETS = ("recast", "sparse-context")
+CHOSEN_PRESETS = ("faithful", "balanced", "fast")
+PAPERS = ("recast", "sparse-context")
+PRESETS = (*CHOSEN_PRESETS, *PAPERS)
+"""Those that were chosen on the frontier, which keep every token, and those that drop tokens."""
+DEFAULT_PRESET = "balanced"
 TASKS = ("auto", "edit", "subject", "style")
 SELECTORS = ("random", "grid", "edges", "saliency", "cosine", "self-attention", "mass")
 FAMILIES: dict[str, tuple[str, ...]] = {

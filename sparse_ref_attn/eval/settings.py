@@ -16,8 +16,9 @@ from ..errors import ConfigError
 from ..estimation import Estimate, estimate
 from ..hooks.diffusers import cached_modules
 from ..models import adapter_for
-from .code import code_of, words_of
+from ..source import source
 from .meta_model import meta_transformer
+from .setting_words import words_of
 from .step_caches import StepCache, step_cached
 
 __all__ = ["Setting"]
@@ -50,7 +51,7 @@ class Setting:
     >>> Setting(6).name, Setting(6, stored).name, Setting(step_cache=StepCache("TaylorSeer")).name
     ('6 steps', 'stored, 6 steps', 'TaylorSeer every 3')
     >>> print(Setting(6, stored).code)
-    sra.patch(pipe, sra.SparseRef('grid', 1.0, execute=sra.Cache()))
+    sra.patch(pipe, sra.SparseRef("grid", 1.0, execute=sra.Cache()))
     pipe(..., num_inference_steps=6)
     """
 
@@ -73,7 +74,7 @@ class Setting:
     @property
     def code(self) -> str:
         """What a user copies, a line for each part; empty for the caller's own run."""
-        lines = [] if self.config is None else [f"sra.patch(pipe, {code_of(self.config)})"]
+        lines = [] if self.config is None else [f"sra.patch(pipe, {source(self.config)})"]
         lines += [] if self.step_cache is None else [self.step_cache.code]
         lines += [] if self.steps is None else [f"pipe(..., num_inference_steps={self.steps})"]
         return "\n".join(lines)

@@ -138,13 +138,13 @@ class ReferenceStore:
         if splits_the_sequence(module):
             raise IncompatibleError(
                 "stored reference keys and values need the whole sequence in one process, got context parallelism: "
-                'call disable_parallelism(), or use execute="tokens"'
+                'call disable_parallelism(), or drop tokens: "sparse-context", or execute="tokens"'
             )
         if step_cache_active(module) and not isinstance(self._config.refresh, Never):
             raise IncompatibleError(
                 "beside a step cache, which skips blocks at steps of its own choice, references can be computed in the "
-                f"first step alone, Cache(refresh=Never()), got {self._config.refresh or 'the default'}; or take the "
-                "step cache off"
+                f'first step alone ("fast", Cache(refresh=Never())), got {self._config.refresh or "the default"}; or '
+                "take the step cache off"
             )
         return Refreshing(self._config.refresh, None if at.observed else at.total)
 
