@@ -48,8 +48,8 @@ class Texture:
     Examples
     --------
     >>> rings = Texture("rings", 0.0, 20.0, 32.0, 32.0, 7, 8)
-    >>> rings.picture(64).shape, rings.picture(64)[32, 32].round(2).tolist()
-    ((64, 64, 3), [0.12, 0.12, 0.12])
+    >>> rings.picture(64).shape, (255 * rings.picture(64)[32, 32]).round().tolist()
+    ((64, 64, 3), [30.0, 30.0, 30.0])
     """
 
     kind: str
