@@ -19,16 +19,16 @@ import torch
 import triton
 from torch import Tensor
 
-from sparse_ref_attn.ops._tuning import Config, Table
-from sparse_ref_attn.ops.attention_mass.triton_mass import launch_lse, launch_mass
-from sparse_ref_attn.ops.attention_mass.triton_tiles import launch_parts
-from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS, TILE_MASS
+from sparse_ref_attn.ops.attention_mass.impl.triton_mass import launch_lse, launch_mass
+from sparse_ref_attn.ops.attention_mass.impl.triton_tile_mass import launch_parts
+from sparse_ref_attn.ops.attention_mass.impl.tuning import LSE, MASS, TILE_MASS
 from sparse_ref_attn.ops.gather_attention.arguments import Arguments
-from sparse_ref_attn.ops.gather_attention.triton_forward import launch_forward
-from sparse_ref_attn.ops.gather_attention.triton_grad_kv import launch_grad_kv, launch_grad_kv_gathered
-from sparse_ref_attn.ops.gather_attention.triton_grad_q import launch_grad_q
-from sparse_ref_attn.ops.gather_attention.triton_tiles import launch_tiles
-from sparse_ref_attn.ops.gather_attention.tuning import FORWARD, GRAD_KV, GRAD_Q, TILES
+from sparse_ref_attn.ops.gather_attention.impl.triton_forward import launch_forward
+from sparse_ref_attn.ops.gather_attention.impl.triton_grad_kv import launch_grad_kv, launch_grad_kv_gathered
+from sparse_ref_attn.ops.gather_attention.impl.triton_grad_q import launch_grad_q
+from sparse_ref_attn.ops.gather_attention.impl.triton_tiles import launch_tiles
+from sparse_ref_attn.ops.gather_attention.impl.tuning import FORWARD, GRAD_KV, GRAD_Q, TILES
+from sparse_ref_attn.ops.shared.launch_config import Config, Table
 
 from . import results
 from .aot import Launch, compiled_for

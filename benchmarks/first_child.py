@@ -56,8 +56,8 @@ def _part(what: str, lines: Lines, device: torch.device, dtype: torch.dtype, sha
 
 def _environment(lines: Lines, device: torch.device) -> int:
     """Versions, the card, and who can compute what on it."""
-    from sparse_ref_attn.ops import _cuda
-    from sparse_ref_attn.ops._support import Call, explain
+    from sparse_ref_attn.ops.gather_attention.backends import Call, explain
+    from sparse_ref_attn.ops.shared import cuda_launch
 
     installed = {}
     for package in ("torch", "triton", "numpy", "flash-attn", "flash-attn-3", "flashinfer-python"):
@@ -70,7 +70,7 @@ def _environment(lines: Lines, device: torch.device) -> int:
         card = torch.cuda.get_device_properties(device)
         lines.add(
             capability=f"{card.major}.{card.minor}", multiprocessors=card.multi_processor_count,
-            memory_gib=round(card.total_memory / 2**30, 1), cuda_kernels=_cuda.against(device) or "can run",
+            memory_gib=round(card.total_memory / 2**30, 1), cuda_kernels=cuda_launch.against(device) or "can run",
         )  # fmt: skip
     for backend, why in explain(Call(device, torch.bfloat16, 128)).items():
         lines.add(backend=backend, can=not why, why=why)

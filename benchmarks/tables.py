@@ -102,7 +102,8 @@ def learned(path: Path, models: Sequence[str], keeps: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-ALL = ("dense", "dense", "1.0")
+Run = tuple[str, str, str]
+ALL: Run = ("dense", "dense", "1.0")
 FINDINGS = (
     *((PLACED, ("dense", "ReCAST flat", keep), ALL) for keep in ("0.5", "0.25", "0.1")),
     (PLACED, ("dense", "ReCAST flat", "0.25"), ("dense", "random", "0.25")),
@@ -122,22 +123,35 @@ FINDINGS = (
 )
 """Paired differences of the page about quality: the kind of edit, and two of (model, method, share)."""
 
+READ = {"cache": "all read", "tiles": "an eighth read per tile"}
+FINDINGS_STORED = tuple(
+    (family, ("dense", rule, keep), ALL)
+    for family in (PLACED, ALIGNED)
+    for rule in READ
+    for keep in ("0.5", "0.25", "0.1")
+)
+"""The same of the page about stored references; their share is that of the steps in which the references run."""
 
-def findings(folder: Path) -> str:
-    """Markdown of `FINDINGS`, from the rows of an evaluation."""
-    rows = [row for row in read_rows(folder)[1] if row[SUBJECT]]
-    used: dict[tuple[str, ...], list[float]] = {}
+
+def findings(folder: Path, of: Sequence[tuple[str, Run, Run]] = FINDINGS) -> str:
+    """Markdown of `of`, from the rows of an evaluation."""
+    header, rows = read_rows(folder)
+    rows = [row for row in rows if row[SUBJECT]]
+    steps = header["settings"]["steps"]
+    used: dict[Run, list[float]] = {}
     for row in rows:
         used.setdefault((row["model"], row["method"], row["keep"]), []).append(float(row["share"]))
 
-    def words(run: tuple[str, str, str]) -> str:
+    def words(run: Run) -> str:
         _, method, keep = run
+        if method in READ:
+            return f"references run in {max(1, round(float(keep) * steps))} of {steps} steps, {READ[method]}"
         share = fmean(used[run])
         more = f" ({share:.0%} used)" if share > float(keep) + 0.01 else ""
         return "all tokens" if method == "dense" else f"{method.removesuffix(' flat')} {float(keep):.0%}{more}"
 
     lines = ["| edits | weights | compared | dB |", "|---|---|---|--:|"]
-    for family, run, other in FINDINGS:
+    for family, run, other in of:
         found = paired(rows, SUBJECT, (run[0], family, *run[1:]), (other[0], family, *other[1:]))
         weights, compared = (
             one if one == two else f"{one} - {two}" for one, two in ((run[0], other[0]), (words(run), words(other)))
@@ -179,6 +193,8 @@ def insert(text: str) -> str:
         name = match[1]
         if name == "findings":
             made = findings(RESULTS / "eval")
+        elif name == "findings_stored":
+            made = findings(RESULTS / "eval", FINDINGS_STORED)
         elif name == "frontier":
             made = frontier(RESULTS / "studies", RESULTS / "eval")
         elif name == "fitting":

@@ -23,6 +23,8 @@ from .errors import SparseRefError as SparseRefError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .errors import VersionError as VersionError
 from .estimation import estimate as estimate
+from .eval.reports.reading import SharedReport as SharedReport
+from .eval.reports.reading import read_shared as read_shared
 from .execution import Cache as Cache
 from .execution import Tokens as Tokens
 from .models import register_adapter as register_adapter

@@ -13,10 +13,10 @@ from .errors import VersionError
 from .extras import PACKAGES, absent, versions
 from .hooks.diffusers import TESTED, check_diffusers
 from .models import supported
-from .ops import _support
-from .ops._flash import flash_packages
 from .ops.attention_mass.backends import explain as explain_mass
-from .ops.pack_rows.library import explain as explain_rows
+from .ops.gather_attention.backends import Call, flash_packages
+from .ops.gather_attention.backends import explain as explain_attention
+from .ops.pack_rows.backends import explain as explain_rows
 from .ops.verdicts import JUDGED
 from .ops.verdicts.table import verify as verify_kinds
 from .selection.names import NAMES
@@ -71,13 +71,16 @@ def backends() -> dict[str, dict[str, list[str]]]:
     Examples
     --------
     >>> found = backends()
-    >>> sorted(found), found["pack_rows"]["reference"]
-    (['attention_mass', 'gather_attention', 'pack_rows'], [])
+    >>> sorted(found)
+    ['attention_mass', 'gather_attention', 'gather_attention, query tiles', 'pack_rows']
+    >>> found["pack_rows"]["reference"]
+    []
     """
     call = _plain_call()
     x = torch.empty(1, 16, 1, CHANNELS, dtype=call.dtype, device=call.device)
     return {
-        "gather_attention": _support.explain(call),
+        "gather_attention": explain_attention(call),
+        "gather_attention, query tiles": explain_attention(call._replace(tiles=1)),
         "attention_mass": explain_mass(x, x, CHANNELS**-0.5),
         "pack_rows": explain_rows([x], torch.zeros(1, dtype=torch.int64, device=call.device), 1),
     }
@@ -88,9 +91,9 @@ def _flash_packages() -> dict[str, list[str]]:
     return flash_packages(call.device, call.dtype)
 
 
-def _plain_call() -> _support.Call:
+def _plain_call() -> Call:
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return _support.Call(where, torch.bfloat16, CHANNELS)
+    return Call(where, torch.bfloat16, CHANNELS)
 
 
 def _abilities(installed: dict[str, str | None]) -> list[Ability]:

@@ -35,6 +35,15 @@ METHODS: tuple[str, ...] = (
     "grid", "random", "ToMe", "cache", "tiles",
 )  # fmt: skip
 """The rules that need no mask, by `eval.methods.method_name`."""
+FEWER = "fewer steps"
+"""The dense run in fewer steps: what a user would do without this library."""
+STEP_CACHES: tuple[str, ...] = ("TaylorSeer", "TaylorSeer lite", "FirstBlockCache", "cache-dit")
+RIVALS: tuple[str, ...] = (FEWER, *STEP_CACHES)
+"""Ways to save work that leave the references alone."""
+COMBINED: tuple[str, ...] = tuple(
+    f"{rule} + {rival}" for rule in ("cache", "tiles", "ReCAST", "saliency") for rival in (FEWER, "TaylorSeer")
+)
+"""A rule and a rival in one run."""
 SAME = {"mass": "ReCAST", "mass rising": "ReCAST rising", "mass flat": "ReCAST flat"}
 """The selector's name of a rule, by which `RULES` and `METHODS` may be called too."""
 BUILTIN = ("small", "large", "tiny")

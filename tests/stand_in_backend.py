@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_ref_attn.ops import _support, verdicts
+from sparse_ref_attn.ops import verdicts
 from sparse_ref_attn.ops.attention_mass import backends as mass_backends
-from sparse_ref_attn.ops.attention_mass import library as mass_library
+from sparse_ref_attn.ops.attention_mass import registered as mass_registered
 from sparse_ref_attn.ops.attention_mass import tiled as mass_tiled
 from sparse_ref_attn.ops.attention_mass import trial as mass_trial
-from sparse_ref_attn.ops.attention_mass.chunked import attention_mass_chunked
-from sparse_ref_attn.ops.gather_attention import library as attention_library
-from sparse_ref_attn.ops.gather_attention import sdpa
+from sparse_ref_attn.ops.attention_mass.impl.chunked import attention_mass_chunked
+from sparse_ref_attn.ops.gather_attention import backends as attention_backends
 from sparse_ref_attn.ops.gather_attention import trial as attention_trial
-from sparse_ref_attn.ops.pack_rows import library as rows_library
+from sparse_ref_attn.ops.gather_attention.impl import sdpa
+from sparse_ref_attn.ops.pack_rows import backends as rows_backends
 from sparse_ref_attn.ops.pack_rows import trial as rows_trial
 from sparse_ref_attn.ops.pack_rows.reference import pack_reference, unpack_reference
 
@@ -84,13 +84,13 @@ def judged(folder: Path, candidates: tuple[str, ...] = ("stand_in",)) -> Iterato
     """Inside, "auto" on a CPU goes by verdicts, kept in `folder`, among these backends and none else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        patch.setitem(_support._PREDICATES, "stand_in", lambda call: [])
-        patch.setitem(attention_library.MODULES, "stand_in", __name__)
+        patch.setitem(attention_backends.PREDICATES, "stand_in", lambda call: [])
+        patch.setitem(attention_backends.MODULES, "stand_in", __name__)
         patch.setitem(mass_backends.PREDICATES, "stand_in", lambda q, k, scale, tiled: [])
-        patch.setitem(mass_library.LAUNCHERS, "stand_in", _launchers)
+        patch.setitem(mass_registered.LAUNCHERS, "stand_in", _launchers)
         patch.setitem(mass_tiled.LAUNCHERS, "stand_in", _tile_launchers)
-        patch.setitem(rows_library.PREDICATES, "stand_in", lambda tensors, rows, dim: [])
-        patch.setitem(rows_library.MODULES, "stand_in", __name__)
+        patch.setitem(rows_backends.PREDICATES, "stand_in", lambda tensors, rows, dim: [])
+        patch.setitem(rows_backends.MODULES, "stand_in", __name__)
         for trial, plain in ((attention_trial, "sdpa"), (mass_trial, "chunked"), (rows_trial, "reference")):
             names = tuple(plain if name == "plain" else name for name in candidates)
             patch.setitem(trial.CANDIDATES, "cpu", names)

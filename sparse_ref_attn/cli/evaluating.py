@@ -14,9 +14,11 @@ from ..eval.evaluate import evaluate as run_grid
 from ..eval.examples import FAMILIES, OPEN_SCENERY, procedural
 from ..eval.methods import RULES, method_name
 from ..eval.models import EvalModel
+from ..eval.rival_settings import is_rival
 from ..eval.scores import Scorer
 from ..eval.tables import write_results
 from ..toy.pipeline import TRAINED, knows_open_scenery
+from ..vocabulary import FEWER
 from .logs import quiet
 from .terminal import saved, show
 from .values import typed
@@ -44,12 +46,14 @@ def evaluate(options: argparse.Namespace) -> None:
         )
     else:
         data = load_examples(options.data, options.layout)
-    rules = [rule for rule in RULES if rule != "subject mask" or data.reference_masks]
+    rules = [rule for rule in (*RULES, FEWER) if rule != "subject mask" or data.reference_masks]
     if options.rules is not None:
         rules = options.rules
         if "subject mask" in rules and not data.reference_masks:
             raise ConfigError('"subject mask" must have masks of the references, got a data set without any')
-    methods = dict.fromkeys(method_name(rule, schedule) for schedule in options.schedules for rule in rules)
+    methods = dict.fromkeys(
+        rule if is_rival(rule) else method_name(rule, schedule) for schedule in options.schedules for rule in rules
+    )
     grid = Grid(
         tuple(methods), tuple(options.keep), options.seeds,
         None if options.families is None or options.data is None else tuple(options.families), options.subjects,

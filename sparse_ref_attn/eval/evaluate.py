@@ -23,8 +23,10 @@ from .examples import Example, Examples, Mask
 from .methods import methods
 from .models import EvalModel
 from .outputs import prepare_directory
+from .rival_settings import is_rival, rival_setting
 from .rows import Key, RowStore
 from .scores import Scorer
+from .settings import Setting
 
 __all__ = ["Grid", "evaluate"]
 
@@ -36,7 +38,7 @@ class Grid:
     Parameters
     ----------
     names : tuple of str
-        Methods by `method_name`; "dense" is always among what runs.
+        Methods by `method_name`, `vocabulary.RIVALS` and `vocabulary.COMBINED`; "dense" is always among what runs.
     keeps : tuple of float
         Shares in (0, 1]; at 1 every method is dense.
     seeds : int
@@ -72,12 +74,32 @@ class Grid:
         if self.mean_over not in ("dropping", "run"):
             raise ConfigError(f"mean_over must be dropping or run, got {self.mean_over!r}")
         for keep in self.keeps:
-            methods(keep, self.names, mask=np.ones((1, 1)))
+            methods(keep, [name for name in self.names if not is_rival(name)], mask=np.ones((1, 1)))
 
     def cells(self) -> list[tuple[str, float]]:
         """Method and share of each picture of an example and seed, the dense one first."""
         sparse = dict.fromkeys(keep for keep in self.keeps if keep < 1)
         return [("dense", 1.0), *((name, keep) for name in dict.fromkeys(self.names) for keep in sparse)]
+
+    def setting(self, model: EvalModel, name: str, keep: float, seed: int, masks: Sequence[Mask] | None) -> Setting:
+        """What one of `cells` runs on a model.
+
+        Raises
+        ------
+        ConfigError
+            If the share is too small for a dense step of it, or for a step cache to compute less than all.
+        """
+
+        def member(method: str, steps: int) -> SparseRef:
+            def family(amount: float) -> SparseRef:
+                return methods(amount, [method], seed=seed, steps=steps, mask=masks)[method]
+
+            whole = self.mean_over == "run"
+            return at_share(model.pipe.transformer, family, keep, steps) if whole else family(keep)
+
+        if is_rival(name):
+            return rival_setting(name, keep, model.steps, member)
+        return Setting(config=member(name, model.steps))
 
 
 def evaluate(
@@ -145,7 +167,7 @@ def evaluate(
         example = data[index]
         bar.set_postfix_str(f"{model.name}, {example.id}, seed {seed}")
         save = folder / "pictures" if index in kept and seed == 0 else None
-        rows = _rows(model, example, seed, cells, grid.mean_over, scorer, save)
+        rows = _rows(model, example, seed, cells, grid, scorer, save)
         for row in rows:
             store.append(rank, [row])
             bar.update()
@@ -177,7 +199,7 @@ def _cells(model: EvalModel, grid: Grid, told: bool) -> list[tuple[str, float]]:
     for name, keep in grid.cells():
         try:
             if name != "dense":
-                _config(model, name, keep, grid.mean_over, 0, [np.ones((1, 1))])
+                grid.setting(model, name, keep, 0, [np.ones((1, 1))])
             found.append((name, keep))
         except ConfigError as error:
             if told:
@@ -209,17 +231,8 @@ def _missing(
     return work
 
 
-def _config(
-    model: EvalModel, method: str, keep: float, mean_over: str, seed: int, masks: Sequence[Mask] | None
-) -> SparseRef:
-    def member(amount: float) -> SparseRef:
-        return methods(amount, [method], seed=seed, steps=model.steps, mask=masks)[method]
-
-    return at_share(model.pipe.transformer, member, keep, model.steps) if mean_over == "run" else member(keep)
-
-
 def _rows(
-    model: EvalModel, example: Example, seed: int, cells: Sequence[tuple[str, float]], mean_over: str, scorer: Scorer,
+    model: EvalModel, example: Example, seed: int, cells: Sequence[tuple[str, float]], grid: Grid, scorer: Scorer,
     save: Path | None,
 ) -> Any:  # fmt: skip
     """The rows of one example and seed, each when its picture is made."""
@@ -234,11 +247,10 @@ def _rows(
             continue
         else:
             try:
-                run = model.run(example, noise, _config(model, name, keep, mean_over, noise, masks))
+                run = model.run(example, noise, grid.setting(model, name, keep, noise, masks))
             except SparseRefError as error:
                 raise ConfigError(f"{model.name}, {example.id}, {name} at {keep:.3g}: {error}") from error
-            assert run.record is not None
-            image, share = run.picture, run.record.mean_tokens / run.record.layout.reference_tokens
+            image, share = run.picture, run.share
         if save is not None:
             path = save / model.name / re.sub(r"[^\w-]+", "_", example.id) / f"{name} {keep:.3g}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

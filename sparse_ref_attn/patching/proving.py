@@ -12,7 +12,7 @@ from ..adapters.base import Adapter, Kwargs
 from ..errors import ConfigError, UnsupportedModelError
 from ..functional import gather_attention
 from ..hooks.diffusers import chosen_backend
-from ..ops import _support
+from ..ops.gather_attention.backends import Call, choose
 from ..ops.gather_attention.trial import kind_of
 from ..ops.verdicts import JUDGED, Kind, prepare, size_class
 from ..reference_cache import RankedCache
@@ -50,7 +50,7 @@ def prepare_joined(
         return
     (heads, channels), dtype, live = sizes, computed_dtype(tokens), sum(lengths)
     gradients = torch.is_grad_enabled()
-    call = _support.Call(
+    call = Call(
         tokens.device, dtype, channels, len(lengths), gradients=gradients, heads=heads, key_heads=heads, queries=live,
         keys=live,
     )  # fmt: skip
@@ -73,11 +73,11 @@ def prefers_bank(processor: object, ranked: RankedCache, layer: int, own: int, c
     if k.device.type not in JUDGED or chosen_backend(processor) is not None:
         return False
     items, _, heads, channels = k.shape
-    call = _support.Call(
+    call = Call(
         k.device, k.dtype, channels, items, heads=heads, key_heads=heads, queries=items * own, keys=items * own,
         kept=items * count,
     )  # fmt: skip
-    return _support.choose("auto", call) != "sdpa"
+    return choose("auto", call) != "sdpa"
 
 
 def attend_to_bank(ranked: RankedCache, layer: int, count: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from sparse_ref_attn.cli import calling, failures, main
 from sparse_ref_attn.cli.memory import memory_of
-from tests.cli.commands import KLEIN, KONTEXT, TINY, pixels, report, run
+from tests.cli.commands import KLEIN, KONTEXT, TINY, pixels, run, sparse_run
 from tests.pictures import picture
 from tests.pipelines import CASES
 
@@ -94,7 +94,7 @@ def test_a_second_run_leaves_nothing_of_the_first(tmp_path: Path) -> None:
     run(*TINY, "--out", tmp_path)
     second = {path.name for path in tmp_path.iterdir()}
     assert second == {"mine.png", "dense.png", "sparse.png", "kept.png", "report.json"}
-    assert report(tmp_path)["run"]["references"][0]["tokens"] == 64
+    assert sparse_run(tmp_path)["references"][0]["tokens"] == 64
 
 
 def test_a_folder_of_somebody_else_loses_nothing(tmp_path: Path) -> None:

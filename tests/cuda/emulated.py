@@ -25,10 +25,10 @@ from torch import Tensor
 
 from sparse_ref_attn.kernels import abi
 from sparse_ref_attn.kernels.library import Library
-from sparse_ref_attn.ops import _cuda
-from sparse_ref_attn.ops.attention_mass import cuda as mass
-from sparse_ref_attn.ops.gather_attention import cuda as attention
-from sparse_ref_attn.ops.pack_rows import cuda as rows
+from sparse_ref_attn.ops.attention_mass.impl import cuda as mass
+from sparse_ref_attn.ops.gather_attention.impl import cuda as attention
+from sparse_ref_attn.ops.pack_rows.impl import cuda as rows
+from sparse_ref_attn.ops.shared import cuda_launch
 
 __all__ = ["CSRC", "EARLY", "LATE", "MIXED", "Emulated", "compile_kernels", "compile_object", "emulated", "shipped"]
 
@@ -141,11 +141,11 @@ def emulated(library: Emulated, seed: int = 1, copies: int = MIXED) -> Iterator[
 
     with ExitStack() as stack:
         for owner, name, value in (
-            (_cuda, "library", lambda: library),
+            (cuda_launch, "library", lambda: library),
             (rows, "nested", nested),
-            (rows, "index", announcing(_cuda.index)),
-            *((attention, name, announcing(getattr(_cuda, name))) for name in ("tensor", "index", "pointer")),
-            *((mass, name, announcing(getattr(_cuda, name))) for name in ("tensor", "pointer")),
+            (rows, "index", announcing(cuda_launch.index)),
+            *((attention, name, announcing(getattr(cuda_launch, name))) for name in ("tensor", "index", "pointer")),
+            *((mass, name, announcing(getattr(cuda_launch, name))) for name in ("tensor", "pointer")),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         yield library

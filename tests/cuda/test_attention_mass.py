@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_ref_attn.functional import attention_mass, attention_mass_varlen
 from sparse_ref_attn.kernels import abi
-from sparse_ref_attn.ops.attention_mass.cuda import launch_lse, launch_mass
+from sparse_ref_attn.ops.attention_mass.impl.cuda import launch_lse, launch_mass
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
 
 from ..ops.guards import Canaries

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_ref_attn.functional import gather_attention
 from sparse_ref_attn.ops.gather_attention.arguments import Arguments
-from sparse_ref_attn.ops.gather_attention.cuda import forward
+from sparse_ref_attn.ops.gather_attention.impl.cuda import forward
 from sparse_ref_attn.ops.gather_attention.normal_form import normalise
 
 from ..ops.guards import Canaries, in_nan

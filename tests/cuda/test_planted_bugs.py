@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from sparse_ref_attn.errors import KernelError
-from sparse_ref_attn.ops.attention_mass.cuda import launch_lse, launch_mass
-from sparse_ref_attn.ops.gather_attention.cuda import forward
-from sparse_ref_attn.ops.pack_rows.cuda import launch_pack
+from sparse_ref_attn.ops.attention_mass.impl.cuda import launch_lse, launch_mass
+from sparse_ref_attn.ops.gather_attention.impl.cuda import forward
+from sparse_ref_attn.ops.pack_rows.impl.cuda import launch_pack
 
 from ..ops.problems import make
 from . import test_attention_mass, test_gather_attention

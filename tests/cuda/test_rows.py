@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparse_ref_attn.errors import KernelError
-from sparse_ref_attn.ops.pack_rows.cuda import launch_pack, launch_unpack
+from sparse_ref_attn.ops.pack_rows.impl.cuda import launch_pack, launch_unpack
 
 from ..ops.row_copies import DTYPES, RowCopies, draw
 from .emulated import emulated, shipped

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_ref_attn.functional import pack_rows, unpack_rows
-from sparse_ref_attn.ops.pack_rows.cuda import nested
+from sparse_ref_attn.ops.pack_rows.impl.cuda import nested
 
 from .emulated import emulated, shipped
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from sparse_ref_attn.errors import LayoutError
 from sparse_ref_attn.functional import gather_attention
 from sparse_ref_attn.ops import verdicts
-from sparse_ref_attn.ops._flash import flash_packages
-from sparse_ref_attn.ops.gather_attention import flash
 from sparse_ref_attn.ops.gather_attention.arguments import Arguments
-from sparse_ref_attn.ops.gather_attention.flash_packages import BACKWARD, FORWARD
+from sparse_ref_attn.ops.gather_attention.backends import flash_packages
 from sparse_ref_attn.ops.gather_attention.gradients import Wanted
+from sparse_ref_attn.ops.gather_attention.impl import flash
+from sparse_ref_attn.ops.gather_attention.impl.flash_packages import BACKWARD, FORWARD
 
 from ..ops.guards import in_nan
 from ..ops.problems import NAMES, Problem, gradients, make, truth

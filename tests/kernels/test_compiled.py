@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparse_ref_attn.functional import gather_attention
-from sparse_ref_attn.ops.attention_mass.cuda import launch_lse, launch_mass
+from sparse_ref_attn.ops.attention_mass.impl.cuda import launch_lse, launch_mass
 
 from ..cuda.emulated import emulated, shipped
 from .compiled import Kernel, kernels

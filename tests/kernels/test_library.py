@@ -15,7 +15,7 @@ from sparse_ref_attn.errors import BuildError, ConfigError, KernelError, LayoutE
 from sparse_ref_attn.functional import gather_attention, pack_rows
 from sparse_ref_attn.kernels import abi, library, places
 from sparse_ref_attn.kernels.library import Library
-from sparse_ref_attn.ops import _cuda
+from sparse_ref_attn.ops.shared import cuda_launch
 
 from . import stand_in
 
@@ -92,10 +92,10 @@ def test_a_card_that_it_was_not_built_for(nothing_built: None, tmp_path: Path, m
     give(tmp_path / "cache" / places.LIBRARY)
     card = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
-    (why,) = _cuda.against(card)
+    (why,) = cuda_launch.against(card)
     assert "needs kernels compiled for compute capability 12.0, got sm_80, sm_90a" in why
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert _cuda.against(card) == []
+    assert cuda_launch.against(card) == []
 
 
 @pytest.mark.parametrize(

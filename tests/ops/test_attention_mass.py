@@ -7,7 +7,7 @@ import torch
 
 from sparse_ref_attn.errors import LayoutError
 from sparse_ref_attn.functional import attention_mass
-from sparse_ref_attn.ops.attention_mass import chunked
+from sparse_ref_attn.ops.attention_mass.impl import chunked
 
 # Float32 end to end: the relative error of exp is the score's absolute error, a few ulp of scores up to about 20.
 TOLERANCE = {"rtol": 2e-5, "atol": 1e-8}

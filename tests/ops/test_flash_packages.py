@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from sparse_ref_attn.errors import ConfigError
-from sparse_ref_attn.ops import _flash
-from sparse_ref_attn.ops._flash import flash_packages
-from sparse_ref_attn.ops._support import ORDER, Call, reasons
 from sparse_ref_attn.ops.attention_mass.backends import ORDER as MASS_ORDER
+from sparse_ref_attn.ops.gather_attention import backends
 from sparse_ref_attn.ops.gather_attention.arguments import Arguments
-from sparse_ref_attn.ops.gather_attention.flash import backward_by, forward_by
-from sparse_ref_attn.ops.gather_attention.flash_packages import BACKWARD, FORWARD, Lengths
+from sparse_ref_attn.ops.gather_attention.backends import ORDER, Call, flash_packages, reasons
 from sparse_ref_attn.ops.gather_attention.gradients import Wanted
-from sparse_ref_attn.ops.pack_rows.library import ORDER as ROWS_ORDER
+from sparse_ref_attn.ops.gather_attention.impl.flash import backward_by, forward_by
+from sparse_ref_attn.ops.gather_attention.impl.flash_packages import BACKWARD, FORWARD, Lengths
+from sparse_ref_attn.ops.pack_rows.backends import ORDER as ROWS_ORDER
 
 from .problems import NAMES, Problem, grad_out, gradients, make, truth
 
@@ -31,11 +30,11 @@ CALL = Call(torch.device("cpu"), torch.bfloat16, 64)
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory that Python imports from; what is found there is forgotten afterwards."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    _flash._flash_module.cache_clear()
+    backends._flash_module.cache_clear()
     yield tmp_path
     for written in tmp_path.glob("*.py"):
         sys.modules.pop(written.stem, None)
-    _flash._flash_module.cache_clear()
+    backends._flash_module.cache_clear()
 
 
 def test_every_package_can_be_called() -> None:
@@ -65,7 +64,7 @@ def test_forward_only_package_takes_bfloat16_alone() -> None:
     ],
 )
 def test_a_package_that_will_not_do_is_explained(name: str, source: str, told: str, packages: Path) -> None:
-    if _flash.find_spec(name) is not None:
+    if backends.find_spec(name) is not None:
         pytest.skip(f"the real {name} is installed")
     (packages / f"{name}.py").write_text(source)
     (why,) = [line for line in flash_packages(CALL.device, CALL.dtype)[name] if "NVIDIA" not in line]

@@ -7,10 +7,10 @@ import torch
 
 from sparse_ref_attn.errors import ConfigError, LayoutError
 from sparse_ref_attn.functional import gather_attention
-from sparse_ref_attn.ops.gather_attention import flash
 from sparse_ref_attn.ops.gather_attention.arguments import Arguments
 from sparse_ref_attn.ops.gather_attention.gradients import Wanted
-from sparse_ref_attn.ops.gather_attention.packed import pack, unpack_gradients
+from sparse_ref_attn.ops.gather_attention.impl import flash
+from sparse_ref_attn.ops.gather_attention.impl.packed import pack, unpack_gradients
 
 from .problems import NAMES, Problem, grad_out, gradients, make, truth
 

@@ -8,14 +8,14 @@ import torch
 from benchmarks import configurations
 from benchmarks.aot import Launch, compiled_for
 from benchmarks.configurations import CALLS, KERNELS, arguments, compiled, faults, launches
-from sparse_ref_attn.ops._tuning import Config, config_for
-from sparse_ref_attn.ops.gather_attention import triton_backend
 from sparse_ref_attn.ops.gather_attention.gradients import Wanted
-from sparse_ref_attn.ops.gather_attention.triton_forward import launch_forward
-from sparse_ref_attn.ops.gather_attention.triton_grad_kv import launch_grad_kv_gathered
-from sparse_ref_attn.ops.gather_attention.triton_grad_q import launch_delta, launch_grad_q
-from sparse_ref_attn.ops.gather_attention.triton_sum_rows import launch_sum_rows
-from sparse_ref_attn.ops.gather_attention.tuning import FORWARD, GRAD_KV, GRAD_Q, TILES
+from sparse_ref_attn.ops.gather_attention.impl import triton_backend
+from sparse_ref_attn.ops.gather_attention.impl.triton_forward import launch_forward
+from sparse_ref_attn.ops.gather_attention.impl.triton_grad_kv import launch_grad_kv_gathered
+from sparse_ref_attn.ops.gather_attention.impl.triton_grad_q import launch_delta, launch_grad_q
+from sparse_ref_attn.ops.gather_attention.impl.triton_sum_rows import launch_sum_rows
+from sparse_ref_attn.ops.gather_attention.impl.tuning import FORWARD, GRAD_KV, GRAD_Q, TILES
+from sparse_ref_attn.ops.shared.launch_config import Config, config_for
 
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 942}
 KERNEL_NAMES = ("forward", "grad_q", "grad_kv dense", "grad_kv gathered", *CALLS)

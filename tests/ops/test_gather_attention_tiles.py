@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 from sparse_ref_attn.errors import ConfigError, LayoutError
 from sparse_ref_attn.functional import HostOffsets, gather_attention
-from sparse_ref_attn.ops.gather_attention import sdpa_tiles
+from sparse_ref_attn.ops.gather_attention.impl import sdpa_tiles
 from tests.device_reads import device_reads
 
 from .problems import Problem, gradients, truth

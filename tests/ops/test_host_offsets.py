@@ -8,9 +8,9 @@ from torch import Tensor
 
 from sparse_ref_attn.errors import LayoutError
 from sparse_ref_attn.functional import HostOffsets, attention_mass_varlen, gather_attention
-from sparse_ref_attn.ops.gather_attention import flash, sdpa
 from sparse_ref_attn.ops.gather_attention.arguments import Arguments, HostLayout
 from sparse_ref_attn.ops.gather_attention.gradients import Wanted
+from sparse_ref_attn.ops.gather_attention.impl import flash, sdpa
 from sparse_ref_attn.ops.gather_attention.normal_form import normalise
 from tests.device_reads import device_reads
 from tests.ops.problems import NAMES, Problem, gradients, grid, make

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_ref_attn.errors import ConfigError, LayoutError
 from sparse_ref_attn.functional import attention_mass, attention_mass_varlen, gather_attention
-from sparse_ref_attn.ops.attention_mass.library import mass_op, mass_varlen_op
+from sparse_ref_attn.ops.attention_mass.registered import mass_op, mass_varlen_op
 
 from .rounding import assert_rounded, of_mass
 

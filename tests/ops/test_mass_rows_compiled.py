@@ -8,12 +8,12 @@ import torch
 from benchmarks.aot import Launch, compiled_for
 from benchmarks.configurations import KERNELS, arguments, compiled, faults, hold
 from benchmarks.configurations import launches as of
-from sparse_ref_attn.ops._tuning import Table, config_for
+from sparse_ref_attn.ops.attention_mass.impl.triton_mass import launch_lse, launch_mass
+from sparse_ref_attn.ops.attention_mass.impl.triton_tile_mass import launch_parts, launch_tile_mass
+from sparse_ref_attn.ops.attention_mass.impl.tuning import LSE, MASS, TILE_MASS
 from sparse_ref_attn.ops.attention_mass.ragged import Ragged
-from sparse_ref_attn.ops.attention_mass.triton_mass import launch_lse, launch_mass
-from sparse_ref_attn.ops.attention_mass.triton_tiles import launch_parts, launch_tile_mass
-from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS, TILE_MASS
-from sparse_ref_attn.ops.pack_rows.triton_rows import launch_pack, launch_unpack
+from sparse_ref_attn.ops.pack_rows.impl.triton_rows import launch_pack, launch_unpack
+from sparse_ref_attn.ops.shared.launch_config import Table, config_for
 
 CAPABILITY = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 942}
 EVERY_TIME = ["sm_80", "sm_90"]

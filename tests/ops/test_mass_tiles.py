@@ -12,11 +12,11 @@ from torch import Tensor
 from sparse_ref_attn.errors import ConfigError, LayoutError
 from sparse_ref_attn.functional import attention_mass
 from sparse_ref_attn.ops import verdicts
-from sparse_ref_attn.ops.attention_mass import chunked
 from sparse_ref_attn.ops.attention_mass.backends import keys_read
+from sparse_ref_attn.ops.attention_mass.impl import chunked
+from sparse_ref_attn.ops.attention_mass.impl.tiling import chunks_of
 from sparse_ref_attn.ops.attention_mass.masked import attention_mass_masked
 from sparse_ref_attn.ops.attention_mass.tiled import mass_tiles_op
-from sparse_ref_attn.ops.attention_mass.tiling import chunks_of
 from sparse_ref_attn.ops.attention_mass.trial import kind_of
 from tests import stand_in_backend
 from tests.device_reads import device_reads

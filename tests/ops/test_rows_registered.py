@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_ref_attn.errors import ConfigError, LayoutError
 from sparse_ref_attn.functional import pack_rows, unpack_rows
-from sparse_ref_attn.ops.pack_rows.library import pack_op, unpack_op
+from sparse_ref_attn.ops.pack_rows.registered import pack_op, unpack_op
 
 ROWS = torch.tensor([0, 3, 4, 8])
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparse_ref_attn.functional import attention_mass, gather_attention, pack_rows, unpack_rows
-from sparse_ref_attn.ops._support import Call
+from sparse_ref_attn.ops.gather_attention.backends import Call
 from sparse_ref_attn.ops.gather_attention.trial import kind_of
 from sparse_ref_attn.ops.verdicts import JUDGED, Kind, dispatch, forget, judge, order_of, prepare, store, verdict_of
 from sparse_ref_attn.ops.verdicts.dispatch import trial_of

@@ -9,6 +9,8 @@ from ..parsing import Commands, later
 
 __all__ = ["add"]
 
+OTHERS = (*vocabulary.RIVALS, *vocabulary.COMBINED)
+"""What saves work and leaves the references alone, and both together."""
 KEEPS = (1.0, 0.5, 0.25, 0.15, 0.1, 0.05)
 
 
@@ -39,8 +41,9 @@ def add(commands: Commands) -> None:
     part.add_argument(
         "--rules",
         nargs="+",
-        **values.one_of(vocabulary.RULES, vocabulary.SAME) | {"metavar": "RULE"},
-        help=f"{', '.join(vocabulary.RULES)} (default: all)",
+        **values.one_of((*vocabulary.RULES, *OTHERS), vocabulary.SAME) | {"metavar": "RULE"},
+        help=f"{', '.join(vocabulary.RULES)} (default: all of these and {vocabulary.FEWER}); {', '.join(OTHERS)}: "
+        "--keep is then the share of the steps",
     )
     part.add_argument(
         "--schedules",

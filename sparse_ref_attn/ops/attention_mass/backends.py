@@ -12,8 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .._support import Call, cuda_reasons, has_16_byte_rows, pick, ranked, triton_reasons
-from ..verdicts import JUDGED, order_of
+from ..shared.choice import order_on, pick, ranked
+from ..shared.requirements import csrc_reasons, has_16_byte_rows, triton_reasons
+from ..verdicts import Kind
 
 __all__ = ["ORDER", "PREDICATES", "choose", "explain", "keys_read"]
 
@@ -51,12 +52,12 @@ def keys_read(q: Tensor, k: Tensor, span: int, tiled: bool = False) -> int:
 
 
 def _order(q: Tensor, k: Tensor, references: int, lse_given: bool, tiled: bool, measure: bool) -> tuple[str, ...]:
-    safe = ORDER.get(q.device.type, ORDER["cpu"])
-    if q.device.type not in JUDGED:
-        return safe
-    from .trial import kind_of
+    def kind() -> Kind:
+        from .trial import kind_of
 
-    return order_of(kind_of(q, k, references, lse_given, tiled), safe, measure)
+        return kind_of(q, k, references, lse_given, tiled)
+
+    return order_on(q.device, ORDER, kind, measure)
 
 
 def _predicates(q: Tensor, k: Tensor, scale: float, tiled: bool) -> dict[str, Callable[[], list[str]]]:
@@ -68,7 +69,7 @@ def _always(q: Tensor, k: Tensor, scale: float, tiled: bool) -> list[str]:
 
 
 def _cuda(q: Tensor, k: Tensor, scale: float, tiled: bool) -> list[str]:
-    why = cuda_reasons(Call(q.device, q.dtype, q.shape[-1], aligned=all(map(has_16_byte_rows, (q, k)))))
+    why = csrc_reasons(q.device, q.dtype, q.shape[-1], all(map(has_16_byte_rows, (q, k))))
     if any(x.stride(-1) != 1 for x in (q, k) if x.numel()):
         why.append("needs a contiguous last dim")
     if not 0 < scale < float("inf"):

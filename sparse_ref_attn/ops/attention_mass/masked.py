@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .impl.tiling import chunks_of, mean_of, sum_tiles
 from .offsets import check_tiles
-from .tiling import chunks_of, mean_of, sum_tiles
 
 __all__ = ["attention_mass_masked"]
 

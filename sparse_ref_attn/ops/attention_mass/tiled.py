@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .._tuning import capability_of, config_for
+from ..shared.launch_config import capability_of, config_for
 from .backends import choose
-from .chunked import attention_mass_chunked
-from .library import PLAIN, Launchers, library
+from .impl.chunked import attention_mass_chunked
+from .impl.tuning import LSE, TILE_MASS
 from .offsets import check_tiles
 from .reference import attention_mass_reference
-from .tuning import LSE, TILE_MASS
+from .registered import PLAIN, Launchers, library
 
 __all__ = ["LAUNCHERS", "compute_tiles", "mass_tiles_op"]
 
@@ -98,8 +98,8 @@ mass_tiles_op = torch.ops.sparse_ref_attn.attention_mass_tiles.default
 
 
 def _triton(q: Tensor) -> Launchers:
-    from .triton_mass import launch_lse
-    from .triton_tiles import launch_tile_mass
+    from .impl.triton_mass import launch_lse
+    from .impl.triton_tile_mass import launch_tile_mass
 
     row = (capability_of(q), q.shape[-1])
     return partial(launch_lse, config=config_for(LSE, *row)), partial(

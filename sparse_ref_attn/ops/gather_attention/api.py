@@ -7,12 +7,13 @@ from typing import Literal, overload
 from torch import Tensor
 
 from ...errors import ConfigError
+from .backends import MODULES
 from .host_offsets import HostOffsets
 from .normal_form import normalise
 
 __all__ = ["BACKENDS", "gather_attention"]
 
-BACKENDS = ("auto", "reference", "sdpa", "triton", "flash", "flex", "cuda")
+BACKENDS = ("auto", "reference", *MODULES)
 
 
 @overload
@@ -241,7 +242,7 @@ def gather_attention(
 
         out, lse = gather_attention_reference(a)
     else:
-        from .library import gather_attention_op
+        from .registered import gather_attention_op
 
         out, lse = gather_attention_op(a, backend, check)
     if q.ndim == 4:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import ConfigError, LayoutError
 from .arguments import Arguments
 from .host_offsets import HostOffsets, flatten_offsets
-from .tiles import check_tiles
+from .query_tiles import check_tiles
 
 __all__ = ["normalise"]
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...errors import LayoutError
-from .library import fixed, pack_op, unpack_op
+from .backends import fixed
 from .reference import pack_reference, unpack_reference
+from .registered import pack_op, unpack_op
 
 __all__ = ["pack_rows", "unpack_rows"]
 

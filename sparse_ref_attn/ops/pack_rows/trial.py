@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..verdicts import Kind, size_class
 from ..verdicts.judge import Compared
-from .library import PREDICATES, pack_by, unpack_by
+from .backends import PREDICATES
 from .reference import pack_reference, unpack_reference
+from .registered import pack_by, unpack_by
 
 __all__ = ["CANDIDATES", "against", "candidates", "kind_of", "sized", "small"]
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.functional import gather_attention
-from sparse_ref_attn.ops._tuning import Config
-from sparse_ref_attn.ops.gather_attention import triton_backend
 from sparse_ref_attn.ops.gather_attention.arguments import Arguments
 from sparse_ref_attn.ops.gather_attention.gradients import Wanted
+from sparse_ref_attn.ops.gather_attention.impl import triton_backend
 from sparse_ref_attn.ops.gather_attention.normal_form import normalise
+from sparse_ref_attn.ops.shared.launch_config import Config
 
 from ..guards import Canaries, in_nan
 from ..problems import NAMES, Problem, gradients, grid, make, ragged, truth

@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparse_ref_attn.errors import ConfigError
-from sparse_ref_attn.ops._tuning import Config
-from sparse_ref_attn.ops.gather_attention import triton_backend, triton_tiles
+from sparse_ref_attn.ops.gather_attention.impl import triton_backend, triton_tiles
+from sparse_ref_attn.ops.gather_attention.impl.triton_tiles import block_of
 from sparse_ref_attn.ops.gather_attention.normal_form import normalise
-from sparse_ref_attn.ops.gather_attention.triton_tiles import block_of
+from sparse_ref_attn.ops.shared.launch_config import Config
 
 from ..guards import Canaries, in_nan
 from ..problems import NAMES, Problem, truth

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.functional import attention_mass, attention_mass_varlen
-from sparse_ref_attn.ops._tuning import Config
+from sparse_ref_attn.ops.attention_mass.impl.triton_mass import launch_lse, launch_mass
+from sparse_ref_attn.ops.attention_mass.impl.tuning import LSE, MASS
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
-from sparse_ref_attn.ops.attention_mass.triton_mass import launch_lse, launch_mass
-from sparse_ref_attn.ops.attention_mass.tuning import LSE, MASS
+from sparse_ref_attn.ops.shared.launch_config import Config
 
 from .. import mass_cases
 from ..guards import Canaries, in_nan

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparse_ref_attn.functional import attention_mass
-from sparse_ref_attn.ops._tuning import Config
+from sparse_ref_attn.ops.attention_mass.impl.triton_tile_mass import launch_tile_mass
+from sparse_ref_attn.ops.attention_mass.impl.tuning import TILE_MASS
 from sparse_ref_attn.ops.attention_mass.reference import attention_mass_reference
 from sparse_ref_attn.ops.attention_mass.trial import kind_of, small
-from sparse_ref_attn.ops.attention_mass.triton_tiles import launch_tile_mass
-from sparse_ref_attn.ops.attention_mass.tuning import TILE_MASS
+from sparse_ref_attn.ops.shared.launch_config import Config
 from sparse_ref_attn.ops.verdicts.table import usual_kinds
 
 from .. import mass_cases

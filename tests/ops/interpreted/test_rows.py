@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from sparse_ref_attn.ops.pack_rows.triton_rows import launch_pack, launch_unpack
+from sparse_ref_attn.ops.pack_rows.impl.triton_rows import launch_pack, launch_unpack
 
 from ..row_copies import RowCopies
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.tune import candidates, kernels, operands, sweep
-from sparse_ref_attn.ops._tuning import Config
+from sparse_ref_attn.ops.shared.launch_config import Config
 
 CPU = torch.device("cpu")
 BASE = Config(32, 32, 4, 2)

@@ -1,0 +1,1 @@
+"""The backends: plain PyTorch in chunks, Triton, CUDA C++."""

@@ -1,0 +1,1 @@
+"""The backends beside the definition: Triton, CUDA C++."""
