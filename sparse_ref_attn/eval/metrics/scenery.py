@@ -115,13 +115,14 @@ def nearest_texture(picture: NDArray[np.float32], weight: NDArray[np.float32]) -
         found.append((kind, *middle.refined(kind, settings[best], side, _pitch(kind, side))))
     found = sorted(found, key=lambda one: float(one[2].min()))[:2]
     ends = [
-        (kind, *whole.refined(kind, settings[errors.argmin()][None], side, _pitch(kind, side) / 8))
+        (kind, *whole.refined(kind, settings[errors.argmin()][None], side, _pitch(kind, side, 8)))
         for kind, settings, errors in found
     ]
     kind, settings, _ = min(ends, key=lambda one: float(one[2][0]))
-    _, pairs = whole.errors(mix(kind, *settings.T, side).reshape(1, -1))
+    _, pairs = whole.errors(mix(kind, settings, side).reshape(1, -1))
     first, second = PAIRS[pairs[0]]
-    texture = Texture(kind, *(float(v) for v in settings[0]), int(first), int(second))
+    angle, period, x, y = settings[0].tolist()
+    texture = Texture(kind, angle, period, x, y, int(first), int(second))
     error = np.square(texture.picture(side) - picture, dtype=np.float64).mean(-1)
     return Nearest(texture, float(-10 * np.log10(max(np.average(error, weights=weight), _EQUAL))))
 
@@ -158,13 +159,13 @@ class _Seen:
     ) -> tuple[NDArray[np.float32], Numbers]:
         """The settings, (n, 4), moved downhill by ever smaller steps along axes that turn; their errors."""
         low, high = _bounds(kind, side)
-        errors, _ = self.errors(mix(kind, *settings.T, side, self.step).reshape(len(settings), -1))
+        errors, _ = self.errors(mix(kind, settings, side, self.step).reshape(len(settings), -1))
         far, each, random = np.full((len(settings), 1), 0.5, np.float32), np.arange(len(settings)), _axes()
         while (far > _NEAR).any():
             axes = next(random)
             moves = np.concatenate([axes, -axes])[:, None] * pitch * far
             tried = np.clip(settings + moves, low, high)
-            maps = mix(kind, *tried.reshape(-1, 4).T, side, self.step)
+            maps = mix(kind, tried.reshape(-1, 4), side, self.step)
             there = self.errors(maps.reshape(len(maps), -1))[0].reshape(len(moves), -1)
             best = there.argmin(0)
             better = there[best, each] < errors
@@ -219,14 +220,14 @@ def _bank(kind: str, side: int) -> tuple[NDArray[np.float32], NDArray[np.float32
                     y = side / 2 + along * np.sin(angle) + across * np.cos(angle)
                     places.append((angle, 1 / rate, x, y))
     settings = np.array(places, np.float32)
-    return settings, mix(kind, *settings.T, side, _CELL).reshape(len(settings), -1)
+    return settings, mix(kind, settings, side, _CELL).reshape(len(settings), -1)
 
 
-def _pitch(kind: str, side: int) -> NDArray[np.float32]:
-    """How far the settings of the first search are apart."""
+def _pitch(kind: str, side: int, finer: int = 1) -> NDArray[np.float32]:
+    """How far the settings of the first search are apart, or that many times finer."""
     period = sum(PERIODS[kind]) / 2
     place = 5.0 if kind == "rings" else period / 4
-    return np.array([turns(kind) / _ANGLES[kind], _RATES * period**2, place, place], np.float32)
+    return np.array([turns(kind) / _ANGLES[kind], _RATES * period**2, place, place], np.float32) / np.float32(finer)
 
 
 def _bounds(kind: str, side: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
