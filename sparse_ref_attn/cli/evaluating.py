@@ -11,13 +11,13 @@ from ..eval.checked_arguments import check_reserved
 from ..eval.datasets import load_examples
 from ..eval.evaluate import Grid
 from ..eval.evaluate import evaluate as run_grid
-from ..eval.examples import procedural
+from ..eval.examples import FAMILIES, OPEN_SCENERY, procedural
 from ..eval.methods import RULES, method_name
 from ..eval.models import EvalModel
 from ..eval.rival_settings import is_rival
 from ..eval.scores import Scorer
 from ..eval.tables import write_results
-from ..toy.pipeline import TRAINED
+from ..toy.pipeline import TRAINED, knows_open_scenery
 from ..vocabulary import FEWER
 from .logs import quiet
 from .terminal import saved, show
@@ -39,7 +39,11 @@ def evaluate(options: argparse.Namespace) -> None:
     check_reserved(dict(options.set or ()))
     quiet(pipelines_too=True)
     if options.data is None:
-        data = procedural(options.sprites, side=128 if options.side is None else options.side)
+        open_too = all(knows_open_scenery(path) for _, path in given)
+        known = [family for family in FAMILIES if open_too or family != OPEN_SCENERY]
+        data = procedural(
+            options.sprites, side=128 if options.side is None else options.side, families=options.families or known
+        )
     else:
         data = load_examples(options.data, options.layout)
     rules = [rule for rule in (*RULES, FEWER) if rule != "subject mask" or data.reference_masks]
@@ -52,7 +56,8 @@ def evaluate(options: argparse.Namespace) -> None:
     )
     grid = Grid(
         tuple(methods), tuple(options.keep), options.seeds,
-        None if options.families is None else tuple(options.families), options.subjects, options.mean_over,
+        None if options.families is None or options.data is None else tuple(options.families), options.subjects,
+        options.mean_over,
     )  # fmt: skip
     data.chosen(grid.families, grid.count)  # a family that is not there is told before anything is loaded
     scorer = Scorer(data, options.metrics, clip=options.clip, dino=options.dino)

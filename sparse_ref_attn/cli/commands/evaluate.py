@@ -62,7 +62,12 @@ def add(commands: Commands) -> None:
         help="--keep is the mean share over the whole run, a dense step included, or over the steps that drop tokens "
         "(default: run)",
     )
-    part.add_argument("--families", nargs="+", metavar="F", help="kinds of example (default: all)")
+    part.add_argument(
+        "--families",
+        nargs="+",
+        metavar="F",
+        help="kinds of example (default: all; of the procedural task, those that the models were trained on)",
+    )
     part.add_argument("--subjects", type=values.above(1), metavar="N", help="examples of each family (default: all)")
     part.add_argument(
         "--seeds", type=values.above(1), default=1, metavar="K", help="noises of each (default: %(default)s)"
@@ -77,7 +82,7 @@ def add(commands: Commands) -> None:
         "--metrics",
         nargs="+",
         **values.one_of(vocabulary.METRICS) | {"metavar": "M"},
-        help=f"{', '.join(vocabulary.METRICS)} (default: the first four)",
+        help=f"{', '.join(vocabulary.METRICS)} (default: the first four, and the last where scenery is left open)",
     )
     add_likeness(how, "CLIP-I and CLIP-T")
     add_place(parser, device="; the small pipeline: cpu")
