@@ -198,7 +198,7 @@ def insert(text: str) -> str:
         elif name == "findings_stored":
             made = findings(RESULTS / "eval", FINDINGS_STORED)
         elif name == "frontier":
-            made = frontier(RESULTS / "studies", RESULTS / "eval")
+            made = frontier()
         elif name == "presets":
             made = presets()
         elif name == "fitting":

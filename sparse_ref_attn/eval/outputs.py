@@ -14,7 +14,7 @@ from ..record import RunRecord
 from ..toy.calls import image
 from ..toy.scenes import Scene
 from .comparison import Comparison
-from .equal_time import DENSE, Rivals
+from .equal_time import Rivals
 from .method_rows import rows_of
 from .metrics import MaskedPsnr, Psnr
 from .panels import Panel, panels
@@ -123,7 +123,7 @@ def write(
     pictures("sparse", result.sparse_image)
     files.append(("sparse.png", "the picture with the kept ones, same seed"))
     fewer = None if rivals is None else rivals.equal[SPARSE]
-    if rivals is not None and fewer in rivals.runs:
+    if rivals is not None and fewer is not None and fewer in rivals.runs:
         pictures("fewer steps", rivals.runs[fewer].image)
         files.append(("fewer steps.png", f"the picture with every token in {fewer}, in no more time"))
     kinds = {step.kind for step in result.handle.record.steps}
@@ -250,7 +250,7 @@ def _at_equal_time(rivals: Rivals) -> list[str]:
     """Whether fewer steps win, and the numbers of both."""
     name, own = rivals.equal[SPARSE], rivals.psnr(SPARSE)
     lines = [rivals.told()]
-    if name in rivals.runs and name != DENSE:
+    if name is not None and name in rivals.runs:
         run = rivals.runs[name]
         lines.append(
             f"In no more time: {name} of {rivals.steps} with every token, {_seconds(run.seconds)}, PSNR to the dense "

@@ -20,8 +20,8 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.eval import metrics
-from sparse_ref_attn.eval.evaluate import Grid
 from sparse_ref_attn.eval.examples import procedural
+from sparse_ref_attn.eval.grid import Grid
 from sparse_ref_attn.eval.models import EvalModel
 from sparse_ref_attn.eval.rows import KEY, RowStore, read_rows
 from sparse_ref_attn.eval.scores import Scorer
