@@ -71,13 +71,16 @@ def backends() -> dict[str, dict[str, list[str]]]:
     Examples
     --------
     >>> found = backends()
-    >>> sorted(found), found["pack_rows"]["reference"]
-    (['attention_mass', 'gather_attention', 'pack_rows'], [])
+    >>> sorted(found)
+    ['attention_mass', 'gather_attention', 'gather_attention, query tiles', 'pack_rows']
+    >>> found["pack_rows"]["reference"]
+    []
     """
     call = _plain_call()
     x = torch.empty(1, 16, 1, CHANNELS, dtype=call.dtype, device=call.device)
     return {
         "gather_attention": explain_attention(call),
+        "gather_attention, query tiles": explain_attention(call._replace(tiles=1)),
         "attention_mass": explain_mass(x, x, CHANNELS**-0.5),
         "pack_rows": explain_rows([x], torch.zeros(1, dtype=torch.int64, device=call.device), 1),
     }

@@ -69,7 +69,7 @@ class BatchError(SparseRefError, RuntimeError):
 
 
 class BuildError(SparseRefError, RuntimeError):
-    """The CUDA C++ kernels could not be built: a tool is missing, or it failed."""
+    """Kernels could not be built: a tool is missing, or it failed."""
 
 
 class KernelError(SparseRefError, RuntimeError):

@@ -8,10 +8,12 @@ from functools import cache
 from pathlib import Path
 
 __all__ = [
+    "CPU_LIBRARY",
     "LIBRARY",
     "bundled_library",
     "cached_library",
     "content_key",
+    "cpu_source_files",
     "installed_sources",
     "source_directory",
     "source_files",
@@ -19,6 +21,7 @@ __all__ = [
 
 PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARY = "libsra_kernels.so"
+CPU_LIBRARY = "libsra_cpu.so"
 
 
 def source_directory() -> Path:
@@ -28,13 +31,19 @@ def source_directory() -> Path:
 
 
 def source_files(directory: Path) -> list[Path]:
-    """The files that are compiled, one object each."""
+    """The files that nvcc compiles, one object each."""
     return sorted(directory.glob("*.cu"))
+
+
+def cpu_source_files(directory: Path) -> list[Path]:
+    """The files that a C++ compiler compiles for the CPU."""
+    return sorted(directory.glob("cpu/*.cpp"))
 
 
 def installed_sources(directory: Path) -> list[Path]:
     """Everything that a build reads: sources and headers, without the emulator."""
-    return [path for pattern in ("*.cu", "*.cuh", "*.h", "include/*.h") for path in sorted(directory.glob(pattern))]
+    patterns = ("*.cu", "*.cuh", "*.h", "cpu/*.cpp", "cpu/*.h", "include/*.h")
+    return [path for pattern in patterns for path in sorted(directory.glob(pattern))]
 
 
 @cache
@@ -53,13 +62,13 @@ def content_key(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def bundled_library() -> Path:
-    """Where an installed package carries its library; it need not exist."""
-    return PACKAGE / "lib" / LIBRARY
+def bundled_library(name: str = LIBRARY) -> Path:
+    """Where an installed package carries a library; it need not exist."""
+    return PACKAGE / "lib" / name
 
 
-def cached_library() -> Path:
-    """Where `build_kernels` puts the library of these sources; it need not exist.
+def cached_library(name: str = LIBRARY) -> Path:
+    """Where `build_kernels` and `build_cpu_kernels` put a library of these sources; it need not exist.
 
     Examples
     --------
@@ -67,4 +76,4 @@ def cached_library() -> Path:
     'libsra_kernels.so'
     """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "sparse_ref_attn" / "kernels" / content_key(source_directory()) / LIBRARY
+    return Path(home) / "sparse_ref_attn" / "kernels" / content_key(source_directory()) / name

@@ -11,9 +11,10 @@ def add(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "build-kernels",
-        help="compile the CUDA C++ kernels with nvcc, for the cards of this machine",
-        description="Compiles csrc with nvcc and ninja into the user's cache, where every later process finds it. "
-        "Nothing else ever compiles them on use. ninja_build.md says what each error means.",
+        help="compile the C++ kernels of the CPU, and those of CUDA for the cards of this machine",
+        description="Compiles csrc into the user's cache, where every later process finds it: the kernels of the CPU "
+        "with a C++ compiler, those of CUDA with nvcc and ninja, whichever are there. Nothing else ever compiles them "
+        "on use. ninja_build.md says what each error means.",
     )
     parser.add_argument(
         "--archs",

@@ -14,21 +14,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...errors import ConfigError
+from ...errors import BuildError, ConfigError, VersionError
+from ...kernels.cpu_library import library as cpu_library
 from ..shared.choice import order_on, pick, ranked
 from ..shared.requirements import UNALIGNED, csrc_reasons, has_16_byte_rows, has_triton, is_aligned
-from ..verdicts import Kind
+from ..verdicts import Kind, fault_of
 from .arguments import Arguments
 
 __all__ = [
-    "BACKWARD", "MODULES", "ORDER", "PREDICATES", "Call", "call_of", "choose", "explain", "flash_packages",
-    "implementation", "order_for", "reasons", "refuse_gradients",
+    "BACKWARD", "MODULES", "ON_THE_HOST", "ORDER", "PREDICATES", "Call", "call_of", "choose", "explain",
+    "flash_packages", "implementation", "order_for", "reasons", "refuse_gradients",
 ]  # fmt: skip
 
 # What "auto" tries where it has no verdict: on a CPU always, on a card where nothing can be measured (see `verdicts`).
-# So it holds only what needs no proof.
+# So it holds only what needs no proof, and "cpp", whose predicate proves it.
 ORDER: dict[str, tuple[str, ...]] = {
-    "cpu": ("sdpa",),
+    "cpu": ("cpp", "sdpa"),
     "cuda": ("sdpa",),
 }
 MODULES = {
@@ -37,9 +38,15 @@ MODULES = {
     "flash": ".impl.flash",
     "flex": ".impl.flex",
     "cuda": ".impl.cuda",
+    "cpp": ".impl.cpp",
 }
+ON_THE_HOST = ("sdpa", "cpp")  # those that need the ranges there
 BACKWARD = {"cuda": "triton"}  # whose backward belongs to a forward that has none
 
+# What "cpp" must get right on a machine before it is used there: more queries than a processor's vector, and fewer.
+_PROOF = Kind(
+    "gather_attention", "tiles", torch.device("cpu"), torch.float32, 4, 2, 40, several=True, size=(256, 64, 64, 16)
+)
 _UNTILED = "cannot give each query tile a selection of its own"
 
 
@@ -160,12 +167,32 @@ def _cuda(call: Call) -> list[str]:
     return why
 
 
+def _cpp(call: Call) -> list[str]:
+    why = []
+    try:
+        cpu_library()
+    except (BuildError, VersionError) as error:
+        why.append(str(error))
+    if call.device.type != "cpu":
+        why.append(f"needs a CPU, got {call.device}")
+    if call.dtype not in (torch.bfloat16, torch.float32):
+        why.append(f"needs bfloat16 or float32, got {call.dtype}")
+    if call.channels % 8:
+        why.append(f"needs a head dim that is a multiple of 8, got {call.channels}")
+    if not call.tiles:
+        why.append("serves selections of query tiles alone")
+    if call.gradients:
+        why.append("cannot compute gradients")
+    return why or [f"differs from float64 here: {wrong}" for wrong in [fault_of(_PROOF, "cpp")] if wrong]
+
+
 PREDICATES: dict[str, Callable[[Call], list[str]]] = {
     "sdpa": _sdpa,
     "triton": _triton,
     "flash": _flash,
     "flex": _flex,
     "cuda": _cuda,
+    "cpp": _cpp,
 }
 """Why a backend cannot do a call; empty when it can."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import LayoutError
 from .arguments import Arguments, HostLayout, check_ranges, check_values
-from .backends import BACKWARD, call_of, choose, implementation, refuse_gradients
+from .backends import BACKWARD, ON_THE_HOST, call_of, choose, implementation, refuse_gradients
 from .gradients import Gradients, Wanted
 
 __all__ = ["gather_attention_op"]
@@ -52,7 +52,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     if check and a.host is not None and HostLayout.read(a) != layout:
         raise LayoutError(f"host must say what the offsets hold, {HostLayout.read(a)}, got {layout}")
     chosen = choose(backend, call_of(a))
-    if chosen == "sdpa":  # the only one that needs the ranges on the host
+    if chosen in ON_THE_HOST:
         return implementation(chosen).forward(a, layout)
     return implementation(chosen).forward(a)
 

@@ -23,7 +23,7 @@ __all__ = ["CANDIDATES", "against", "candidates", "kind_of", "sized", "small"]
 # What "auto" may take, by device; the order decides a tie: first what is deterministic and never waits for the device.
 CANDIDATES: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "cuda", "flash", "sdpa", "flex"),
-    "cpu": ("sdpa", "flex"),
+    "cpu": ("cpp", "sdpa", "flex"),
 }
 MOST_FLOPS = {"cuda": 4e12, "cpu": 1e9}  # of a timed forward; a problem beyond that is cut in heads, then in queries
 BACKWARD_FLOPS = 2.5  # times the forward's

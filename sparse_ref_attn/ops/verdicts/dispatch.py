@@ -1,24 +1,26 @@
 """What "auto" goes by: the verdict of this device, got when it is first needed, or before.
 
-On a CPU "auto" is fixed: there is one backend that it may take, and results must not depend on a stopwatch.
+On a CPU "auto" is fixed, so that results do not depend on a stopwatch: it takes the first that can. A backend there
+that a compiler made is compared with float64 once a process (`fault_of`).
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from .judge import Verdict, judge
+from .judge import Verdict, fault, judge
 from .kind import Kind
 from .store import known, lookup, remember
 
-__all__ = ["JUDGED", "order_of", "prepare", "trial_of", "verdict_of"]
+__all__ = ["JUDGED", "fault_of", "order_of", "prepare", "trial_of", "verdict_of"]
 
 logger = logging.getLogger("sparse_ref_attn")
 
@@ -30,6 +32,7 @@ TRIALS = {
     "pack_rows": "..pack_rows.trial",
 }
 _LOCK = threading.RLock()
+Found = TypeVar("Found")
 _SAID: set[tuple[str, str]] = set()
 
 
@@ -67,7 +70,7 @@ def verdict_of(kind: Kind, again: bool = False) -> Verdict:
     with _LOCK:
         verdict = None if again else lookup(kind)
         if verdict is None:
-            verdict = _apart(kind)
+            verdict = _apart(kind.device, partial(judge, kind, trial_of(kind.op)))
             if kind.device.type in JUDGED:
                 remember(kind, verdict)
         for name, why in verdict.unusable.items():
@@ -79,14 +82,26 @@ def verdict_of(kind: Kind, again: bool = False) -> Verdict:
     return verdict
 
 
-def _apart(kind: Kind) -> Verdict:
+@cache
+def fault_of(kind: Kind, backend: str) -> str:
+    """Why a backend must not be used though it can do such a call: where it differs from float64; empty if nowhere.
+
+    Nothing is timed. Asked once a process, by a backend that "auto" takes without a verdict.
+    """
+    wrong: str = _apart(kind.device, partial(fault, kind, trial_of(kind.op), backend))
+    if wrong:
+        logger.warning("%s by %s is unusable and will not be used: %s", kind.op, backend, wrong)
+    return wrong
+
+
+def _apart(device: torch.device, judgement: Callable[[], Found]) -> Found:
     """Judge in a thread of its own, where nothing of the caller's holds: no autocast, no mode, no dispatch of an op."""
 
-    def run() -> Verdict:
-        if kind.device.type != "cuda":
-            return judge(kind, trial_of(kind.op))
-        with torch.cuda.device(kind.device):
-            return judge(kind, trial_of(kind.op))
+    def run() -> Found:
+        if device.type != "cuda":
+            return judgement()
+        with torch.cuda.device(device):
+            return judgement()
 
     with ThreadPoolExecutor(1, "sparse_ref_attn verdict") as worker:
         return worker.submit(run).result()

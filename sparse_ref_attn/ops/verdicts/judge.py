@@ -23,7 +23,7 @@ from torch import Tensor
 from ...errors import SparseRefError
 from .kind import Kind
 
-__all__ = ["TIE", "Compared", "Trial", "Verdict", "judge", "ranked_by_time"]
+__all__ = ["TIE", "Compared", "Trial", "Verdict", "fault", "judge", "ranked_by_time"]
 
 TIE = 1.05  # times within this ratio are a tie
 ROUNDS = 5
@@ -86,7 +86,7 @@ def judge(kind: Kind, trial: Trial) -> Verdict:
             try:
                 errors[name], wrong = _agreement(run(name))
             except failures() as error:
-                wrong = f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                wrong = _raised(error)
             if wrong:
                 unusable[name] = wrong
         agreeing = [name for name in able if name not in unusable]
@@ -96,6 +96,15 @@ def judge(kind: Kind, trial: Trial) -> Verdict:
             unusable |= broken
     order = ranked_by_time({name: times[name] for name in agreeing if name in times})
     return Verdict(order, times, errors, unusable, unable)
+
+
+def fault(kind: Kind, trial: Trial, name: str) -> str:
+    """What is wrong with the results of one backend, by the same rule, untimed; empty when it agrees."""
+    with torch.no_grad(), torch.autocast(kind.device.type, enabled=False):
+        try:
+            return _agreement(trial.small(kind)(name))[1]
+        except failures() as error:
+            return _raised(error)
 
 
 def ranked_by_time(times: dict[str, float]) -> tuple[str, ...]:
@@ -125,6 +134,10 @@ def failures() -> tuple[type[BaseException], ...]:
     except ImportError:
         return tuple(found)
     return (*found, TritonError)
+
+
+def _raised(error: BaseException) -> str:
+    return f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _agreement(results: Iterable[Compared]) -> tuple[float, str]:
@@ -161,7 +174,7 @@ def _times(
             run = prepare(name)
             run()  # compiles
         except failures() as error:
-            broken[name] = f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            broken[name] = _raised(error)
         else:
             runs[name] = run
     took: dict[str, list[float]] = {name: [] for name in runs}
