@@ -6,6 +6,7 @@ from . import functional as functional
 from . import schedules as schedules
 from . import selection as selection
 from .adapters import PlainAdapter as PlainAdapter
+from .adapters import references_from_ids as references_from_ids
 from .batching import BatchResult as BatchResult
 from .batching import batch as batch
 from .config import SparseRef as SparseRef

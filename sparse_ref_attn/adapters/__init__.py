@@ -5,5 +5,6 @@ The families themselves stand in `models`.
 
 from .base import Adapter
 from .plain import PlainAdapter
+from .position_ids import references_from_ids
 
-__all__ = ["Adapter", "PlainAdapter"]
+__all__ = ["Adapter", "PlainAdapter", "references_from_ids"]
