@@ -69,9 +69,10 @@ class PlainAdapter(Adapter):
     ----------
     tokens : str
         Argument that holds the image stream, (B, rows, D). References are rows of it, or of `references`. Where the
-        generation is no argument with rows (latents that the model cuts into tokens itself), it may name that of the
-        references: the generation is then ``(0, 0)`` in what `find` returns, and only rules that measure no attention
-        can rank, with tokens dropped.
+        model cuts the generation into tokens itself, and references stand apart, the argument of its position ids will
+        do, which has a row for each token too. Where there is none, `tokens` may name the references' argument: the
+        generation is then ``(0, 0)`` in what `find` returns, tokens are dropped, and by a rule that measures no
+        attention.
     find : callable
         From all arguments by name to ``((first generation row, number), references)``, or None
         when the layout is not known (the call then runs dense). Called once a run. See `references_from_ids`.
@@ -82,7 +83,8 @@ class PlainAdapter(Adapter):
         numbers of rows or "text" for as many as there are text tokens: ``{"rotary": (0, "text")}``.
     references : str, optional
         Argument that holds the references, (B, R, D), where they stand apart. Their rows count behind those of
-        `tokens`, in `find` and in `rows`, and attention must have them there: text, `tokens`, `references`.
+        `tokens`, in `find` and in `rows`, and attention must have them there: text, `tokens`, `references`. It and
+        `reference_rows` are None in a call without reference rows, which reads stored ones.
     reference_rows : mapping of str to int or tuple
         As `rows`, of arguments with one entry for each row of `references` alone.
     text : str, optional
@@ -199,8 +201,11 @@ class PlainAdapter(Adapter):
             short = take_rows(cut, {self.tokens: 1}, rows)
         else:
             own, apart = own_layout(layout), own_rows(layout, rows)
-            short = take_rows(cut, {self.references: 1}, apart)
-            short |= {name: each.cut(kwargs[name], own, apart) for name, each in self._own.items() if name in kwargs}
+            if apart.shape[0]:
+                short = take_rows(cut, {self.references: 1}, apart)
+                short |= {name: row.cut(kwargs[name], own, apart) for name, row in self._own.items() if name in kwargs}
+            else:
+                short = {**cut, self.references: None, **dict.fromkeys(self._own)}
         return short | {
             name: each.cut(kwargs[name], layout, rows) for name, each in self._rows.items() if name in kwargs
         }

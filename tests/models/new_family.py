@@ -39,14 +39,15 @@ def patched(pipe: Any) -> None:
         assert np.array_equal(call(pipe), dense)
     for execute, kind in ((sra.Tokens(), "sparse"), (sra.Cache(refresh=sra.Every(2)), "cached")):
         with sra.patched(pipe, sra.SparseRef("mass", 0.25, execute)) as handle:
+            assert type(handle._generations.adapter).__module__ == "sparse_ref_attn.models.fresh"
             assert not np.array_equal(call(pipe), dense)
         assert (handle.record.steps[-1].kind, handle.record.steps[-1].kept) == (kind, 16), handle.summary()
     assert np.array_equal(call(pipe), dense)
 
 
 def estimated() -> None:
-    assert main(["estimate", "--model", "longcat-small", "--references", "1"]) == 0
-    assert main(["estimate", "--model", "longcat-small", "--references", "2"]) == 2
+    assert main(["estimate", "--model", "fresh-model", "--references", "1"]) == 0
+    assert main(["estimate", "--model", "fresh-model", "--references", "2"]) == 2
 
 
 def batched(pipe: Any) -> None:
@@ -95,7 +96,7 @@ if __name__ == "__main__":
     folder, published = Path(sys.argv[1]), module.calculate_dimensions
     assert folder in Path(sra.__path__[0]).parents, "the copy of the package must be the one that is imported"
     module.calculate_dimensions = lambda area, ratio: published(min(area, AREA), ratio)
-    model = tiny_models.longcat()
+    model = tiny_models.longcat(diffusers.LongCatImageEditPipeline)()
     patched(model)
     estimated()
     batched(model)
