@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter, Found, Kwargs
@@ -38,10 +37,7 @@ class LongCatTraining(TrainingHooks):
         pixels = (references.float() * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         length, pipe.tokenizer_max_length = pipe.tokenizer_max_length, text_tokens
         try:
-            encoded = [
-                pipe.encode_prompt([prompt], Image.fromarray(picture))
-                for prompt, picture in zip(prompts, pixels, strict=True)
-            ]
+            encoded = [pipe.encode_prompt([prompt], picture) for prompt, picture in zip(prompts, pixels, strict=True)]
         finally:
             pipe.tokenizer_max_length = length
         text, first = torch.cat([embeds for embeds, _ in encoded]), encoded[0][0].shape[1]
