@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
 from collections.abc import Callable
@@ -42,7 +43,8 @@ class Items:
         self.prompts = [None if "prompt_embeds" in own else p for own, p in zip(self.each, PROMPTS, strict=False)]
         for own in self.each:
             own.pop("prompt", None)
-        side = {"height": case.side, "width": case.side}
+        sized = "height" in inspect.signature(type(pipe).__call__).parameters
+        side = {"height": case.side, "width": case.side} if sized else {}
         self.common = {"num_inference_steps": steps, "output_type": "np", **side, **more}
 
     def alone(self, config: sra.SparseRef) -> tuple[list[np.ndarray], list[list[tuple[str, int]]]]:

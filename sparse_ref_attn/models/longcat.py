@@ -119,7 +119,7 @@ class LongCatAdapter(Adapter):
         return [m.register_forward_pre_hook(InstanceHook(m, hook), with_kwargs=True).remove for m, hook in hooked]
 
     def rotary(self, transformer: nn.Module, kwargs: Kwargs) -> tuple[Tensor, ...]:
-        return transformer.pos_embed(torch.cat([flat_ids(kwargs["txt_ids"]), flat_ids(kwargs["img_ids"])]))
+        return transformer.pos_embed(torch.cat([flat_ids(kwargs["txt_ids"]), flat_ids(kwargs["img_ids"])]))  # type: ignore[operator]
 
     def rotate(self, rotary: Sequence[Tensor], x: Tensor) -> Tensor:
         return internal("models.embeddings", "apply_rotary_emb")(x, tuple(rotary), sequence_dim=1)

@@ -196,8 +196,9 @@ def _masked_latents(case: Case, pipe: Any) -> dict[str, Any]:
 
 
 def _scaled_lora(pipe: Any) -> None:
-    """A LoRA, whose scale is among the attention's arguments."""
-    lora(pipe.transformer).requires_grad_(False)
+    """A LoRA, whose scale is among the attention's arguments; LongCat's pipeline hands none on."""
+    if type(pipe).__name__ != "LongCatImageEditPipeline":
+        lora(pipe.transformer).requires_grad_(False)
 
 
 def _captions(pipe: Any) -> None:

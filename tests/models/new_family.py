@@ -20,7 +20,7 @@ from sparse_ref_attn.eval.models import EvalModel
 from sparse_ref_attn.training.batches import training_of
 from sparse_ref_attn.training.folder import FolderBatches
 from sparse_ref_attn.training.loop import TrainConfig, train
-from sparse_ref_attn.training.lora import add_lora
+from sparse_ref_attn.training.lora import add_lora, save_lora
 from tests import tiny_models
 from tests.pictures import generator, picture
 
@@ -90,6 +90,12 @@ def trained(pipe: Any, folder: Path) -> None:
     after = train(pipe, batches, config, folder / "run", drop=drop)
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    path = save_lora(pipe, folder / "lora", after, None)
+    fresh = tiny_models.longcat(diffusers.LongCatImageEditPipeline)().transformer
+    fresh.load_lora_adapter(path.parent, weight_name=path.name, adapter_name="default")
+    loaded = {name: p for name, p in fresh.named_parameters() if "lora" in name}
+    assert loaded.keys() == after.keys()
+    assert all(torch.equal(loaded[name].float(), after[name].float()) for name in after)
 
 
 if __name__ == "__main__":
