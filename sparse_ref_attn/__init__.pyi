@@ -5,7 +5,9 @@ from . import errors as errors
 from . import functional as functional
 from . import schedules as schedules
 from . import selection as selection
+from .adapters import FunctionModel as FunctionModel
 from .adapters import PlainAdapter as PlainAdapter
+from .adapters import references_from_ids as references_from_ids
 from .batching import BatchResult as BatchResult
 from .batching import batch as batch
 from .config import SparseRef as SparseRef

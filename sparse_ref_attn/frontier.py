@@ -118,9 +118,10 @@ def _point(row: dict[str, str], path: Path, line: int) -> Point:
     try:
         if any(interval) != all(interval):
             raise ValueError("a loss without its interval")
+        loss, low, high = (_number(text) for text in interval)
         return Point(
             row["setting"], row["code"], row["family"], int(row["references"]), int(row["base_steps"]),
-            int(row["steps"]), *map(_number, interval), _number(row["dense_db"]), int(row["examples"]),
+            int(row["steps"]), loss, low, high, _number(row["dense_db"]), int(row["examples"]),
             int(row["seeds"]), row["weights"],
         )  # fmt: skip
     except ValueError as error:

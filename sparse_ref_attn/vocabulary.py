@@ -19,7 +19,10 @@ SELECTORS = ("random", "grid", "edges", "saliency", "cosine", "self-attention", 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "flux": ("kontext",),
     "flux2": ("flux2-dev", "klein-9b", "klein-9b-kv", "klein-4b"),
-    "qwen": ("qwen-image-edit", "qwen-image-edit-2511"),
+    "qwen": ("qwen-image-edit", "qwen-image-edit-2511", "qwen-image-layered"),
+    "longcat": ("longcat-image-edit",),
+    "flux3": ("flux3",),
+    "fibo": ("fibo-edit",),
 }
 """The model families, one line each: the module in `models`, and the published models that it describes."""
 MODELS = tuple(name for names in FAMILIES.values() for name in names)

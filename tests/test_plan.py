@@ -97,3 +97,21 @@ def test_a_model_that_keeps_its_references_itself_is_planned_as_it_is() -> None:
 def test_a_speed_must_be_a_number_of_at_least_one(speedup: Any) -> None:
     with pytest.raises(sra.ConfigError, match="speedup must be dense work over the run's own, at least 1, got"):
         sra.plan("kontext", speedup)
+
+
+class _Own:
+    """An attention processor that dispatches to no backend."""
+
+    def __call__(self, attn: Any, hidden_states: Any, **kwargs: Any) -> Any:
+        return hidden_states
+
+
+def test_a_model_that_hides_its_attention_is_told_why_nothing_can_be_planned() -> None:
+    model = named_model("kontext", num_layers=2, num_single_layers=4)
+    for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+        block.attn.processor = _Own()
+    found = sra.plan(model, 1.5, steps=28)
+    assert found.best is found.fastest is None
+    assert any("attention must be known" in note and "sparse-context" in note for note in found.notes)
+    with pytest.raises(sra.ConfigError, match=r"no candidate can run here; 18 of 28 steps with every token save that"):
+        _ = found.config

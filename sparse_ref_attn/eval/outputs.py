@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files import replacing
+from ..record import RunRecord
 from ..toy.calls import image
 from ..toy.scenes import Scene
 from .comparison import Comparison
@@ -164,15 +165,21 @@ def _row(references: Any, answer: Any, pair: Scene, result: Comparison) -> Any:
     """What was shown, the answer, and both pictures with what they cost and how near they come to it."""
     record, near = result.handle.record, against_answer(result, pair)
     every = record.layout.reference_tokens
-    used = sum(record.mean_kept(step) for step in record.steps) / len(record.steps)
     shown = [Panel("reference", references, ("what the model is shown",)), Panel("right answer", answer)]
-    for name, picture, tokens in (("dense", result.dense_image, every), ("sparse", result.sparse_image, used)):
-        lines = [f"all {every:,} reference tokens" if name == "dense" else f"{tokens:,.0f} of {every:,} tokens a step"]
+    for name, picture in (("dense", result.dense_image), ("sparse", result.sparse_image)):
+        lines = [f"all {every:,} reference tokens" if name == "dense" else _used(record)]
         lines.append(f"subject: {near[f'{name} against the answer, subject']:.1f} dB PSNR")
         if name == "sparse" and result.flop_ratio is not None:
             lines.append(f"{result.flop_ratio:.2f}x less work")
         shown.append(Panel(name, picture, tuple(lines)))
     return panels(shown)
+
+
+def _used(record: RunRecord) -> str:
+    """In how many steps the references ran, where they were stored; else how many of their tokens a step had."""
+    if cached := sum(step.kind == "cached" for step in record.steps):
+        return f"run in {len(record.steps) - cached} of {len(record.steps)} steps, else read"
+    return f"{record.mean_tokens:,.0f} of {record.layout.reference_tokens:,} tokens a step"
 
 
 def against_answer(result: Comparison, pair: Scene) -> dict[str, float]:

@@ -141,7 +141,7 @@ class Scorer:
         if example.open_scenery and mask is not None:
             compared["target"], shown = [], ("dense",)
             scenery = metrics.SceneryPsnr(grown(mask > 0, _MARGIN)) if _SCENERY in self.columns else None
-            mask = ~grown(mask < 1, _MARGIN)
+            mask = 1.0 - grown(mask < 1, _MARGIN)
         if self._subject and mask is not None and mask.any():
             for of in compared.values():
                 of.append(metrics.MaskedPsnr(mask))

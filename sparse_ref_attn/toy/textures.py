@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .words import COLOURS
 
@@ -48,8 +48,8 @@ class Texture:
     Examples
     --------
     >>> rings = Texture("rings", 0.0, 20.0, 32.0, 32.0, 7, 8)
-    >>> rings.picture(64).shape, rings.picture(64)[32, 32].round(2).tolist()
-    ((64, 64, 3), [0.12, 0.12, 0.12])
+    >>> rings.picture(64).shape, (255 * rings.picture(64)[32, 32]).round().tolist()
+    ((64, 64, 3), [30.0, 30.0, 30.0])
     """
 
     kind: str
@@ -62,7 +62,7 @@ class Texture:
 
     def picture(self, side: int) -> NDArray[np.float32]:
         """(side, side, 3), 0 to 1."""
-        share = mix(self.kind, self.angle, self.period, self.x, self.y, side)[..., None]
+        share = mix(self.kind, [self.angle, self.period, self.x, self.y], side)[..., None]
         return (PALETTE[self.first] * (1 - share) + PALETTE[self.second] * share).astype(np.float32)
 
 
@@ -80,15 +80,15 @@ def turns(kind: str) -> float:
     return {"stripes": np.pi, "rings": 0.0}.get(kind, np.pi / 2)
 
 
-def mix(kind: str, angle: Any, period: Any, x: Any, y: Any, side: int, step: int = 1) -> Shares:
+def mix(kind: str, settings: ArrayLike, side: int, step: int = 1) -> Shares:
     """Share of the second colour at each pixel, 0 to 1; edges are as wide as a step.
 
     Parameters
     ----------
     kind : str
         One of `KINDS`.
-    angle, period, x, y : float or ndarray
-        As `Texture`; arrays of one shape (n,) give n maps.
+    settings : array
+        (4,) or (..., 4): angle, period, x and y as `Texture` has them.
     side : int
         Of the picture, in pixels.
     step : int
@@ -97,9 +97,9 @@ def mix(kind: str, angle: Any, period: Any, x: Any, y: Any, side: int, step: int
     Returns
     -------
     ndarray
-        (side / step, side / step), or with n in front.
+        (..., side / step, side / step).
     """
-    angle, period, x, y = (np.asarray(v, np.float32)[..., None, None] for v in (angle, period, x, y))
+    angle, period, x, y = np.moveaxis(np.asarray(settings, np.float32), -1, 0)[..., None, None]
     rows, columns = np.mgrid[:side:step, :side:step].astype(np.float32) + np.float32((step - 1) / 2)
     right, down = columns - x, rows - y
     if kind == "rings":

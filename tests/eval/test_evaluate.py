@@ -276,7 +276,7 @@ def test_bad_input_is_told(done: Path, models: list[str], tmp_path: Path, capsys
         ([*out, models[0], "--keep", "120%"], "must be a share in (0, 1]"),
         (
             [*out, models[0], "--families", "x"],
-            "a family must be one of subject-driven, aligned, open scenery, got 'x'",
+            "must be one of subject-driven, aligned, open scenery, got 'x'",
         ),
         ([*out, models[0], "--metrics", "fid"], "argument --metrics: must be one of psnr"),
         ([*out, models[0], models[0]], "models must have names of their own"),

@@ -37,8 +37,8 @@ def test_every_kind_and_pair_of_colours_comes():
 def test_a_pattern_repeats(kind):
     """After its period along its own direction, and after the turn that is said to, but for the colours' order."""
     angle, period, x, y = 0.4, 24.0, 30.0, 40.0
-    first = mix(kind, angle, period, x, y, 64)
-    turned = mix(kind, angle + turns(kind), period, x, y, 64)
+    first = mix(kind, [angle, period, x, y], 64)
+    turned = mix(kind, [angle + turns(kind), period, x, y], 64)
     assert np.allclose(turned, first, atol=0.02) or np.allclose(turned, 1 - first, atol=0.02)
     if kind == "rings":
         distance = np.hypot(*(np.mgrid[:64, :64] - np.array([y, x])[:, None, None]))
@@ -46,17 +46,17 @@ def test_a_pattern_repeats(kind):
         assert same.sum() > 500
         assert not first[same].any()
     else:
-        moved = mix(kind, angle, period, x + period * np.cos(angle), y + period * np.sin(angle), 64)
+        moved = mix(kind, [angle, period, x + period * np.cos(angle), y + period * np.sin(angle)], 64)
         assert np.allclose(moved, first, atol=0.02)
-    assert not np.allclose(mix(kind, angle, period, x + 5, y + 5, 64), first, atol=0.02)
+    assert not np.allclose(mix(kind, [angle, period, x + 5, y + 5], 64), first, atol=0.02)
 
 
 def test_several_maps_at_once_are_those_of_each():
     settings = np.array([[0.1, 24, 3, 4], [0.7, 30, 50, 9]], np.float32)
     for kind in KINDS:
-        both = mix(kind, *settings.T, 64, 2)
+        both = mix(kind, settings, 64, 2)
         assert both.shape == (2, 32, 32)
-        assert all(np.array_equal(one, mix(kind, *s, 64, 2)) for one, s in zip(both, settings, strict=True))
+        assert all(np.array_equal(one, mix(kind, s, 64, 2)) for one, s in zip(both, settings, strict=True))
 
 
 def test_the_mean_is_none_of_them():

@@ -24,7 +24,9 @@ def add(commands: Commands) -> None:
     data.add_argument("--data", metavar="DIR", help="pictures and metadata.jsonl, for --model")
     data.add_argument("--vae", action="store_true", help="with --sprites: the small model's autoencoder instead")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="PATH", help="a FLUX.1 Kontext pipeline, which gets a LoRA")
+    model.add_argument(
+        "--model", metavar="PATH", help="a FLUX.1 Kontext or LongCat-Image-Edit pipeline, which gets a LoRA"
+    )
     model.add_argument("--lora-rank", type=values.above(1), default=16, metavar="R", help="default: %(default)s")
     model.add_argument(
         "--init",
