@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,12 @@ def frontier(
     families = tuple(options.families) if chosen else None
     fewest = min(len(data.chosen((family,), None)) for family in families or data.families)
     out, first = Path(options.out), 8 if options.first is None else options.first
+    alone_or_first = int(os.environ.get("RANK", "0")) == 0
     losses = sweep(
         out, data, model, scorer, first=first, last=options.subjects or fewest, seeds=options.seeds, families=families,
-        keys=options.candidates, about=about, told=show,
+        keys=options.candidates, about=about, told=show if alone_or_first else _quiet,
     )  # fmt: skip
-    if not (out / "rows.csv").is_file() or not _first_process():
+    if not alone_or_first:
         return
     points = list(points_of(losses, model.steps, model.id))
     write_points(points, out / "frontier.csv")
@@ -65,7 +67,5 @@ def frontier(
     )
 
 
-def _first_process() -> bool:
-    import os
-
-    return int(os.environ.get("RANK", "0")) == 0
+def _quiet(text: str) -> None:
+    """In place of what the first process tells."""
