@@ -113,10 +113,12 @@ def test_the_choices_run_and_replace_each_other() -> None:
 
 
 def test_the_shorter_pages_code_runs(capsys: pytest.CaptureFixture) -> None:
-    """Memory, step caches and the ops."""
-    for page in ("docs/memory.md", "docs/step-caches.md", "docs/other-codebases.md"):
-        (code,) = blocks(page)
-        exec(code, {"pipe": tiny_kontext(), "sra": sra})
+    """Memory, step caches, other codebases and the ops."""
+    for page, count in (("docs/memory.md", 1), ("docs/step-caches.md", 1), ("docs/other-codebases.md", 4)):
+        codes = blocks(page)
+        assert len(codes) == count
+        for code in codes:
+            exec(code, {"pipe": tiny_kontext(), "sra": sra})
     assert "FLOP ratio" in capsys.readouterr().out
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
+from sparse_ref_attn.adapters.stream import reference_tokens
 from sparse_ref_attn.models import adapter_for
+from sparse_ref_attn.selection import Reduced
 from tests.adapters.test_dropping import ROUNDING, error, noise, scores
 from tests.adapters.witnesses import Call, HiddenKeys, best, witnessed
 from tests.models.other_pipelines import OTHERS, Other, small_pictures
@@ -135,6 +137,24 @@ def test_flux3_references_alone_are_an_argument_that_may_be_missing() -> None:
     want = pipe.transformer(**given)[0]
     with sra.patched(pipe.transformer, sra.SparseRef("mass", KEEP)):
         assert torch.equal(pipe.transformer(**given)[0], want)
+
+
+@torch.no_grad()
+@each
+def test_tokens_placed_at_their_own_cells_are_the_references(other: Other) -> None:
+    """Whatever the units of a model's positions: the output is that of the call as it was."""
+    pipe = other.build()
+    with witnessed(pipe.transformer) as calls:
+        other.call(pipe, steps=1)
+    given, adapter = calls[0].given, adapter_for(pipe.transformer)
+    layout = adapter.layout(given, adapter.find(given))
+    parts = reference_tokens(adapter, given, layout).split(layout.sizes, 1)
+    cells = [torch.cartesian_prod(torch.arange(h), torch.arange(w)).float() for h, w in other.references]
+    reduced = [Reduced(tokens, positions) for tokens, positions in zip(parts, cells, strict=True)]
+    placed = adapter.replace(given, layout, reduced)
+    for name in ("hidden_states", "img_ids", "image_cond_hidden_states", "image_cond_ids"):
+        if given.get(name) is not None:
+            assert torch.allclose(placed[name].float(), given[name].float(), atol=1e-6)
 
 
 @torch.no_grad()
