@@ -77,7 +77,7 @@ def test_a_bare_installation_does_what_it_can_and_says_what_the_rest_needs(tmp_p
     assert "--resume" in bench_help[1]
     assert missing(bench)[0] == "bench"
     assert table[0] == 0
-    assert "| cache | 2 | 2.00x |" in table[1]
+    assert "| cache | 3 | 2 | 2.00x |" in table[1]
     assert drawn[0] == 2
     assert "matplotlib not installed: pip install 'sparse-ref-attn[eval]'; without --out" in drawn[2]
     assert {path.name for path in tmp_path.iterdir()} == {"cup.png", "theirs.json"}

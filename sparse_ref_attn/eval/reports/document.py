@@ -44,7 +44,8 @@ def about_pipeline(
     steps : int
     """
     transformer, images = unwrap(pipe.transformer), arguments["image"]
-    built = {name: value for name, value in dict(transformer.config).items() if not name.startswith("_")}
+    config: Any = transformer.config
+    built = {name: value for name, value in config.items() if not name.startswith("_")}
     built_text = json.dumps(built, sort_keys=True, default=lambda value: type(value).__qualname__)
     try:
         weights = weights_fingerprint(transformer)
@@ -114,7 +115,7 @@ def document(
     }
     if rivals is not None:
         found["rivals"] = rivals.to_dict()
-    return _finite(found)  # type: ignore[no-any-return]
+    return _finite(found)
 
 
 def _finite(value: Any) -> Any:
