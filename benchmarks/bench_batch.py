@@ -29,6 +29,7 @@ import torch
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.eval.clock import time_call, timed
+from sparse_ref_attn.eval.counted import sites_of
 
 from .memory import peak_memory, reserve
 from .options import Output, add_cuts, add_shared, prepare
@@ -36,7 +37,6 @@ from .random_pipelines import build, embeddings, own_arguments, photos, transfor
 from .results import ENVIRONMENT
 from .runs import about
 from .shapes import PipelineCase, changed
-from .work import sites_of
 
 __all__ = ["add_arguments", "bench", "run"]
 

@@ -10,7 +10,8 @@ All methods run in turn, for several rounds, in one process. The bound is
 
 with the seconds of the dense runs and the FLOPs of the method's run, dense profiling steps included. Measuring the
 attention (`attention_mass`, float32) is charged what it takes by itself at the same shapes. The work of a step cache,
-which decides while it runs, is counted in a run that is not timed.
+which decides while it runs, is counted in a run that is not timed. "fewer steps" are dense runs in as many steps as
+take no longer than each method did.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ import torch
 
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.eval.clock import time_call, timed
+from sparse_ref_attn.eval.counted import sites_of
 
 from . import results
 from .memory import page_faults, peak_memory, reserve
-from .methods import METHODS, Method
+from .methods import FEWER, METHODS, Method
 from .op_methods import REFUSALS, told
 from .options import Output, add_cuts, add_shared, prepare
 from .random_pipelines import build, caller, transformer_of, with_cache
 from .runs import Runs, about, gate, rows_of, run_once, run_untimed, running
 from .shapes import SUITES, PipelineCase, changed
-from .work import sites_of
 
 __all__ = ["add_arguments", "bench", "run", "table"]
 
@@ -45,7 +46,8 @@ def bench(case: PipelineCase, names: Sequence[str], device: torch.device, dtype:
     if case.model.startswith("klein"):
         pipes[True] = with_cache(own)
     calls = {cached: caller(pipe, case) for cached, pipe in pipes.items()}
-    methods = able(case, {name: METHODS[name] for name in dict.fromkeys(["dense", *names])}, pipes, calls)
+    named = [name for name in dict.fromkeys(["dense", *names]) if name != FEWER]
+    methods = able(case, {name: METHODS[name] for name in named}, pipes, calls)
     for cached, pipe in pipes.items():
         others = [method for method in methods.values() if method.cached == cached and method != METHODS["dense"]]
         if not gate(pipe, calls[cached], case, others):
@@ -62,11 +64,34 @@ def bench(case: PipelineCase, names: Sequence[str], device: torch.device, dtype:
             run_once(pipes[method.cached], calls[method.cached], case, method, runs[name])
             faults = page_faults() - before
             print(f"  round {number + 1}, {name}: {runs[name].total[-1]:.2f} s, {faults} page faults", flush=True)
+    if FEWER in names:
+        methods |= fewer_steps(case, own, calls[False], runs)
     for name, method in methods.items():
         run_untimed(pipes[method.cached], calls[method.cached], case, method, runs[name])
     share = tap * len(sites_of(own.transformer)) * case.steps / median(runs["dense"].total)
     print(f"  timing the dense runs' attention took {share:.3%} of them")
     return rows_of(case, runs, own.transformer)
+
+
+def fewer_steps(case: PipelineCase, pipe: Any, call: Callable[..., Any], runs: dict[str, Runs]) -> dict[str, Method]:
+    """For each method that was timed, the dense run in the most steps that take no longer, timed; `runs` takes them.
+
+    What the dense run's own time promises is held to the clock: a run that takes longer runs in a step less.
+    """
+    dense, found = runs["dense"], {}
+    fixed = median(t - x for t, x in zip(dense.total, dense.transformer, strict=True))
+    each = median(dense.transformer) / case.steps
+    for seconds in sorted({median(own.total) for name, own in runs.items() if name != "dense"}, reverse=True):
+        for steps in range(min(case.steps - 1, int((seconds - fixed) / each)), 0, -1):
+            name, method = f"dense, {steps} steps", Method(steps=steps)
+            if name not in runs:
+                runs[name], found[name] = Runs(), method
+                for number in range(case.rounds):
+                    run_once(pipe, call, case, method, runs[name])
+                    print(f"  round {number + 1}, {name}: {runs[name].total[-1]:.2f} s", flush=True)
+            if median(runs[name].total) <= seconds:
+                break
+    return found
 
 
 def able(
@@ -133,8 +158,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="only the suite's cases of this model")
     parser.add_argument("--references", type=int, metavar="N", help="only cases with this many references")
     parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), metavar="NAME",
-        help=f"instead of the suite's: {', '.join(METHODS)}".replace("%", "%%"),
+        "--methods", nargs="+", choices=[*METHODS, FEWER], metavar="NAME",
+        help=f"instead of the suite's: {', '.join([*METHODS, FEWER])}".replace("%", "%%"),
     )  # fmt: skip
     add_cuts(parser)
     add_shared(parser)

@@ -23,6 +23,7 @@ import torch
 import sparse_ref_attn as sra
 from sparse_ref_attn.cost import bound_seconds
 from sparse_ref_attn.eval.clock import time_call, timed
+from sparse_ref_attn.eval.counted import counted_work, sites_of
 from sparse_ref_attn.models import MODELS, adapter_for
 
 from .memory import peak_memory, peak_of, reserve
@@ -31,7 +32,6 @@ from .random_pipelines import build, caller, transformer_of
 from .results import ENVIRONMENT
 from .runs import about, scoring_seconds
 from .shapes import PipelineCase, changed
-from .work import counted_work, sites_of
 
 __all__ = ["COLUMNS", "add_arguments", "bench", "run"]
 

@@ -32,9 +32,10 @@ def make(folder: Path = FOLDER) -> list[Path]:
     with tempfile.TemporaryDirectory() as name:
         for command in ("demo", "compare"):
             _run(command, "--seed", SEED, "--out", f"{name}/{command}")
+        _run("demo", "--seed", SEED, "--preset", "recast", "--out", f"{name}/dropped")
         made = {
             "demo": open_image(f"{name}/demo/row.png"),
-            "kept": open_image(f"{name}/demo/kept.png"),
+            "kept": open_image(f"{name}/dropped/kept.png"),
             "compare": compared(Path(name) / "compare"),
         }
         for stem, picture in made.items():
@@ -52,7 +53,10 @@ def compared(folder: Path) -> Any:
     shown = [panel("reference", "what the model is shown"), panel("answer", "what is right")]
     for row in found["rows"]:
         tokens, likeness = f"{row['tokens_a_step']:,.0f} tokens a step", "all tokens in every step"
-        if row["method"] != "dense":
+        if row["method"] in found.get("rivals", {"runs": ()})["runs"]:
+            tokens, own = found["rivals"]["runs"][row["method"]]["setting"], row["PSNR (dB)"]
+            likeness = "equal to dense" if own is None else f"PSNR to dense {own:.1f} dB"
+        elif row["method"] != "dense":
             kinds = found["runs"][row["method"]]["run"]["by_step"]["kind"]
             if "cached" in kinds:
                 tokens = f"run in {len(kinds) - kinds.count('cached')} of {len(kinds)} steps, else read"

@@ -8,7 +8,7 @@ import sparse_ref_attn as sra
 
 from .step_caches import STEP_CACHES
 
-__all__ = ["KEPT", "METHODS", "Method"]
+__all__ = ["FEWER", "KEPT", "METHODS", "Method", "method_of"]
 
 KEPT = (0.50, 0.25, 0.10, 0.05)
 
@@ -25,12 +25,18 @@ class Method:
         Run `Flux2KleinKVPipeline`, which keeps its references' keys and values, around the same transformer.
     step_cache : str, optional
         A name of `step_caches.STEP_CACHES`, switched on for the call.
+    steps : int, optional
+        Instead of the case's.
     """
 
     config: sra.SparseRef | None = None
     cached: bool = False
     step_cache: str | None = None
+    steps: int | None = None
 
+
+FEWER = "fewer steps"
+"""Beside `METHODS`: for each method of a case the dense run in as many steps as take no longer."""
 
 METHODS: dict[str, Method] = {
     "dense": Method(),
@@ -52,4 +58,15 @@ METHODS: dict[str, Method] = {
     "stored, tiles": Method(sra.SparseRef("mass", 1 / 8, execute=sra.Cache(per="tile"))),
     **{name: Method(step_cache=name) for name in STEP_CACHES},
     **{f"{name} + edges 25%": Method(sra.SparseRef("edges", 0.25), step_cache=name) for name in STEP_CACHES},
+    **{
+        f"{name} + stored once": Method(sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=sra.Never())), False, name)
+        for name in STEP_CACHES
+    },
 }
+
+
+def method_of(name: str) -> Method:
+    """The method of a row's name: one of `METHODS`, or "dense, 3 steps"."""
+    if name in METHODS:
+        return METHODS[name]
+    return Method(steps=int(name.removeprefix("dense, ").split()[0]))

@@ -15,6 +15,7 @@ import torch
 import sparse_ref_attn as sra
 from sparse_ref_attn.cost import Flops, ModelShape, StepTokens, bound_seconds, run_flops
 from sparse_ref_attn.eval.clock import time_call, timed
+from sparse_ref_attn.eval.counted import counted_work, sites_of
 from sparse_ref_attn.functional import attention_mass
 from sparse_ref_attn.models import adapter_for, named_model
 from sparse_ref_attn.record import RunRecord
@@ -22,10 +23,9 @@ from sparse_ref_attn.reference_cache import Tiling
 from sparse_ref_attn.report.work import recorded_flops
 
 from .memory import peak_of
-from .methods import METHODS, Method
+from .methods import METHODS, Method, method_of
 from .shapes import TEXT_TOKENS, PipelineCase
-from .step_caches import step_cached
-from .work import counted_work, sites_of
+from .step_caches import on
 
 __all__ = ["Runs", "about", "gate", "rows_of", "run_once", "run_untimed", "running"]
 
@@ -45,7 +45,7 @@ class Runs:
 @contextmanager
 def running(pipe: Any, method: Method, steps: int) -> Iterator[sra.PatchHandle | None]:
     """Inside, calls of `steps` steps run by `method`; gives the patch, if it is one."""
-    with step_cached(method.step_cache, pipe, steps):
+    with on(method.step_cache, pipe, steps):
         if method.config is None:
             yield None
         else:
@@ -62,8 +62,9 @@ def run_once(pipe: Any, call: Callable[..., Any], case: PipelineCase, method: Me
         runs.transformer.append(times.transformer)
         runs.attention.append(times.attention or 0.0)
     else:
-        with running(pipe, method, case.steps) as handle:
-            seconds, images = timed(call, device)
+        steps = method.steps or case.steps
+        with running(pipe, method, steps) as handle:
+            seconds, images = timed(lambda: call(steps=steps), device)
             runs.record = None if handle is None else handle.record
     if not np.isfinite(images).all():
         raise RuntimeError("every run must give finite images, got NaN or infinity")
@@ -76,7 +77,8 @@ def run_untimed(pipe: Any, call: Callable[..., Any], case: PipelineCase, method:
     On a CPU two steps are enough for the memory, and recording it is slow.
     """
     device = pipe.transformer.device
-    steps = case.steps if device.type == "cuda" or method.step_cache else min(2, case.steps)
+    whole = method.steps or case.steps
+    steps = whole if device.type == "cuda" or method.step_cache else min(2, whole)
     with running(pipe, method, steps):
         if method.step_cache:
             with counted_work(pipe.transformer) as work:
@@ -131,7 +133,7 @@ def rows_of(case: PipelineCase, runs: Mapping[str, Runs], transformer: Any) -> l
     weights = sum(p.numel() * p.element_size() for p in transformer.parameters())
     rows = []
     for name, own in runs.items():
-        method = METHODS[name]
+        method = method_of(name)
         seconds = median(own.total)
         row = about(case, transformer) | {"method": name, "rounds": len(own.total), "gate": "pass"}
         row |= {"seconds_median": seconds, "seconds_min": min(own.total), "seconds_max": max(own.total)}
@@ -145,6 +147,8 @@ def rows_of(case: PipelineCase, runs: Mapping[str, Runs], transformer: Any) -> l
             scoring = scoring_seconds(own.record, shape, next(transformer.parameters()))
             work = Flops(recorded.matmul, recorded.attention - int(own.record.scoring_flops))
             row["flop_ratio"] = full.total / recorded.total
+        elif method.steps is not None:
+            work = Flops(full.matmul * method.steps // case.steps, full.attention * method.steps // case.steps)
         elif method.cached:
             split = StepTokens(TEXT_TOKENS, tokens, references, split=True)
             read = StepTokens(TEXT_TOKENS, tokens, 0, cached=references)
@@ -175,9 +179,9 @@ def recorded_columns(record: RunRecord) -> dict[str, float]:
 
 def full_ratio(case: PipelineCase, name: str) -> float | str:
     """The FLOP ratio of the model at its published depth; empty where `estimate` does not know the method."""
-    method, size = METHODS[name], (case.side, case.side)
-    if name == "dense":
-        return 1.0
+    method, size = method_of(name), (case.side, case.side)
+    if name == "dense" or method.steps is not None:
+        return case.steps / (method.steps or case.steps)
     if method.config is None or method.step_cache:
         return ""
     model = _published(f"{case.model}-kv" if method.cached else case.model)

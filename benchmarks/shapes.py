@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .methods import KEPT, METHODS
+from .methods import FEWER, KEPT, METHODS
 
 __all__ = ["SUITES", "TEXT_TOKENS", "PipelineCase", "Suite", "changed", "quick"]
 
@@ -115,7 +115,7 @@ SUITES: dict[str, Suite] = {
     "pipeline": Suite(
         "whole pipe() calls of FLUX.1 Kontext and FLUX.2 Klein 9B",
         (KONTEXT, KLEIN, replace(KLEIN, references=2), replace(KLEIN, references=4)),
-        ("edges 25%", "edges 10%", "edges 5%", "ReCAST", "downscale 25%"),
+        ("edges 25%", "edges 10%", "edges 5%", "ReCAST", "downscale 25%", FEWER),
         "pipeline",
     ),
     "cache": Suite(
@@ -136,13 +136,13 @@ SUITES: dict[str, Suite] = {
                 replace(KLEIN, model="flux2-dev", references=2),
             )
         ),
-        ("tokens 25%", "stored", "stored once", "stored once, 25% read", "stored, tiles"),
+        ("tokens 25%", "stored", "stored once", "stored once, 25% read", "stored, tiles", FEWER),
         "stored",
     ),
     "step-cache": Suite(
         "step caches beside ours, and the two together",
         tuple(replace(case, layers=2, single=2, steps=8, rounds=1, side=512) for case in (KONTEXT, KLEIN)),
-        ("edges 25%", *(name for name, method in METHODS.items() if method.step_cache)),
+        ("edges 25%", *(name for name, method in METHODS.items() if method.step_cache), FEWER),
         "step_cache",
     ),
     "references": Suite(
@@ -181,7 +181,7 @@ SUITES: dict[str, Suite] = {
     "end-to-end": Suite(
         "real size: Kontext in 28 steps, Klein 9B in 4 with 1 to 4 references; needs a card",
         (REAL_KONTEXT, *(replace(REAL_KLEIN, references=n) for n in (1, 2, 3, 4))),
-        ("ReCAST", "downscale 25%", "Klein-KV", *(name for name in EXECUTIONS if not name.endswith("50%"))),
+        ("ReCAST", "downscale 25%", "Klein-KV", FEWER, *(name for name in EXECUTIONS if not name.endswith("50%"))),
         "end_to_end",
     ),
 }

@@ -9,13 +9,20 @@ from .errors import ConfigError
 
 __all__ = ["chosen"]
 
-PRESETS = ("recast", "sparse-context")
+CHOSEN_PRESETS = ("faithful", "balanced", "fast")
+PAPERS = ("recast", "sparse-context")
+PRESETS = (*CHOSEN_PRESETS, *PAPERS)
+"""Those that were chosen on the frontier, which keep every token, and those that drop tokens."""
+DEFAULT_PRESET = "balanced"
 TASKS = ("auto", "edit", "subject", "style")
 SELECTORS = ("random", "grid", "edges", "saliency", "cosine", "self-attention", "mass")
 FAMILIES: dict[str, tuple[str, ...]] = {
     "flux": ("kontext",),
     "flux2": ("flux2-dev", "klein-9b", "klein-9b-kv", "klein-4b"),
-    "qwen": ("qwen-image-edit", "qwen-image-edit-2511"),
+    "qwen": ("qwen-image-edit", "qwen-image-edit-2511", "qwen-image-layered"),
+    "longcat": ("longcat-image-edit",),
+    "flux3": ("flux3",),
+    "fibo": ("fibo-edit",),
 }
 """The model families, one line each: the module in `models`, and the published models that it describes."""
 MODELS = tuple(name for names in FAMILIES.values() for name in names)
@@ -35,12 +42,21 @@ METHODS: tuple[str, ...] = (
     "grid", "random", "ToMe", "cache", "tiles",
 )  # fmt: skip
 """The rules that need no mask, by `eval.methods.method_name`."""
+FEWER = "fewer steps"
+"""The dense run in fewer steps: what a user would do without this library."""
+STEP_CACHES: tuple[str, ...] = ("TaylorSeer", "TaylorSeer lite", "FirstBlockCache", "cache-dit")
+RIVALS: tuple[str, ...] = (FEWER, *STEP_CACHES)
+"""Ways to save work that leave the references alone."""
+COMBINED: tuple[str, ...] = tuple(
+    f"{rule} + {rival}" for rule in ("cache", "tiles", "ReCAST", "saliency") for rival in (FEWER, "TaylorSeer")
+)
+"""A rule and a rival in one run."""
 SAME = {"mass": "ReCAST", "mass rising": "ReCAST rising", "mass flat": "ReCAST flat"}
 """The selector's name of a rule, by which `RULES` and `METHODS` may be called too."""
 BUILTIN = ("small", "large", "tiny")
 EDITS = ("place", "pair", "swap", "local", "global")
 LAYOUTS = ("folder", "kontext-bench", "dreambench++", "pie-bench")
-METRICS = ("psnr", "ssim", "subject-psnr", "identity", "lpips", "dists")
+METRICS = ("psnr", "ssim", "subject-psnr", "identity", "lpips", "dists", "scenery-psnr")
 DISTRIBUTIONS = ("uniform", "log_uniform", "arcsine")
 
 

@@ -13,11 +13,11 @@ import torch
 from benchmarks import bench_steps, random_pipelines, results, runs
 from benchmarks.cli import LEVELS, main
 from benchmarks.memory import peak_of
-from benchmarks.methods import METHODS
+from benchmarks.methods import FEWER, METHODS
 from benchmarks.shapes import SUITES, TEXT_TOKENS, PipelineCase
-from benchmarks.work import counted_work
 from sparse_ref_attn import ConfigError, SparseRef, estimate, patched
 from sparse_ref_attn.cost import StepTokens, run_flops
+from sparse_ref_attn.eval.counted import counted_work
 from sparse_ref_attn.models import adapter_for, named_model
 from sparse_ref_attn.report.work import recorded_flops
 from sparse_ref_attn.vocabulary import MODELS
@@ -87,7 +87,7 @@ def test_suites_have_real_shapes():
         ("kontext", 1, 28), *(("klein-9b", n, 4) for n in (1, 2, 3, 4))
     }  # fmt: skip
     for suite in SUITES.values():
-        assert set(suite.methods) <= set(METHODS)
+        assert set(suite.methods) <= {*METHODS, FEWER}
         assert all(case.heads is None for case in suite.cases)
     for case in SUITES["end-to-end"].cases:
         cut, whole = random_pipelines.transformer_of(case).config, named_model(case.model).config
@@ -186,13 +186,19 @@ def test_the_stored_suite_counts_each_step_as_it_ran(tmp_path):
 
 def test_step_caches_are_charged_the_work_they_do(tmp_path):
     out = tmp_path / "rows.csv"
-    names = ["TaylorSeer", "TaylorSeer + edges 25%", "FirstBlockCache", "cache-dit"]
+    names = ["TaylorSeer", "TaylorSeer + edges 25%", "TaylorSeer + stored once", "FirstBlockCache", "cache-dit"]
     asked = ["pipeline", "--suite", "step-cache", "--model", "kontext", *QUICK, "--side", "128", "--steps", "5"]
-    assert main([*asked, "--out", str(out), "--methods", "edges 25%", *names]) == 0
+    assert main([*asked, "--out", str(out), "--methods", "edges 25%", *names, FEWER]) == 0
     rows = rows_in(out)
+    fewer = [row for name, row in rows.items() if name.startswith("dense, ")]
+    assert fewer
+    for row in fewer:
+        assert float(row["flop_ratio"]) == pytest.approx(5 / int(row["method"].split()[1]), rel=1e-3)
+        assert row["steps"] == "5"  # of the run that it is compared with
     ratio = {name: float(row["flop_ratio"]) for name, row in rows.items()}
     assert 1 < ratio["TaylorSeer"] < ratio["TaylorSeer + edges 25%"]
     assert ratio["edges 25%"] < ratio["TaylorSeer + edges 25%"]
+    assert ratio["TaylorSeer"] < ratio["TaylorSeer + stored once"]
     assert ratio["FirstBlockCache"] >= 1
     assert ratio["cache-dit"] >= 1
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from .. import __version__
-from .commands import app, bench, build, compare, demo, doctor, estimate, evaluate, run, train
+from .commands import app, bench, build, compare, demo, doctor, estimate, evaluate, run, shared, train
 from .failures import CODES
 from .parsing import Parser
 
 __all__ = ["parser"]
 
-COMMANDS = (demo, run, compare, evaluate, train, app, estimate, build, bench, doctor)
+COMMANDS = (demo, run, compare, shared, evaluate, train, app, estimate, build, bench, doctor)
 """In the order of ``sra --help``."""
 
 

@@ -13,15 +13,19 @@ from ..errors import ConfigError, SparseRefError
 from ..estimation import at_share
 from ..eval import checked_arguments, loading, metrics, outputs
 from ..eval.compare import compare_all
+from ..eval.equal_time import run_rivals
 from ..eval.method_rows import markdown, rows_of
 from ..eval.methods import methods
 from ..eval.metrics import Metric, weights
 from ..eval.page import Asked, write_page
+from ..eval.reports.document import about_pipeline
+from ..eval.rival_settings import is_rival, rival_setting
+from ..eval.settings import Setting
 from ..execution import Cache
 from ..hooks.compiled import unwrap
 from ..pictures import open_image
 from ..toy.calls import image
-from . import builtin, calling, execution, failures
+from . import builtin, calling, execution, failures, sharing
 from .logs import quiet
 from .memory import memory_of
 from .terminal import saved, show
@@ -33,11 +37,12 @@ Family = Callable[[float], SparseRef]
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Every method at the same share of the tokens, in one page."""
+    """Every method at the same share of the tokens, in one page, beside fewer steps in the same time."""
     if options.model is not None and (options.image is None or options.prompt is None):
         raise ConfigError("--model needs --image and --prompt, got it without them")
     if options.model is not None and options.edit is not None:
         raise ConfigError("--edit must come with the built-in model, got --model")
+    sharing.check_asked(options)
     refused: dict[str, str] = {}
     families = _families(options, refused)
     directory = outputs.prepare_directory(options.out)
@@ -48,7 +53,9 @@ def compare(options: argparse.Namespace) -> None:
     else:
         pipe, device, arguments = _loaded(options)
     steps = arguments.pop("num_inference_steps")
-    configs = _at_share(unwrap(pipe.transformer), families, options.keep, steps, refused)
+    transformer = unwrap(pipe.transformer)
+    configs = _at_share(transformer, families, options.keep, steps, refused)
+    others = _others(transformer, options, steps, refused)
     call = calling.caller(pipe, arguments, options.seed)
     pictures = outputs.Pictures(directory / "pictures", ())
     asked = Asked(arguments["prompt"], _listed(arguments["image"]), answer)
@@ -57,24 +64,27 @@ def compare(options: argparse.Namespace) -> None:
     largest = max(configs.values(), key=lambda config: isinstance(config.execute, Cache))
     with failures.told(pictures.folder, pictures.written, memory_of(pipe, largest, arguments, options)):
         results = compare_all(pipe, configs, call, steps=steps, repeats=options.repeats, refused=refused, made=pictures)
-    _check_any(results, refused)
-    about: dict[str, Any] = {
-        "pipeline": type(pipe).__name__,
-        "model": options.model,
-        "device": doctor.device(device),
-        "keep": options.keep,
-        "seed": options.seed,
-        "repeats": options.repeats,
-        "arguments": {k: v for k, v in arguments.items() if k != "image"} | {"steps": steps},
-        "methods": {name: config.describe() for name, config in configs.items() if name in results},
-        "versions": doctor.versions(),
-    }
-    files = write_page(directory, results, shown, about, asked, refused=refused, note=note, save=pictures)
+        _check_any(results, refused)
+        rivals = run_rivals(
+            pipe, results, call, steps=steps, repeats=options.repeats, others=others, refused=refused, made=pictures
+        )
+    about = about_pipeline(pipe, options.model, doctor.device(device), arguments, steps)
+    about |= {"keep": options.keep, "seed": options.seed, "repeats": options.repeats}
+    about |= {"methods": {name: config.describe() for name, config in configs.items() if name in results}}
+    about |= {"rivals": {name: setting.code.split("\n") for name, setting in others.items() if name in rivals.runs}}
+    files = write_page(
+        directory, results, shown, about, asked, rivals=rivals, refused=refused, note=note, save=pictures
+    )
     files.append(("pictures/", "each picture of the page by itself"))
-    show(f"\n{markdown(rows_of(results, shown), shown)}\n")
+    show(f"\n{rivals.told()}\n\n{markdown(rows_of(results, shown, rivals), shown)}\n")
     for names, why in _by_reason(refused):
         show(f"{names} could not run: {why}")
     saved(directory, files)
+    if options.share is not None:
+        given = {"dense": next(iter(results.values())).dense_image}
+        given |= {name: result.sparse_image for name, result in results.items()}
+        given |= {name: run.image for name, run in rivals.runs.items()}
+        sharing.share(options, directory / "compare.json", dict(asked.pictures()) | given)
 
 
 def _families(options: argparse.Namespace, refused: dict[str, str]) -> dict[str, Family]:
@@ -89,14 +99,34 @@ def _families(options: argparse.Namespace, refused: dict[str, str]) -> dict[str,
 
         return member
 
-    for name in options.methods:
+    for name in (name for name in options.methods if not is_rival(name)):
         try:
             family(name)(options.keep)
         except ConfigError as error:
             refused[name] = str(error)
         else:
             found[name] = family(name)
+    if not found and not refused:
+        raise ConfigError(f"--methods must name a rule of this library too, got {', '.join(options.methods)}")
     _check_any(found, refused)
+    return found
+
+
+def _others(transformer: Any, options: argparse.Namespace, steps: int, refused: dict[str, str]) -> dict[str, Setting]:
+    """The step caches and combined settings that were asked for; `refused` takes those that cannot be."""
+
+    def member(method: str, own: int) -> SparseRef:
+        def family(amount: float) -> SparseRef:
+            return methods(amount, [method], seed=options.seed, steps=own)[method]
+
+        return at_share(transformer, family, options.keep, own)
+
+    found = {}
+    for name in filter(is_rival, options.methods):
+        try:
+            found[name] = rival_setting(name, options.keep, steps, member)
+        except SparseRefError as error:
+            refused[name] = str(error)
     return found
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from .. import doctor
 from ..config import SparseRef
-from ..estimation import Amount
+from ..estimation import Amount, preset_of
 from ..eval import outputs
 from ..eval.compare import compare
-from ..toy.scenes import Scene
+from ..eval.equal_time import run_rivals
+from ..eval.reports.document import about_pipeline
 from . import calling, failures
-from .builtin import builtin
+from .builtin import Builtin, builtin
 from .common import settings
 from .logs import quiet
 from .memory import memory_of
@@ -27,12 +28,14 @@ def demo(options: argparse.Namespace) -> None:
     """Dense and sparse side by side, on a built-in pipeline."""
     made = builtin(options, options.image)
     small = made.pair is not None
-    preset = options.preset = options.preset or ("recast" if small else "sparse-context")
     given = settings(options)
+    if options.preset is None:
+        options.preset = preset_of(options.keep, given) if small else "sparse-context"
+    preset = options.preset
     if preset == "sparse-context":
         given.setdefault("task", "subject" if small else "edit")
         options.keep = 0.25 if options.keep is None else options.keep
-    elif not small:
+    elif preset == "recast" and not small:
         given.setdefault("task", "subject")
     if small and preset == "recast" and options.keep is None:
         given |= {"n_min": 0.25, "n_max": 0.25}  # the paper's ramp would begin with 16 tokens of 256
@@ -48,43 +51,27 @@ def demo(options: argparse.Namespace) -> None:
         show('ReCAST runs with task="subject": random attention is near uniform, and the guard of "auto" keeps all.')
     if small:
         show(f'Prompt: "{made.arguments["prompt"]}"')
-    about = {"weights": made.note.replace("\n", " "), "prompt": made.arguments["prompt"]}
-    arguments = made.arguments | {"num_inference_steps": made.steps}
-    _compare(pipe, config, arguments, options, directory, "cpu", about, made.pair)
+    _compare(pipe, config, made, options, directory)
 
 
-def _compare(
-    pipe: Any,
-    config: SparseRef,
-    arguments: dict[str, Any],
-    options: argparse.Namespace,
-    directory: Path,
-    device: str,
-    about: dict[str, Any],
-    pair: Scene | None = None,
-) -> None:
-    steps = arguments.pop("num_inference_steps")
+def _compare(pipe: Any, config: SparseRef, made: Builtin, options: argparse.Namespace, directory: Path) -> None:
+    arguments, steps, pair = made.arguments, made.steps, made.pair
     call = calling.caller(pipe, arguments, options.seed)
-    where = doctor.device(device)
+    where = doctor.device("cpu")
     show(f"{options.preset}: {config.describe()}; {steps} steps, seed {options.seed}; {where}.\n")
     pictures = outputs.Pictures(directory)
     with failures.told(directory, pictures.written, memory_of(pipe, config, arguments, options)):
         result = compare(pipe, config, call, steps=steps, repeats=options.repeats, made=pictures)
-    about = {
-        "pipeline": type(pipe).__name__,
-        **about,
-        "device": where,
-        "arguments": {k: v for k, v in arguments.items() if k != "image"} | {"steps": steps},
-        "preset": options.preset,
-        "seed": options.seed,
-        "versions": doctor.versions(),
-    }
-    files = []
+        rivals = run_rivals(pipe, {outputs.SPARSE: result}, call, steps=steps, repeats=options.repeats)
+    about = about_pipeline(pipe, None, where, arguments, steps)
+    about |= {"preset": options.preset, "seed": options.seed, "repeats": options.repeats}
+    about |= {"methods": {outputs.SPARSE: config.describe()}, "note": made.note.replace("\n", " ")}
+    files, answer = [], None
     if pair is not None:
         files = outputs.write_answer(directory, arguments["image"], pair, result)
-        about["psnr_db"] = outputs.against_answer(result, pair)
-    files += outputs.write(directory, result, about)
-    show(f"\n{outputs.table(result)}\n\nInside the transformer, sparse run\n\n{result.summary()}")
-    if pair is not None:
-        show("\n" + "\n".join(f"{name}: {value:.1f} dB" for name, value in about["psnr_db"].items()))
+        answer = outputs.against_answer(result, pair)
+    files += outputs.write(directory, result, about, rivals, answer)
+    show(f"\n{outputs.table(result, rivals)}\n\nInside the transformer, sparse run\n\n{result.summary()}")
+    if answer is not None:
+        show("\n" + "\n".join(f"{name}: {value:.1f} dB" for name, value in answer.items()))
     saved(directory, files)

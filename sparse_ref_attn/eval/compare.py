@@ -16,7 +16,7 @@ from ..report.work import dense_flops, recorded_flops
 from .clock import CallTimes, time_call, timed_sites
 from .comparison import Comparison
 
-__all__ = ["compare", "compare_all"]
+__all__ = ["compare", "compare_all", "one_bar"]
 
 Made = Callable[[str, Any], None]
 
@@ -116,7 +116,7 @@ def compare_all(
     short = min(steps, 2)
     make = getattr(pipe, "progress_bar", NoBar)  # a modular pipeline's blocks have bars of their own
     bar = SequentialBar(make, dense + short * len(configs) + repeats * steps * (dense + len(configs)))
-    with _instead(pipe, bar):
+    with one_bar(pipe, bar):
         bar.say("warm-up")
         if dense:
             call(1)
@@ -163,7 +163,7 @@ def compare_all(
 
 
 @contextmanager
-def _instead(pipe: Any, bar: SequentialBar) -> Iterator[None]:
+def one_bar(pipe: Any, bar: SequentialBar) -> Iterator[None]:
     """Inside, the pipeline's calls move one bar, with the time that is left."""
     own = vars(pipe)  # past the pipeline's __setattr__, which would note the bar in its config
     before = own.get("progress_bar")

@@ -7,7 +7,6 @@ import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -15,76 +14,23 @@ from typing import Any
 import numpy as np
 from torch import distributed
 
-from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
-from ..estimation import at_share
 from ..files import replacing
-from .examples import Example, Examples, Mask
-from .methods import methods
+from .examples import Example, Examples
+from .grid import BASE, Plan
 from .models import EvalModel
 from .outputs import prepare_directory
 from .rows import Key, RowStore
 from .scores import Scorer
 
-__all__ = ["Grid", "evaluate"]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Which pictures are made of each example.
-
-    Parameters
-    ----------
-    names : tuple of str
-        Methods by `method_name`; "dense" is always among what runs.
-    keeps : tuple of float
-        Shares in (0, 1]; at 1 every method is dense.
-    seeds : int
-        Noises of each example: 0, 1, ...
-    families : tuple of str, optional
-        Of the data set; default all.
-    count : int, optional
-        Examples of each family, from the first; default all.
-    mean_over : {"dropping", "run"}
-        The steps over which a share is the mean: those that drop tokens, or all, a dense one included.
-
-    Raises
-    ------
-    ConfigError
-        For an unknown method, a share outside (0, 1], no seed, or another `mean_over`.
-
-    Examples
-    --------
-    >>> Grid(("edges", "ReCAST flat"), (1.0, 0.25)).cells()
-    [('dense', 1.0), ('edges', 0.25), ('ReCAST flat', 0.25)]
-    """
-
-    names: tuple[str, ...]
-    keeps: tuple[float, ...]
-    seeds: int = 1
-    families: tuple[str, ...] | None = None
-    count: int | None = None
-    mean_over: str = "dropping"
-
-    def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ConfigError(f"seeds must be at least 1, got {self.seeds}")
-        if self.mean_over not in ("dropping", "run"):
-            raise ConfigError(f"mean_over must be dropping or run, got {self.mean_over!r}")
-        for keep in self.keeps:
-            methods(keep, self.names, mask=np.ones((1, 1)))
-
-    def cells(self) -> list[tuple[str, float]]:
-        """Method and share of each picture of an example and seed, the dense one first."""
-        sparse = dict.fromkeys(keep for keep in self.keeps if keep < 1)
-        return [("dense", 1.0), *((name, keep) for name in dict.fromkeys(self.names) for keep in sparse)]
+__all__ = ["evaluate"]
 
 
 def evaluate(
     out: str | Path,
     data: Examples,
     models: Sequence[EvalModel],
-    grid: Grid,
+    grid: Plan,
     scorer: Scorer,
     *,
     about: Mapping[str, Any] | None = None,
@@ -102,7 +48,7 @@ def evaluate(
         Folder of the results. Rows that are there already are not made again; other settings are refused.
     data : Examples
     models : sequence of EvalModel
-    grid : Grid
+    grid : Grid or Sweep
     scorer : Scorer
     about : mapping, optional
         JSON types for the header: where and how it ran.
@@ -145,13 +91,15 @@ def evaluate(
         example = data[index]
         bar.set_postfix_str(f"{model.name}, {example.id}, seed {seed}")
         save = folder / "pictures" if index in kept and seed == 0 else None
-        rows = _rows(model, example, seed, cells, grid.mean_over, scorer, save)
+        rows = _rows(model, example, seed, cells, grid, scorer, save)
         for row in rows:
             store.append(rank, [row])
             bar.update()
     bar.close()
     _wait(world)
-    return store.merge() if rank == 0 else []
+    rows = store.merge() if rank == 0 else []
+    _wait(world)  # whoever reads the folder next finds them
+    return rows
 
 
 def _processes() -> tuple[int, int]:
@@ -171,13 +119,13 @@ def _wait(world: int) -> None:
 Work = tuple[EvalModel, int, int, list[tuple[str, float]]]
 
 
-def _cells(model: EvalModel, grid: Grid, told: bool) -> list[tuple[str, float]]:
+def _cells(model: EvalModel, grid: Plan, told: bool) -> list[tuple[str, float]]:
     """What a model can make of a grid: not so small a share of a whole run that its dense step alone is above it."""
     found = []
     for name, keep in grid.cells():
         try:
-            if name != "dense":
-                _config(model, name, keep, grid.mean_over, 0, [np.ones((1, 1))])
+            if (name, keep) != BASE:
+                grid.setting(model, name, keep, 0, [np.ones((1, 1))])
             found.append((name, keep))
         except ConfigError as error:
             if told:
@@ -209,17 +157,8 @@ def _missing(
     return work
 
 
-def _config(
-    model: EvalModel, method: str, keep: float, mean_over: str, seed: int, masks: Sequence[Mask] | None
-) -> SparseRef:
-    def member(amount: float) -> SparseRef:
-        return methods(amount, [method], seed=seed, steps=model.steps, mask=masks)[method]
-
-    return at_share(model.pipe.transformer, member, keep, model.steps) if mean_over == "run" else member(keep)
-
-
 def _rows(
-    model: EvalModel, example: Example, seed: int, cells: Sequence[tuple[str, float]], mean_over: str, scorer: Scorer,
+    model: EvalModel, example: Example, seed: int, cells: Sequence[tuple[str, float]], grid: Plan, scorer: Scorer,
     save: Path | None,
 ) -> Any:  # fmt: skip
     """The rows of one example and seed, each when its picture is made."""
@@ -228,17 +167,16 @@ def _rows(
     score = scorer.scores(example, dense)
     masks = model.masks(example)
     for name, keep in cells:
-        if name == "dense":
+        if (name, keep) == BASE:
             image, share = dense, 1.0
         elif name.startswith("subject mask") and masks is None:
             continue
         else:
             try:
-                run = model.run(example, noise, _config(model, name, keep, mean_over, noise, masks))
+                run = model.run(example, noise, grid.setting(model, name, keep, noise, masks))
             except SparseRefError as error:
                 raise ConfigError(f"{model.name}, {example.id}, {name} at {keep:.3g}: {error}") from error
-            assert run.record is not None
-            image, share = run.picture, run.record.mean_tokens / run.record.layout.reference_tokens
+            image, share = run.picture, run.share
         if save is not None:
             path = save / model.name / re.sub(r"[^\w-]+", "_", example.id) / f"{name} {keep:.3g}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

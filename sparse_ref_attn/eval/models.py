@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ import torch
 
 from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
+from ..hooks.compiled import unwrap
 from ..patching import patched
 from ..record import RunRecord
 from .checked_arguments import call_arguments, check_class, check_more
+from .counted import counted_work
 from .examples import Example, Mask
 from .loading import check_device, load_pipeline
+from .settings import Setting
+from .step_caches import step_cached
 
 __all__ = ["EvalModel", "Run"]
 
@@ -27,10 +32,15 @@ _SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True)
 class Run:
-    """One picture, and the record of what took part; None of a dense run."""
+    """One picture, the record of what took part, None of a run with every token, and the share that was used.
+
+    The share is that of the reference tokens a step, times that of the steps; of a step cache's run the share of the
+    transformer's FLOPs that really ran.
+    """
 
     picture: Any
     record: RunRecord | None
+    share: float = 1.0
 
 
 class EvalModel:
@@ -97,6 +107,7 @@ class EvalModel:
         check_more(type(self.pipe), self.more)
         self.pipe.set_progress_bar_config(disable=True)
         self._several = check_class(self.pipe).several
+        self._work: dict[tuple[tuple[int, int], ...], int] = {}
 
     @property
     def about(self) -> dict[str, Any]:
@@ -132,21 +143,44 @@ class EvalModel:
                 raise
             raise ConfigError(f"{type(self.pipe).__name__} refused {example.id}: {error}") from error
 
-    def run(self, example: Example, seed: int, config: SparseRef | None = None, *, output: str = "pil") -> Run:
-        """As `generate`, patched for this one picture; None is dense.
+    def run(
+        self, example: Example, seed: int, config: SparseRef | Setting | None = None, *, output: str = "pil"
+    ) -> Run:
+        """As `generate`, patched for this one picture, or as a setting says; None is dense.
 
         Raises
         ------
         ConfigError
             As `generate`.
         SparseRefError
-            What `patch` refuses.
+            What `patch` refuses, and as `step_cached`.
         """
-        if config is None:
-            return Run(self.generate(example, seed, output=output), None)
-        with patched(self.pipe, config) as handle:
-            picture = self.generate(example, seed, output=output)
-        return Run(picture, handle.record)
+        setting = config if isinstance(config, Setting) else Setting(config=config)
+        handle, work, steps = None, None, setting.steps or self.steps
+        with ExitStack() as stack:
+            if setting.step_cache is not None:
+                stack.enter_context(step_cached(self.pipe, setting.step_cache))
+            if setting.config is not None:
+                handle = stack.enter_context(patched(self.pipe, setting.config))
+            if setting.step_cache is not None:
+                work = stack.enter_context(counted_work(unwrap(self.pipe.transformer)))
+            picture = self.generate(example, seed, output=output, steps=steps)
+        record, share = None, steps / self.steps
+        if handle is not None:
+            record = handle.record
+            share *= record.mean_tokens / record.layout.reference_tokens
+        if work is not None:
+            share = (work().total + (0 if record is None else record.scoring_flops)) / self._dense_work(example, seed)
+        return Run(picture, record, share)
+
+    def _dense_work(self, example: Example, seed: int) -> int:
+        """FLOPs of the dense run, which are those of every example with the same references' and output's sizes."""
+        sizes = tuple(picture.size for picture in self._references(example))
+        if sizes not in self._work:
+            with counted_work(unwrap(self.pipe.transformer)) as work:
+                self.generate(example, seed, output="latent", steps=1)
+            self._work[sizes] = work().total * self.steps
+        return self._work[sizes]
 
     def masks(self, example: Example) -> list[Mask] | None:
         """The masks of the references as the pipeline is given them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -11,11 +10,16 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files import replacing
+from ..record import RunRecord
 from ..toy.calls import image
 from ..toy.scenes import Scene
 from .comparison import Comparison
+from .equal_time import Rivals
+from .method_rows import rows_of
 from .metrics import MaskedPsnr, Psnr
 from .panels import Panel, panels
+from .reports.document import document
+from .reports.writing import write as write_document
 
 __all__ = [
     "Pictures",
@@ -28,9 +32,11 @@ __all__ = [
     "write_answer",
 ]
 
+SPARSE = "sparse"
+"""The name of the one sparse run."""
 _OF_FILES = (".csv", ".gif", ".html", ".jpeg", ".jpg", ".json", ".md", ".png", ".safetensors", ".tif", ".tiff", ".webp")
 REPORT = "report.json"
-_OWN = ("dense.png", "sparse.png", "kept.png", "row.png", "references.png", "answer.png", REPORT)
+_OWN = ("dense.png", "sparse.png", "fewer steps.png", "kept.png", "row.png", "references.png", "answer.png", REPORT)
 """What `write` and `write_answer` leave."""
 
 
@@ -90,7 +96,13 @@ class Pictures:
             self.written.append(path.name)
 
 
-def write(directory: Path, result: Comparison, about: dict[str, Any]) -> list[tuple[str, str]]:
+def write(
+    directory: Path,
+    result: Comparison,
+    about: dict[str, Any],
+    rivals: Rivals | None = None,
+    answer: dict[str, float] | None = None,
+) -> list[tuple[str, str]]:
     """Write the pictures and ``report.json``; which files, and what each shows.
 
     Parameters
@@ -98,7 +110,11 @@ def write(directory: Path, result: Comparison, about: dict[str, Any]) -> list[tu
     directory : Path
     result : Comparison
     about : dict
-        JSON types that go into the report beside the measurements.
+        As `reports.document` takes it.
+    rivals : Rivals, optional
+        The dense pipeline in no more time than the sparse run, whose picture is drawn and whose numbers are reported.
+    answer : dict of str to float, optional
+        Of `against_answer`.
     """
     files, pictures = [], Pictures(directory, ())
     if result.dense_image is not None:
@@ -106,13 +122,17 @@ def write(directory: Path, result: Comparison, about: dict[str, Any]) -> list[tu
         files.append(("dense.png", "the picture with every reference token"))
     pictures("sparse", result.sparse_image)
     files.append(("sparse.png", "the picture with the kept ones, same seed"))
+    fewer = None if rivals is None else rivals.equal[SPARSE]
+    if rivals is not None and fewer is not None and fewer in rivals.runs:
+        pictures("fewer steps", rivals.runs[fewer].image)
+        files.append(("fewer steps.png", f"the picture with every token in {fewer}, in no more time"))
     kinds = {step.kind for step in result.handle.record.steps}
     if kinds & {"in_flight", "sparse", "cached"}:
         result.handle.save_overlay(directory / "kept.png")
         files.append(("kept.png", "the reference: kept tokens outlined, dropped ones dark; scores; tokens by step"))
-    report = {**about, "comparison": result.to_dict(), "run": result.summary("dict")}
-    with replacing(directory / REPORT) as draft:
-        Path(draft).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    metrics, runs = [Psnr()], {SPARSE: result}
+    found = document(runs, rows_of(runs, metrics, rivals), metrics, about, rivals=rivals)
+    write_document(directory / REPORT, found if answer is None else {**found, "against_answer": answer})
     files.append((REPORT, "all numbers, settings and versions"))
     return files
 
@@ -145,15 +165,21 @@ def _row(references: Any, answer: Any, pair: Scene, result: Comparison) -> Any:
     """What was shown, the answer, and both pictures with what they cost and how near they come to it."""
     record, near = result.handle.record, against_answer(result, pair)
     every = record.layout.reference_tokens
-    used = sum(record.mean_kept(step) for step in record.steps) / len(record.steps)
     shown = [Panel("reference", references, ("what the model is shown",)), Panel("right answer", answer)]
-    for name, picture, tokens in (("dense", result.dense_image, every), ("sparse", result.sparse_image, used)):
-        lines = [f"all {every:,} reference tokens" if name == "dense" else f"{tokens:,.0f} of {every:,} tokens a step"]
+    for name, picture in (("dense", result.dense_image), ("sparse", result.sparse_image)):
+        lines = [f"all {every:,} reference tokens" if name == "dense" else _used(record)]
         lines.append(f"subject: {near[f'{name} against the answer, subject']:.1f} dB PSNR")
         if name == "sparse" and result.flop_ratio is not None:
             lines.append(f"{result.flop_ratio:.2f}x less work")
         shown.append(Panel(name, picture, tuple(lines)))
     return panels(shown)
+
+
+def _used(record: RunRecord) -> str:
+    """In how many steps the references ran, where they were stored; else how many of their tokens a step had."""
+    if cached := sum(step.kind == "cached" for step in record.steps):
+        return f"run in {len(record.steps) - cached} of {len(record.steps)} steps, else read"
+    return f"{record.mean_tokens:,.0f} of {record.layout.reference_tokens:,} tokens a step"
 
 
 def against_answer(result: Comparison, pair: Scene) -> dict[str, float]:
@@ -195,14 +221,16 @@ def table_rows(result: Comparison) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def table(result: Comparison) -> str:
-    """`table_rows` as lines of text, and what the measured time over the bound says."""
+def table(result: Comparison, rivals: Rivals | None = None) -> str:
+    """`table_rows` as lines of text, what the measured time over the bound says, and first who wins at equal time."""
     rows = table_rows(result)
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3]]).rstrip()
         for row in rows
     ]
+    if rivals is not None:
+        lines = [*_at_equal_time(rivals), "", *lines]
     over = result.measured_over_bound
     if over is not None:
         lines += [
@@ -216,6 +244,19 @@ def table(result: Comparison) -> str:
                 "or a busy machine. Longer runs and --repeats 3 tell.",
             ]
     return "\n".join(lines)
+
+
+def _at_equal_time(rivals: Rivals) -> list[str]:
+    """Whether fewer steps win, and the numbers of both."""
+    name, own = rivals.equal[SPARSE], rivals.psnr(SPARSE)
+    lines = [rivals.told()]
+    if name is not None and name in rivals.runs:
+        run = rivals.runs[name]
+        lines.append(
+            f"In no more time: {name} of {rivals.steps} with every token, {_seconds(run.seconds)}, PSNR to the dense "
+            f"picture {rivals.psnr(name):.1f} dB; the sparse run, {_seconds(rivals.methods[SPARSE][0])}, {own:.1f} dB."
+        )
+    return lines
 
 
 def _seconds(value: float | None) -> str:

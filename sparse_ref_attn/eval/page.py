@@ -14,9 +14,12 @@ from typing import Any
 
 from ..overlay import overlay
 from .comparison import Comparison
+from .equal_time import RivalRun, Rivals
 from .method_rows import Row, cells, markdown, rows_of
 from .metrics import Metric
 from .plots import quality_plot
+from .reports.document import document
+from .reports.writing import write
 
 __all__ = ["Asked", "write_page"]
 
@@ -74,6 +77,7 @@ def write_page(
     about: Mapping[str, Any],
     asked: Asked,
     *,
+    rivals: Rivals | None = None,
     refused: Mapping[str, str] | None = None,
     note: str = "",
     save: Callable[[str, Any], None] | None = None,
@@ -91,6 +95,8 @@ def write_page(
         JSON types: where and how it ran.
     asked : Asked
         The prompt, the references and the answer.
+    rivals : Rivals, optional
+        Fewer steps in no more time, and step caches: drawn beside the methods, and who wins is the page's first line.
     refused : mapping of str to str, optional
         Methods that could not run, and why.
     note : str
@@ -98,23 +104,20 @@ def write_page(
     save : callable of (str, picture), optional
         Given the picture of each method's kept tokens, "kept NAME".
     """
-    rows, refused = rows_of(results, metrics), dict(refused or {})
+    rows, refused = rows_of(results, metrics, rivals), dict(refused or {})
     columns = list(rows[0])
     with (directory / "compare.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    data = {"about": dict(about), "rows": rows, "refused": refused}
-    data["runs"] = {name: {**result.to_dict(), "run": result.summary("dict")} for name, result in results.items()}
-    # JSON knows no infinity, which is the PSNR of equal pictures.
-    text = json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
-    (directory / "compare.json").write_text(text, encoding="utf-8")
-    (directory / "compare.md").write_text(markdown(rows, metrics) + "\n", encoding="utf-8")
+    write(directory / "compare.json", document(results, rows, metrics, about, rivals=rivals, refused=refused))
+    told = "" if rivals is None else f"{rivals.told()}\n\n"
+    (directory / "compare.md").write_text(f"{told}{markdown(rows, metrics)}\n", encoding="utf-8")
     kept = {name: _kept(result) for name, result in results.items()}
     for name, drawn in kept.items():
         if save is not None and not isinstance(drawn, str):
             save(f"kept {name}", drawn)
-    page = _page(rows, results, metrics, about, asked, kept, refused, note)
+    page = _page(rows, results, metrics, about, asked, kept, rivals, refused, note)
     (directory / "compare.html").write_text(page, encoding="utf-8")
     return [
         ("compare.html", "prompt, references, pictures, table, plots and kept tokens in one page"),
@@ -131,14 +134,17 @@ def _page(
     about: Mapping[str, Any],
     asked: Asked,
     kept: Mapping[str, Any],
+    rivals: Rivals | None,
     refused: Mapping[str, str],
     note: str,
 ) -> str:
     first = next(iter(results.values()))
-    captions = {row["method"]: _caption(row, results.get(row["method"])) for row in rows}
+    runs = {} if rivals is None else rivals.runs
+    captions = {name: _caption(row, results.get(name), runs.get(name)) for row in rows for name in [row["method"]]}
     given = {name: f"{picture.width} x {picture.height} pixels" for name, picture in asked.pictures()}
     given |= {"answer": "what is right"} if asked.answer is not None else {}
-    parts = [
+    parts = [] if rivals is None else [f"<p><b>{html.escape(rivals.told())}</b></p>"]
+    parts += [
         f"<h1>{html.escape(str(about.get('pipeline', 'Comparison')))}: the same edit by {len(results)} methods</h1>",
         f"<blockquote>{html.escape(asked.prompt)}</blockquote>",
         _figures([*asked.pictures(), ("dense", first.dense_image)], given | captions),
@@ -146,14 +152,17 @@ def _page(
     ]
     if note:
         parts.append(f"<p>{html.escape(note)}</p>")
-    pictures = [(name, result.sparse_image) for name, result in results.items()]
+    drawn = {name: result.sparse_image for name, result in results.items()}
+    drawn |= {name: run.image for name, run in runs.items()}
+    pictures = [(row["method"], drawn[row["method"]]) for row in rows[1:]]
     parts.append("<h2>Pictures, same seed as the dense one</h2>" + _figures(pictures, captions))
     parts.append("<h2>Table</h2>" + _table(rows, metrics))
     parts.append(
-        '<p class="quiet">Metrics compare each picture with the dense one. The bound is the time the run would take if '
-        "nothing were lost: the dense run's attention time and the rest of its transformer time, each scaled by its "
-        "own work, plus the time outside the transformer. Measured over bound between 0.90 and 1.05 is as it should "
-        "be.</p>"
+        '<p class="quiet">By time, the longest first. Metrics compare each picture with the dense one. '
+        '"Fewer steps in no more time" is the dense pipeline in the most steps that take no longer. The bound is the '
+        "time the run would take if nothing were lost: the dense run's attention time and the rest of its transformer "
+        "time, each scaled by its own work, plus the time outside the transformer. Measured over bound between 0.90 "
+        "and 1.05 is as it should be.</p>"
     )
     plots = [quality_plot(rows, metric, over) for metric in metrics for over in ("tokens", "seconds")]
     parts.append("<h2>Quality over tokens and time</h2>" + f'<div class="plots">{"".join(plots)}</div>')
@@ -161,7 +170,7 @@ def _page(
     if refused:
         told = "".join(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in refused.items())
         parts.append(f"<h2>Could not run</h2><ul>{told}</ul>")
-    settings = html.escape(json.dumps(_finite(dict(about)), indent=2))
+    settings = html.escape(json.dumps(dict(about), indent=2))
     parts.append(f"<h2>Settings</h2><details><summary>Everything that was set</summary><pre>{settings}</pre></details>")
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head += f"<title>sparse_ref_attn: comparison</title><style>{_STYLE}</style>"
@@ -175,7 +184,9 @@ def _where(about: Mapping[str, Any]) -> str:
     return ", ".join(str(part) for part in given if part)
 
 
-def _caption(row: Row, result: Comparison | None) -> str:
+def _caption(row: Row, result: Comparison | None, rival: RivalRun | None) -> str:
+    if rival is not None:
+        return f"{rival.setting.name}, {row['seconds']:.3g} s, {row['speedup']:.2f}x"
     if result is None:
         return f"every token, {row['seconds']:.3g} s"
     kinds = [step.kind for step in result.handle.record.steps]
@@ -237,11 +248,3 @@ def _inline(image: Any) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value

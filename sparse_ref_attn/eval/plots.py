@@ -19,6 +19,7 @@ _COLOURS = (
     "#c2410c", "#1c2430", "#1d4ed8", "#0e7490", "#be185d", "#15803d", "#7c3aed", "#a16207", "#94a3b8", "#4d7c0f",
     "#f59e0b", "#00b4d8", "#ff5fa2", "#84cc16", "#8b5a2b", "#111827",
 )  # fmt: skip
+_DECIDES = ("FirstBlockCache", "cache-dit")
 _MARKERS = "osD^v<>PhX*dpH84"
 _STYLES = {"flat": "-", "rising": "--", "falling": ":", "dense-first": "-."}
 _OVER = {
@@ -130,6 +131,8 @@ def grid_plot(
         return flop_ratio(mean.method, mean.keep, steps)
 
     own = [mean for mean in means if mean.metric == metric and mean.against == against]
+    if over == "work":  # that of a cache that decides while it runs is known of that run alone
+        own = [mean for mean in own if not set(_DECIDES) & set(mean.method.split(" + "))]
     models, families, methods = (
         list(dict.fromkeys(getattr(mean, name) for mean in own)) for name in ("model", "family", "method")
     )

@@ -6,9 +6,10 @@ from functools import cache
 
 import torch
 
-from ..estimation import estimate
-from .meta_model import meta_transformer
+from ..config import SparseRef
 from .methods import methods
+from .rival_settings import is_rival, rival_setting
+from .settings import Setting
 
 __all__ = ["flop_ratio"]
 
@@ -20,7 +21,7 @@ def flop_ratio(method: str, keep: float, steps: int, model: str = "kontext", ref
     Parameters
     ----------
     method : str
-        As for `methods`, or "dense".
+        As for `methods`, one of `vocabulary.RIVALS` or `vocabulary.COMBINED`, or "dense".
     keep : float, in (0, 1]
     steps : int
     model : str
@@ -31,15 +32,18 @@ def flop_ratio(method: str, keep: float, steps: int, model: str = "kontext", ref
     Raises
     ------
     ConfigError
-        For an unknown method or model.
+        For an unknown method or model, and a step cache that decides while it runs.
 
     Examples
     --------
-    >>> round(flop_ratio("edges", 0.25, 12), 2), round(flop_ratio("cache", 0.25, 12), 2)
-    (1.74, 1.55)
+    >>> [round(flop_ratio(method, 0.25, 12), 2) for method in ("edges", "cache", "fewer steps")]
+    [1.74, 1.55, 4.0]
     """
+
+    def member(method: str, own: int) -> SparseRef:
+        return methods(keep, [method], steps=own, mask=torch.ones(1, 1))[method]
+
     if method == "dense":
         return 1.0
-    config = methods(keep, [method], steps=steps, mask=torch.ones(1, 1))[method]
-    size = [(1024, 1024)] * references
-    return estimate(meta_transformer(model), config, references=size, steps=steps).flop_ratio
+    setting = rival_setting(method, keep, steps, member) if is_rival(method) else Setting(config=member(method, steps))
+    return setting.flop_ratio(steps, model, references)

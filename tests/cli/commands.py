@@ -14,6 +14,7 @@ import torch
 
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.eval.embedded import SIZES
+from sparse_ref_attn.eval.reports.schema import check
 
 TINY = ["demo", "--size", "tiny", "--steps", "2"]
 KONTEXT = ["--set", "max_sequence_length=32", "--set", "_auto_resize=false", "--height", "32", "--width", "32"]
@@ -34,7 +35,15 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def report(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "report.json").read_text())
+    """What the demo wrote, which fits the schema."""
+    found = json.loads((directory / "report.json").read_text())
+    check(found, "report.json")
+    return found
+
+
+def sparse_run(directory: Path) -> dict[str, Any]:
+    """Of the demo's sparse run, what `PatchHandle.summary` said."""
+    return report(directory)["runs"]["sparse"]["run"]
 
 
 def embedded_call(pipe: Any, image: PIL.Image.Image, steps: int = 2) -> PIL.Image.Image:

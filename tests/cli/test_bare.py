@@ -14,6 +14,7 @@ from sparse_ref_attn import extras
 from sparse_ref_attn.cli.arguments import COMMANDS
 from sparse_ref_attn.toy.sprites import held_out
 from tests.cli.bare import main_without
+from tests.eval.report_example import report
 from tests.pictures import picture
 
 EXTRAS = [module for modules in extras.MODULES.values() for module in modules]
@@ -31,6 +32,7 @@ WORK = {
     "doctor": [["doctor"], ["doctor", "--json"]],
     "build": [["build-kernels", "--help"], ["build-kernels", "--archs", "none"]],
     "bench": [["bench", "ops", "--help"], ["bench", "pipeline"]],
+    "shared": [["shared", "{folder}/theirs.json"], ["shared", "{folder}/theirs.json", "--out", "{folder}/out"]],
 }
 LINE = re.compile(r"sra: error: sra ([\w-]+) cannot run: (.+) not installed: pip install 'sparse-ref-attn\[(\w+)\]'\n")
 
@@ -57,8 +59,11 @@ def test_every_command_is_tried() -> None:
 
 def test_a_bare_installation_does_what_it_can_and_says_what_the_rest_needs(tmp_path: Path) -> None:
     """`sra doctor` died with "No module named 'PIL' (unexpected ...)"."""
-    works = [command for commands in WORK.values() for command in commands]
-    *needs, told, data, build_help, build, bench_help, bench = main_without(BROUGHT, [*needing(tmp_path), *works])
+    (tmp_path / "theirs.json").write_text(json.dumps(report()))
+    works = [[word.format(folder=tmp_path) for word in command] for commands in WORK.values() for command in commands]
+    *needs, told, data, build_help, build, bench_help, bench, table, drawn = main_without(
+        BROUGHT, [*needing(tmp_path), *works]
+    )
     for command, ending in zip(NEED.values(), needs, strict=True):
         assert missing(ending) == (command[0], "diffusers, transformers, pillow", "diffusers")
     assert [ending[0] for ending in (told, data, build_help, bench_help)] == [0, 0, 0, 0]
@@ -71,7 +76,11 @@ def test_a_bare_installation_does_what_it_can_and_says_what_the_rest_needs(tmp_p
     assert "none" in build[2]
     assert "--resume" in bench_help[1]
     assert missing(bench)[0] == "bench"
-    assert [path.name for path in tmp_path.iterdir()] == ["cup.png"]
+    assert table[0] == 0
+    assert "| cache | 3 | 2 | 2.00x |" in table[1]
+    assert drawn[0] == 2
+    assert "matplotlib not installed: pip install 'sparse-ref-attn[eval]'; without --out" in drawn[2]
+    assert {path.name for path in tmp_path.iterdir()} == {"cup.png", "theirs.json"}
 
 
 def test_packages_that_only_seem_to_be_there_are_the_same_line(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.eval.embedded import kontext_pipeline
 from sparse_ref_attn.eval.loading import open_image
-from tests.cli.commands import TINY, embedded_call, pixels, report, run
+from tests.cli.commands import TINY, embedded_call, pixels, report, run, sparse_run
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,12 @@ def test_demo_says_that_the_weights_are_random(demo: tuple[Path, str]) -> None:
     directory, text = demo
     assert "weights are random" in text
     assert "mean nothing" in text
-    assert "random" in report(directory)["weights"]
+    assert "random" in report(directory)["about"]["note"]
 
 
 def test_demo_table_shows_the_report(demo: tuple[Path, str]) -> None:
     directory, text = demo
-    found = report(directory)["comparison"]
+    found = report(directory)["runs"]["sparse"]
     rows = {line[:27].strip(): line for line in text.splitlines()}
     assert f"{found['speedup']:.2f}x" in rows["whole call"]
     assert f"{found['flop_ratio']:.2f}x (FLOP ratio)" in rows["transformer work, TFLOP"]
@@ -49,11 +49,11 @@ def test_demo_table_shows_the_report(demo: tuple[Path, str]) -> None:
 
 def test_demo_numbers_agree(demo: tuple[Path, str]) -> None:
     found = report(demo[0])
-    compared, (reference,) = found["comparison"], found["run"]["references"]
+    compared, (reference,) = found["runs"]["sparse"], sparse_run(demo[0])["references"]
     dense, sparse, flops = compared["dense"], compared["sparse"], compared["flops"]
     assert (reference["tokens"], reference["kept_min"], reference["kept_max"]) == (64, 16, 16)
-    assert found["run"]["reference_tokens"]["share"] == 0.25
-    assert found["run"]["steps"]["ran"] == found["arguments"]["steps"] == 2
+    assert compared["run"]["reference_tokens"]["share"] == 0.25
+    assert compared["run"]["steps"]["ran"] == found["about"]["arguments"]["steps"] == 2
     assert 0 < dense["attention_seconds"] < dense["transformer_seconds"] < dense["seconds"]
     assert compared["flop_ratio"] == sum(flops["dense"].values()) / sum(flops["sparse"].values()) > 1
     assert compared["speedup"] == pytest.approx(dense["seconds"] / sparse["seconds"])
@@ -90,7 +90,7 @@ def test_demo_repeats_for_a_seed(demo: tuple[Path, str], tmp_path: Path) -> None
 def test_demo_takes_a_photo_of_any_shape(tmp_path: Path, photo: Path) -> None:
     run(*TINY, "--out", tmp_path, "--image", photo, "--keep", "50%")
     assert pixels(tmp_path / "dense.png").shape == (24, 44, 3)  # 2 : 1 at an area of about 32 x 32, in tokens of 4
-    (reference,) = report(tmp_path)["run"]["references"]
+    (reference,) = sparse_run(tmp_path)["references"]
     assert reference["grid"] == [6, 11]
     assert reference["kept_mean"] == 33
 
@@ -103,10 +103,10 @@ def test_a_picture_of_too_many_pixels(photo: Path, monkeypatch: pytest.MonkeyPat
 
 def test_demo_recast_profiles_and_then_drops(tmp_path: Path) -> None:
     text = run(*TINY, "--out", tmp_path, "--preset", "recast", "--keep", "0.5", "--steps", "3")
-    by_step = report(tmp_path)["run"]["by_step"]
+    by_step = sparse_run(tmp_path)["by_step"]
     assert by_step["kind"] == ["profile", "sparse", "sparse"]
     assert by_step["kept"] == [64, 10, 22]  # half of 64 on average, the last two by eq. (4) from 1/4 of its top
-    assert report(tmp_path)["run"]["reference_tokens"]["share"] == 0.5
+    assert sparse_run(tmp_path)["reference_tokens"]["share"] == 0.5
     assert 'task="subject"' in text
 
 
@@ -117,9 +117,9 @@ def test_demo_small_is_the_trained_model_on_subjects_that_it_never_saw(tmp_path:
     assert all(pictures[name].shape == (128, 128, 3) for name in names[:4])
     assert "the subjects of this call were held out" in text
     found = report(tmp_path / "own")
-    assert found["prompt"].startswith("swap ")
-    assert found["run"]["by_step"]["kind"] == ["profile", "sparse", "sparse"]
-    assert found["run"]["by_step"]["kept"] == [256, 64, 64]
+    assert found["about"]["arguments"]["prompt"].startswith("swap ")
+    assert found["about"]["preset"] == "balanced"
+    assert sparse_run(tmp_path / "own")["by_step"]["kind"] == ["dense", "cached", "dense"]
     row = pixels(tmp_path / "own" / "row.png").astype(float)
     for i, name in enumerate(names[:4]):  # each below its name, larger
         left = 24 + i * (320 + 24)
@@ -127,7 +127,7 @@ def test_demo_small_is_the_trained_model_on_subjects_that_it_never_saw(tmp_path:
         shown = PIL.Image.fromarray(pictures[name]).resize((320, 320), PIL.Image.Resampling.BICUBIC)
         assert any(np.array_equal(column[y : y + 320], np.asarray(shown)) for y in range(len(row) - 320)), name
     error = (pictures["dense"].astype(float) - pictures["answer"].astype(float)) / 255
-    psnr = found["psnr_db"]["dense against the answer, whole picture"]
+    psnr = found["against_answer"]["dense against the answer, whole picture"]
     assert psnr == pytest.approx(-10 * np.log10(np.square(error).mean()))
     assert f"dense against the answer, whole picture: {psnr:.1f} dB" in text
     run("demo", "--out", tmp_path / "bundled", "--steps", "3", "--edit", "swap", "--seed", "2")

@@ -13,7 +13,7 @@ import pytest
 import sparse_ref_attn as sra
 from sparse_ref_attn.cli import execution, main
 from sparse_ref_attn.eval.checked_arguments import call_arguments
-from tests.cli.commands import report, run
+from tests.cli.commands import run, sparse_run
 from tests.pictures import picture
 from tests.pipelines import CASES
 
@@ -44,7 +44,7 @@ def test_demo_takes_its_execution_from_the_flags(
     flags: list[str], kinds: list[str], config: dict[str, Any], tmp_path: Path
 ) -> None:
     run("demo", "--size", "tiny", "--steps", "4", "--keep", "0.6", "--out", tmp_path, *flags)
-    found = report(tmp_path)["run"]
+    found = sparse_run(tmp_path)
     assert found["by_step"]["kind"] == kinds
     default = json.loads(sra.SparseRef().to_json())
     fields = ("execute", "from_block", "profile", "profile_blocks", "layers", "cache_rows", "rerank_every", "refresh")

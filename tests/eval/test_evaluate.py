@@ -20,8 +20,9 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.eval import metrics
-from sparse_ref_attn.eval.evaluate import Grid
 from sparse_ref_attn.eval.examples import procedural
+from sparse_ref_attn.eval.grid import Grid
+from sparse_ref_attn.eval.models import EvalModel
 from sparse_ref_attn.eval.rows import KEY, RowStore, read_rows
 from sparse_ref_attn.eval.scores import Scorer
 from sparse_ref_attn.selection import Random
@@ -108,6 +109,25 @@ def test_a_share_counts_the_dense_step_and_what_cannot_be_is_left_out(
     again = ["--mean-over", "dropping"]
     assert main(["eval", "--out", str(tmp_path), "--models", models[0], *SMALL, *arguments, *again]) == 2
     assert "mean_over" in capsys.readouterr().err
+
+
+def test_fewer_steps_and_step_caches_are_rules(models: list[str], tmp_path: Path) -> None:
+    """Their share is that of the steps, and of a step cache that of the work that ran."""
+    rules = ["--rules", "fewer steps", "TaylorSeer", "cache + fewer steps", "saliency + TaylorSeer"]
+    arguments = ["--families", "aligned", "--subjects", "1", "--steps", "4", *rules, "--keep", "50%", "25%"]
+    assert main(["eval", "--out", str(tmp_path), "--models", models[0], *SMALL, *arguments]) == 0
+    found = {(row["method"], row["keep"]): row for row in rows(tmp_path)}
+    share = {key: float(row["share"]) for key, row in found.items()}
+    assert (share["fewer steps", "0.5"], share["fewer steps", "0.25"]) == (0.5, 0.25)
+    assert share["cache + fewer steps", "0.5"] == 0.5
+    assert 0.5 < share["TaylorSeer", "0.5"] < 1
+    assert share["saliency + TaylorSeer", "0.5"] < share["TaylorSeer", "0.5"]
+    model, example = EvalModel("one", models[0].split("=")[1], side=64, steps=2), procedural(side=64)[1]
+    noise = zlib.crc32(f"{example.id}/0".encode())
+    dense, half = (np.asarray(model.generate(example, noise, steps=steps), float) for steps in (4, 2))
+    psnr = -10 * np.log10((((half - dense) / 255) ** 2).mean())
+    assert float(found["fewer steps", "0.5"]["PSNR (dB) vs dense"]) == pytest.approx(psnr, abs=1e-3)
+    assert (tmp_path / "psnr-db-vs-target-work.png").is_file()
 
 
 def test_a_row_is_what_the_pipeline_makes(done: Path, models: list[str]) -> None:
@@ -254,7 +274,10 @@ def test_bad_input_is_told(done: Path, models: list[str], tmp_path: Path, capsys
         ([*out, models[0], "--rules", "magic"], "argument --rules: must be one of downscaled"),
         ([*out, models[0], "--schedules", "up"], "argument --schedules: must be one of flat, rising"),
         ([*out, models[0], "--keep", "120%"], "must be a share in (0, 1]"),
-        ([*out, models[0], "--families", "x"], "families must be among subject-driven, aligned, got x"),
+        (
+            [*out, models[0], "--families", "x"],
+            "must be one of subject-driven, aligned, open scenery, got 'x'",
+        ),
         ([*out, models[0], "--metrics", "fid"], "argument --metrics: must be one of psnr"),
         ([*out, models[0], models[0]], "models must have names of their own"),
         ([*out, "one"], "must be NAME=PATH, got 'one'"),

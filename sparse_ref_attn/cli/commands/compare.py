@@ -10,14 +10,19 @@ from ..parsing import Commands, later
 __all__ = ["add"]
 
 
+OTHERS = (*vocabulary.STEP_CACHES, *vocabulary.COMBINED)
+"""Beside the methods: fewer steps are always there."""
+
+
 def add(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "compare",
         help="many ways to spend the same tokens, side by side in one page",
         description="Runs one pipeline dense and with each method at the same share of the tokens, same seed, in "
-        "turns, and writes an HTML page with pictures, kept tokens, metrics against the dense picture, times and "
-        "bounds; also CSV, JSON and markdown. --profile and --rerank-every reach the methods that measure attention.",
+        "turns, then dense in as many fewer steps as take no longer than each, and writes an HTML page with pictures, "
+        "kept tokens, metrics against the dense picture, times and bounds; also CSV, JSON and markdown. --profile and "
+        "--rerank-every reach the methods that measure attention.",
     )
     parser.add_argument(
         "--model",
@@ -40,9 +45,19 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        **values.one_of(vocabulary.METHODS, vocabulary.SAME) | {"metavar": "NAME"},
-        default=list(vocabulary.METHODS),
-        help=", ".join(vocabulary.METHODS),
+        **values.one_of((*vocabulary.METHODS, *OTHERS), vocabulary.SAME) | {"metavar": "NAME"},
+        default=[*vocabulary.METHODS, "TaylorSeer", "FirstBlockCache"],
+        help=f"{', '.join(vocabulary.METHODS)}; beside them {', '.join(OTHERS)} (default: the first, TaylorSeer and "
+        "FirstBlockCache)",
+    )
+    share = parser.add_argument_group("what is given away", "docs/sharing.md says what the file holds")
+    share.add_argument(
+        "--share",
+        metavar="FILE",
+        help="write all numbers and settings to a .json file, without prompt, pictures or paths",
+    )
+    share.add_argument(
+        "--share-pictures", action="store_true", help="put the prompt, the references and every picture into it too"
     )
     add_builtin(parser)
     add_likeness(parser, "CLIP-I")

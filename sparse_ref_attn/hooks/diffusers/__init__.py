@@ -22,7 +22,13 @@ from .attention import (
     tapped,
     tapped_attention,
 )
-from .caches import check_no_step_cache, reset_step_cache, splits_the_sequence, step_cache_active
+from .caches import (
+    cached_modules,
+    check_no_step_cache,
+    reset_step_cache,
+    splits_the_sequence,
+    step_cache_active,
+)
 from .parts import (
     check_parts,
     encoded_reference,
@@ -47,6 +53,7 @@ __all__ = [
     "Tap",
     "answered_layer",
     "attention_sites",
+    "cached_modules",
     "check_diffusers",
     "check_measurable",
     "check_no_step_cache",

@@ -10,12 +10,17 @@ from torch import nn
 
 from ...errors import IncompatibleError, VersionError
 
-__all__ = ["check_no_step_cache", "reset_step_cache", "splits_the_sequence", "step_cache_active"]
+__all__ = ["cached_modules", "check_no_step_cache", "reset_step_cache", "splits_the_sequence", "step_cache_active"]
 
 
 def step_cache_active(module: nn.Module) -> bool:
     """Whether a cache that reuses activations of earlier steps is on (diffusers' own, or cache-dit's)."""
     return bool(getattr(module, "is_cache_enabled", False) or getattr(module, "_is_cached", False))
+
+
+def cached_modules(module: nn.Module) -> list[str]:
+    """Names of the modules that an active cache of diffusers runs, reuses or forecasts; "" is the model itself."""
+    return [name for name, part in module.named_modules() if _states(part)]
 
 
 def splits_the_sequence(module: nn.Module) -> bool:
@@ -52,12 +57,17 @@ def reset_step_cache(module: nn.Module, for_good: bool = False) -> None:
     reset: Any = getattr(module, "_reset_stateful_cache", None)
     if reset is None:
         return
-    hooks = [h for m in module.modules() for h in getattr(getattr(m, "_diffusers_hook", None), "hooks", {}).values()]
-    states = [state for hook in hooks for state in vars(hook).values() if hasattr(state, "set_context")]
+    states = [state for part in module.modules() for state in _states(part)]
     contexts = [_context(state) for state in states]
     reset()
     for state, context in zip(states, contexts, strict=True):
         state.set_context(context)
+
+
+def _states(module: nn.Module) -> list[Any]:
+    """What caches of diffusers keep at one module."""
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values()
+    return [state for hook in hooks for state in vars(hook).values() if hasattr(state, "set_context")]
 
 
 def _context(state: Any) -> Any:

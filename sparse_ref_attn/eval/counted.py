@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_ref_attn.cost import Flops
-from sparse_ref_attn.hooks.diffusers import AttentionSite, tapped_attention
-from sparse_ref_attn.models import adapter_for
+from ..cost import Flops
+from ..hooks.diffusers import AttentionSite, tapped_attention
+from ..models import adapter_for
 
 __all__ = ["counted_work", "sites_of"]
 
@@ -20,6 +20,8 @@ def counted_work(
     transformer: nn.Module, module: nn.Module | None = None, site: int | None = None
 ) -> Iterator[Callable[[], Flops]]:
     """Inside, every Linear layer and every joint attention that really runs is counted; call what it gives for both.
+
+    A Linear layer whose own output a step cache forecasts counts as run: the output layer of "TaylorSeer lite".
 
     Parameters
     ----------
