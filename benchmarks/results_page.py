@@ -253,7 +253,7 @@ def _fewer_steps(folder: Path) -> str:
     try:
         return f"{FEWER}\n\n{READINGS['reading_steps'](folder)}"
     except ValueError:
-        return "Not measured: `python -m benchmarks.studies --only reading reading_work` makes its rows."
+        return "Not measured: the studies `reading` and `reading_work` make its rows."
 
 
 def _reliability(path: Path) -> str:

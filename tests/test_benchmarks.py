@@ -198,7 +198,7 @@ def test_step_caches_are_charged_the_work_they_do(tmp_path):
     ratio = {name: float(row["flop_ratio"]) for name, row in rows.items()}
     assert 1 < ratio["TaylorSeer"] < ratio["TaylorSeer + edges 25%"]
     assert ratio["edges 25%"] < ratio["TaylorSeer + edges 25%"]
-    assert ratio["TaylorSeer"] < ratio["TaylorSeer + stored once"]
+    assert ratio["TaylorSeer + stored once"] > 1  # the cache begins anew after the full step
     assert ratio["FirstBlockCache"] >= 1
     assert ratio["cache-dit"] >= 1
 
