@@ -244,6 +244,9 @@ def test_numbers_without_end_are_none(document: dict[str, Any], tmp_path: Path) 
     (tmp_path / "x.json").write_text(json.dumps(document).replace("123456.5", "1e999"))
     with pytest.raises(sra.ConfigError, match=r"rows\[1\].seconds must be a number, got inf"):
         sra.read_shared(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text(json.dumps(document | {"further": float("nan")}))
+    with pytest.raises(sra.ConfigError, match=r"x\.json: NaN is no number of JSON"):
+        sra.read_shared(tmp_path / "x.json")
 
 
 def test_files_must_be_there(tmp_path: Path) -> None:
