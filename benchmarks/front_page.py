@@ -32,9 +32,10 @@ def make(folder: Path = FOLDER) -> list[Path]:
     with tempfile.TemporaryDirectory() as name:
         for command in ("demo", "compare"):
             _run(command, "--seed", SEED, "--out", f"{name}/{command}")
+        _run("demo", "--seed", SEED, "--preset", "recast", "--out", f"{name}/dropped")
         made = {
             "demo": open_image(f"{name}/demo/row.png"),
-            "kept": open_image(f"{name}/demo/kept.png"),
+            "kept": open_image(f"{name}/dropped/kept.png"),
             "compare": compared(Path(name) / "compare"),
         }
         for stem, picture in made.items():

@@ -1,67 +1,84 @@
-"""What each way to save work gains and loses, in one table: work at a published size, loss on the small model."""
+"""The README's table of the frontier, from ``assets/frontier.csv``; and that file anew, from sweeps.
+
+python -m benchmarks.frontier                       # prints the table
+python -m benchmarks.frontier --draw                # docs/images/frontier.png
+python -m benchmarks.frontier SWEEP [SWEEP ...]     # folders of `sra eval --frontier`: assets/frontier.csv, and both
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparse_ref_attn.eval.aggregate import paired
-from sparse_ref_attn.eval.rows import read_rows
-from sparse_ref_attn.eval.work import flop_ratio
+from sparse_ref_attn.candidates import DENSE
+from sparse_ref_attn.eval.frontier.figure import figure
+from sparse_ref_attn.eval.frontier.table import speed
+from sparse_ref_attn.frontier import FRONTIER, Point, read_points, write_points
 
-from .readings import ReadingRows
-from .studies.stored import Reading
+from .results import RESULTS
 
-__all__ = ["frontier"]
+__all__ = ["FIGURE", "SHOWN", "frontier", "take"]
 
-SUBJECT = "subject PSNR (dB) vs target"
-FAMILIES = ("subject-driven", "aligned")
-STORED = (
-    ("references stored, computed in 3 of 12 steps", Reading((0, 4, 8))),
-    ("references stored, computed once", Reading((0,))),
-    ("all tokens, 6 steps for 12", Reading(tuple(range(6)), steps=6)),
-    ("all tokens, 4 steps for 12", Reading(tuple(range(4)), steps=4)),
+FIGURE = RESULTS.parent.parent / "docs/images/frontier.png"
+SHOWN: tuple[tuple[str, str, float], ...] = (
+    ("references stored, computed in thirds of the run", "stored-thirds", 1),
+    ("references stored, computed once", "stored-once", 1),
+    ("all tokens, half of the steps", DENSE, 1 / 2),
+    ("all tokens, a third of the steps", DENSE, 1 / 3),
+    ("both: half of the steps, references computed in half of these", "stored-thirds", 1 / 2),
+    ("attention keeps 50 %", "mass-50", 1),
+    ("attention keeps 25 %", "mass-25", 1),
+    ("saliency keeps 25 %", "saliency-25", 1),
+    ("attention keeps 10 %", "mass-10", 1),
+    ("reference made smaller, 25 %", "downscaled-25", 1),
 )
-DROPPED = (
-    ("attention keeps 50 %", "ReCAST flat", "0.5"),
-    ("attention keeps 25 %", "ReCAST flat", "0.25"),
-    ("saliency keeps 25 %", "saliency", "0.25"),
-    ("attention keeps 10 %", "ReCAST flat", "0.1"),
-    ("reference made smaller, 25 %", "downscaled", "0.25"),
-)
-EVALUATED_STEPS = 8
+"""Of the table: words, key, and share of the steps; the points of the most steps that were measured are shown."""
+FAMILIES = (("subject-driven", 1), ("aligned", 1))
 
 
-def frontier(studies: Path, evaluation: Path) -> str:
-    """Markdown: dense FLOPs over the run's, and paired differences to all tokens, in dB of the subject.
+def frontier(points: Sequence[Point] | None = None) -> str:
+    """Markdown: dense FLOPs over the run's with 1 and 4 references, and paired differences to all tokens, in dB.
 
     Parameters
     ----------
-    studies : Path
-        With the rows of the study `reading`.
-    evaluation : Path
-        With those of the evaluation whose tables are on the page about quality.
+    points : sequence of Point, optional
+        Default those that ship.
     """
-    reading, rows = ReadingRows(studies), [row for row in read_rows(evaluation)[1] if row[SUBJECT]]
+    points = read_points() if points is None else points
     lines = [
-        "| way to save | dense FLOPs / its own | subject-driven edits, dB | aligned edits, dB |",
-        "|---|--:|--:|--:|",
+        "| way to save | steps | FLOP ratio, 1 reference | 4 references | subject-driven, dB | aligned edits, dB |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
-    for name, way in STORED:
-        lost = [reading.over_dense(family, "subject_psnr", way) for family in FAMILIES]
-        lines.append(_line(name, reading.ratio(way, 1), lost))
-    for name, method, keep in DROPPED:
-        lost = [
-            _interval(*paired(rows, SUBJECT, ("dense", family, method, keep), ("dense", family, "dense", "1.0")))
-            for family in FAMILIES
-        ]
-        lines.append(_line(name, flop_ratio(method, float(keep), EVALUATED_STEPS), lost))
+    for words, key, share in SHOWN:
+        own = [p for p in points if p.setting == key and abs(p.steps / p.base_steps - share) < 1e-6]
+        base = max((p.base_steps for p in own), default=0)
+        by = {(p.family, p.references): p for p in own if p.base_steps == base}
+        if all(by.get(family) is not None for family in FAMILIES):
+            steps = by[FAMILIES[0]].steps
+            ratios = " | ".join(f"{speed((key, steps, base), 'kontext', count):.2f}x" for count in (1, 4))
+            losses = " | ".join(_loss(by[family]) for family in FAMILIES)
+            lines.append(f"| {words} | {steps} of {base} | {ratios} | {losses} |")
     return "\n".join(lines)
 
 
-def _line(name: str, ratio: float, lost: Sequence[str]) -> str:
-    return f"| {name} | {ratio:.2f}x | {' | '.join(lost)} |"
+def take(folders: Sequence[Path], to: Path = FRONTIER, drawn: Path = FIGURE) -> list[Point]:
+    """Put the points of sweeps, of different numbers of steps or on different weights, into one file, and draw them."""
+    points = [point for folder in folders for point in read_points(folder / "frontier.csv")]
+    write_points(points, to)
+    figure(points, drawn)
+    return points
 
 
-def _interval(mean: float, low: float, high: float) -> str:
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+def _loss(point: Point) -> str:
+    assert point.loss_db is not None
+    return f"{point.loss_db:+.1f} [{point.low:+.1f}, {point.high:+.1f}]"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--draw"]:
+        figure(read_points(), FIGURE)
+    elif sys.argv[1:]:
+        take([Path(name) for name in sys.argv[1:]])
+    else:
+        print(frontier())

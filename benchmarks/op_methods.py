@@ -49,7 +49,7 @@ def tile_methods(call: Tiled) -> dict[str, Method]:
     """Dense attention, attention under a mask that says the same, and ours."""
     dense = call.call
     out = {"dense": Method(by_hand(dense), dense, dense.flops), MASKED: Method(call.by_hand, call, dense.flops)}
-    for backend in ("auto", "sdpa", "triton"):
+    for backend in ("auto", "sdpa", "triton", "cpp"):
         out[f"ours ({backend})"] = Method(lambda backend=backend: call.ours(backend), call, call.flops)
     return out
 

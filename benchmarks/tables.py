@@ -17,6 +17,7 @@ from sparse_ref_attn.eval.rows import read_rows
 
 from .fitting import fitting
 from .frontier import frontier
+from .preset_table import presets
 from .readings import TABLES as READINGS
 from .results import RESULTS, read
 
@@ -27,6 +28,7 @@ __all__ = ["EVALUATIONS", "PAGES", "configurations", "findings", "insert", "lear
 PAGES = (
     "README.md",
     "benchmarks/README.md",
+    "docs/choosing.md",
     "docs/configurations.md",
     "docs/memory.md",
     "docs/quality.md",
@@ -196,7 +198,9 @@ def insert(text: str) -> str:
         elif name == "findings_stored":
             made = findings(RESULTS / "eval", FINDINGS_STORED)
         elif name == "frontier":
-            made = frontier(RESULTS / "studies", RESULTS / "eval")
+            made = frontier()
+        elif name == "presets":
+            made = presets()
         elif name == "fitting":
             made = fitting()
         elif name.startswith("configurations_"):

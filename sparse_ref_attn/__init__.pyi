@@ -5,7 +5,9 @@ from . import errors as errors
 from . import functional as functional
 from . import schedules as schedules
 from . import selection as selection
+from .adapters import FunctionModel as FunctionModel
 from .adapters import PlainAdapter as PlainAdapter
+from .adapters import references_from_ids as references_from_ids
 from .batching import BatchResult as BatchResult
 from .batching import batch as batch
 from .config import SparseRef as SparseRef
@@ -31,6 +33,7 @@ from .models import register_adapter as register_adapter
 from .patching import PatchHandle as PatchHandle
 from .patching import patch as patch
 from .patching import patched as patched
+from .planning import plan as plan
 from .presets import ReCAST as ReCAST
 from .presets import SparseContext as SparseContext
 from .reference_cache import ReferenceCache as ReferenceCache

@@ -1,18 +1,71 @@
-"""The papers' configurations, by their names."""
+"""Configurations by name: three that were chosen on the frontier, and the papers'."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import schedules, vocabulary
+from .candidates import CANDIDATES
 from .checks import is_int, is_number
 from .config import SparseRef, UniformGuard
 from .errors import ConfigError
+from .execution import EXECUTIONS
 from .selection import AttentionMass, Edges, Grid, Mix, Saliency, Selector
 from .vocabulary import chosen
 
-__all__ = ["PRESETS", "ReCAST", "SparseContext", "configuration"]
+__all__ = ["CHOSEN", "PRESETS", "Choice", "ReCAST", "SparseContext", "configuration"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A preset that was chosen on the frontier: the fastest candidate that stays within its bounds.
+
+    Parameters
+    ----------
+    key : str
+        Of `candidates.CANDIDATES`.
+    loss_db : float
+        Most that the subject may lose in any family of edits: the lower end of the 95 % interval, in dB.
+    picture_db : float or None
+        Least PSNR of the picture against the dense one in any family, in dB.
+    """
+
+    key: str
+    loss_db: float
+    picture_db: float | None
+
+    def config(self, **settings: Any) -> SparseRef:
+        """The configuration, with other values for some fields of `SparseRef`.
+
+        Raises
+        ------
+        ConfigError
+            For a setting that says which tokens are kept, or an execution that stores nothing or a part.
+        """
+        dropping = [f"{name}={settings[name]!r}" for name in ("task", "select", "budget") if name in settings]
+        if "execute" in settings and (way := chosen("execute", settings.pop("execute"), EXECUTIONS)) != "cache":
+            dropping.append(f"execute={way!r}")
+        if dropping:
+            raise ConfigError(
+                f"{' and '.join(dropping)} must come with a preset that drops tokens ({', '.join(vocabulary.PAPERS)}): "
+                f"{', '.join(CHOSEN)} store every reference token and read all of them"
+            )
+        return replace(CANDIDATES[self.key], **settings)
+
+
+CHOSEN: Mapping[str, Choice] = {
+    "faithful": Choice("stored-quarters", loss_db=0.3, picture_db=40.0),
+    "balanced": Choice("stored-halves", loss_db=1.0, picture_db=30.0),
+    "fast": Choice("stored-once", loss_db=2.0, picture_db=None),
+}
+"""What was chosen; `tests/test_frontier.py` holds it to the rows of ``assets/frontier.csv``.
+
+All three store the references and read all that they stored. "faithful" computes them at quarters of the run (halves of
+one of up to eight steps), "balanced" at its halves, "fast" in the first step alone. So they fit any number of steps and
+references; where a model's references see neither time nor generation (FLUX.2 Klein-KV) the pipeline itself computes
+them once, and all three leave it as it is."""
 
 
 def ReCAST(  # noqa: N802 -- the paper's name, used like the noun it is
@@ -128,12 +181,14 @@ def SparseContext(  # noqa: N802
     return SparseRef(select=select, budget=keep, **settings)
 
 
-PRESETS: Mapping[str, Callable[..., SparseRef]] = dict(zip(vocabulary.PRESETS, (ReCAST, SparseContext), strict=True))
+PRESETS: Mapping[str, Callable[..., SparseRef]] = dict(
+    zip(vocabulary.PRESETS, (*(choice.config for choice in CHOSEN.values()), ReCAST, SparseContext), strict=True)
+)
 """By name, as the command line has them."""
 
 
 def configuration(given: SparseRef | float | str | None) -> SparseRef:
-    """What is meant by a configuration, the name of a preset, a share or a number of tokens; None is ``ReCAST()``.
+    """What is meant by a configuration, the name of a preset, a share or a number of tokens; None is "balanced".
 
     Parameters
     ----------
@@ -147,17 +202,16 @@ def configuration(given: SparseRef | float | str | None) -> SparseRef:
 
     Examples
     --------
-    >>> configuration("recast") == configuration(None) == ReCAST()
-    True
-    >>> configuration(0.25) == SparseContext(0.25)
-    True
+    >>> configuration(None).describe()
+    "Grid, Constant(keep=1.0, per='reference'), cache, refreshed Every(n=0.5, warmup=1, last=0)"
+    >>> configuration("recast") == ReCAST(), configuration(0.25) == SparseContext(0.25)
+    (True, True)
     """
-    if given is None:
-        return ReCAST()
     if isinstance(given, SparseRef):
         return given
-    if isinstance(given, str):
-        return PRESETS[chosen("a configuration's name", given, PRESETS)]()
+    if given is None or isinstance(given, str):
+        name = vocabulary.DEFAULT_PRESET if given is None else given
+        return PRESETS[chosen("a configuration's name", name, PRESETS)]()
     if is_number(given):
         return SparseContext(given)
     raise ConfigError(

@@ -9,13 +9,20 @@ from .errors import ConfigError
 
 __all__ = ["chosen"]
 
-PRESETS = ("recast", "sparse-context")
+CHOSEN_PRESETS = ("faithful", "balanced", "fast")
+PAPERS = ("recast", "sparse-context")
+PRESETS = (*CHOSEN_PRESETS, *PAPERS)
+"""Those that were chosen on the frontier, which keep every token, and those that drop tokens."""
+DEFAULT_PRESET = "balanced"
 TASKS = ("auto", "edit", "subject", "style")
 SELECTORS = ("random", "grid", "edges", "saliency", "cosine", "self-attention", "mass")
 FAMILIES: dict[str, tuple[str, ...]] = {
     "flux": ("kontext",),
     "flux2": ("flux2-dev", "klein-9b", "klein-9b-kv", "klein-4b"),
-    "qwen": ("qwen-image-edit", "qwen-image-edit-2511"),
+    "qwen": ("qwen-image-edit", "qwen-image-edit-2511", "qwen-image-layered"),
+    "longcat": ("longcat-image-edit",),
+    "flux3": ("flux3",),
+    "fibo": ("fibo-edit",),
 }
 """The model families, one line each: the module in `models`, and the published models that it describes."""
 MODELS = tuple(name for names in FAMILIES.values() for name in names)
@@ -49,7 +56,7 @@ SAME = {"mass": "ReCAST", "mass rising": "ReCAST rising", "mass flat": "ReCAST f
 BUILTIN = ("small", "large", "tiny")
 EDITS = ("place", "pair", "swap", "local", "global")
 LAYOUTS = ("folder", "kontext-bench", "dreambench++", "pie-bench")
-METRICS = ("psnr", "ssim", "subject-psnr", "identity", "lpips", "dists")
+METRICS = ("psnr", "ssim", "subject-psnr", "identity", "lpips", "dists", "scenery-psnr")
 DISTRIBUTIONS = ("uniform", "log_uniform", "arcsine")
 
 

@@ -111,6 +111,12 @@ def klein_inpaint(pipe: Any, request: Request) -> dict[str, Any]:
     return _flux2_text(request) | arguments
 
 
+def longcat(pipe: Any, request: Request) -> dict[str, Any]:
+    """The picture that is edited gives the output its size."""
+    arguments: dict[str, Any] = {"image": picture(request.side, request.side, request.first), "guidance_scale": 1.0}
+    return arguments | ({"negative_prompt": NEGATIVE, "guidance_scale": 2.0} if request.cfg else {})
+
+
 def _encode_qwen(pipe: Any, prompts: Sequence[str], seen: Sequence[list]) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts encoded one by one (the pipelines cannot batch them), padded past the longest, and their mask."""
     rows = [
@@ -145,3 +151,10 @@ def qwen_edit_plus(pipe: Any, request: Request) -> dict[str, Any]:
     """A list of images is several references. Guidance has padding in its masks."""
     images = request.pictures(request.references)
     return _qwen(pipe, request, images, [images])
+
+
+def qwen_inpaint(pipe: Any, request: Request) -> dict[str, Any]:
+    """The inpainted picture, of the output's size, is the reference."""
+    side = (request.side, request.side)
+    images = [picture(*side, request.first + i) for i in range(request.batch)]
+    return qwen_edit(pipe, request) | {"image": _one_or_list(images), "mask_image": mask(*side), "strength": 1.0}

@@ -10,6 +10,7 @@ References default to another shape than the output, so that mixing up rows and 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit,
+    pipeline_qwenimage_edit_inpaint,
+    pipeline_qwenimage_edit_plus,
+)
 
 from tests import pipeline_arguments as arguments
 from tests import text_encoders, tiny_models
@@ -28,16 +34,18 @@ from tests.pipeline_arguments import PROMPTS, Request
 
 SIZES = ((96, 64), (64, 64), (64, 96))  # references in pixels, (width, height)
 REFERENCE_AREA = 80**2  # Qwen references are resized to this; SIZES stay what they are
+_RESIZING = (
+    pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus, pipeline_qwenimage_edit_inpaint, pipeline_longcat_image_edit,
+)  # fmt: skip
 
 
 @contextmanager
-def _small_references() -> Iterator[None]:
-    """Qwen resizes every reference to a million pixels; while a test's call runs, to `REFERENCE_AREA` at most."""
-    published = {
-        module: module.calculate_dimensions for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus)
-    }
+def small_pictures(side: int = 64) -> Iterator[None]:
+    """Inside, Qwen makes `REFERENCE_AREA` of a reference and LongCat `side` squared, instead of a million pixels."""
+    published = {module: module.calculate_dimensions for module in _RESIZING}
     for module, dimensions in published.items():
-        module.calculate_dimensions = lambda area, ratio, f=dimensions: f(min(area, REFERENCE_AREA), ratio)
+        most = side**2 if module is pipeline_longcat_image_edit else REFERENCE_AREA
+        module.calculate_dimensions = lambda area, ratio, f=dimensions, most=most: f(min(area, most), ratio)
     try:
         yield
     finally:
@@ -67,6 +75,8 @@ class Case:
         Whether references may be given as latents, which the VAE then does not encode.
     text_to_image : bool
         Whether it may be called without an image.
+    free : bool
+        Whether the first reference may have another shape than the output.
     side : int
         Default side of the output in pixels.
     sizes : tuple of (int, int)
@@ -81,6 +91,7 @@ class Case:
     batch: tuple[int, ...] = (1, 2)
     latents: bool = False
     text_to_image: bool = False
+    free: bool = True
     side: int = 64
     sizes: tuple[tuple[int, int], ...] = SIZES
 
@@ -131,7 +142,11 @@ class Case:
             "num_images_per_prompt": images_per_prompt, "generator": generator(seed), "output_type": "np",
             "callback_on_step_end": callback,
         }  # fmt: skip
-        with _small_references():
+        known = inspect.signature(type(pipe).__call__).parameters
+        if callback is not None and "callback_on_step_end" not in known:
+            raise ValueError(f"{self.name} calls nothing at the end of a step, got {callback}")
+        common = {name: value for name, value in common.items() if name in known}
+        with small_pictures(side):
             return pipe(**common | self.arguments(pipe, request) | kwargs).images
 
 
@@ -143,7 +158,7 @@ CASES: dict[str, Case] = {
         Case("kontext", tiny_models.kontext(diffusers.FluxKontextPipeline), arguments.kontext,
              latents=True, text_to_image=True, **_FLUX),
         Case("kontext_inpaint", tiny_models.kontext(diffusers.FluxKontextInpaintPipeline),
-             arguments.kontext_inpaint, **_FLUX),
+             arguments.kontext_inpaint, free=False, **_FLUX),
         Case("kontext_inpaint_reference", tiny_models.kontext(diffusers.FluxKontextInpaintPipeline),
              arguments.kontext_inpaint_reference, **_FLUX),
         Case("flux2", tiny_models.flux2(diffusers.Flux2Pipeline, text_encoders.mistral3, guidance=True),
@@ -151,7 +166,7 @@ CASES: dict[str, Case] = {
         Case("klein", tiny_models.flux2(diffusers.Flux2KleinPipeline, text_encoders.qwen3), arguments.klein,
              text_to_image=True, **_MANY),
         Case("klein_inpaint", tiny_models.flux2(diffusers.Flux2KleinInpaintPipeline, text_encoders.qwen3),
-             arguments.klein_inpaint, latents=True, **_MANY),
+             arguments.klein_inpaint, latents=True, free=False, **_MANY),
         Case("klein_kv", tiny_models.flux2(diffusers.Flux2KleinKVPipeline, text_encoders.qwen3), arguments.flux2,
              cfg=False, text_to_image=True, **_MANY),
         Case("qwen_edit", tiny_models.qwen(diffusers.QwenImageEditPipeline), arguments.qwen_edit),
@@ -159,6 +174,10 @@ CASES: dict[str, Case] = {
              batch=(1,), **_MANY),
         Case("qwen_edit_plus_2511", tiny_models.qwen(diffusers.QwenImageEditPlusPipeline, zero_cond_t=True),
              arguments.qwen_edit_plus, batch=(1,), **_MANY),
+        Case("qwen_edit_inpaint", tiny_models.qwen(diffusers.QwenImageEditInpaintPipeline), arguments.qwen_inpaint,
+             free=False),
+        Case("longcat", tiny_models.longcat(diffusers.LongCatImageEditPipeline), arguments.longcat, batch=(1,),
+             free=False),
     )
 }  # fmt: skip
 

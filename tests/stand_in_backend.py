@@ -13,8 +13,6 @@ from torch import Tensor
 
 from sparse_ref_attn.ops import verdicts
 from sparse_ref_attn.ops.attention_mass import backends as mass_backends
-from sparse_ref_attn.ops.attention_mass import registered as mass_registered
-from sparse_ref_attn.ops.attention_mass import tiled as mass_tiled
 from sparse_ref_attn.ops.attention_mass import trial as mass_trial
 from sparse_ref_attn.ops.attention_mass.impl.chunked import attention_mass_chunked
 from sparse_ref_attn.ops.gather_attention import backends as attention_backends
@@ -53,7 +51,7 @@ def launch_unpack(packed: Sequence[Tensor], rows: Tensor, size: int, dim: int) -
     return _give("unpack", rows, [unpack_reference(y, rows, size, dim) for y in packed])
 
 
-def _launchers(q: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def _launchers(q: Tensor) -> mass_backends.Launchers:
     def launch_lse(q: Tensor, k: Tensor, scale: float, stride: int, key_mask: Tensor | None = None) -> Tensor:
         scores = torch.einsum("bnhc,bshc->bhns", q.float(), k.float()) * scale
         if key_mask is not None:
@@ -66,17 +64,13 @@ def _launchers(q: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]
         some, pivots = q[:, ::stride], lse[..., ::stride].contiguous()
         return _give("mass", q, attention_mass_chunked(some, k, (0, k.shape[1]), scale, key_mask, pivots))
 
-    return launch_lse, launch_mass
-
-
-def _tile_launchers(q: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     def launch_tile_mass(
         q: Tensor, k: Tensor, lse: Tensor, tiles: Tensor, scale: float, reduced: bool, key_mask: Tensor | None = None
     ) -> Tensor:
         span, cut = (0, k.shape[1]), tiles.tolist()
         return _give("tile_mass", q, attention_mass_chunked(q, k, span, scale, key_mask, lse, cut, reduced))
 
-    return _launchers(q)[0], launch_tile_mass
+    return mass_backends.Launchers(launch_lse, launch_mass, launch_tile_mass)
 
 
 @contextmanager
@@ -87,8 +81,7 @@ def judged(folder: Path, candidates: tuple[str, ...] = ("stand_in",)) -> Iterato
         patch.setitem(attention_backends.PREDICATES, "stand_in", lambda call: [])
         patch.setitem(attention_backends.MODULES, "stand_in", __name__)
         patch.setitem(mass_backends.PREDICATES, "stand_in", lambda q, k, scale, tiled: [])
-        patch.setitem(mass_registered.LAUNCHERS, "stand_in", _launchers)
-        patch.setitem(mass_tiled.LAUNCHERS, "stand_in", _tile_launchers)
+        patch.setitem(mass_backends.LAUNCHERS, "stand_in", _launchers)
         patch.setitem(rows_backends.PREDICATES, "stand_in", lambda tensors, rows, dim: [])
         patch.setitem(rows_backends.MODULES, "stand_in", __name__)
         for trial, plain in ((attention_trial, "sdpa"), (mass_trial, "chunked"), (rows_trial, "reference")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from tests.contract.state import GRID, MASS, kinds, state
 from tests.contract.test_offload import by_model, sequential
 from tests.pictures import generator
 from tests.pipeline_arguments import PROMPTS, Request
-from tests.pipelines import CASES, Case, _small_references, each_case
+from tests.pipelines import CASES, Case, each_case, small_pictures
 
 KEEP_ALL = sra.SparseContext(1.0, "grid")
 SIZES = (((96, 64),), ((64, 64), (64, 96), (96, 64)), ((64, 96),))
@@ -42,7 +43,8 @@ class Items:
         self.prompts = [None if "prompt_embeds" in own else p for own, p in zip(self.each, PROMPTS, strict=False)]
         for own in self.each:
             own.pop("prompt", None)
-        side = {"height": case.side, "width": case.side}
+        sized = "height" in inspect.signature(type(pipe).__call__).parameters
+        side = {"height": case.side, "width": case.side} if sized else {}
         self.common = {"num_inference_steps": steps, "output_type": "np", **side, **more}
 
     def alone(self, config: sra.SparseRef) -> tuple[list[np.ndarray], list[list[tuple[str, int]]]]:
@@ -50,14 +52,14 @@ class Items:
         pictures, steps = [], []
         for i, images in enumerate(self.images):
             image = {} if not images else {"image": images[0] if len(images) == 1 else images}
-            with sra.patched(self.pipe, config) as handle, _small_references():
+            with sra.patched(self.pipe, config) as handle, small_pictures():
                 call = {**self.common, **self.each[i], **image}
                 pictures.append(self.pipe(prompt=self.prompts[i], generator=generator(i), **call).images[0])
                 steps.append(record(handle) if images else [])
         return pictures, steps
 
     def together(self, config: sra.SparseRef | None, **more: Any) -> sra.BatchResult:
-        with _small_references():
+        with small_pictures():
             return sra.batch(
                 self.pipe, self.prompts, self.images, config=config, generators=[generator(i) for i in range(3)],
                 **{"each": self.each, **self.common, **more},
@@ -186,7 +188,7 @@ def test_several_pictures_an_item() -> None:
     case = CASES["klein"]
     pipe = case.build()
     items = Items(case, pipe, num_images_per_prompt=2)
-    with _small_references(), sra.patched(pipe, MASS):
+    with small_pictures(), sra.patched(pipe, MASS):
         want = pipe(
             prompt=PROMPTS[0], image=items.images[0][0], generator=generator(0), **items.common, **items.each[0]
         )
@@ -200,7 +202,7 @@ def test_a_batch_of_one_is_the_call_itself() -> None:
     pipe = case.build()
     items = Items(case, pipe)
     want, _ = items.alone(MASS)
-    with _small_references():
+    with small_pictures():
         done = sra.batch(
             pipe, items.prompts[:1], items.images[:1], config=MASS, generators=[generator(0)], each=items.each[:1],
             **items.common,

@@ -104,8 +104,8 @@ def test_the_readmes_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 def test_the_choices_run_and_replace_each_other() -> None:
     names = {"pipe": tiny_kontext(), "photo": picture(48, 32), "sra": sra}
-    (choices,) = blocks("docs/choosing.md")
-    exec(choices, names)
+    for block in blocks("docs/choosing.md"):
+        exec(block, names)
     handle = sra.patch(names["pipe"], sra.SparseRef("grid", 0.5))
     names["pipe"](prompt="a cup", image=names["photo"])
     assert handle.record.steps[-1].kept == 48

@@ -36,6 +36,16 @@ def call(name, model, text, generation, references):
     if name == "kontext":
         extra = {"pooled_projections": empty(1, 768), "guidance": empty(1)}
         model(**inputs, **extra, img_ids=empty(rows, 3), txt_ids=empty(text, 3))
+    elif name == "fibo-edit":
+        layers = [empty(1, text, 2048)] * (model.config.num_layers + model.config.num_single_layers)
+        model(**inputs, text_encoder_layers=layers, img_ids=empty(rows, 3), txt_ids=empty(text, 3))
+    elif name == "longcat-image-edit":
+        model(**inputs, img_ids=empty(rows, 3), txt_ids=empty(text, 3))
+    elif name == "flux3":
+        own = {"image_cond_hidden_states": inputs["hidden_states"][:, generation:]} if references else {}
+        own |= {"image_cond_ids": empty(references, 4)} if references else {}
+        inputs["hidden_states"] = inputs["hidden_states"][:, :generation]
+        model(**inputs, **own, img_ids=empty(generation, 4), txt_ids=empty(text, 4))
     elif name.startswith("qwen"):
         with torch.device("meta"):
             model(**inputs, img_shapes=[[(1, 64, generation // 64), (1, 1, references)]])
@@ -69,7 +79,9 @@ def counted(function, *args):
     return counter.get_total_flops() + sum(extra)
 
 
-@pytest.mark.parametrize("name", ["kontext", "klein-9b", "qwen-image-edit-2511"])
+@pytest.mark.parametrize(
+    "name", ["kontext", "klein-9b", "qwen-image-edit-2511", "longcat-image-edit", "flux3", "fibo-edit"]
+)
 def test_a_whole_run_is_within_one_percent_of_the_flop_counter(name):
     model = named_model(name)
     e = estimate(model, references=[(1024, 1024), (768, 1024)], steps=3, text_tokens=300)
@@ -77,7 +89,8 @@ def test_a_whole_run_is_within_one_percent_of_the_flop_counter(name):
     assert e.kinds == ("profile", "sparse", "sparse")
     assert e.tokens[0] == sum(e.references) == 4096 + 3072
     heads, channels = model.config.num_attention_heads, model.config.attention_head_dim
-    scored = {"kontext": 38, "klein-9b": 24, "qwen-image-edit-2511": 40}[name]
+    scored = {"kontext": 38, "klein-9b": 24, "qwen-image-edit-2511": 40, "longcat-image-edit": 20, "flux3": 28}
+    scored = scored.get(name, 38)
     q, k = empty(1, 4096, heads, channels), empty(1, 300 + 4096 + e.tokens[0], heads, channels)
     # the model's own attention gives the LSE: the references' own keys alone are multiplied
     scoring = scored * counted(attention_mass_reference, q, k[:, 4396:], (0, e.tokens[0]), 1.0)
@@ -100,7 +113,9 @@ def call_by_depth(name, model, kept, first):
         call(name, model, 300, 4096, 4096)
 
 
-@pytest.mark.parametrize(("name", "first"), [("kontext", 30), ("klein-9b", 3), ("qwen-image-edit-2511", 20)])
+@pytest.mark.parametrize(
+    ("name", "first"), [("kontext", 30), ("klein-9b", 3), ("qwen-image-edit-2511", 20), ("flux3", 9)]
+)
 def test_leaving_by_depth_is_within_one_percent_of_the_flop_counter(name, first):
     model = named_model(name)
     given = {"references": ONE, "steps": 3, "text_tokens": 300}
@@ -119,7 +134,7 @@ def test_leaving_by_depth_is_within_one_percent_of_the_flop_counter(name, first)
     flying = estimate(model, **given, config=sra.SparseRef("mass", 0.25, profile="in_flight", profile_blocks=first))
     assert flying.kinds == ("in_flight", "sparse", "sparse")
     heads, channels = model.config.num_attention_heads, model.config.attention_head_dim
-    scored = {"kontext": 11, "klein-9b": 3, "qwen-image-edit-2511": 20}[name]  # Kontext's first 11 single blocks
+    scored = 11 if name == "kontext" else first  # its first 11 single blocks
     q, k = empty(1, 4096, heads, channels), empty(1, 300 + 8192, heads, channels)
     scoring = scored * counted(attention_mass_reference, q, k[:, 4396:], (0, 4096), 1.0)
     assert flying.scoring.total == pytest.approx(scoring, rel=0.01)

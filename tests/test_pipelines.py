@@ -67,7 +67,7 @@ def test_references_are_tokens_of_their_own_grid(case: Case) -> None:
     assert all(later - earlier >= 16 for earlier, later in pairwise(rows))
 
 
-@each_case(lambda case: case.name not in ("kontext_inpaint", "klein_inpaint"))
+@each_case(lambda case: case.free)
 def test_size_of_a_reference(case: Case) -> None:
     pipe = case.build()
     calls, _ = record_calls(pipe.transformer)

@@ -35,13 +35,14 @@ sra.Cosine(low=0.1) ## Unexpected keyword argument "low" for "Cosine"
 sra.schedules.Cosine(sign="near") ## Unexpected keyword argument "sign" for "Cosine"
 sra.patch(1).summary("dict").title() ## "dict[str, Any]" has no attribute "title"
 sra.batch(1, ["a cup"], [[2]]).pictures ## "BatchResult" has no attribute "pictures"
+sra.plan("kontext", "2") ## Argument 2 to "plan" has incompatible type "str"; expected "float"
 sra.estimate(1, config=[1]) ## Argument "config" to "estimate" has incompatible type "list[int]"
 
 handle: sra.PatchHandle = sra.patch(1, sra.SparseContext(0.25, "edges"))
 guarded: sra.SparseRef = sra.SparseRef("mass", sra.schedules.Cosine(0.1, 0.5), guard=sra.config.UniformGuard())
 score: sra.selection.Selector = sra.Cosine()
 attend = sra.functional.gather_attention
-text: str = sra.patch(1).summary() + sra.__version__
+text: str = sra.patch(1).summary() + sra.plan(1, 2.5).summary() + sra.__version__
 with sra.patched(1, sra.ReCAST()) as entered:
     entered.remove()
 try:

@@ -19,7 +19,7 @@ from tests import text_encoders
 LATENT_CHANNELS = 4
 
 
-def _scheduler() -> diffusers.FlowMatchEulerDiscreteScheduler:
+def scheduler() -> diffusers.FlowMatchEulerDiscreteScheduler:
     return diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True)
 
 
@@ -30,7 +30,7 @@ def _rope_axes(head_dim: int, axes: int) -> tuple[int, ...]:
     return (head_dim // 4, 3 * head_dim // 8, 3 * head_dim // 8) if axes == 3 else (head_dim // 4,) * 4
 
 
-def _enliven(transformer: torch.nn.Module, seed: int) -> None:
+def enliven(transformer: torch.nn.Module, seed: int) -> None:
     """Redraw the linear layers at unit gain, and sharpen attention through the gains of the query and key norms."""
     random = torch.Generator("cpu").manual_seed(seed + 1)
     with torch.no_grad():
@@ -43,8 +43,8 @@ def _enliven(transformer: torch.nn.Module, seed: int) -> None:
                 module.weight.mul_(1.5)
 
 
-def _ready(pipe: Any, seed: int) -> Any:
-    _enliven(pipe.transformer, seed)
+def ready(pipe: Any, seed: int) -> Any:
+    enliven(pipe.transformer, seed)
     pipe.set_progress_bar_config(disable=True)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
@@ -70,10 +70,10 @@ def kontext(pipeline: type) -> Callable[..., Any]:
         )  # fmt: skip
         (tokenizer, clip), (tokenizer_2, t5) = text_encoders.clip(), text_encoders.t5()
         pipe = pipeline(
-            scheduler=_scheduler(), vae=vae, text_encoder=clip, tokenizer=tokenizer, text_encoder_2=t5,
+            scheduler=scheduler(), vae=vae, text_encoder=clip, tokenizer=tokenizer, text_encoder_2=t5,
             tokenizer_2=tokenizer_2, transformer=transformer,
         )  # fmt: skip
-        return _ready(pipe, seed)
+        return ready(pipe, seed)
 
     return build
 
@@ -95,10 +95,10 @@ def flux2(pipeline: type, text_encoder: Callable[[], tuple], guidance: bool = Fa
         )  # fmt: skip
         tokenizer, encoder = text_encoder()
         pipe = pipeline(
-            scheduler=_scheduler(), vae=vae, text_encoder=encoder, tokenizer=tokenizer, transformer=transformer
+            scheduler=scheduler(), vae=vae, text_encoder=encoder, tokenizer=tokenizer, transformer=transformer
         )
         pipe.system_message = "edit"  # FLUX.2 dev's own is longer than the tests' prompts may be
-        return _ready(pipe, seed)
+        return ready(pipe, seed)
 
     return build
 
@@ -119,35 +119,44 @@ def qwen(pipeline: type, zero_cond_t: bool = False) -> Callable[..., Any]:
             temperal_downsample=[False, True], latents_mean=[0.0] * LATENT_CHANNELS,
             latents_std=[1.0] * LATENT_CHANNELS,
         )  # fmt: skip
+        with torch.no_grad():  # inpainting samples what it encodes: a trained VAE is as good as sure of it
+            vae.quant_conv.weight[LATENT_CHANNELS:] = 0
+            vae.quant_conv.bias[LATENT_CHANNELS:] = -30
         tokenizer, processor, encoder = text_encoders.qwen_vl()
         pipe = pipeline(
-            scheduler=_scheduler(), vae=vae, text_encoder=encoder, tokenizer=tokenizer, processor=processor,
+            scheduler=scheduler(), vae=vae, text_encoder=encoder, tokenizer=tokenizer, processor=processor,
             transformer=transformer,
         )  # fmt: skip
         # The pipeline drops the template's head by its length under the published tokenizer; ours has a token a byte.
         head, role, _ = pipe.prompt_template_encode.partition("<|im_start|>user\n")
         tokens = tokenizer(head + role).input_ids
         pipe.prompt_template_encode_start_idx = len(tokens)
-        return _ready(pipe, seed)
+        return ready(pipe, seed)
 
     return build
 
 
-def longcat() -> Any:
-    """LongCat-Image-Edit, which no family serves; the VAE makes one token of 8 x 8 pixels."""
-    torch.manual_seed(0)
-    transformer = diffusers.LongCatImageTransformer2DModel(
-        in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=_rope_axes(16, 3),
-    )  # fmt: skip
-    vae = diffusers.AutoencoderKL(
-        sample_size=32, block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=16,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4,
-        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035,
-    )  # fmt: skip
-    tokenizer, processor, encoder = text_encoders.qwen_vl()
-    pipe = diffusers.LongCatImageEditPipeline(
-        scheduler=_scheduler(), vae=vae, text_encoder=encoder, tokenizer=tokenizer, text_processor=processor,
-        transformer=transformer,
-    )  # fmt: skip
-    return _ready(pipe, 0)
+def longcat(pipeline: type) -> Callable[..., Any]:
+    """LongCat-Image-Edit; the VAE makes one token of 8 x 8 pixels, in the pipeline's own 16 channels."""
+
+    def build(seed: int = 0, layers: int = 2, single: int = 2, heads: int = 2, head_dim: int = 16) -> Any:
+        torch.manual_seed(seed)
+        transformer = diffusers.LongCatImageTransformer2DModel(
+            in_channels=64, num_layers=layers, num_single_layers=single, attention_head_dim=head_dim,
+            num_attention_heads=heads, joint_attention_dim=16, pooled_projection_dim=16,
+            axes_dims_rope=_rope_axes(head_dim, 3),
+        )  # fmt: skip
+        vae = diffusers.AutoencoderKL(
+            sample_size=32, block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=16,
+            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4,
+            use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035,
+        )  # fmt: skip
+        tokenizer, processor, encoder = text_encoders.qwen_vl()
+        pipe = pipeline(
+            scheduler=scheduler(), vae=vae, text_encoder=encoder, tokenizer=tokenizer, text_processor=processor,
+            transformer=transformer,
+        )  # fmt: skip
+        pipe.tokenizer_max_length = 32  # to which every prompt is padded
+        return ready(pipe, seed)
+
+    return build

@@ -19,6 +19,7 @@ from . import (
     caches,
     cases,
     direction,
+    fewer_steps,
     mass,
     methods,
     reading,
@@ -37,9 +38,9 @@ PICTURES = {
     "sparse_context": sparse_context, "reading": reading,
 }  # fmt: skip
 ATTENTION = {"mass": mass.STUDY, "stability": stability.STUDY}
-WORK = {"reading_work": reading_work.STUDY}
+OTHERS = {"reading_work": reading_work.STUDY, "fewer_steps": fewer_steps.STUDY}
 WEIGHTS = Path(__file__).parent.parent / "weights"
-NAMES = (*ATTENTION, *PICTURES, *WORK)
+NAMES = (*ATTENTION, *PICTURES, *OTHERS)
 RUNS = ("study", "model", "weights", "parameters", "steps", "subjects", "seeds", "seconds", "threads", "date", "commit",
         "device", "torch", "diffusers")  # fmt: skip
 
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def study(name: str, steps: int) -> Study:
     """By its name, at so many steps."""
-    others = ATTENTION | WORK
+    others = ATTENTION | OTHERS
     return others[name] if name in others else cases.pictures(PICTURES[name].cases(steps))
 
 

@@ -26,7 +26,7 @@ class Question:
     Parameters
     ----------
     task : str
-        One of ``sparse_ref_attn.toy.words.TASKS``.
+        One of ``sparse_ref_attn.toy.words.TASKS`` or ``OPEN_TASKS``.
     subject : int
         0 first; below the number of held-out subjects no two are of the same one.
     prompt : int
@@ -62,7 +62,7 @@ def held_out(task: str) -> Examples:
 def _scene(question: Question) -> Scene:
     sprites = load_sprites(SUBJECTS, "held-out")
     first = question.subject * STRIDE % len(sprites)
-    rows = (first, (first + len(sprites) // 2) % len(sprites))[: 2 if question.task == "pair" else 1]
+    rows = (first, (first + len(sprites) // 2) % len(sprites))[: 2 if question.task.endswith("pair") else 1]
     own = scene(sprites, (SEED, question.subject), task=question.task, subjects=rows, split="held-out")
     return own if question.prompt == 0 else _asked_again(own, question)
 

@@ -12,6 +12,7 @@ from sparse_ref_attn.errors import SparseRefError
 from sparse_ref_attn.eval.ways import WAYS
 from sparse_ref_attn.overlay import overlay
 from sparse_ref_attn.report import summary
+from sparse_ref_attn.vocabulary import CHOSEN_PRESETS
 
 from .rows import kinds_of
 from .sampling import Sampling
@@ -19,7 +20,7 @@ from .sampling import Sampling
 __all__ = ["KEY", "NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "OFFERED", "SparseReferences", "TokensRead"]
 
 KEY = "sparse_ref_attn"
-OFFERED = tuple(way for way in WAYS if way not in ("downscaled", "ToMe", "cache", "tiles"))
+OFFERED = tuple(way for way in WAYS if way not in (*CHOSEN_PRESETS, "downscaled", "ToMe", "cache", "tiles"))
 """The rules that choose among the reference's own tokens: in ComfyUI tokens are dropped, not changed and not stored."""
 PHOTOS = ("reference_1", "reference_2", "reference_3")
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..cost import ModelShape
-from ..errors import IncompatibleError, LayoutError
+from ..errors import IncompatibleError
 from ..functional import unpack_rows
 from ..hooks.diffusers import (
     AttentionSite,
@@ -33,6 +33,7 @@ from .joint_view import joint_view
 from .pipeline_facts import PipelineFacts
 from .published_size import PublishedSize
 from .shortened import Shortened
+from .stream import check_found, stream_rows
 
 __all__ = ["Adapter", "Found", "Kwargs"]
 
@@ -65,6 +66,8 @@ class Adapter:
     """Dotted names of attributes of the transformer that the adapter and its hooks rely on; checked at patch time."""
     tokens: str = "hidden_states"
     """Argument that holds the image stream (B, rows, D)."""
+    references: str | None = None
+    """Argument that holds the references (B, R, D), where these stand apart: rows of the stream behind `tokens`."""
     text_tokens: str | None = "encoder_hidden_states"
     """Argument that holds the text stream (B, text, D); None without text in joint attention."""
     attention_arguments: str = "joint_attention_kwargs"
@@ -112,16 +115,10 @@ class Adapter:
         IncompatibleError
             If rows of its attention mask cannot be taken.
         """
-        (batch, rows), text = kwargs[self.tokens].shape[:2], self._text(kwargs)
-        (first, length), references = found
-        overlaps = any(r.start < first + length and first < r.start + r.length for r in references)
-        if first < 0 or length < 1 or first + length > rows or overlaps:
-            raise LayoutError(
-                f"the generation must be one or more of the {rows} rows and none of a reference's, "
-                f"got rows {first} to {first + length} beside {references}"
-            )
-        masks.check_mask(self.mask(kwargs), batch, text + rows)
-        return TokenLayout(rows, text, (first, length), references)
+        check_found(self, kwargs, found)
+        rows, text = stream_rows(self, kwargs), self._text(kwargs)
+        masks.check_mask(self.mask(kwargs), kwargs[self.tokens].shape[0], text + rows)
+        return TokenLayout(rows, text, *found)
 
     def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
         """Height and width in tokens of the generation, whose rows run left to right, top to bottom; None where they
@@ -145,8 +142,8 @@ class Adapter:
         IncompatibleError
             If the call's mask says more than that.
         """
-        batch, rows = kwargs[self.tokens].shape[:2]
-        return masks.joint_keys(self.mask(kwargs), batch, self._text(kwargs) + rows)
+        batch = kwargs[self.tokens].shape[0]
+        return masks.joint_keys(self.mask(kwargs), batch, self._text(kwargs) + stream_rows(self, kwargs))
 
     def notes(self, kwargs: Kwargs) -> list[str]:
         """What a run's record says of a call that begins it, in words."""
@@ -171,8 +168,8 @@ class Adapter:
 
     def _not_of_keys(self, kwargs: Kwargs) -> str | None:
         """Why the call's mask cannot be honoured in calls that run together, in words (see `masks.not_of_keys`)."""
-        batch, rows = kwargs[self.tokens].shape[:2]
-        return masks.not_of_keys(self.mask(kwargs), batch, self._text(kwargs) + rows)
+        batch = kwargs[self.tokens].shape[0]
+        return masks.not_of_keys(self.mask(kwargs), batch, self._text(kwargs) + stream_rows(self, kwargs))
 
     def cached(self, kwargs: Kwargs) -> bool:
         """Whether this call attends to reference K/V of an earlier call and has no reference rows."""
@@ -218,7 +215,7 @@ class Adapter:
 
     def key_masks(self, items: Sequence[Kwargs]) -> list[Tensor | None]:
         """Of each item's rows (text first), those that may be attended to, (rows,) bool; None for all (may sync)."""
-        sizes = [self._text(item) + item[self.tokens].shape[1] for item in items]
+        sizes = [self._text(item) + stream_rows(self, item) for item in items]
         return [masks.item_keys(self.mask(item), rows) for item, rows in zip(items, sizes, strict=True)]
 
     def rotary(self, transformer: nn.Module, kwargs: Kwargs) -> tuple[Tensor, ...]:

@@ -21,6 +21,11 @@ def joint_view(layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask: Tenso
         If it does not run over these rows.
     """
     at, (first, length) = layout.text, layout.generation
+    if not length:
+        raise LayoutError(
+            "attention is measured from the generation's rows, got a layout without: name the argument that holds "
+            "these (tokens) and the references' own, or use a rule that measures none"
+        )
     if q.shape[1] != at + layout.rows or k.shape[1] != at + layout.rows:
         raise LayoutError(
             f"attention must run over {at} text and {layout.rows} image rows, got {q.shape[1]} queries and "

@@ -32,6 +32,9 @@ class PipelineFacts:
         Which reference gives the output its shape where nobody says a size, as an index. Default: the first.
     distilled : bool
         Whether all of its models are distilled to few steps. Default: those whose config says ``is_distilled``.
+    default_steps : int, optional
+        Steps of a call where nobody says how many; default what its class's signature says, which a modular pipeline's
+        does not.
     training : TrainingHooks, optional
         How its models are trained on pairs of pictures; None: `sra train` does not train them.
     """
@@ -42,6 +45,7 @@ class PipelineFacts:
     area: str | None = None
     shaped_by: int = 0
     distilled: bool = False
+    default_steps: int | None = None
     training: TrainingHooks | None = None
 
     @property
@@ -81,6 +85,8 @@ class PipelineFacts:
         """
         if self.distilled if distilled is None else distilled:
             return _DISTILLED_STEPS
+        if self.default_steps is not None:
+            return self.default_steps
         return int(inspect.signature(load_class(self.cls).__call__).parameters["num_inference_steps"].default)
 
 

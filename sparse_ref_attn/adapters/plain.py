@@ -19,6 +19,7 @@ from .base import Adapter, Found, Kwargs
 from .position_ids import grid_of_ids, place_by_ids
 from .row_arguments import RowArgument, take_rows
 from .serving import check_arguments
+from .stream import own_layout, own_rows
 
 __all__ = ["PlainAdapter"]
 
@@ -67,15 +68,25 @@ class PlainAdapter(Adapter):
     Parameters
     ----------
     tokens : str
-        Argument that holds the image stream, (B, rows, D). References are rows of it.
+        Argument that holds the image stream, (B, rows, D). References are rows of it, or of `references`. Where the
+        model cuts the generation into tokens itself, and references stand apart, the argument of its position ids will
+        do, which has a row for each token too. Where there is none, `tokens` may name the references' argument: the
+        generation is then ``(0, 0)`` in what `find` returns, tokens are dropped, and by a rule that measures no
+        attention.
     find : callable
         From all arguments by name to ``((first generation row, number), references)``, or None
-        when the layout is not known (the call then runs dense). Called once a run.
+        when the layout is not known (the call then runs dense). Called once a run. See `references_from_ids`.
     rows : mapping of str to int or tuple
         Further arguments that hold one entry a row (position ids, rotary tables), and the axis of
         their rows. Tensors, or tuples such as (cos, sin), lists and mappings of them. Where other
         rows stand around those of the image stream, ``(axis, before)`` or ``(axis, before, after)``,
         numbers of rows or "text" for as many as there are text tokens: ``{"rotary": (0, "text")}``.
+    references : str, optional
+        Argument that holds the references, (B, R, D), where they stand apart. Their rows count behind those of
+        `tokens`, in `find` and in `rows`, and attention must have them there: text, `tokens`, `references`. It and
+        `reference_rows` are None in a call without reference rows, which reads stored ones.
+    reference_rows : mapping of str to int or tuple
+        As `rows`, of arguments with one entry for each row of `references` alone.
     text : str, optional
         Argument with the text tokens (B, text, D) that stand before the image stream in joint
         attention. Default none.
@@ -89,7 +100,7 @@ class PlainAdapter(Adapter):
         Argument that holds a mask of joint attention, text first, or whose entry ``attention_mask`` does: bool or
         floating, (B, S) for keys or as ``scaled_dot_product_attention`` takes it. It is cut with the tokens.
     positions : str, optional
-        Which of `rows` holds (frame, y, x) ids, so that rivals can place changed tokens.
+        Which of `rows`, or of `reference_rows`, holds (frame, y, x) ids, so that rivals can place changed tokens.
     grid : callable, optional
         From the arguments to the generation's (height, width) in tokens, whose rows run left to right, top to bottom;
         default that of `positions`. A cache that is read per tile needs it.
@@ -100,10 +111,18 @@ class PlainAdapter(Adapter):
 
     Examples
     --------
-    >>> from sparse_ref_attn.types import Reference
+    ``Flux`` of Black Forest Labs' own repository, whose sampler appends the reference to ``img`` and ``img_ids``:
+
+    >>> from sparse_ref_attn import references_from_ids, register_adapter
     >>> adapter = PlainAdapter(
-    ...     tokens="x", rows={"ids": -2}, find=lambda kwargs: ((0, 16), (Reference(16, 16, (4, 4)),))
+    ...     tokens="img",  # (B, rows, 64): the picture being made, then the reference
+    ...     rows={"img_ids": 1},  # (B, rows, 3): dropped tokens take their ids along
+    ...     find=lambda kwargs: references_from_ids(kwargs["img_ids"]),  # the reference has frame 1
+    ...     text="txt",  # its tokens come first in attention
+    ...     attention=["double"] * 19 + ["single"] * 38,  # one call a block, which can be measured
+    ...     positions="img_ids",  # where merged tokens are put, and the grid of the picture
     ... )
+    >>> register_adapter("flux.model.Flux", adapter)
     """
 
     def __init__(
@@ -112,6 +131,8 @@ class PlainAdapter(Adapter):
         find: Callable[[Kwargs], Found | None],
         rows: Mapping[str, int | tuple[int | str, ...]] | None = None,
         *,
+        references: str | None = None,
+        reference_rows: Mapping[str, int | tuple[int | str, ...]] | None = None,
         text: str | None = None,
         attention: Sequence[str] = (),
         conditional: Callable[[Kwargs], slice] | None = None,
@@ -124,18 +145,25 @@ class PlainAdapter(Adapter):
         unknown = sorted(set(attention) - {"double", "single", "other"})
         if unknown:
             raise ConfigError(f'attention must be made of "double", "single" and "other", got {unknown}')
-        if positions is not None and positions not in (rows or {}):
-            raise ConfigError(f"positions must be one of rows {sorted(rows or {})}, got {positions!r}")
-        self.tokens, self.text_tokens = tokens, text
+        if reference_rows and references is None:
+            raise ConfigError(
+                f"reference_rows are those of an argument for references alone: name it (references=), got "
+                f"{sorted(reference_rows)}"
+            )
+        named = {**(rows or {}), **(reference_rows or {})}
+        if positions is not None and positions not in named:
+            raise ConfigError(f"positions must be one of rows {sorted(named)}, got {positions!r}")
+        self.tokens, self.text_tokens, self.references = tokens, text, references
         self.name = name  # type: ignore[misc]
         self._find = find
         self._rows = {name: RowArgument.of(name, given) for name, given in (rows or {}).items()}
+        self._own = {name: RowArgument.of(name, given) for name, given in (reference_rows or {}).items()}
         self._attention, self._conditional, self._positions = tuple(attention), conditional, positions
         self._shape, self._grid = shape, grid
         self.attention_arguments = mask or ""
 
     def check(self, transformer: nn.Module) -> None:
-        check_arguments(self, transformer, [self.tokens, self.text_tokens, *self._rows])
+        check_arguments(self, transformer, [self.tokens, self.references, self.text_tokens, *self._rows, *self._own])
 
     def find(self, kwargs: Kwargs) -> Found | None:
         return self._find(kwargs)
@@ -149,7 +177,7 @@ class PlainAdapter(Adapter):
 
     def _check_unnamed(self, kwargs: Kwargs, layout: TokenLayout) -> None:
         """Raise where an argument that calls itself a mask is as long as the sequence, and would not be cut with it."""
-        known = {self.tokens, self.attention_arguments, *self._rows}
+        known = {self.tokens, self.attention_arguments, *self._rows, *self._own}
         given = {**kwargs, **{n: v for part in kwargs.values() if isinstance(part, dict) for n, v in part.items()}}
         if self.attention_arguments:
             known.add(masks.MASK)
@@ -164,23 +192,33 @@ class PlainAdapter(Adapter):
     def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
         if self._grid is not None:
             return self._grid(kwargs)
-        ids = None if self._positions is None else kwargs.get(self._positions)
+        ids = kwargs.get(self._positions) if self._positions in self._rows else None
         return grid_of_ids(ids, layout) if isinstance(ids, Tensor) and ids.ndim > 1 else None
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
-        short = take_rows(self.cut_mask(kwargs, layout, rows), {self.tokens: 1}, rows)
-        for name, argument in self._rows.items():
-            if name in kwargs:
-                short[name] = argument.cut(kwargs[name], layout, rows)
-        return short
+        cut = self.cut_mask(kwargs, layout, rows)
+        if self.references is None:
+            short = take_rows(cut, {self.tokens: 1}, rows)
+        else:
+            own, apart = own_layout(layout), own_rows(layout, rows)
+            if apart.shape[0]:
+                short = take_rows(cut, {self.references: 1}, apart)
+                short |= {name: row.cut(kwargs[name], own, apart) for name, row in self._own.items() if name in kwargs}
+            else:
+                short = {**cut, self.references: None, **dict.fromkeys(self._own)}
+        return short | {
+            name: each.cut(kwargs[name], layout, rows) for name, each in self._rows.items() if name in kwargs
+        }
 
     def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
-        if self._positions is None or set(self._rows) != {self._positions} or not self._rows[self._positions].alone:
+        tokens, rows = (self.tokens, self._rows) if self.references is None else (self.references, self._own)
+        others = set(self._rows) | set(self._own)
+        if self._positions not in rows or others != {self._positions} or not rows[self._positions].alone:
             return super().replace(kwargs, layout, reduced)
-        named = {"hidden_states": kwargs[self.tokens], "img_ids": kwargs[self._positions]}
-        placed = place_by_ids(named, layout, reduced)
+        where = layout if self.references is None else own_layout(layout)
+        placed = place_by_ids({"hidden_states": kwargs[tokens], "img_ids": kwargs[self._positions]}, where, reduced)
         kwargs = self.reduce_mask(kwargs, layout, reduced)
-        return {**kwargs, self.tokens: placed["hidden_states"], self._positions: placed["img_ids"]}
+        return {**kwargs, tokens: placed["hidden_states"], self._positions: placed["img_ids"]}
 
     def sites(self, transformer: nn.Module) -> list[AttentionSite]:
         return [AttentionSite(None, kind) for kind in self._attention]

@@ -13,7 +13,7 @@ from ..estimation import at_share
 from ..eval.ways import WAYS, family_of
 from ..execution import EXECUTIONS
 from ..refresh import named
-from ..vocabulary import PRESETS, SAME, chosen
+from ..vocabulary import CHOSEN_PRESETS, DEFAULT_PRESET, SAME, chosen
 
 __all__ = ["Edit"]
 
@@ -31,7 +31,7 @@ class Edit:
         One of `WAYS`.
     share : float, in (0, 1]
         Mean share of the reference tokens over all steps, a dense one included; of "cache" the share of the steps that
-        run the references.
+        run the references. No matter to the presets that keep every token.
     steps : int, optional
         Default the model's own.
     seed : int, in [0, 2**64)
@@ -55,7 +55,7 @@ class Edit:
 
     images: tuple[str, ...]
     prompt: str
-    way: str = PRESETS[0]
+    way: str = DEFAULT_PRESET
     share: float = 0.25
     steps: int | None = None
     seed: int = 0
@@ -79,6 +79,11 @@ class Edit:
         if self.execute is not None:
             object.__setattr__(self, "execute", chosen("the execution", self.execute, EXECUTIONS))
         self._settings()
+
+    @property
+    def words(self) -> str:
+        """Rule and share; a preset that keeps every token has none."""
+        return self.way if self.way in CHOSEN_PRESETS else f"{self.way} at {100 * self.share:g} %"
 
     def config(self, transformer: nn.Module, steps: int) -> SparseRef:
         """What the transformer is patched with for a run of `steps` steps.

@@ -123,10 +123,10 @@ def _asked() -> dict[str, Any]:
         interactive=True, elem_id="photos", sources=["upload"], buttons=[],
     )  # fmt: skip
     prompt = gr.Textbox(label="Prompt", lines=2, max_lines=6, elem_id="prompt", submit_btn=False)
-    way = gr.Dropdown(list(WAYS), value=Edit.way, label="Rule: which tokens are kept", elem_id="way")
+    way = gr.Dropdown(list(WAYS), value=Edit.way, label="Preset or rule", elem_id="way")
     share = gr.Slider(
         1, 100, value=100 * Edit.share, step=1, label="Share of the reference tokens, %", elem_id="share",
-        info="Mean over all steps, a dense one included",
+        info="Mean over all steps, a dense one included; faithful, balanced and fast keep all",
     )  # fmt: skip
     with gr.Accordion("Advanced", open=False, elem_id="advanced"):
         with gr.Row():

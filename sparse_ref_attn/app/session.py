@@ -146,7 +146,7 @@ class Session:
             config = edit.config(model.transformer, steps)
             call = model.caller(arguments, edit.seed, self._listener("sparse", told))
             transformer = model.transformer
-            self._handle, self._patched_for = patch(model.pipe, config), f"{edit.way} at {100 * edit.share:g} %"
+            self._handle, self._patched_for = patch(model.pipe, config), edit.words
             image, times = time_call(lambda: call(steps), transformer, ())
             adapter, record = adapter_for(transformer), self._handle.record
             shape = adapter.shape(transformer) if adapter.streams else None

@@ -21,13 +21,13 @@ def in_words(error: Exception) -> str:
     Examples
     --------
     >>> in_words(MemoryError())
-    'Memory ran out: a smaller size, fewer or smaller photos, or "tokens" in place of a cache need less.'
+    'Memory ran out: a smaller size, fewer or smaller photos, or a rule that drops tokens need less.'
     """
     line = " ".join(str(error).split())
     if isinstance(error, StoppedError):
         return "Stopped: the model is as it was."
     if out_of_memory(error):
-        return 'Memory ran out: a smaller size, fewer or smaller photos, or "tokens" in place of a cache need less.'
+        return "Memory ran out: a smaller size, fewer or smaller photos, or a rule that drops tokens need less."
     if isinstance(error, SparseRefError):
         return f"{line[:1].upper()}{line[1:]}."
     logger.error("an error of the page that the library does not know", exc_info=error)

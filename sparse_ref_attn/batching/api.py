@@ -60,7 +60,7 @@ def batch(
         runs without.
     config : SparseRef, str, float or int, optional
         What is kept of each item's references: ranked, budgeted and reported for each item by
-        itself. Default: that of the patch on `pipe`, or ``ReCAST()``, as `patch`.
+        itself. Default: that of the patch on `pipe`, or "balanced", as `patch`.
         ``SparseContext(1.0, "grid")`` keeps everything.
     generators : sequence of torch.Generator, optional
         One an item, all different. Without them noise comes from torch's own generator, in the

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import doctor
 from ..config import SparseRef
-from ..estimation import Amount
+from ..estimation import Amount, preset_of
 from ..eval import outputs
 from ..eval.compare import compare
 from ..eval.equal_time import run_rivals
@@ -28,12 +28,14 @@ def demo(options: argparse.Namespace) -> None:
     """Dense and sparse side by side, on a built-in pipeline."""
     made = builtin(options, options.image)
     small = made.pair is not None
-    preset = options.preset = options.preset or ("recast" if small else "sparse-context")
     given = settings(options)
+    if options.preset is None:
+        options.preset = preset_of(options.keep, given) if small else "sparse-context"
+    preset = options.preset
     if preset == "sparse-context":
         given.setdefault("task", "subject" if small else "edit")
         options.keep = 0.25 if options.keep is None else options.keep
-    elif not small:
+    elif preset == "recast" and not small:
         given.setdefault("task", "subject")
     if small and preset == "recast" and options.keep is None:
         given |= {"n_min": 0.25, "n_max": 0.25}  # the paper's ramp would begin with 16 tokens of 256

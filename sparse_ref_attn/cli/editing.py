@@ -10,7 +10,6 @@ from ..errors import SparseRefError
 from ..estimation import Amount, estimate
 from ..pictures import open_image
 from . import failures
-from .common import settings
 from .edits import Edit, edits_of
 from .fingerprint import fingerprints
 from .logs import hushed, quiet
@@ -18,6 +17,7 @@ from .models import Model, model_of
 from .recorded import record_of, save
 from .session import OF_DENSE, Session, shareable
 from .telling import Telling
+from .wanted import Wanted
 
 __all__ = ["run"]
 
@@ -31,11 +31,12 @@ def run(options: argparse.Namespace) -> int:
     """
     tell = Telling(options.json, options.quiet)
     with hushed(options.quiet):
-        amount = Amount(options.preset, options.keep, settings(options))
+        wanted = Wanted(options)
+        options.preset = wanted.preset
         edits, many = edits_of(options)
         quiet(pipelines_too=options.model is None)
         model = model_of(options)
-        _check(model, edits, amount)
+        _check(model, edits, wanted.amount)
         waiting = []
         for edit, fingerprint in zip(edits, fingerprints(edits, options), strict=True):
             found = _there(edit, fingerprint, options.compare_dense) if many else None
@@ -48,16 +49,16 @@ def run(options: argparse.Namespace) -> int:
             return 0
         pictures = None if many else [open_image(path) for path in edits[0].images]
         tell.note(model.about)
-        session = Session(options, model, amount)
+        session = Session(options, model, wanted)
         if options.model is not None:
             tell.note(f"Loaded {type(session.pipe).__name__} from {options.model} on {session.device}.")
         return _make(session, tell, waiting, pictures, options.compare_dense)
 
 
-def _check(model: Model, edits: Sequence[Edit], amount: Amount) -> None:
+def _check(model: Model, edits: Sequence[Edit], amount: Amount | None) -> None:
     """Raise for what can be known to fail before the model is loaded."""
     bare = model.check(edits)
-    if bare is None:
+    if bare is None or amount is None:
         return
     for steps in {model.steps(edit) for edit in edits}:
         estimate(

@@ -9,16 +9,19 @@ from .. import doctor
 from ..errors import ConfigError
 from ..eval.checked_arguments import check_reserved
 from ..eval.datasets import load_examples
-from ..eval.evaluate import Grid
 from ..eval.evaluate import evaluate as run_grid
-from ..eval.examples import procedural
+from ..eval.examples import FAMILIES, OPEN_SCENERY, procedural
+from ..eval.grid import Grid
 from ..eval.methods import RULES, method_name
 from ..eval.models import EvalModel
 from ..eval.rival_settings import is_rival
 from ..eval.scores import Scorer
 from ..eval.tables import write_results
-from ..toy.pipeline import TRAINED
+from ..toy.pipeline import TRAINED, knows_open_scenery
 from ..vocabulary import FEWER
+from .commands.evaluate import KEEPS
+from .frontier import check as check_frontier
+from .frontier import frontier
 from .logs import quiet
 from .terminal import saved, show
 from .values import typed
@@ -26,8 +29,12 @@ from .values import typed
 __all__ = ["evaluate"]
 
 
+FRONTIER_METRICS = ("psnr", "subject-psnr", "scenery-psnr")
+
+
 def evaluate(options: argparse.Namespace) -> None:
-    """Make what is missing of the grid, then tables and plots of all rows."""
+    """Make what is missing of the grid, or of the frontier's sweep, then tables and plots of all rows."""
+    check_frontier(options)
     if options.data is not None and options.sprites is not None:
         raise ConfigError("--sprites must come without --data, got both")
     if options.data is not None and options.models is None:
@@ -39,7 +46,11 @@ def evaluate(options: argparse.Namespace) -> None:
     check_reserved(dict(options.set or ()))
     quiet(pipelines_too=True)
     if options.data is None:
-        data = procedural(options.sprites, side=128 if options.side is None else options.side)
+        open_too = all(knows_open_scenery(path) for _, path in given)
+        known = [family for family in FAMILIES if open_too or family != OPEN_SCENERY]
+        data = procedural(
+            options.sprites, side=128 if options.side is None else options.side, families=options.families or known
+        )
     else:
         data = load_examples(options.data, options.layout)
     rules = [rule for rule in (*RULES, FEWER) if rule != "subject mask" or data.reference_masks]
@@ -51,14 +62,20 @@ def evaluate(options: argparse.Namespace) -> None:
         rule if is_rival(rule) else method_name(rule, schedule) for schedule in options.schedules for rule in rules
     )
     grid = Grid(
-        tuple(methods), tuple(options.keep), options.seeds,
-        None if options.families is None else tuple(options.families), options.subjects, options.mean_over,
+        tuple(methods), tuple(KEEPS if options.keep is None else options.keep), options.seeds,
+        None if options.families is None or options.data is None else tuple(options.families), options.subjects,
+        options.mean_over,
     )  # fmt: skip
     data.chosen(grid.families, grid.count)  # a family that is not there is told before anything is loaded
-    scorer = Scorer(data, options.metrics, clip=options.clip, dino=options.dino)
+    names = options.metrics
+    if options.frontier and names is None:
+        needs = {"subject-psnr": data.masks, "scenery-psnr": data.open_scenery}
+        names = [name for name in FRONTIER_METRICS if needs.get(name, True)]
+    scorer = Scorer(data, names, clip=options.clip, dino=options.dino)
+    steps = options.steps or (12 if options.frontier else 8)
     models = [
         EvalModel(
-            name, path, side=options.side, steps=options.steps, device=options.device, dtype=options.dtype,
+            name, path, side=options.side, steps=steps, device=options.device, dtype=options.dtype,
             more=dict(options.set or ()),
         )
         for name, path in given
@@ -68,6 +85,9 @@ def evaluate(options: argparse.Namespace) -> None:
         "device": doctor.device(str(models[0].pipe.device)),
         "versions": doctor.versions(),
     }
+    if options.frontier:
+        frontier(options, data, models[0], scorer, about)
+        return
     rows = run_grid(options.out, data, models, grid, scorer, about=about, pictures=options.pictures)
     if rows:
         out = Path(options.out)

@@ -18,7 +18,7 @@ FIELDS = ("execute", "from_block", "layers", "cache_rows", "refresh", "per", "ti
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The fields of `SparseRef` named in `FIELDS`."""
-    group = parser.add_argument_group("execution", "where the saving happens; default: the preset's, which is tokens")
+    group = parser.add_argument_group("execution", "where the saving happens; default: the preset's")
     group.add_argument(
         "--execute",
         **values.one_of(EXECUTIONS),
@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=values.refresh,
         metavar="WHEN",
         help="with the cache, when references run: every 4 steps (4) or quarters of the run (25%%), at steps (0,4,8), "
-        "never again (never), or when they have moved (drift:0.3); default: 25%%, or 50%% of up to eight steps",
+        "never again (never), or when they have moved (drift:0.3); default: the preset's, else 25%%, or 50%% of up to "
+        "eight steps",
     )
     group.add_argument(
         "--per",

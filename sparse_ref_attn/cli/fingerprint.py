@@ -15,7 +15,7 @@ from .edits import Edit
 
 __all__ = ["fingerprints"]
 
-_ARGUMENTS = ("model", "quantize", "dtype", "set", "preset", "keep", "task", "select", *execution.FIELDS)
+_ARGUMENTS = ("model", "quantize", "dtype", "set", "preset", "keep", "task", "select", "speedup", *execution.FIELDS)
 """Of the command, beside those of an `Edit`. A device makes the same picture but for rounding."""
 
 

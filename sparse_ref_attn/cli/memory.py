@@ -50,9 +50,11 @@ def _cache(pipe: Any, config: SparseRef, images: list[Any], output: tuple[int, i
         rows, beside = memory.sparse_reference_kv, memory.room
         if memory.tiles is not None:
             rows, beside = memory.dense_reference_kv, memory.tiles
-        held = (rows + beside) / 1e9
+        held, whole = (rows + beside) / 1e9, memory.dense_reference_kv / 1e9
+        part = memory.sparse_reference_kv < memory.dense_reference_kv
+        less = "less with a smaller --keep and --cache-rows budget, " if part else ""
         return (
-            f"the reference cache holds {held:.1f} GB (all tokens: {memory.dense_reference_kv / 1e9:.1f} GB), less "
-            "with a smaller --keep and --cache-rows budget, none with --execute tokens"
+            f"the reference cache holds {held:.1f} GB (all tokens: {whole:.1f} GB), {less}none with --preset "
+            "sparse-context or recast, which drop tokens"
         )
     return ""

@@ -10,13 +10,13 @@ from typing import Any
 
 from .. import doctor
 from ..config import SparseRef
-from ..estimation import Amount
 from ..patching import patched
 from ..pictures import open_image
 from . import calling, failures
 from .edits import Edit
 from .memory import memory_of
 from .models import Model
+from .wanted import Wanted
 
 __all__ = ["OF_DENSE", "Session", "shareable"]
 
@@ -33,12 +33,12 @@ class Session:
         Of ``sra run``.
     model : Model
         Loaded here.
-    amount : Amount
+    wanted : Wanted
         What is kept.
     """
 
-    def __init__(self, options: argparse.Namespace, model: Model, amount: Amount) -> None:
-        self._options, self._model, self._amount = options, model, amount
+    def __init__(self, options: argparse.Namespace, model: Model, wanted: Wanted) -> None:
+        self._options, self._model, self._wanted = options, model, wanted
         self.pipe, device = model.load()
         self.device = doctor.device(device)
         self._versions = doctor.versions()
@@ -63,7 +63,10 @@ class Session:
         """
         options = self._options
         arguments, steps = self._arguments(edit, pictures)
-        config = self._amount.config(self.pipe.transformer, steps)
+        images, width, height = arguments["image"], arguments.get("width"), arguments.get("height")
+        references = images if isinstance(images, list) else [images]
+        output = (width, height) if width and height else None
+        config = self._wanted.config(self.pipe, steps, references, output)
         with patched(self.pipe, config) as handle:
             image, seconds = self._timed(arguments, steps, edit.seed, config)
             flops, report = handle.flops(), handle.summary("dict")

@@ -48,7 +48,9 @@ def _line(record: dict[str, Any]) -> str:
         return f"{record['picture']}: there already, {width} x {height}, seed {record['seed']}"
     kept = record["reference_tokens"]
     told = f"{record['picture']}: {width} x {height}, seed {record['seed']}, {record['steps']} steps, "
-    told += f"{100 * kept['share']:.3g} % of {kept['all']:,} reference tokens, {record['seconds']:.3g} s"
+    told += f"{100 * kept['share']:.3g} % of {kept['all']:,} reference tokens, "
+    told += "" if record["flop_ratio"] is None else f"{record['flop_ratio']:.2f}x less work, "
+    told += f"{record['seconds']:.3g} s"
     dense = record["dense"]
     if dense is not None:
         told += f"; {dense['picture']} with all of them: {dense['seconds']:.3g} s ({dense['speedup']:.2f}x)"

@@ -35,7 +35,7 @@ def train(options: argparse.Namespace) -> None:
         raise ConfigError("--data and --model must be given together, got one of them")
     if options.vae and options.sprites is None:
         raise ConfigError("--vae must come with --sprites, got --data")
-    for name in ("init", "reference_loss"):
+    for name in ("init", "reference_loss", "open_scenery"):
         if getattr(options, name) is not None and options.sprites is None:
             raise ConfigError(f"--{name.replace('_', '-')} must come with --sprites, got --data")
     if options.vae:
@@ -61,16 +61,19 @@ def train(options: argparse.Namespace) -> None:
             ),
         )
     out = Path(options.out)
-    about = {"command": typed(options)}
+    about: dict[str, Any] = {"command": typed(options)}
     ema = loop(pipe, batches, config, out, drop=drop, about=about)
     if drop is not None:
         drop.remove()
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        if small:
+            about["open_scenery"] = batches.open_scenery
         _write(pipe, out, ema, drop, small, {"train": asdict(config), **about})
 
 
 def _small(options: argparse.Namespace) -> tuple[Any, Any]:
-    batches = ToyBatches(options.sprites, options.batch, grid=options.grid, seed=options.seed)
+    left_open = 0.0 if options.open_scenery is None else options.open_scenery
+    batches = ToyBatches(options.sprites, options.batch, grid=options.grid, seed=options.seed, open_scenery=left_open)
     pipe = toy_pipeline(None, seed=options.seed)
     pipe.transformer.requires_grad_(True)
     if options.init is not None:

@@ -17,6 +17,7 @@ from ..vocabulary import chosen
 
 __all__ = [
     "above",
+    "at_least_one",
     "at_least_zero",
     "factors",
     "keep",
@@ -90,6 +91,17 @@ def above(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def at_least_one(text: str) -> float:
+    """A finite number of at least 1; "2.5x" is 2.5."""
+    try:
+        found = float(text.removesuffix("x"))
+    except ValueError:
+        found = math.nan
+    if not 1 <= found < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
+    return found
 
 
 def at_least_zero(text: str) -> float:

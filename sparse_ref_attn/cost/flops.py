@@ -49,7 +49,8 @@ def step_flops(shape: ModelShape, tokens: StepTokens, batch: int = 1) -> Flops:
     """FLOPs of one transformer call.
 
     Attention takes ``4 H C`` FLOPs for each query-key pair of each layer: S x (S + cached) pairs, or on a split step
-    (T + G) x (T + G + R) + R x R. Rows that leave by depth count in the embedder and the blocks before they leave.
+    (T + G) x (T + G + R) + R x R; layers before the joint ones add T x T + G x G + R x R.
+    Rows that leave by depth count in the embedder and the blocks before they leave.
 
     Parameters
     ----------
@@ -89,7 +90,7 @@ def step_flops(shape: ModelShape, tokens: StepTokens, batch: int = 1) -> Flops:
                 f"knows, got block {tokens.from_block}"
             )
         macs += shape.leading[tokens.from_block] * tokens.dropped
-    pairs = tokens.pairs(shape.attention_layers)
+    pairs = tokens.pairs(shape.attention_layers) + shape.own_attention_layers * tokens.own_pairs
     return Flops(matmul=2 * batch * macs, attention=4 * batch * shape.heads * shape.head_dim * pairs)
 
 
@@ -103,8 +104,9 @@ def layered_flops(shape: ModelShape, tokens: StepTokens, cached: Sequence[int], 
     cached : sequence of int
         Stored tokens that each attention layer reads.
     """
-    one = replace(shape, attention_layers=1)
+    one = replace(shape, attention_layers=1, own_attention_layers=0)
     attention = sum(step_flops(one, replace(tokens, cached=n), batch).attention for n in cached)
+    attention += step_flops(replace(shape, attention_layers=0), tokens, batch).attention
     return Flops(step_flops(shape, tokens, batch).matmul, attention)
 
 

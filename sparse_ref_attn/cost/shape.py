@@ -16,7 +16,7 @@ from ..errors import ConfigError, UnsupportedModelError
 
 __all__ = ["ModelShape"]
 
-STREAMS = ("image", "text", "joint", "item", "reference_item", "output")
+STREAMS = ("image", "text", "joint", "item", "reference_item", "output", "twin")
 
 # Wrappers that torch.compile, FSDP and peft put into a module's path.
 _WRAPPED = re.compile(r"(_orig_mod\.|_fsdp_wrapped_module\.|\.base_layer$|\.lora_[AB]\.[^.]+$)")
@@ -39,6 +39,8 @@ class ModelShape:
         and the output rows.
     attention_layers, heads, head_dim : int
         Joint attention layers, H and C.
+    own_attention_layers : int
+        Layers before these in which text, generation and references each look at themselves alone (FLUX.3).
     parameter_bytes : int
         Bytes of the parameters as stored (quantised ones count as such).
     dtype_bytes : int
@@ -73,6 +75,7 @@ class ModelShape:
     reference_timestep: bool = False
     widest: int = 0
     leading: tuple[int, ...] = ()
+    own_attention_layers: int = 0
 
     def __post_init__(self) -> None:
         if self.output_rows not in ("all", "generation"):
@@ -93,6 +96,7 @@ class ModelShape:
         output_rows: str = "all",
         reference_timestep: bool = False,
         blocks: Sequence[str] = (),
+        own_attention_layers: int = 0,
     ) -> ModelShape:
         """Read the shape off a transformer, on any device including meta; nothing is run.
 
@@ -102,11 +106,12 @@ class ModelShape:
             The transformer. Quantised, LoRA-adapted and compiled Linear layers are recognised.
         streams : mapping of str to str
             Regular expression over a Linear layer's whole name -> "image", "text", "joint", "item", "reference_item"
-            (once an item, and once more for references with a timestep of their own) or "output". The first match
+            (once an item, and once more for references with a timestep of their own), "output", or "twin": runs on the
+            references alone, where an equal layer of the "image" stream runs on the generation alone. The first match
             counts.
         attention_layers, heads, head_dim : int, optional
             By default read from ``module.config`` as diffusers names them.
-        output_rows, reference_timestep
+        output_rows, reference_timestep, own_attention_layers
             See `ModelShape`.
         blocks : sequence of str
             Name of each block in order of execution, for `leading`.
@@ -130,12 +135,13 @@ class ModelShape:
         if unknown:
             raise ConfigError(f"a stream must be one of {STREAMS}, got {unknown}")
         patterns = [(re.compile(pattern), stream) for pattern, stream in streams.items()]
-        macs, widest, unmatched = dict.fromkeys(STREAMS, 0), 0, []
+        macs, widest, unmatched = dict.fromkeys(STREAMS[:-1], 0), 0, []
         by_block: Counter[str | None] = Counter()
         for name, inputs, outputs in _linears(module):
             stream = next((stream for pattern, stream in patterns if pattern.fullmatch(name)), None)
             if stream is None:
                 unmatched.append(name)
+            if stream in (None, "twin"):
                 continue
             macs[stream] += inputs * outputs
             if stream in ("image", "joint"):
@@ -160,6 +166,7 @@ class ModelShape:
             output_rows=output_rows,
             reference_timestep=reference_timestep,
             widest=widest,
+            own_attention_layers=own_attention_layers,
             leading=tuple(accumulate([by_block[block] for block in blocks[:-1]], initial=by_block[None]))
             if blocks
             else (),

@@ -66,6 +66,11 @@ class StepTokens:
         """Rows of the joint sequence (S), in the last block."""
         return self.text + self.generation + self.references
 
+    @property
+    def own_pairs(self) -> int:
+        """Query-key pairs of one head where text, generation and references each look at themselves."""
+        return self.text**2 + self.generation**2 + (self.references + self.dropped) ** 2
+
     def pairs(self, layers: int) -> int:
         """Query-key pairs of one head over `layers` attention layers."""
         if self.split:

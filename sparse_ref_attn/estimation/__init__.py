@@ -1,8 +1,8 @@
 """What a run will cost, before it runs."""
 
-from .amount import Amount
+from .amount import Amount, preset_of
 from .api import estimate
 from .result import Estimate, RunMemory
 from .share import at_share, at_share_of_sites
 
-__all__ = ["Amount", "Estimate", "RunMemory", "at_share", "at_share_of_sites", "estimate"]
+__all__ = ["Amount", "Estimate", "RunMemory", "at_share", "at_share_of_sites", "estimate", "preset_of"]

@@ -9,10 +9,11 @@ from torch import nn
 
 from ..config import SparseRef
 from ..errors import ConfigError
-from ..presets import ReCAST, SparseContext
+from ..presets import CHOSEN, PRESETS, ReCAST, SparseContext
+from ..vocabulary import DEFAULT_PRESET, PAPERS
 from .share import at_share
 
-__all__ = ["Amount"]
+__all__ = ["Amount", "preset_of"]
 
 
 class Amount:
@@ -20,10 +21,11 @@ class Amount:
 
     Parameters
     ----------
-    preset : {"recast", "sparse-context"}
+    preset : str, optional
+        Of `vocabulary.PRESETS`; default `preset_of` the others.
     keep : float, int or None
         A share in (0, 1]: the mean over all steps. Tokens: of each reference at every step that drops any. None: the
-        preset's own budget.
+        preset's own budget, and always with those that keep every token.
     settings : mapping
         Further arguments of the preset.
 
@@ -33,8 +35,14 @@ class Amount:
         For what no run could do, before any model is built.
     """
 
-    def __init__(self, preset: str, keep: float | int | None, settings: Mapping[str, Any]) -> None:
-        self._keep, family = keep, FAMILIES[preset]
+    def __init__(self, preset: str | None, keep: float | int | None, settings: Mapping[str, Any]) -> None:
+        preset = preset_of(keep, settings) if preset is None else preset
+        if keep is not None and preset in CHOSEN:
+            raise ConfigError(
+                f"keep must come with a preset that drops tokens ({', '.join(PAPERS)}), got {keep} with {preset}, "
+                "which stores every reference token and reads all of them"
+            )
+        self.preset, self._keep, family = preset, keep, FAMILIES[preset]
         if isinstance(keep, int) and preset == "recast":
             raise ConfigError(f"keep of recast must be a share such as 0.25 or 25%, got {keep} tokens")
         if isinstance(keep, float) and not 0 < keep <= 1:
@@ -67,4 +75,35 @@ def _recast(keep: float | None, settings: Mapping[str, Any]) -> SparseRef:
     return ReCAST(top / 4, top, **settings) if top <= 1 else ReCAST(0.25 + 0.75 * (top - 1), 1.0, **settings)
 
 
-FAMILIES = {"recast": _recast, "sparse-context": _sparse_context}
+def _chosen(preset: str) -> Callable[[Any, Mapping[str, Any]], SparseRef]:
+    return lambda _, settings: PRESETS[preset](**settings)
+
+
+FAMILIES: Mapping[str, Callable[[Any, Mapping[str, Any]], SparseRef]] = {
+    **{name: _chosen(name) for name in CHOSEN}, "recast": _recast, "sparse-context": _sparse_context,
+}  # fmt: skip
+"""By preset, the configuration of an amount and further settings."""
+
+
+def preset_of(keep: float | int | None, settings: Mapping[str, Any]) -> str:
+    """The preset that is meant where none is named.
+
+    Parameters
+    ----------
+    keep : float, int or None
+    settings : mapping
+        Arguments of a preset that were given.
+
+    Examples
+    --------
+    >>> preset_of(None, {}), preset_of(None, {"execute": "cache", "refresh": None}), preset_of(0.25, {})
+    ('balanced', 'balanced', 'recast')
+    >>> preset_of(None, {"select": "edges"}), preset_of(None, {"execute": "cache", "per": "tile"})
+    ('recast', 'recast')
+    """
+    stores = settings.get("execute", "cache") == "cache" and set(settings) <= STORING
+    return DEFAULT_PRESET if keep is None and stores else PAPERS[0]
+
+
+STORING = frozenset({"execute", "refresh", "seed"})
+"""Settings that say nothing about which tokens are kept."""

@@ -57,7 +57,7 @@ def estimate(
         A pipeline with a supported transformer, or the transformer itself, on any device, the meta device included
         (`models.named_model`).
     config : SparseRef, str, float or int, optional
-        As for `patch`; default ``ReCAST()``.
+        As for `patch`; default "balanced".
     references : sequence of (int, int)
         (width, height) of each reference in pixels, as the pipeline encodes it. Default one of 1024 x 1024.
     output : (int, int)

@@ -64,8 +64,8 @@ def call_arguments(
     Raises
     ------
     ConfigError
-        If the pipeline takes one reference and gets several, cannot make the size, or `more`, the negative prompt or
-        the guidance is not for it.
+        If the pipeline takes one reference and gets several, cannot make the size or takes none, or `more`, the
+        negative prompt or the guidance is not for it.
     UnsupportedModelError
         If the pipeline is none of those that edit reference images.
     """
@@ -76,6 +76,11 @@ def call_arguments(
     check_words(type(pipe), distilled, negative=negative, guidance=guidance, more=more or {})
     parameters = inspect.signature(type(pipe).__call__).parameters
     if size is not None:
+        if "height" not in parameters:
+            raise ConfigError(
+                f"the size must be left to {facts.name}, which makes a million pixels in the reference's shape, got "
+                f"{size[0]} x {size[1]}"
+            )
         check_size(2 * getattr(pipe, "vae_scale_factor", 8), size)
     arguments: dict[str, Any] = {"prompt": prompt, "image": list(images) if len(images) > 1 else images[0]}
     if size is not None:

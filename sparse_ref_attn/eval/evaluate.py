@@ -7,7 +7,6 @@ import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -15,98 +14,23 @@ from typing import Any
 import numpy as np
 from torch import distributed
 
-from ..config import SparseRef
 from ..errors import ConfigError, SparseRefError
-from ..estimation import at_share
 from ..files import replacing
-from .examples import Example, Examples, Mask
-from .methods import methods
+from .examples import Example, Examples
+from .grid import BASE, Plan
 from .models import EvalModel
 from .outputs import prepare_directory
-from .rival_settings import is_rival, rival_setting
 from .rows import Key, RowStore
 from .scores import Scorer
-from .settings import Setting
 
-__all__ = ["Grid", "evaluate"]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Which pictures are made of each example.
-
-    Parameters
-    ----------
-    names : tuple of str
-        Methods by `method_name`, `vocabulary.RIVALS` and `vocabulary.COMBINED`; "dense" is always among what runs.
-    keeps : tuple of float
-        Shares in (0, 1]; at 1 every method is dense.
-    seeds : int
-        Noises of each example: 0, 1, ...
-    families : tuple of str, optional
-        Of the data set; default all.
-    count : int, optional
-        Examples of each family, from the first; default all.
-    mean_over : {"dropping", "run"}
-        The steps over which a share is the mean: those that drop tokens, or all, a dense one included.
-
-    Raises
-    ------
-    ConfigError
-        For an unknown method, a share outside (0, 1], no seed, or another `mean_over`.
-
-    Examples
-    --------
-    >>> Grid(("edges", "ReCAST flat"), (1.0, 0.25)).cells()
-    [('dense', 1.0), ('edges', 0.25), ('ReCAST flat', 0.25)]
-    """
-
-    names: tuple[str, ...]
-    keeps: tuple[float, ...]
-    seeds: int = 1
-    families: tuple[str, ...] | None = None
-    count: int | None = None
-    mean_over: str = "dropping"
-
-    def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ConfigError(f"seeds must be at least 1, got {self.seeds}")
-        if self.mean_over not in ("dropping", "run"):
-            raise ConfigError(f"mean_over must be dropping or run, got {self.mean_over!r}")
-        for keep in self.keeps:
-            methods(keep, [name for name in self.names if not is_rival(name)], mask=np.ones((1, 1)))
-
-    def cells(self) -> list[tuple[str, float]]:
-        """Method and share of each picture of an example and seed, the dense one first."""
-        sparse = dict.fromkeys(keep for keep in self.keeps if keep < 1)
-        return [("dense", 1.0), *((name, keep) for name in dict.fromkeys(self.names) for keep in sparse)]
-
-    def setting(self, model: EvalModel, name: str, keep: float, seed: int, masks: Sequence[Mask] | None) -> Setting:
-        """What one of `cells` runs on a model.
-
-        Raises
-        ------
-        ConfigError
-            If the share is too small for a dense step of it, or for a step cache to compute less than all.
-        """
-
-        def member(method: str, steps: int) -> SparseRef:
-            def family(amount: float) -> SparseRef:
-                return methods(amount, [method], seed=seed, steps=steps, mask=masks)[method]
-
-            whole = self.mean_over == "run"
-            return at_share(model.pipe.transformer, family, keep, steps) if whole else family(keep)
-
-        if is_rival(name):
-            return rival_setting(name, keep, model.steps, member)
-        return Setting(config=member(name, model.steps))
+__all__ = ["evaluate"]
 
 
 def evaluate(
     out: str | Path,
     data: Examples,
     models: Sequence[EvalModel],
-    grid: Grid,
+    grid: Plan,
     scorer: Scorer,
     *,
     about: Mapping[str, Any] | None = None,
@@ -124,7 +48,7 @@ def evaluate(
         Folder of the results. Rows that are there already are not made again; other settings are refused.
     data : Examples
     models : sequence of EvalModel
-    grid : Grid
+    grid : Grid or Sweep
     scorer : Scorer
     about : mapping, optional
         JSON types for the header: where and how it ran.
@@ -173,7 +97,9 @@ def evaluate(
             bar.update()
     bar.close()
     _wait(world)
-    return store.merge() if rank == 0 else []
+    rows = store.merge() if rank == 0 else []
+    _wait(world)  # whoever reads the folder next finds them
+    return rows
 
 
 def _processes() -> tuple[int, int]:
@@ -193,12 +119,12 @@ def _wait(world: int) -> None:
 Work = tuple[EvalModel, int, int, list[tuple[str, float]]]
 
 
-def _cells(model: EvalModel, grid: Grid, told: bool) -> list[tuple[str, float]]:
+def _cells(model: EvalModel, grid: Plan, told: bool) -> list[tuple[str, float]]:
     """What a model can make of a grid: not so small a share of a whole run that its dense step alone is above it."""
     found = []
     for name, keep in grid.cells():
         try:
-            if name != "dense":
+            if (name, keep) != BASE:
                 grid.setting(model, name, keep, 0, [np.ones((1, 1))])
             found.append((name, keep))
         except ConfigError as error:
@@ -232,7 +158,7 @@ def _missing(
 
 
 def _rows(
-    model: EvalModel, example: Example, seed: int, cells: Sequence[tuple[str, float]], grid: Grid, scorer: Scorer,
+    model: EvalModel, example: Example, seed: int, cells: Sequence[tuple[str, float]], grid: Plan, scorer: Scorer,
     save: Path | None,
 ) -> Any:  # fmt: skip
     """The rows of one example and seed, each when its picture is made."""
@@ -241,7 +167,7 @@ def _rows(
     score = scorer.scores(example, dense)
     masks = model.masks(example)
     for name, keep in cells:
-        if name == "dense":
+        if (name, keep) == BASE:
             image, share = dense, 1.0
         elif name.startswith("subject mask") and masks is None:
             continue

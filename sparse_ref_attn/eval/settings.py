@@ -16,8 +16,9 @@ from ..errors import ConfigError
 from ..estimation import Estimate, estimate
 from ..hooks.diffusers import cached_modules
 from ..models import adapter_for
-from .code import code_of, words_of
+from ..source import source
 from .meta_model import meta_transformer
+from .setting_words import words_of
 from .step_caches import StepCache, step_cached
 
 __all__ = ["Setting"]
@@ -50,7 +51,7 @@ class Setting:
     >>> Setting(6).name, Setting(6, stored).name, Setting(step_cache=StepCache("TaylorSeer")).name
     ('6 steps', 'stored, 6 steps', 'TaylorSeer every 3')
     >>> print(Setting(6, stored).code)
-    sra.patch(pipe, sra.SparseRef('grid', 1.0, execute=sra.Cache()))
+    sra.patch(pipe, sra.SparseRef("grid", 1.0, execute=sra.Cache()))
     pipe(..., num_inference_steps=6)
     """
 
@@ -73,7 +74,7 @@ class Setting:
     @property
     def code(self) -> str:
         """What a user copies, a line for each part; empty for the caller's own run."""
-        lines = [] if self.config is None else [f"sra.patch(pipe, {code_of(self.config)})"]
+        lines = [] if self.config is None else [f"sra.patch(pipe, {source(self.config)})"]
         lines += [] if self.step_cache is None else [self.step_cache.code]
         lines += [] if self.steps is None else [f"pipe(..., num_inference_steps={self.steps})"]
         return "\n".join(lines)
@@ -110,20 +111,26 @@ def _flop_ratio(setting: Setting, base_steps: int, model: str, references: int) 
     steps = setting.steps or base_steps
     if setting.config is None and setting.step_cache is None:
         return base_steps / steps
-    transformer = meta_transformer(model)
+    transformer = _published(model)
     config = SparseRef("grid", 1.0) if setting.config is None else setting.config
     found = estimate(transformer, config, references=[(SIDE, SIDE)] * references, output=(SIDE, SIDE), steps=steps)
     done = found.sparse.total
     if setting.step_cache is not None:
-        done -= _saved(transformer, found, setting.step_cache)
+        done -= _saved(model, found, setting.step_cache)
     return found.dense.total * base_steps / steps / done
 
 
-def _saved(transformer: nn.Module, run: Estimate, step_cache: StepCache) -> int:
+@cache
+def _published(model: str) -> nn.Module:
+    found: nn.Module = meta_transformer(model)
+    return found
+
+
+def _saved(model: str, run: Estimate, step_cache: StepCache) -> int:
     """FLOPs of a run that its step cache passes over; it begins anew where the number of rows changes."""
     if step_cache.every is None:
         raise ConfigError(f"the work of {step_cache.name} is known after the run alone: it decides while it runs")
-    whole, rest = _shapes(transformer, step_cache)
+    whole, rest = _shapes(model, step_cache.kind)
     saved, since, before = 0, 0, None
     for kind, kept in zip(run.kinds, run.tokens, strict=True):
         reads = kind == "cached"
@@ -136,12 +143,14 @@ def _saved(transformer: nn.Module, run: Estimate, step_cache: StepCache) -> int:
     return saved
 
 
-def _shapes(transformer: nn.Module, step_cache: StepCache) -> tuple[ModelShape, ModelShape]:
-    """The shape of a model on the meta device, and of what runs in a step that the cache forecasts."""
+@cache
+def _shapes(model: str, kind: str) -> tuple[ModelShape, ModelShape]:
+    """The shape of a model, and of what runs in a step that a cache of this kind forecasts."""
+    transformer = _published(model)
     adapter = adapter_for(transformer)
     whole = adapter.shape(transformer)
     part = copy.deepcopy(transformer)
-    with step_cached(_Alone(part), step_cache):
+    with step_cached(_Alone(part), StepCache(kind)):
         names = cached_modules(part)
     for name in names:
         owner, _, leaf = name.rpartition(".")

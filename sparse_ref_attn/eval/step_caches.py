@@ -144,7 +144,7 @@ def diffusers_cache(pipe: Any, config: Any) -> Iterator[None]:
     IncompatibleError
         If the model's class does not allow it.
     """
-    model = unwrap(pipe.transformer)
+    model: Any = unwrap(pipe.transformer)
     name = type(model).__name__
     if not hasattr(model, "enable_cache"):
         raise IncompatibleError(f"a step cache needs a model of diffusers with enable_cache, which {name} has not")
@@ -165,7 +165,7 @@ def diffusers_cache(pipe: Any, config: Any) -> Iterator[None]:
 def _cache_dit(pipe: Any, cache: StepCache) -> Iterator[None]:
     if find_spec("cache_dit") is None:
         raise VersionError("cache-dit needs the package cache-dit: pip install 'sparse-ref-attn[step-caches]'")
-    import cache_dit  # type: ignore[import-not-found]
+    import cache_dit
 
     model = unwrap(pipe.transformer)
     own, children = dict(vars(model)), dict(model.named_children())

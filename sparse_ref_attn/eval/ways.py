@@ -39,6 +39,10 @@ def family_of(
 
     Examples
     --------
+    Presets that keep every token do so at any share.
+
+    >>> family_of("balanced")(0.25).budget
+    Constant(keep=1.0, per='reference')
     >>> family_of("edges")(0.25).budget, family_of("Recast")(0.25).budget
     (Constant(keep=0.25, per='reference'), Polynomial(low=0.125, high=0.5, gamma=2.0, per='reference'))
     """

@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit, Edit-Plus and the 2511 form: ``QwenImageTransformer2DModel``.
+"""Qwen-Image-Edit, Edit-Plus and the 2511 form, and Qwen-Image-Layered: ``QwenImageTransformer2DModel``.
 
 Order text | generation | references, told by ``img_shapes`` instead of position ids. The model
 gets shapes that count the kept tokens; its position embedding gets the true ones, and the kept
@@ -34,6 +34,10 @@ __all__ = ["FAMILY", "QwenImageAdapter", "frequencies"]
 EDIT = PipelineFacts("diffusers.QwenImageEditPipeline", references=(1, 1))
 EDIT_PLUS = PipelineFacts("diffusers.QwenImageEditPlusPipeline", references=(1, None), shaped_by=-1)
 INPAINT = PipelineFacts("diffusers.QwenImageEditInpaintPipeline", references=(1, 1), edits=False)
+LAYERED = PipelineFacts("diffusers.QwenImageLayeredPipeline", references=(1, 1), edits=False)
+
+_LAYERED = {"use_additional_t_cond": True, "use_layer3d_rope": True}
+_ROPES = ("QwenEmbedRope", "QwenEmbedLayer3DRope")
 
 # With zero_cond_t the references have timestep 0: the timestep embedding and the image modulation run twice an item.
 _STREAMS = {
@@ -52,15 +56,17 @@ _STREAMS = {
 
 
 class QwenImageAdapter(Adapter):
-    """The generation is the first of ``img_shapes``, the references are the others."""
+    """The generation is the first of ``img_shapes``, the references are the others; of a model of layers the reference
+    is the last, and the layers before it are the generation."""
 
     name = "Qwen-Image-Edit"
     classes = ("diffusers.models.transformers.transformer_qwenimage.QwenImageTransformer2DModel",)
     needs = ("img_shapes",)
-    pipelines = (EDIT, EDIT_PLUS, INPAINT)
+    pipelines = (EDIT, EDIT_PLUS, INPAINT, LAYERED)
     published: ClassVar[Mapping[str, PublishedSize]] = {
         "qwen-image-edit": PublishedSize(EDIT, 20.4),
         "qwen-image-edit-2511": PublishedSize(EDIT_PLUS, 20.4, {"zero_cond_t": True}),
+        "qwen-image-layered": PublishedSize(LAYERED, 20.4, _LAYERED),
     }
     streams = _STREAMS
     stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double"}
@@ -78,12 +84,22 @@ class QwenImageAdapter(Adapter):
     parts = ("pos_embed", "pos_embed.axes_dim", "pos_embed.theta", "pos_embed.scale_rope", "pos_embed.rope_params")
 
     def check(self, transformer: nn.Module) -> None:
-        if hasattr(transformer, "pos_embed") and type(transformer.pos_embed).__name__ != "QwenEmbedRope":
+        if hasattr(transformer, "pos_embed") and type(transformer.pos_embed).__name__ not in _ROPES:
             raise UnsupportedModelError(
-                "the Qwen-Image-Edit adapter needs the model's QwenEmbedRope position embedding, got "
-                f"{type(transformer.pos_embed).__name__} (Qwen-Image-Layered orders its images otherwise)"
+                f"the Qwen-Image-Edit adapter needs the model's {' or '.join(_ROPES)} position embedding, got "
+                f"{type(transformer.pos_embed).__name__}"
             )
         super().check(transformer)
+
+    def bind(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Kwargs:
+        """`additional_t_cond` tells a model of layers from the others, which read none; a block is given none."""
+        kwargs = super().bind(transformer, args, kwargs)
+        if not hasattr(transformer, "pos_embed"):
+            return kwargs
+        layered = type(transformer.pos_embed).__name__ == _ROPES[1]
+        if layered and kwargs.get("additional_t_cond") is None:
+            raise LayoutError("a transformer of layers (use_layer3d_rope) must be given additional_t_cond, got None")
+        return kwargs if layered or "additional_t_cond" not in kwargs else {**kwargs, "additional_t_cond": None}
 
     def layout_key(self, kwargs: Kwargs) -> object:
         return str(kwargs.get("img_shapes"))
@@ -95,21 +111,23 @@ class QwenImageAdapter(Adapter):
         items = [[tuple(s) for s in (item if isinstance(item, list) else [item])] for item in shapes]
         if any(item != items[0] for item in items):
             return None
-        generation, *others = items[0]
-        at = prod(generation)
+        layers, others = _split(items[0], kwargs)
+        at = length = sum(map(prod, layers))
         references = []
         for frames, height, width in others:
-            length = frames * height * width
-            references.append(Reference(at, length, (height, width) if frames == 1 else None))
-            at += length
+            rows = frames * height * width
+            references.append(Reference(at, rows, (height, width) if frames == 1 else None))
+            at += rows
         if at != kwargs["hidden_states"].shape[1]:
             return None
-        return (0, prod(generation)), tuple(references)
+        return (0, length), tuple(references)
 
     def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
+        """Layers stand one above another."""
         shape = kwargs["img_shapes"][0]
-        frames, height, width = shape[0] if isinstance(shape, list) else shape
-        return (height, width) if frames == 1 else None
+        layers, _ = _split(shape if isinstance(shape, list) else [shape], kwargs)
+        frames, height, width = layers[0]
+        return (len(layers) * height, width) if frames == 1 and {*map(tuple, layers)} == {tuple(layers[0])} else None
 
     def layout(self, kwargs: Kwargs, found: Found) -> TokenLayout:
         why = self._foreign_mask(kwargs)
@@ -135,7 +153,7 @@ class QwenImageAdapter(Adapter):
 
     def _count(self, kwargs: Kwargs, layout: TokenLayout) -> Kwargs:
         kept = kwargs["hidden_states"].shape[1] - layout.generation[1]
-        kwargs["img_shapes"] = [[item[0], (1, 1, kept)] for item in kwargs["img_shapes"]]
+        kwargs["img_shapes"] = [[*_split(item, kwargs)[0], (1, 1, kept)] for item in kwargs["img_shapes"]]
         return kwargs
 
     def hooks(self, transformer: nn.Module, shortened: Callable[[], Shortened | None]) -> list[Callable[[], None]]:
@@ -156,12 +174,13 @@ class QwenImageAdapter(Adapter):
             image, text = output
             if call.reduced is None:
                 return pack_rows(image, call.rows, 0), text
-            shape = call.kwargs["img_shapes"][0]
+            layers, shapes = _split(call.kwargs["img_shapes"][0], call.kwargs)
+            frames = range(1, len(shapes) + 1) if call.kwargs.get("additional_t_cond") is None else [-1]
             moved = [
-                frequencies(module, i, shape[i], r.positions).to(image.device)
-                for i, r in enumerate(call.reduced, start=1)
+                frequencies(module, frame, shape, r.positions).to(image.device)
+                for frame, shape, r in zip(frames, shapes, call.reduced, strict=True)
             ]
-            return torch.cat([image[: prod(shape[0])], *moved]), text
+            return torch.cat([image[: sum(map(prod, layers))], *moved]), text
 
         return [
             pos_embed.register_forward_pre_hook(InstanceHook(pos_embed, true_shapes), with_kwargs=True).remove,
@@ -244,6 +263,12 @@ class QwenImageAdapter(Adapter):
         latents = encoded_reference(pipe, pixels[:, :, None])
         batch, channels, _, height, width = latents.shape
         return packed_reference(pipe, latents, batch, channels, height, width), (height // 2, width // 2)
+
+
+def _split(shapes: Sequence[Any], kwargs: Kwargs) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The generation's shapes and the references' in one item of ``img_shapes``."""
+    at = 1 if kwargs.get("additional_t_cond") is None else max(1, len(shapes) - 1)
+    return shapes[:at], shapes[at:]
 
 
 def _filler(rows: int, item: Kwargs) -> list[tuple[int, int, int]]:

@@ -8,6 +8,7 @@ from ..adapters import Adapter
 from ..adapters.classes import full_name, nearest
 from ..adapters.serving import check_serves
 from ..errors import UnsupportedModelError
+from .refused import REFUSED
 
 __all__ = ["adapter_for", "families", "register_adapter", "register_family", "supported"]
 
@@ -59,12 +60,19 @@ def adapter_for(transformer: nn.Module) -> Adapter:
     Raises
     ------
     UnsupportedModelError
-        Naming the class, what is supported, and how to add it; or what the class lacks that its adapter needs.
+        Naming the class, what is supported, and how to add it; what the class lacks that its adapter needs; or why no
+        family serves it.
     """
     adapter = nearest(type(transformer), _REGISTRY)
     if adapter is not None:
         check_serves(adapter, transformer)
         return adapter
+    reason = nearest(type(transformer), REFUSED)
+    if reason is not None:
+        raise UnsupportedModelError(
+            "a transformer must have references that can be dropped or stored, got "
+            f"{full_name(type(transformer))}: {reason}"
+        )
     known = "\n".join(f"  {name} ({label})" for name, label in supported().items())
     raise UnsupportedModelError(
         f"a transformer's class must have an adapter, got {full_name(type(transformer))}. Supported:\n{known}\n"

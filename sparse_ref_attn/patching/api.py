@@ -41,8 +41,9 @@ def patch(pipe: Any, config: SparseRef | float | str | None = None, *, adapter: 
     pipe : diffusers pipeline or torch.nn.Module
         A pipeline with a supported transformer, or the transformer itself.
     config : SparseRef, str, float or int, optional
-        Default ``ReCAST()``, "recast": training-free, one dense profiling step, then 1/16 to 1/4 of each
-        reference. A share (0.25) or a number of tokens is that of ``SparseContext``, "sparse-context".
+        "faithful", "balanced" (default) and "fast" store the references' keys and values, computed at quarters of the
+        run, at its halves, or once (`presets.CHOSEN`); "recast" and "sparse-context" are ``ReCAST()`` and
+        ``SparseContext()``, which drop tokens. A share (0.25) or a number of tokens is that of ``SparseContext``.
     adapter : Adapter, optional
         For a model that is not registered; see `register_adapter`.
 

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter, Kwargs
+from ..adapters.stream import reference_tokens, stream_rows
 from ..config import SparseRef
 from ..errors import HandleRemovedError, IncompatibleError, SparseRefError
 from ..execution import Cache
-from ..functional import pack_rows
 from ..record import RunRecord
 from ..run import Probing, Run
 from ..types import TokenLayout
@@ -238,7 +238,7 @@ class Generations:
             kind, kept = "cached" if plan.reads else plan.kind, plan.kept(run.layout)
             uncompiled = self.store.form.measures and not plan.reads
         measures = plan.kind in ("profile", "in_flight") and run.calls(at.step) == 0
-        rows = kwargs[self.adapter.tokens].shape[1]
+        rows = stream_rows(self.adapter, kwargs)
         if layout is not None and not plan.from_block:
             rows += (0 if plan.reads else kept) - layout.reference_tokens
         around = self._lengths.enter(module, (rows, kept), measures)
@@ -265,7 +265,7 @@ class Generations:
         """A call that the library leaves alone."""
         x = kwargs.get(self.adapter.tokens)
         if isinstance(x, Tensor) and x.ndim > 1:
-            self._lengths.enter(module, (x.shape[1], 0))
+            self._lengths.enter(module, (stream_rows(self.adapter, kwargs), 0))
 
     def _begin(self, module: nn.Module, where: Where, layout: TokenLayout, kwargs: Kwargs) -> Generation:
         """Begin a generation at its first call."""
@@ -274,8 +274,7 @@ class Generations:
         self._lengths.begin(module, self.adapter.blocks(module), self.config.budget)
         if self.config.from_block or self._probing.first:
             check_call(self.adapter, module, kwargs)
-        x, at = kwargs[self.adapter.tokens], where.at
-        tokens = pack_rows(x, layout.reference_rows(x.device))
+        at, tokens = where.at, reference_tokens(self.adapter, kwargs, layout)
         pixels = [None] * len(layout.references) if self.pixels is None else self.pixels.take(layout, tokens)
         encode = None if self._pipe is None or self.pixels is None else encoder(self._pipe, self.adapter.encode)
         extracts = self.adapter.extracts(kwargs)

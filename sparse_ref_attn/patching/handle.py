@@ -89,9 +89,9 @@ class PatchHandle:
         self._generations.step(index)
 
     def flops(self) -> FlopSummary | None:
-        """Work of the last run, dense and as it ran; None when the model's shape is not known."""
+        """Work of the last run, dense and as it ran; None when the model's shape or its rows are not known."""
         transformer = self._transformer()
-        if transformer is None:
+        if transformer is None or not self.record.layout.generation[1]:
             return None
         try:
             return summarise(self._generations.adapter.shape(transformer), self.record)

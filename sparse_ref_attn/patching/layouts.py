@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..adapters.base import Adapter, Found, Kwargs
+from ..adapters.stream import stream_rows
 from ..types import TokenLayout
 
 __all__ = ["Layouts"]
@@ -33,10 +34,11 @@ class Layouts:
             return self._unknown(f"{adapter.tokens!r} is missing or not (B, rows, D)")
         if run is None or run is not self._run:
             self._run, self._known = run, {}
-        key = (x.shape[1], adapter.layout_key(kwargs))
+        rows = stream_rows(adapter, kwargs)
+        key = (x.shape[1], rows, adapter.layout_key(kwargs))
         if key not in self._known:
             self._known[key] = adapter.find(kwargs)
         found = self._known[key]
         if found is None:
-            return self._unknown(f"{x.shape[1]} rows that the {adapter.name} adapter cannot tell apart")
+            return self._unknown(f"{rows} rows that the {adapter.name} adapter cannot tell apart")
         return adapter.layout(kwargs, found)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import Adapter, Kwargs
+from ..adapters.stream import reference_tokens
 from ..errors import IncompatibleError
-from ..functional import pack_rows
 from ..run import Run
 from ..types import TokenLayout
 from .identity import RunIdentity
@@ -262,8 +262,7 @@ class Ownership:
 
     def _same_references(self, run: Run, kwargs: Kwargs, layout: TokenLayout) -> bool:
         """Whether the call's reference rows are the run's (syncs)."""
-        x, known = kwargs[self._adapter.tokens], run.references.tokens
-        rows = pack_rows(x, layout.reference_rows(x.device))
+        rows, known = reference_tokens(self._adapter, kwargs, layout), run.references.tokens
         return rows.shape == known.shape and torch.equal(rows, known)
 
     def _unknown(self, what: str) -> None:

@@ -143,6 +143,7 @@ class PixelTap:
             if latents is not None and len(latents) == len(x.pixels):
                 pixels = x.pixels[:, :, 0] if x.pixels.ndim == 5 else x.pixels
                 latents = latents[:, :, 0] if latents.ndim == 5 else latents
+                pixels = _on_white(pixels) if pixels.shape[1] == 4 else pixels
                 pictures += zip(pixels.split(1), latents.split(1), strict=True)
         return pictures
 
@@ -208,6 +209,12 @@ def _pipeline_call(vae: nn.Module) -> int | None:
                 return id(frame)
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _on_white(pixels: Tensor) -> Tensor:
+    """RGB (b, 3, H, W) of a picture with transparency (b, 4, H, W), all in [-1, 1]."""
+    alpha = pixels[:, 3:] * 0.5 + 0.5
+    return pixels[:, :3] * alpha + (1 - alpha)
 
 
 def _fits(pixels: Tensor, grid: tuple[int, int]) -> bool:

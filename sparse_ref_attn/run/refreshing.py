@@ -43,7 +43,8 @@ class Refreshing:
         if total is None and refresh is not None and refresh.needs_total:
             raise ConfigError(
                 f"a refresh that counts in shares of a run needs the run's number of steps, got {refresh} in a loop "
-                "that does not tell it: count in steps, or call handle.begin(steps=...) and handle.step(i)"
+                "that does not tell it: call handle.begin(steps=...) and handle.step(i), count in steps, or take "
+                '"faithful" or "fast"'
             )
         self._refresh, self._total = refresh, total
         self.full: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from ..errors import ConfigError, VersionError
 from .words import WIDTH, seeded, text_encoders
 
-__all__ = ["LATENTS", "TRAINED", "WEIGHTS", "build_transformer", "build_vae", "toy_pipeline"]
+__all__ = ["LATENTS", "TRAINED", "WEIGHTS", "build_transformer", "build_vae", "knows_open_scenery", "toy_pipeline"]
 
 LATENTS = 16  # channels
 WEIGHTS = Path(__file__).parent.parent / "assets" / "toy"
@@ -49,6 +50,15 @@ def build_transformer(seed: int = 0) -> Any:
                 if module.bias is not None:
                     module.bias.zero_()
     return model
+
+
+def knows_open_scenery(transformer: str) -> bool:
+    """Whether a transformer was trained on prompts that leave the scenery open.
+
+    By what ``sra train`` writes beside the weights; where nothing is said it was not.
+    """
+    told = Path(transformer) / "sparse_ref_attn.json"
+    return told.is_file() and bool(json.loads(told.read_text(encoding="utf-8")).get("open_scenery"))
 
 
 def toy_pipeline(transformer: str | None = TRAINED, *, seed: int = 0) -> Any:

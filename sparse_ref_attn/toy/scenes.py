@@ -7,6 +7,7 @@
 | swap | a subject on scenery | the same picture, the scenery replaced by the pattern |
 | local | a subject on scenery | the same picture, the subject recoloured |
 | global | a subject on scenery | the same picture, all of it recoloured |
+| open, open-pair | as place, pair | as place, pair, but on a texture that the prompt leaves open: one answer of many |
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 from ..errors import ConfigError
 from .backgrounds import Picture, random_pattern, scenery
 from .sprites import Sprites
-from .words import OPERATIONS, TASKS, offset_words
+from .textures import random_texture
+from .words import OPEN_TASKS, OPERATIONS, TASKS, offset_words
 
 __all__ = ["TOKEN", "Scene", "scene"]
 
@@ -33,7 +35,7 @@ class Scene:
     Parameters
     ----------
     task, prompt : str
-        One of ``TASKS``, and what is asked for.
+        One of ``TASKS`` or ``OPEN_TASKS``, and what is asked for.
     subjects : tuple of int
         Rows of the sprites, one per reference.
     references, masks : tuple of ndarray
@@ -75,7 +77,7 @@ def scene(
     grid : {8, 16}
         Tokens along a side; a token is 8 x 8 pixels.
     task : str, optional
-        One of ``TASKS``; drawn by default.
+        One of ``TASKS`` or ``OPEN_TASKS``; one of ``TASKS`` is drawn by default.
     subjects : tuple of int, optional
         Rows of `sprites`; drawn by default.
     split : {"train", "held-out"}
@@ -90,14 +92,16 @@ def scene(
     """
     if grid not in (8, 16):
         raise ConfigError(f"grid must be 8 or 16 tokens, got {grid!r}")
-    if task is not None and task not in TASKS:
-        raise ConfigError(f"task must be one of {', '.join(map(repr, TASKS))}, got {task!r}")
+    known = (*TASKS, *OPEN_TASKS)
+    if task is not None and task not in known:
+        raise ConfigError(f"task must be one of {', '.join(map(repr, known))}, got {task!r}")
     if background is not None and background.shape != (TOKEN * grid, TOKEN * grid, 3):
         raise ConfigError(f"background must be {(TOKEN * grid, TOKEN * grid, 3)}, got {background.shape}")
     rng = np.random.default_rng(seed)
     if task is None:
         task = TASKS[rng.choice(len(TASKS), p=(0.4, 0.2, 0.15, 0.15, 0.1))]
-    count = 2 if task == "pair" else 1
+    asked = OPEN_TASKS.get(task, task)
+    count = 2 if asked == "pair" else 1
     drawn = rng.choice(len(sprites), count, replace=False)
     rows = tuple(int(i) for i in drawn) if subjects is None else subjects
     size = 3 * grid // 8 if count == 2 else grid // 2
@@ -107,14 +111,16 @@ def scene(
     references = []
     for figure, at in zip(figures, sources, strict=True):
         references.append(_paste(scenery(rng, side, split) if background is None else background, figure, at))
-    words = [task]
+    words = [asked]
     places = list(sources)
-    if task in ("place", "pair"):
+    if asked in ("place", "pair"):
         places = _places(rng, grid, size, count)
         for i, ((x0, y0), (x1, y1)) in enumerate(zip(sources, places, strict=True), 1):
             words += [f"{i}:x{x1}", f"{i}:y{y1}", *offset_words(i, x1 - x0, y1 - y0)]
-    if task in ("place", "pair", "swap"):
-        target, named = random_pattern(rng, side)
+    if asked in ("place", "pair", "swap"):
+        target, named = (
+            (random_texture(rng, side).picture(side), ["open"]) if task in OPEN_TASKS else random_pattern(rng, side)
+        )
         words += named
         mask = np.zeros((side, side), np.float32)
         for figure, at in zip(figures, places, strict=True):

@@ -21,6 +21,7 @@ __all__ = [
     "COLOURS",
     "GRID",
     "LENGTH",
+    "OPEN_TASKS",
     "OPERATIONS",
     "PATTERNS",
     "TASKS",
@@ -35,6 +36,9 @@ WIDTH = 96  # of the text embeddings
 GRID = 16  # tokens along a side of the largest canvas
 
 TASKS = ("place", "pair", "swap", "local", "global")
+OPEN_TASKS = {"open": "place", "open-pair": "pair"}
+"""Tasks that leave the scenery open, with the word that begins their prompts; "open" stands where a pattern would."""
+
 PATTERNS = ("solid", "rows", "columns", "dots", "fade")
 OPERATIONS = ("inverted", "grey", "rotated", "swapped", "dark")
 COLOURS = {
@@ -82,6 +86,7 @@ def _codes() -> dict[str, Tensor]:
                 steps = (offset, 0) if axis == 0 else (0, offset)
                 put(offset_words(reference, *steps)[axis], _waves(offset), start)
             start += 8
+    put("open", [1.0], start)  # last, so that the codes and numbers of all other words are what they always were
     return codes
 
 

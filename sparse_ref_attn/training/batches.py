@@ -16,7 +16,7 @@ from ..hooks.compiled import unwrap
 from ..models import adapter_for, edit_pipelines, facts_of
 from ..toy.scenes import TOKEN, scene
 from ..toy.sprites import load_sprites
-from ..toy.words import LENGTH, TASKS
+from ..toy.words import LENGTH, OPEN_TASKS, TASKS
 
 __all__ = ["Batch", "ToyBatches", "encode", "seeded", "training_of"]
 
@@ -72,11 +72,13 @@ class ToyBatches:
         Of the pairs.
     subject_weight : float
         Of the loss where the subjects are; 1 elsewhere.
+    open_scenery : float
+        Share, 0 to 1, of the subjects that are placed, alone or in pairs, whose scenery is left open.
 
     Raises
     ------
     ConfigError
-        As ``load_sprites``.
+        For a share outside [0, 1], and as ``load_sprites``.
     """
 
     sprites: str
@@ -84,8 +86,11 @@ class ToyBatches:
     grid: int = 16
     seed: int = 0
     subject_weight: float = 3.0
+    open_scenery: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.open_scenery <= 1:
+            raise ConfigError(f"open_scenery must lie in [0, 1], got {self.open_scenery!r}")
         load_sprites(self.sprites, "train")  # so that a folder without any is refused here
 
     def __call__(self, pipe: Any, step: int, process: int, processes: int) -> Batch:
@@ -95,6 +100,10 @@ class ToyBatches:
         single = [task for task in TASKS if task != "pair"]
         tasks = ["pair"] * self.size if rng.random() < 0.2 else rng.choice(single, self.size, p=(0.5, 0.2, 0.2, 0.1))
         first = (step * processes + process) * self.size
+        if self.open_scenery:
+            opened = {placed: task for task, placed in OPEN_TASKS.items()}
+            chance = rng.random(self.size) < self.open_scenery
+            tasks = [opened.get(str(t), t) if left_open else t for t, left_open in zip(tasks, chance, strict=True)]
         scenes = [scene(sprites, (self.seed, first + i), grid=self.grid, task=str(t)) for i, t in enumerate(tasks)]
         batch = encode(
             pipe, _pixels([s.target for s in scenes]), _pixels([np.concatenate(s.references, 1) for s in scenes]),

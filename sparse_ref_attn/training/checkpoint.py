@@ -20,6 +20,7 @@ from ..files import fits
 __all__ = ["begin_from", "latest", "load", "save", "whole"]
 
 _KEPT = 2  # checkpoints of a run
+_PRETRAINED = "diffusion_pytorch_model"  # diffusers' name of a transformer's weights
 
 
 @contextmanager
@@ -116,20 +117,28 @@ def load(folder: Path, weights: Mapping[str, Tensor], ema: Mapping[str, Tensor])
     return optimizer, about
 
 
-def begin_from(run: Path, weights: Mapping[str, Tensor]) -> None:
-    """Copy the moving average of a run's newest checkpoint into the tensors given.
+def begin_from(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Copy trained weights into the tensors given.
+
+    Parameters
+    ----------
+    folder : Path
+        A run's, whose newest checkpoint has the moving average, or a transformer's, as ``save_pretrained`` writes it.
+    weights : mapping of str to Tensor
 
     Raises
     ------
     ConfigError
-        If the run has no checkpoint.
+        If the folder is neither.
     LayoutError
         If it is of a model with other parameters.
     """
-    found = latest(run)
+    found, name = latest(folder), "ema"
+    if found is None and (folder / f"{_PRETRAINED}.safetensors").is_file():
+        found, name = folder, _PRETRAINED
     if found is None:
-        raise ConfigError(f"a run to begin from must have a checkpoint, got {run}")
-    stored = _read(found, "ema")
+        raise ConfigError(f"a run to begin from must have a checkpoint, or be a transformer's folder, got {folder}")
+    stored = _read(found, name)
     _match(found, stored, weights)
     _copy(stored, weights)
 

@@ -46,7 +46,8 @@ def add_lora(transformer: Any, rank: int, targets: Sequence[str] = TrainingHooks
 
 
 def save_lora(pipe: Any, folder: Path, weights: Mapping[str, Tensor], drop: RandomDrop | None) -> Path:
-    """Write trained LoRA matrices for ``pipe.load_lora_weights``.
+    """Write trained LoRA matrices for ``pipe.load_lora_weights``, or for ``pipe.transformer.load_lora_adapter`` where a
+    pipeline has none (LongCat-Image-Edit's).
 
     The file's metadata have a JSON text under ``sparse_ref_attn``: the `RandomDrop` it was trained with, or null.
 
@@ -72,14 +73,18 @@ def save_lora(pipe: Any, folder: Path, weights: Mapping[str, Tensor], drop: Rand
     state = {name: tensor.detach().cpu() for name, tensor in weights.items()}
     name = "pytorch_lora_weights.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
+    layers = get_peft_model_state_dict(pipe.transformer, state_dict=state)
     with fits("the LoRA", folder), TemporaryDirectory(dir=folder) as hidden:
-        pipe.save_lora_weights(
-            hidden,
-            transformer_lora_layers=get_peft_model_state_dict(pipe.transformer, state_dict=state),
-            transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
-        )
-        with safe_open(Path(hidden) / name, framework="pt") as file:
-            metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if hasattr(pipe, "save_lora_weights"):
+            pipe.save_lora_weights(
+                hidden,
+                transformer_lora_layers=layers,
+                transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
+            )
+            with safe_open(Path(hidden) / name, framework="pt") as file:
+                metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        else:
+            metadata, tensors = {"format": "pt"}, {f"transformer.{key}": x.contiguous() for key, x in layers.items()}
         metadata["sparse_ref_attn"] = json.dumps({"random_drop": None if drop is None else drop.to_dict()})
         partial = Path(hidden) / "with_metadata"
         save_file(tensors, partial, metadata)

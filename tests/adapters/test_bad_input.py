@@ -61,7 +61,7 @@ def test_refused_when_it_is_written(make: Callable[[], Any], message: str) -> No
     ("config", "error", "message"),
     [
         (sra.SparseRef(sra.AttentionMass(blocks=(7,))), sra.ConfigError, r"within this model's 4 blocks, got \(7,\)"),
-        ("grid", sra.ConfigError, r"a configuration's name must be one of recast, sparse-context, got 'grid'"),
+        ("grid", sra.ConfigError, r"name must be one of faithful, .*, sparse-context, got 'grid'"),
         ([0.5], sra.ConfigError, r"config must be a SparseRef \(.*\), a preset's name or a share, got list"),
         (1.5, sra.ConfigError, r"keep must be .* \(float in \(0, 1\]\), got 1.5"),
     ],

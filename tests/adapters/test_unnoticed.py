@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
-from sparse_ref_attn.adapters.position_ids import references_from_ids
 from sparse_ref_attn.types import Reference
 from tests.pipelines import CASES
 from tests.training.batches import Batch, build
@@ -314,15 +313,9 @@ def test_calls_without_references_and_unknown_layouts_are_told_apart() -> None:
     hook = pipe.transformer.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
     case.call(pipe, references=0, steps=1)
     hook.remove()
-    beside = torch.cat([grid(0, 8, 8), grid(0, 8, 12, left=8)])
+    beside = torch.cat([grid(0, 8, 8), grid(0, 8, 12, left=4)])  # on the generation's own columns
     x = torch.randn(1, len(beside), seen["hidden_states"].shape[2])
     with torch.no_grad():
         pipe.transformer(**{**seen, "hidden_states": x, "img_ids": beside})
     with pytest.raises(sra.SparseRefError, match="the layout of its calls was not known: 160 rows"):
         handle.summary()
-
-
-def test_a_reference_with_the_generations_own_frame_is_no_picture_without_references() -> None:
-    assert references_from_ids(grid(0, 4, 4)) == ((0, 16), ())
-    assert references_from_ids(torch.cat([grid(0, 4, 4), grid(0, 4, 4, left=4)])) is None
-    assert references_from_ids(torch.cat([grid(0, 4, 4), grid(0, 2, 3, left=9)])) is None

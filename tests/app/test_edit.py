@@ -13,12 +13,16 @@ from sparse_ref_attn.eval.ways import WAYS
 from sparse_ref_attn.execution import Cache
 from sparse_ref_attn.models import named_model
 from sparse_ref_attn.refresh import Every, Never
-from sparse_ref_attn.vocabulary import METHODS, PRESETS
+from sparse_ref_attn.vocabulary import CHOSEN_PRESETS, METHODS, PRESETS
 
 
 @pytest.fixture(scope="module")
 def kontext() -> Any:
     return named_model("kontext", num_layers=2, num_single_layers=2)
+
+
+def test_a_preset_that_keeps_all_has_no_share() -> None:
+    assert (edit().words, edit(way="edges").words) == ("balanced", "edges at 25 %")
 
 
 def edit(**settings: Any) -> Edit:
@@ -33,7 +37,9 @@ def test_the_ways_are_the_vocabulary() -> None:
 def test_every_way_keeps_the_share_over_a_run(kontext: Any, way: str) -> None:
     config = edit(way=way, share=0.4).config(kontext, 8)
     found = sra.estimate(kontext, config, references=[(1024, 1024)], steps=8)
-    if way in ("cache", "tiles"):
+    if way in CHOSEN_PRESETS:
+        assert (found.kinds.count("dense"), found.mean_tokens) == ({"fast": 1}.get(way, 2), 4096)  # no matter the share
+    elif way in ("cache", "tiles"):
         assert sum(kind in ("dense", "profile") for kind in found.kinds) == 3  # 40 % of 8 steps
     else:
         assert found.mean_tokens / 4096 == pytest.approx(0.4, abs=0.01)

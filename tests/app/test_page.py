@@ -57,7 +57,7 @@ def test_fields_become_the_edit() -> None:
     ("more", "words"),
     [
         ({}, "There must be a photo, got none: drop one in."),
-        ({"images": [("a.png", None)], "way": None}, "The rule must be one of recast"),
+        ({"images": [("a.png", None)], "way": None}, "The rule must be one of faithful, balanced, fast, recast"),
     ],
 )
 def test_mistakes_are_sentences(more: dict[str, Any], words: str) -> None:

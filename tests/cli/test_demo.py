@@ -118,9 +118,8 @@ def test_demo_small_is_the_trained_model_on_subjects_that_it_never_saw(tmp_path:
     assert "the subjects of this call were held out" in text
     found = report(tmp_path / "own")
     assert found["about"]["arguments"]["prompt"].startswith("swap ")
-    by_step = sparse_run(tmp_path / "own")["by_step"]
-    assert by_step["kind"] == ["profile", "sparse", "sparse"]
-    assert by_step["kept"] == [256, 64, 64]
+    assert found["about"]["preset"] == "balanced"
+    assert sparse_run(tmp_path / "own")["by_step"]["kind"] == ["dense", "cached", "dense"]
     row = pixels(tmp_path / "own" / "row.png").astype(float)
     for i, name in enumerate(names[:4]):  # each below its name, larger
         left = 24 + i * (320 + 24)

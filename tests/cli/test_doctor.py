@@ -94,7 +94,9 @@ def test_doctor_names_the_packages_that_a_command_waits_for(monkeypatch: pytest.
 
 def test_doctor_names_the_backend_that_auto_takes_and_why_others_cannot() -> None:
     text, data = run("doctor"), json.loads(run("doctor", "--json"))
-    assert set(data["backends"]) == {"gather_attention", "attention_mass", "pack_rows"}
+    assert set(data["backends"]) == {
+        "gather_attention", "gather_attention, query tiles", "attention_mass", "pack_rows",
+    }  # fmt: skip
     for op, found in data["backends"].items():
         section = text.partition(f"  {op}\n")[2]
         assert section.startswith(f"    {found['auto']:<14} yes, auto takes it\n")

@@ -14,6 +14,7 @@ import torch
 
 from sparse_ref_attn.cli import calling, failures, main
 from sparse_ref_attn.cli.memory import memory_of
+from sparse_ref_attn.presets import configuration
 from tests.cli.commands import KLEIN, KONTEXT, TINY, pixels, run, sparse_run
 from tests.pictures import picture
 from tests.pipelines import CASES
@@ -79,6 +80,8 @@ def test_out_of_memory_names_what_needs_less() -> None:
     for part in ("--offload model", "--offload sequential", "now 128 x 64 pixels", "now 64 x 48, 32 x 32"):
         assert part in words
     assert "the reference cache holds 0.0 GB (all tokens: 0.0 GB), less with a smaller --keep" in words
+    words = memory_of(pipe, configuration("balanced"), arguments, Namespace(offload="none"))()
+    assert "(all tokens: 0.0 GB), none with --preset sparse-context or recast, which drop tokens" in words
     words = memory_of(pipe, sra.SparseRef("edges", 0.5), {"image": picture()}, Namespace(offload="sequential"))()
     assert "--offload" not in words
     assert "cache" not in words

@@ -241,7 +241,7 @@ def test_a_step_cache_goes_with_references_that_are_computed_once() -> None:
     case = CASES["qwen_edit_plus"]
     pipe = case.build(layers=3)
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=1e9))
-    words = r"computed in the first step alone, Cache\(refresh=Never\(\)\), got At"
+    words = r'computed in the first step alone \("fast", Cache\(refresh=Never\(\)\)\), got At'
     with sra.patched(pipe, SETTINGS["all read"]), pytest.raises(IncompatibleError, match=words):
         case.call(pipe, steps=STEPS)
     once = sra.SparseRef("grid", 0.5, execute=sra.Cache(refresh=sra.Never()))

@@ -69,7 +69,7 @@ def test_nothing_to_patch() -> None:
     [
         ({"select": "grid"}, "config must be a SparseRef .* got dict"),
         (["recast"], "config must be a SparseRef .* got list"),
-        ("grid", "a configuration's name must be one of recast, sparse-context, got 'grid'"),
+        ("grid", "a configuration's name must be one of faithful, balanced, fast, recast, sparse-context, got 'grid'"),
         (1.5, "got 1.5"),
     ],
 )

@@ -20,8 +20,8 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.eval import metrics
-from sparse_ref_attn.eval.evaluate import Grid
 from sparse_ref_attn.eval.examples import procedural
+from sparse_ref_attn.eval.grid import Grid
 from sparse_ref_attn.eval.models import EvalModel
 from sparse_ref_attn.eval.rows import KEY, RowStore, read_rows
 from sparse_ref_attn.eval.scores import Scorer
@@ -274,7 +274,10 @@ def test_bad_input_is_told(done: Path, models: list[str], tmp_path: Path, capsys
         ([*out, models[0], "--rules", "magic"], "argument --rules: must be one of downscaled"),
         ([*out, models[0], "--schedules", "up"], "argument --schedules: must be one of flat, rising"),
         ([*out, models[0], "--keep", "120%"], "must be a share in (0, 1]"),
-        ([*out, models[0], "--families", "x"], "families must be among subject-driven, aligned, got x"),
+        (
+            [*out, models[0], "--families", "x"],
+            "must be one of subject-driven, aligned, open scenery, got 'x'",
+        ),
         ([*out, models[0], "--metrics", "fid"], "argument --metrics: must be one of psnr"),
         ([*out, models[0], models[0]], "models must have names of their own"),
         ([*out, "one"], "must be NAME=PATH, got 'one'"),

@@ -15,6 +15,7 @@ from integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from integrations.comfyui.nodes import OFFERED
 from sparse_ref_attn.errors import UnsupportedModelError
 from sparse_ref_attn.eval.ways import WAYS
+from sparse_ref_attn.vocabulary import CHOSEN_PRESETS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,7 +47,7 @@ def test_the_rules_are_the_vocabulary() -> None:
     kind, options = sockets(NODE_CLASS_MAPPINGS["SparseReferences"])["rule"]
     assert kind == list(OFFERED)
     assert options["default"] in kind
-    assert set(WAYS) - set(kind) == {"downscaled", "ToMe", "cache", "tiles"}
+    assert set(WAYS) - set(kind) == {*CHOSEN_PRESETS, "downscaled", "ToMe", "cache", "tiles"}
 
 
 def test_comfyui_can_load_the_folder_from_anywhere() -> None:

@@ -20,7 +20,7 @@ from sparse_ref_attn.eval.models import EvalModel
 from sparse_ref_attn.training.batches import training_of
 from sparse_ref_attn.training.folder import FolderBatches
 from sparse_ref_attn.training.loop import TrainConfig, train
-from sparse_ref_attn.training.lora import add_lora
+from sparse_ref_attn.training.lora import add_lora, save_lora
 from tests import tiny_models
 from tests.pictures import generator, picture
 
@@ -39,14 +39,15 @@ def patched(pipe: Any) -> None:
         assert np.array_equal(call(pipe), dense)
     for execute, kind in ((sra.Tokens(), "sparse"), (sra.Cache(refresh=sra.Every(2)), "cached")):
         with sra.patched(pipe, sra.SparseRef("mass", 0.25, execute)) as handle:
+            assert type(handle._generations.adapter).__module__ == "sparse_ref_attn.models.fresh"
             assert not np.array_equal(call(pipe), dense)
         assert (handle.record.steps[-1].kind, handle.record.steps[-1].kept) == (kind, 16), handle.summary()
     assert np.array_equal(call(pipe), dense)
 
 
 def estimated() -> None:
-    assert main(["estimate", "--model", "longcat-small", "--references", "1"]) == 0
-    assert main(["estimate", "--model", "longcat-small", "--references", "2"]) == 2
+    assert main(["estimate", "--model", "fresh-model", "--references", "1"]) == 0
+    assert main(["estimate", "--model", "fresh-model", "--references", "2"]) == 2
 
 
 def batched(pipe: Any) -> None:
@@ -89,13 +90,19 @@ def trained(pipe: Any, folder: Path) -> None:
     after = train(pipe, batches, config, folder / "run", drop=drop)
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    path = save_lora(pipe, folder / "lora", after, None)
+    fresh = tiny_models.longcat(diffusers.LongCatImageEditPipeline)().transformer
+    fresh.load_lora_adapter(path.parent, weight_name=path.name, adapter_name="default")
+    loaded = {name: p for name, p in fresh.named_parameters() if "lora" in name}
+    assert loaded.keys() == after.keys()
+    assert all(torch.equal(loaded[name].float(), after[name].float()) for name in after)
 
 
 if __name__ == "__main__":
     folder, published = Path(sys.argv[1]), module.calculate_dimensions
     assert folder in Path(sra.__path__[0]).parents, "the copy of the package must be the one that is imported"
     module.calculate_dimensions = lambda area, ratio: published(min(area, AREA), ratio)
-    model = tiny_models.longcat()
+    model = tiny_models.longcat(diffusers.LongCatImageEditPipeline)()
     patched(model)
     estimated()
     batched(model)

@@ -19,7 +19,7 @@ from sparse_ref_attn.vocabulary import FAMILIES, MODELS
 PACKAGE, TESTS = Path(sra.__path__[0]), Path(__file__).parents[1]
 OWN = PACKAGE / "models"
 START = "FAMILIES: dict[str, tuple[str, ...]] = {\n"
-LINE = '    "longcat": ("longcat-small",),\n'
+OLD, NEW = '    "longcat": ("longcat-image-edit",),\n', '    "fresh": ("fresh-model",),\n'
 BUILT = {"toy/pipeline.py", "eval/embedded.py", "eval/work.py"}  # the small pipelines, and what they stand for
 
 
@@ -93,21 +93,25 @@ def test_the_lines_name_the_models_that_the_files_describe() -> None:
     described = {tuple(family.published) for family in families() if family.published}
     assert described == set(FAMILIES.values())
     files = {path.stem for path in OWN.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
-    assert files == {*FAMILIES, "__init__", "named_models", "pipelines", "registry"}
+    assert files == {*FAMILIES, "__init__", "named_models", "pipelines", "refused", "registry"}
 
 
 @pytest.mark.timeout(900)
 def test_one_file_and_one_line_make_a_new_family(tmp_path: Path) -> None:
-    """It is patched, estimated, batched, evaluated and trained."""
+    """A family is taken out, and put back under other names: patched, estimated, batched, evaluated and trained."""
     package = tmp_path / PACKAGE.name
     package.mkdir()
     for entry in PACKAGE.iterdir():
         if entry.name not in ("models", "vocabulary.py", "__pycache__"):
             (package / entry.name).symlink_to(entry)
     shutil.copytree(OWN, package / "models", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(Path(__file__).with_name("longcat.py"), package / "models")
+    file = package / "models" / "longcat.py"
+    text = file.read_text("utf-8").replace("longcat-image-edit", "fresh-model")
+    file.unlink()
+    file.with_name("fresh.py").write_text(text)
     text = (PACKAGE / "vocabulary.py").read_text("utf-8")
-    (package / "vocabulary.py").write_text(text.replace(START, START + LINE))
+    assert OLD in text
+    (package / "vocabulary.py").write_text(text.replace(OLD, "").replace(START, START + NEW))
     program = Path(__file__).with_name("new_family.py")
     run = subprocess.run(
         [sys.executable, str(program), str(tmp_path)],

@@ -68,7 +68,7 @@ def test_what_derives_from_kontext_takes_one_reference_everywhere() -> None:
 
 
 def test_what_nothing_says_how_to_train_is_refused() -> None:
-    with pytest.raises(ConfigError, match="train needs a FluxKontextPipeline, got Flux2KleinPipeline"):
+    with pytest.raises(ConfigError, match="train needs a FluxKontextPipeline or LongCatImageEditPipeline, got"):
         training_of(stand_in(diffusers.Flux2KleinPipeline))
 
 

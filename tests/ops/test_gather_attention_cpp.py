@@ -58,7 +58,7 @@ def test_output_and_lse_equal_dense_attention(name: str, target: CpuLibrary) -> 
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(problem=ragged_tiles(st.sampled_from([0, 1, 7, 16, 33, 70]), 40, st.sampled_from([8, 24])))
+@given(problem=ragged_tiles(st.sampled_from([0, 1, 7, 16, 33, 40]), 40, st.sampled_from([8, 24])))
 def test_fuzz_of_ragged_tiles(problem: Problem) -> None:
     with used():
         check(problem)
@@ -151,7 +151,8 @@ def test_exp2_is_right_to_two_units_of_the_last_place(target: CpuLibrary) -> Non
     gone = torch.tensor([-126.001, -1e5, -3e38, float("-inf")] * 4)
     target.exp2(gone.data_ptr(), y.data_ptr(), 16)
     assert torch.equal(y[:16], torch.zeros(16))
-    target.exp2(torch.full((16,), float("nan")).data_ptr(), y.data_ptr(), 16)
+    unknown = torch.full((16,), float("nan"))
+    target.exp2(unknown.data_ptr(), y.data_ptr(), 16)
     assert y[:16].isnan().all()
 
 

@@ -16,7 +16,7 @@ from sparse_ref_attn.ops.attention_mass.backends import keys_read
 from sparse_ref_attn.ops.attention_mass.impl import chunked
 from sparse_ref_attn.ops.attention_mass.impl.tiling import chunks_of
 from sparse_ref_attn.ops.attention_mass.masked import attention_mass_masked
-from sparse_ref_attn.ops.attention_mass.tiled import mass_tiles_op
+from sparse_ref_attn.ops.attention_mass.registered import mass_tiles_op
 from sparse_ref_attn.ops.attention_mass.trial import kind_of
 from tests import stand_in_backend
 from tests.device_reads import device_reads

@@ -19,6 +19,7 @@ from sparse_ref_attn.ops.verdicts import JUDGED, Kind, dispatch, forget, judge, 
 from sparse_ref_attn.ops.verdicts.dispatch import trial_of
 from sparse_ref_attn.ops.verdicts.judge import ranked_by_time
 from tests import stand_in_backend
+from tests.cpu_kernels import used
 from tests.stand_in_backend import calls, judged, spoiled
 
 CPU = torch.device("cpu")
@@ -51,10 +52,11 @@ def cards(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["tiles", "tiles per head"])
-def test_sdpa_agrees_on_query_tiles(form: str, dtype: torch.dtype, several: bool) -> None:
-    verdict = judge(attention(form, dtype, several=several), trial_of("gather_attention"))
-    assert (verdict.order, verdict.unusable) == (("sdpa",), {})
-    assert 0 < verdict.errors["sdpa"] <= 1
+def test_sdpa_and_cpp_agree_on_query_tiles(form: str, dtype: torch.dtype, several: bool) -> None:
+    with used():
+        verdict = judge(attention(form, dtype, several=several), trial_of("gather_attention"))
+    assert (set(verdict.order), verdict.unusable) == ({"cpp", "sdpa"}, {})
+    assert all(0 < verdict.errors[name] <= 1 for name in verdict.order)
     assert "cannot give each query tile a selection of its own" in verdict.unable["flex"]
 
 
@@ -75,7 +77,7 @@ def test_sdpa_agrees_and_flex_where_it_can(form: str, dtype: torch.dtype, gradie
     verdict = judge(kind, trial_of("gather_attention"))
     assert verdict.unusable == {}
     assert set(verdict.order) == ({"sdpa", "flex"} if form != "per head" and not gradients else {"sdpa"})
-    assert set(verdict.order) | set(verdict.unable) == {"sdpa", "flex"}
+    assert set(verdict.order) | set(verdict.unable) == {"sdpa", "flex", "cpp"}
     assert all(0 <= verdict.errors[name] <= 1 for name in verdict.order)
     assert len(verdict.order) == 1 or all(verdict.milliseconds[name] > 0 for name in verdict.order)
 

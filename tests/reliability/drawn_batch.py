@@ -10,7 +10,7 @@ import numpy as np
 import sparse_ref_attn as sra
 from tests.pictures import generator
 from tests.pipeline_arguments import PROMPTS, Request
-from tests.pipelines import Case, _small_references
+from tests.pipelines import Case, small_pictures
 
 SIZES = ((96, 64), (64, 64), (64, 96), (128, 64), (64, 128), (96, 96))
 FLUX_SIZES = ((48, 32), (32, 32), (32, 48), (64, 16), (16, 64))
@@ -49,7 +49,7 @@ class BatchItems:
 
     def together(self, pipe: Any, config: sra.SparseRef | None) -> sra.BatchResult:
         generators = [generator(i) for i in range(len(self.images))]
-        with _small_references():
+        with small_pictures():
             return sra.batch(
                 pipe, self.prompts, self.images, config=config, generators=generators, each=self.each, **self.common
             )
@@ -57,7 +57,7 @@ class BatchItems:
     def alone(self, pipe: Any, config: sra.SparseRef, i: int) -> tuple[np.ndarray, Any]:
         images = self.images[i]
         image = {} if not images else {"image": images[0] if len(images) == 1 else images}
-        with sra.patched(pipe, config) as handle, _small_references():
+        with sra.patched(pipe, config) as handle, small_pictures():
             made = pipe(prompt=self.prompts[i], generator=generator(i), **{**self.common, **self.each[i], **image})
             return made.images, handle.record if images else None
 

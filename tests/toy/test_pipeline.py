@@ -1,14 +1,17 @@
 """The small pipeline: real classes, an autoencoder that keeps subjects, and latents whose tokens share information."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from sparse_ref_attn.errors import ConfigError
-from sparse_ref_attn.toy.pipeline import WEIGHTS, toy_pipeline
+from sparse_ref_attn.toy.pipeline import WEIGHTS, knows_open_scenery, toy_pipeline
 from sparse_ref_attn.toy.scenes import TOKEN, scene
 from sparse_ref_attn.toy.sprites import SUBJECTS, load_sprites
+from sparse_ref_attn.toy.textures import KINDS, random_texture
 from sparse_ref_attn.training.batches import ToyBatches, encode
 
 
@@ -52,6 +55,18 @@ def test_the_autoencoder_keeps_held_out_subjects(pipe, subjects):
     subject = (error * mask).sum((1, 2)) / mask.sum((1, 2))
     assert -10 * error.mean((1, 2)).log10().mean() > 30
     assert -10 * subject.log10().mean() > 27
+
+
+def test_the_autoencoder_keeps_open_scenery(pipe):
+    """Of every kind, as well as it keeps subjects, or it could not be told whether it was drawn."""
+    textures = [random_texture(np.random.default_rng((1, i)), 128) for i in range(32)]
+    x = pixels([texture.picture(128) for texture in textures])
+    with torch.no_grad():
+        y = pipe.vae.decode(pipe.vae.encode(x).latents).sample.clamp(-1, 1)
+    kept = -10 * ((x - y) / 2).square().mean((1, 2, 3)).log10()
+    assert {texture.kind for texture in textures} == set(KINDS)
+    for kind in KINDS:
+        assert np.mean([float(k) for k, t in zip(kept, textures, strict=True) if t.kind == kind]) > 27
 
 
 def test_neighbouring_tokens_share_information(pipe):
@@ -111,6 +126,44 @@ def test_toy_batches_repeat_and_differ_by_process(pipe, tmp_path):
     assert one.weight.min() >= 1
     assert one.weight.max() == 3
     assert (one.subjects == 0).any(-1).any()
+
+
+def test_toy_batches_leave_scenery_open(pipe, tmp_path):
+    """Of the subjects that are placed, and of no others; without a share nothing is drawn differently."""
+    for name in load_sprites(SUBJECTS, "held-out").names[:6]:
+        Image.open(f"{SUBJECTS}/{name}.webp").save(tmp_path / f"{_trained_name(name)}.png")
+    shares = (0.0, 0.5, 1.0)
+    prompts = {share: _prompts(pipe, ToyBatches(str(tmp_path), 8, grid=8, open_scenery=share)) for share in shares}
+    assert prompts[0.0] == _prompts(pipe, ToyBatches(str(tmp_path), 8, grid=8))
+    counts = []
+    for share in shares:
+        placed = [prompt for prompt in prompts[share] if prompt.split()[0] in ("place", "pair")]
+        left_open = [prompt for prompt in prompts[share] if "open" in prompt.split()]
+        assert set(left_open) <= set(placed)
+        counts.append(len(left_open) / len(placed))
+    assert counts[0] == 0
+    assert 0.25 < counts[1] < 0.75
+    assert counts[2] == 1
+    assert {prompt.split()[0] for prompt in prompts[1.0]} > {"place", "pair"}
+    with pytest.raises(ConfigError, match=r"open_scenery must lie in \[0, 1\], got 2"):
+        ToyBatches(str(tmp_path), 8, open_scenery=2)
+
+
+def _prompts(pipe, batches, steps=12):
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = pipe.encode_prompt
+        patch.setattr(pipe, "encode_prompt", lambda prompt, *a, **k: seen.extend(prompt) or real(prompt, *a, **k))
+        for step in range(steps):
+            batches(pipe, step, 0, 1)
+    return seen
+
+
+def test_weights_say_whether_they_know_open_scenery(tmp_path):
+    assert not knows_open_scenery(str(tmp_path))
+    for said, known in (({}, False), ({"open_scenery": 0.0}, False), ({"open_scenery": 0.75}, True)):
+        (tmp_path / "sparse_ref_attn.json").write_text(json.dumps(said))
+        assert knows_open_scenery(str(tmp_path)) is known
 
 
 def _trained_name(name):

@@ -4,12 +4,14 @@ import csv
 import json
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.eval.embedded import kontext_pipeline
-from sparse_ref_attn.toy.pipeline import toy_pipeline
+from sparse_ref_attn.toy.pipeline import knows_open_scenery, toy_pipeline
 from sparse_ref_attn.toy.sprites import SUBJECTS, held_out, load_sprites
 
 FEW = ["--steps", "2", "--batch", "2", "--checkpoint-every", "1"]
@@ -41,6 +43,20 @@ def test_the_small_model(sprites, tmp_path):
     assert said["train"]["steps"] == 2
     assert said["train"]["reference_loss"] == loss > 0  # a drop run and its control have one loss
     assert json.loads((dropped / "step-000002/about.json").read_text())["draws"] == {"draws": 2}
+
+
+def test_open_scenery_from_the_folder_of_a_transformer(sprites, tmp_path):
+    """The run begins from those weights, and its own say that they know open scenery."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    small = ["train", "--sprites", sprites, "--grid", "8", *FEW]
+    assert main([*small, "--out", str(first)]) == 0
+    assert not knows_open_scenery(str(first / "transformer"))
+    more = ["--init", str(first / "transformer"), "--open-scenery", "0.5", "--lr", "1e-12", "--muon-lr", "1e-12"]
+    assert main([*small, "--out", str(second), *more]) == 0
+    assert knows_open_scenery(str(second / "transformer"))
+    weights = [load_file(folder / "transformer/diffusion_pytorch_model.safetensors") for folder in (first, second)]
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-6) for name in weights[0])
+    assert any(weights[0]["proj_out.weight"].flatten().tolist())
 
 
 def test_the_autoencoder(sprites, tmp_path):
@@ -77,7 +93,9 @@ def test_a_lora_of_a_pipeline(tmp_path, capsys):
         (["--data", "x", "--model", "y", "--reference-loss", "1"], "--reference-loss must come with --sprites"),
         (["--sprites", None, "--reference-loss", "nan"], "reference_loss must be at least 0 and finite, got nan"),
         (["--sprites", "nowhere"], "the folder of sprites must exist, got nowhere"),
-        (["--sprites", None, "--init", "nowhere"], "a run to begin from must have a checkpoint, got nowhere"),
+        (["--sprites", None, "--init", "nowhere"], "must have a checkpoint, or be a transformer's folder, got nowhere"),
+        (["--data", "x", "--model", "y", "--open-scenery", "1"], "--open-scenery must come with --sprites"),
+        (["--sprites", None, "--open-scenery", "1.5"], "open_scenery must lie in [0, 1], got 1.5"),
         (["--sprites", None, "--keep", "0-1"], "must be a share or two of them (5%-100%, 0.05-1), got '0-1'"),
         (["--sprites", SUBJECTS, "--keep", "some"], "must be a share or two of them (5%-100%, 0.05-1), got 'some'"),
         (["--sprites", SUBJECTS, "--steps", "0"], "must be a whole number of at least 1, got '0'"),

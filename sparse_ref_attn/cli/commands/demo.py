@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import values
-from ..common import add_builtin, add_config, add_runs
+from ..common import DEFAULT, add_builtin, add_config, add_runs
 from ..parsing import Commands, later
 
 __all__ = ["add"]
@@ -26,9 +26,8 @@ def add(commands: Commands) -> None:
     add_builtin(parser)
     add_config(
         parser,
-        None,
-        "25%%; recast after its dense step: a quarter, with random weights 1/16 to 1/4, rising",
-        "recast; random weights: sparse-context",
+        "25%%; recast after its dense step: a quarter, with random weights 1/16 to 1/4, rising; the others keep all",
+        f"{DEFAULT}; random weights: sparse-context",
     )
     add_runs(parser)
     parser.set_defaults(run=later("demonstrating", "demo", "diffusers"))

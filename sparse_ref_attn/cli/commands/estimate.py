@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ... import vocabulary
 from .. import values
-from ..common import OWN, STEPS, add_config
+from ..common import STEPS, add_config, add_speedup
 from ..parsing import Commands, later
 
 __all__ = ["add"]
@@ -34,6 +34,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--text-tokens", type=values.above(0), default=512, metavar="N", help="default: %(default)s")
     parser.add_argument("--steps", type=values.above(1), help=STEPS)
-    add_config(parser, "recast", OWN)
+    add_config(parser)
+    add_speedup(parser)
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=later("estimating", "estimate", "diffusers"))

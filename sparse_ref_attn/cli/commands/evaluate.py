@@ -52,9 +52,7 @@ def add(commands: Commands) -> None:
         default=["flat"],
         help=", ".join(vocabulary.SCHEDULES),
     )
-    part.add_argument(
-        "--keep", nargs="+", type=values.share, default=list(KEEPS), metavar="R", help="default: 100 to 5 %%"
-    )
+    part.add_argument("--keep", nargs="+", type=values.share, metavar="R", help="default: 100 to 5 %%")
     part.add_argument(
         "--mean-over",
         **values.one_of(("run", "dropping")),
@@ -62,13 +60,30 @@ def add(commands: Commands) -> None:
         help="--keep is the mean share over the whole run, a dense step included, or over the steps that drop tokens "
         "(default: run)",
     )
-    part.add_argument("--families", nargs="+", metavar="F", help="kinds of example (default: all)")
+    part.add_argument(
+        "--families",
+        nargs="+",
+        metavar="F",
+        help="kinds of example (default: all; of the procedural task, those that the models were trained on)",
+    )
     part.add_argument("--subjects", type=values.above(1), metavar="N", help="examples of each family (default: all)")
     part.add_argument(
         "--seeds", type=values.above(1), default=1, metavar="K", help="noises of each (default: %(default)s)"
     )
+    swept = parser.add_argument_group("the frontier")
+    swept.add_argument(
+        "--frontier",
+        action="store_true",
+        help="instead of the grid: every candidate for presets and plans, in all steps and in fewer, and step caches; "
+        "half of them at a time on twice as many examples; writes frontier.csv, a table and figures over the work of "
+        "published models",
+    )
+    swept.add_argument("--candidates", nargs="+", metavar="KEY", help="part of the list (default: all)")
+    swept.add_argument(
+        "--first", type=values.above(1), metavar="N", help="examples of each family that all run on (default: 8)"
+    )
     how = parser.add_argument_group("settings, the same for all runs of a folder")
-    how.add_argument("--steps", type=values.above(1), default=8, help="denoising steps (default: %(default)s)")
+    how.add_argument("--steps", type=values.above(1), help="denoising steps (default: 8, with --frontier 12)")
     how.add_argument(
         "--side", type=values.above(16), help="of the square output in pixels (default: 128 for the small pipeline)"
     )
@@ -77,7 +92,7 @@ def add(commands: Commands) -> None:
         "--metrics",
         nargs="+",
         **values.one_of(vocabulary.METRICS) | {"metavar": "M"},
-        help=f"{', '.join(vocabulary.METRICS)} (default: the first four)",
+        help=f"{', '.join(vocabulary.METRICS)} (default: the first four, and the last where scenery is left open)",
     )
     add_likeness(how, "CLIP-I and CLIP-T")
     add_place(parser, device="; the small pipeline: cpu")

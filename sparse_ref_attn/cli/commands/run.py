@@ -6,7 +6,7 @@ import argparse
 
 from ... import vocabulary
 from .. import values
-from ..common import OWN, add_config, add_offload, add_place, add_set
+from ..common import add_config, add_offload, add_place, add_set, add_speedup
 from ..parsing import Commands, later
 
 __all__ = ["add"]
@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "run",
-        help="edit pictures with a model: FLUX.1 Kontext, FLUX.2, Klein, Qwen-Image-Edit",
+        help="edit pictures with a model: FLUX.1 Kontext, FLUX.2, Klein, Qwen-Image-Edit, LongCat",
         usage="%(prog)s IMAGE [IMAGE ...] -p TEXT -o PATH [--model PATH] [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=ABOUT,
@@ -93,5 +93,6 @@ def add(commands: Commands) -> None:
         action="store_true",
         help="make each picture with every token too (out-dense.png), and tell both times",
     )
-    add_config(parser, "recast", OWN)
+    add_config(parser)
+    add_speedup(parser)
     parser.set_defaults(run=later("editing", "run", "diffusers"))

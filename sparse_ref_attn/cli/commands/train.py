@@ -24,12 +24,14 @@ def add(commands: Commands) -> None:
     data.add_argument("--data", metavar="DIR", help="pictures and metadata.jsonl, for --model")
     data.add_argument("--vae", action="store_true", help="with --sprites: the small model's autoencoder instead")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="PATH", help="a FLUX.1 Kontext pipeline, which gets a LoRA")
+    model.add_argument(
+        "--model", metavar="PATH", help="a FLUX.1 Kontext or LongCat-Image-Edit pipeline, which gets a LoRA"
+    )
     model.add_argument("--lora-rank", type=values.above(1), default=16, metavar="R", help="default: %(default)s")
     model.add_argument(
         "--init",
         metavar="DIR",
-        help="begin from another run's moving average, with --sprites",
+        help="begin from another run's moving average, or from a transformer's folder, with --sprites",
     )
     drop = parser.add_argument_group("random dropping of reference tokens")
     drop.add_argument(
@@ -56,6 +58,12 @@ def add(commands: Commands) -> None:
         type=float,
         metavar="W",
         help="weight of the loss at the reference rows, with --sprites; with and without --keep (default: 0.1)",
+    )
+    how.add_argument(
+        "--open-scenery",
+        type=float,
+        metavar="P",
+        help="share of the placed subjects whose scenery the prompt leaves open, with --sprites (default: 0)",
     )
     how.add_argument("--precision", **values.one_of(("bf16", "no")), default="bf16", help="default: %(default)s")
     how.add_argument("--checkpoint-every", type=values.above(1), default=200, metavar="N", help="default: %(default)s")

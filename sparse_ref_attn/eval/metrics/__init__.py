@@ -1,7 +1,7 @@
 """How alike two images are, each metric by the name of the model it uses.
 
-`Psnr` and `Ssim` need no weights; `Lpips`, `Dists` and `MobileNetIdentity` read those that Python packages carry;
-`ClipSimilarity` and `DinoSimilarity` those of a local folder.
+`Psnr`, `Ssim` and `SceneryPsnr` need no weights; `Lpips`, `Dists` and `MobileNetIdentity` read those that Python
+packages carry; `ClipSimilarity` and `DinoSimilarity` those of a local folder.
 """
 
 from .base import Metric, as_image
@@ -9,6 +9,7 @@ from .bootstrap import Interval, mean_interval
 from .fidelity import MaskedPsnr, Psnr, Ssim
 from .identity import ClipSimilarity, ClipText, DinoSimilarity, MobileNetIdentity
 from .perceptual import Dists, Lpips
+from .scenery import SceneryPsnr
 
 __all__ = [
     "ClipSimilarity",
@@ -21,6 +22,7 @@ __all__ = [
     "Metric",
     "MobileNetIdentity",
     "Psnr",
+    "SceneryPsnr",
     "Ssim",
     "as_image",
     "mean_interval",

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LayoutError
-from .registered import mass_op
-from .tiled import mass_tiles_op
+from .registered import mass_op, mass_tiles_op
 
 __all__ = ["attention_mass"]
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..shared.choice import order_on, pick, ranked
+from ..shared.launch_config import capability_of, config_for
 from ..shared.requirements import csrc_reasons, has_16_byte_rows, triton_reasons
 from ..verdicts import Kind
 
-__all__ = ["ORDER", "PREDICATES", "choose", "explain", "keys_read"]
+__all__ = ["LAUNCHERS", "ORDER", "PREDICATES", "Launchers", "choose", "explain", "keys_read"]
 
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("chunked",),
@@ -97,3 +99,32 @@ PREDICATES: dict[str, Callable[[Tensor, Tensor, float, bool], list[str]]] = {
     "cuda": _cuda,
 }
 """Why a backend cannot do a call with q, k and a scale, of tiles or not; empty when it can."""
+
+
+class Launchers(NamedTuple):
+    """What launches the kernels of a backend: the LSE, the mass, and the mass of each tile where there is one."""
+
+    lse: Callable[..., Tensor]
+    mass: Callable[..., Tensor]
+    tile_mass: Callable[..., Tensor] | None = None
+
+
+def _launch_cuda(q: Tensor) -> Launchers:
+    from .impl.cuda import launch_lse, launch_mass
+
+    return Launchers(launch_lse, launch_mass)
+
+
+def _launch_triton(q: Tensor) -> Launchers:
+    from .impl import triton_mass, triton_tile_mass, tuning
+
+    row = (capability_of(q), q.shape[-1])
+    return Launchers(
+        partial(triton_mass.launch_lse, config=config_for(tuning.LSE, *row)),
+        partial(triton_mass.launch_mass, config=config_for(tuning.MASS, *row)),
+        partial(triton_tile_mass.launch_tile_mass, config=config_for(tuning.TILE_MASS, *row)),
+    )
+
+
+LAUNCHERS: dict[str, Callable[[Tensor], Launchers]] = {"triton": _launch_triton, "cuda": _launch_cuda}
+"""The launchers for these queries, by the backends that are not plain PyTorch."""

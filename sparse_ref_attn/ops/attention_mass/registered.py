@@ -1,4 +1,4 @@
-"""Registration with torch, and what each backend is called with.
+"""Registration with torch: the mass of all queries, of a ragged batch, and of each query tile.
 
 The ops are opaque to the compiler; the backend's name travels as an argument and is resolved inside, where pointers and
 the device are known. Nothing is differentiable: a ranking needs no gradient.
@@ -6,24 +6,16 @@ the device are known. Nothing is differentiable: a ranking needs no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from ...errors import LayoutError
-from ..shared.launch_config import capability_of, config_for
 from .backends import choose
-from .impl.chunked import attention_mass_chunked
-from .impl.tuning import LSE, MASS
-from .offsets import check_offsets, split_offsets
+from .compute import PLAIN, compute, compute_tiles, lse_then_mass
+from .offsets import check_offsets, check_tiles, split_offsets
 from .ragged import Ragged
-from .reference import attention_mass_reference
 
-__all__ = ["LAUNCHERS", "Launchers", "compute", "mass_op", "mass_varlen_op"]
-
-PLAIN = ("reference", "chunked")
+__all__ = ["mass_op", "mass_tiles_op", "mass_varlen_op"]
 
 library: torch.library.Library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
 library.define(
@@ -34,6 +26,10 @@ library.define(
     "attention_mass_varlen(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor cu_seqlens_ref, "
     "Tensor ref_starts, SymInt total_ref, SymInt max_seqlen_q, SymInt max_seqlen_ref, float scale, Tensor? lse, "
     "SymInt query_stride, str backend, bool check=False, SymInt[]? host=None) -> Tensor"
+)
+library.define(
+    "attention_mass_tiles(Tensor q, Tensor k, SymInt start, SymInt stop, float scale, Tensor? key_mask, Tensor? lse, "
+    "Tensor tiles, SymInt[]? host, bool reduce_heads, str backend) -> Tensor"
 )
 
 
@@ -50,33 +46,6 @@ def _mass(
 ) -> Tensor:
     chosen = choose(backend, q, k, scale, stop - start, lse is not None)
     return compute(q, k, start, stop, scale, key_mask, lse, query_stride, chosen)
-
-
-def compute(
-    q: Tensor,
-    k: Tensor,
-    start: int,
-    stop: int,
-    scale: float,
-    key_mask: Tensor | None,
-    lse: Tensor | None,
-    query_stride: int,
-    chosen: str,
-) -> Tensor:
-    """The op by the backend `chosen`, which can do the call."""
-    if chosen not in PLAIN:
-        launch_lse, launch_mass = LAUNCHERS[chosen](q)
-        if key_mask is not None:
-            key_mask = key_mask.contiguous()
-        if lse is None:
-            lse = launch_lse(q, k, scale, query_stride, key_mask=key_mask)
-        mask = None if key_mask is None else key_mask[:, start:stop]
-        return launch_mass(q, k[:, start:stop], lse, scale, query_stride, key_mask=mask)
-    if query_stride > 1:
-        q, lse = q[:, ::query_stride], None if lse is None else lse[..., ::query_stride]
-    if chosen == "reference":
-        return attention_mass_reference(q, k, (start, stop), scale, key_mask, lse).float()
-    return attention_mass_chunked(q, k, (start, stop), scale, key_mask, lse)
 
 
 def _mass_varlen(
@@ -117,12 +86,10 @@ def _mass_varlen(
             },
         )
     if chosen not in PLAIN:
-        launch_lse, launch_mass = LAUNCHERS[chosen](q)
         ragged = Ragged(cu_seqlens_q, cu_seqlens_k, cu_seqlens_ref, ref_starts, max_seqlen_q, max_seqlen_ref)
-        q, k, lse = q[None], k[None], None if lse is None else lse[None]
-        if lse is None:
-            lse = launch_lse(q, k, scale, query_stride, ragged=ragged)
-        return launch_mass(q, k, lse, scale, query_stride, ragged=ragged, total_ref=total_ref)[0]
+        lse, span = None if lse is None else lse[None], (0, k.shape[0])
+        q, k = q[None], k[None]
+        return lse_then_mass(chosen, q, k, span, scale, None, lse, query_stride, ragged=(ragged, total_ref))[0]
     mass = q.new_zeros(q.shape[1], total_ref, dtype=torch.float32)
     for item, first in enumerate(starts):
         queries, keys = slice(*at_q[item : item + 2]), slice(*at_k[item : item + 2])
@@ -144,8 +111,30 @@ def _mass_varlen(
     return mass
 
 
+def _mass_tiles(
+    q: Tensor,
+    k: Tensor,
+    start: int,
+    stop: int,
+    scale: float,
+    key_mask: Tensor | None,
+    lse: Tensor | None,
+    tiles: Tensor,
+    host: list[int] | None,
+    reduce_heads: bool,
+    backend: str,
+) -> Tensor:
+    chosen = choose(backend, q, k, scale, stop - start, lse is not None, tiled=True)
+    if host is None and (chosen in PLAIN or not q.is_cuda):
+        host = tiles.tolist()
+    if host is not None:
+        check_tiles(host, q.shape[1])
+    return compute_tiles(q, k, start, stop, scale, key_mask, lse, tiles, host, reduce_heads, chosen)
+
+
 library.impl("attention_mass", _mass, "CompositeExplicitAutograd")
 library.impl("attention_mass_varlen", _mass_varlen, "CompositeExplicitAutograd")
+library.impl("attention_mass_tiles", _mass_tiles, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("sparse_ref_attn::attention_mass", lib=library)
@@ -170,26 +159,24 @@ def _(
     return q.new_empty((q.shape[1], total_ref), dtype=torch.float32)
 
 
+@torch.library.register_fake("sparse_ref_attn::attention_mass_tiles", lib=library)
+def _(
+    q: Tensor,
+    k: Tensor,
+    start: int,
+    stop: int,
+    scale: float,
+    key_mask: Tensor | None,
+    lse: Tensor | None,
+    tiles: Tensor,
+    host: list[int] | None,
+    reduce_heads: bool,
+    backend: str,
+) -> Tensor:
+    rows = (tiles.shape[0] - 1, stop - start)
+    return q.new_empty((q.shape[0], *rows) if reduce_heads else (q.shape[0], q.shape[2], *rows), dtype=torch.float32)
+
+
 mass_op = torch.ops.sparse_ref_attn.attention_mass.default
 mass_varlen_op = torch.ops.sparse_ref_attn.attention_mass_varlen.default
-
-
-Launchers = tuple[Callable[..., Tensor], Callable[..., Tensor]]
-
-
-def _cuda(q: Tensor) -> Launchers:
-    from .impl.cuda import launch_lse, launch_mass
-
-    return launch_lse, launch_mass
-
-
-def _triton(q: Tensor) -> Launchers:
-    from .impl import triton_mass
-
-    tables = ((triton_mass.launch_lse, LSE), (triton_mass.launch_mass, MASS))
-    of_lse, of_mass = (partial(f, config=config_for(table, capability_of(q), q.shape[-1])) for f, table in tables)
-    return of_lse, of_mass
-
-
-LAUNCHERS: dict[str, Callable[[Tensor], Launchers]] = {"triton": _triton, "cuda": _cuda}
-"""The launchers of the LSE and of the mass, for these queries."""
+mass_tiles_op = torch.ops.sparse_ref_attn.attention_mass_tiles.default

@@ -10,9 +10,8 @@ from torch import Tensor
 from ..verdicts import Kind, size_class
 from ..verdicts.judge import Compared
 from .backends import PREDICATES
+from .compute import compute, compute_tiles
 from .reference import attention_mass_reference
-from .registered import compute
-from .tiled import compute_tiles
 
 __all__ = ["CANDIDATES", "against", "candidates", "kind_of", "sized", "small"]
 

@@ -143,12 +143,14 @@ def gather_attention(
         backward. They are believed, unless `check` is set.
     return_lse : bool
         Return the log-sum-exp too. Default False.
-    backend : {"auto", "reference", "sdpa", "triton", "flash", "flex", "cuda"}
-        Who computes it. A name that cannot do the call raises, with its reasons. "auto" is "sdpa" on a CPU; on a
-        card it is the fastest that agreed with float64 there, for this kind of call: found once, in a second or two,
-        and kept (``sra doctor --verify``). "reference" is the definition. "cuda" computes the
-        forward with the kernels of csrc, float16 or bfloat16 with C in {64, 128}, and leaves the backward
-        to "triton", whose reasons then count too.
+    backend : {"auto", "reference", "sdpa", "triton", "flash", "flex", "cuda", "cpp"}
+        Who computes it. A name that cannot do the call raises, with its reasons. "auto" is "cpp" on a CPU where that
+        is built and can do the call, else "sdpa"; on a card it is the fastest that agreed with float64 there, for this
+        kind of call: found once, in a second or two, and kept (``sra doctor --verify``). "reference" is the
+        definition. "cuda" computes the forward with the kernels of csrc, float16 or bfloat16 with C in {64, 128}, and
+        leaves the backward to "triton", whose reasons then count too. "cpp" computes selections of query tiles on a
+        CPU with the kernel of csrc/cpu, float32 or bfloat16 with C a multiple of 8, where it is built
+        (``sra build-kernels``).
     check : bool
         Check the values of indices and offsets on CUDA too, which waits for the device. On the CPU they
         are always checked. Unchecked, a bad index reads foreign memory. Default False.
@@ -190,15 +192,17 @@ def gather_attention(
     The score matrix is never stored (but by "reference", and by "flex" on a CPU). "sdpa", "flash" and "flex" hold one
     copy of the kept keys and values. "triton", "cuda" and "flash" never wait for the device, so a CUDA graph can hold
     them; "sdpa" does, to read offsets that neither `host` nor the shapes tell. Selections per key/value head need
-    "triton", "cuda", "sdpa" or "reference"; selections of query tiles "triton", "sdpa" or
+    "triton", "cuda", "sdpa" or "reference"; selections of query tiles "triton", "cpp", "sdpa" or
     "reference".
 
-    With query tiles, "triton" and "sdpa" attend once to the keys that an item's tiles share, and then to those that are
-    each tile's own: a kernel goes on with the first one's softmax, and "sdpa" joins the two by their LSE. "sdpa"
-    is made for many tiles of equal numbers of queries and kept rows.
+    With query tiles, "triton", "cpp" and "sdpa" attend once to the keys that an item's tiles share, and then to those
+    that are each tile's own: a kernel goes on with the first one's softmax, and "sdpa" joins the two by their LSE.
+    "sdpa" is made for many tiles of equal numbers of queries and kept rows, and copies these rows for each tile; "cpp"
+    reads them where they lie, or lays each once side by side. Its results are the same bits with any number of threads.
 
     The Triton kernels are proved under the interpreter, those of csrc under their emulator, and both are compiled ahead
-    of time for compute capabilities 8.0, 9.0 and 10.0; docs/configurations.md says what a card has run.
+    of time for compute capabilities 8.0, 9.0 and 10.0; docs/configurations.md says what a card has run. "cpp" is
+    compared with float64 once a process, before it is first used.
 
     References
     ----------

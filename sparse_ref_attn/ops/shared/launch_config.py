@@ -1,6 +1,6 @@
 """Configurations of the Triton kernels: what one is, and which row of an op's table a card takes.
 
-The tables, in each op's ``tuning.py``, were chosen from what the compiler makes of the candidates; the page
+The tables, in each op's ``impl/tuning.py``, were chosen from what the compiler makes of the candidates; the page
 docs/configurations.md has the figures of every row. `tests/ops/test_*_compiled.py` hold them, and `benchmarks/tune.py`
 times the candidates on a card.
 """

@@ -12,12 +12,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def tile_offsets(rows, row_stride, C: tl.constexpr):
-    """Row numbers [N] -> element offsets [N, C], int64 before the product."""
-    return tl.cast(rows, tl.int64)[:, None] * row_stride + tl.arange(0, C)[None, :]
-
-
-@triton.jit
 def softmax_step(s, m, total, scale2):
     """One tile of raw scores s [M, N] joins a running softmax with maximum m [M] and sum `total` [M].
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ...adapters.base import Adapter, Kwargs
 from ...adapters.shortened import Shortened
+from ...adapters.stream import restored, stream_rows
 from ...config import SparseRef
 from ...cost import ModelShape
 from ...errors import ConfigError, IncompatibleError, UnsupportedModelError
@@ -92,7 +93,7 @@ class Reading:
     def after(self, call: GenerationCall, output: Any) -> Any:
         self._store.over(call, self._branch)
         assert call.shortened is not None
-        return call.adapter.restore(output, call.shortened.rows, call.shortened.size)
+        return restored(call.adapter, output, call.shortened.rows, call.layout)
 
 
 class ReferenceStore:
@@ -134,17 +135,22 @@ class ReferenceStore:
             Under context parallelism, beside a step cache unless the references are computed once, and where the
             call's references cannot be stored as the configuration says.
         """
+        if not layout.generation[1]:
+            raise IncompatibleError(
+                "stored reference keys and values are read by the generation's rows, got a layout without: give the "
+                f"{self._adapter.name} adapter the argument that holds these (tokens) and the references' own"
+            )
         self.form.check(module, layout, kwargs)
         if splits_the_sequence(module):
             raise IncompatibleError(
                 "stored reference keys and values need the whole sequence in one process, got context parallelism: "
-                'call disable_parallelism(), or use execute="tokens"'
+                'call disable_parallelism(), or drop tokens: "sparse-context", or execute="tokens"'
             )
         if step_cache_active(module) and not isinstance(self._config.refresh, Never):
             raise IncompatibleError(
                 "beside a step cache, which skips blocks at steps of its own choice, references can be computed in the "
-                f"first step alone, Cache(refresh=Never()), got {self._config.refresh or 'the default'}; or take the "
-                "step cache off"
+                f'first step alone ("fast", Cache(refresh=Never())), got {self._config.refresh or "the default"}; or '
+                "take the step cache off"
             )
         return Refreshing(self._config.refresh, None if at.observed else at.total)
 
@@ -193,7 +199,7 @@ class ReferenceStore:
 
     def listen(self, call: GenerationCall, held: Held, kwargs: Kwargs) -> None:
         """Store what the joint attention of each layer is given as the references' keys and values."""
-        joint = call.layout.text + kwargs[self._adapter.tokens].shape[1]
+        joint = call.layout.text + stream_rows(self._adapter, kwargs)
         held.moved.clear()
         attend = self.form.storing(call, held, self.attention)
         self.attention.answer(call, joint, attend, eager=call.measures or self.form.measures)

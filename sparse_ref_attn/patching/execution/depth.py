@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...adapters.base import Adapter, Kwargs
 from ...adapters.depth import Block, DepthCut
+from ...adapters.stream import restored
 from ...errors import IncompatibleError, LayoutError
 from ...hooks.diffusers import splits_the_sequence, step_cache_active
 from ...packing import kept_rows
@@ -57,7 +58,7 @@ class ByDepth:
         if not self._cut.reached:
             raise LayoutError("where references leave by depth, a later block must run in every call, and none did")
         rows = self._cut.kept
-        return output if rows is None else call.adapter.restore(output, rows, call.layout.rows)
+        return output if rows is None else restored(call.adapter, output, rows, call.layout)
 
 
 def check_call(adapter: Adapter, module: nn.Module, kwargs: Kwargs) -> None:

@@ -29,7 +29,7 @@ def check_cache(config: SparseRef, adapter: Adapter, transformer: nn.Module) -> 
         raise IncompatibleError(
             f'execute="{name}" stores keys and values of the references, for which {adapter.name}\'s attention must be '
             "known and go through processors that dispatch to attention backends, or be named to a PlainAdapter: "
-            'attention=["single"] * len(blocks). Use execute="tokens"'
+            'attention=["single"] * len(blocks). Else drop tokens: "sparse-context", or execute="tokens"'
         )
     if config.layers is not None and len(config.layers) != len(sites):
         raise ConfigError(

@@ -24,6 +24,7 @@ from ...adapters.base import Adapter, Kwargs
 from ...adapters.collate import sample_of, with_sample
 from ...adapters.masks import without_mask
 from ...adapters.shortened import Shortened
+from ...adapters.stream import stream_rows
 from ...errors import IncompatibleError, LayoutError
 from ...functional import unpack_rows
 from ...hooks.diffusers import SLOT, answered_layer, layers_of, splits_the_sequence
@@ -187,7 +188,7 @@ class Ragged:
             why = adapter.cannot_join(kwargs)
             if why is not None:
                 raise IncompatibleError(why)
-        images = [kwargs[adapter.tokens].shape[1] for kwargs in calls]
+        images = [stream_rows(adapter, kwargs) for kwargs in calls]
         text = [0 if adapter.text_tokens is None else kwargs[adapter.text_tokens].shape[1] for kwargs in calls]
         kwargs = adapter.join([without_mask(call, adapter.attention_arguments) for call in calls], shared_time)
         device = kwargs[adapter.tokens].device

@@ -29,5 +29,6 @@ def check_room(device: torch.device, rows: int, needed: int) -> None:
         raise BudgetError(
             f"keys and values of {rows} reference tokens take {needed / 1e9:.2f} GB for each branch of guidance, and "
             f"must fit into what is free on {device}, got {free / 1e9:.2f} GB: give smaller references or fewer, keep "
-            'fewer by a selector that measures no attention, or drop tokens (execute="tokens")'
+            'fewer by a selector that measures no attention, or drop tokens ("sparse-context", "recast", or '
+            'execute="tokens")'
         )

@@ -8,6 +8,7 @@ import torch
 
 from ...adapters.base import Kwargs
 from ...adapters.shortened import Shortened
+from ...adapters.stream import restored, stream_rows
 from ...packing import kept_rows
 from ..call import Call, GenerationCall
 from ..measuring import listen
@@ -29,7 +30,7 @@ class AtInput:
             short = adapter.drop(call.kwargs, layout, rows)
         elif plan.reduced is not None:
             short = adapter.replace(call.kwargs, layout, plan.reduced)
-            count = short[adapter.tokens].shape[1]
+            count = stream_rows(adapter, short)
             if layout.generation[0] == 0:
                 rows = torch.arange(min(count, layout.rows), device=call.device)
             else:
@@ -41,4 +42,4 @@ class AtInput:
 
     def after(self, call: Call, output: Any) -> Any:
         short = call.shortened
-        return output if short is None else call.adapter.restore(output, short.rows, short.size)
+        return output if short is None else restored(call.adapter, output, short.rows, call.layout)

@@ -19,18 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ...shared.launch_config import Config
-from ...shared.online_softmax import LOG2E, base2_lse, tile_offsets
-from .triton_mass import as_bytes, precision
+from ...shared.online_softmax import LOG2E, base2_lse
+from ...shared.operand import precision, row_offsets
+from .triton_mass import mask_operand, rows_operand, scores_operand
 
 __all__ = ["launch_parts", "launch_tile_mass"]
 
 
 @triton.jit
 def _parts(
-    Q, K, LSE, TILES, PARTS, queries, refs, tiles, heads, scale: tl.float32, q_item: tl.int64, q_row: tl.int64,
-    q_head: tl.int64, k_item: tl.int64, k_row: tl.int64, k_head: tl.int64, lse_item: tl.int64, lse_head: tl.int64,
-    lse_row: tl.int64, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
-    STAGES: tl.constexpr, REDUCED: tl.constexpr, PRECISION: tl.constexpr,
+    Q, K, LSE, TILES, PARTS, queries, refs, tiles, heads, scale: tl.float32, C: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr, REDUCED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """K begins at the first reference row; PARTS (B, H or 1, T + blocks, R)."""
     block = tl.program_id(0)
@@ -38,25 +37,25 @@ def _parts(
     item = tl.cast(place if REDUCED else place // heads, tl.int64)
     head = 0 if REDUCED else place % heads
     stop = heads if REDUCED else head + 1
-    Q += item * q_item
-    K += item * k_item
-    LSE += item * lse_item
+    q_at = Q.data + item * Q.item
+    k_at = K.data + item * K.item
+    lse_at = LSE.data + item * LSE.item
     PARTS += tl.cast(place, tl.int64) * (tiles + tl.num_programs(0)) * refs
 
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = rows < queries
     columns = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = columns < refs
-    q_tile = tile_offsets(rows, q_row, C)
-    k_tile = tile_offsets(columns, k_row, C)
-    LSE += tl.cast(rows, tl.int64) * lse_row
+    q_tile = row_offsets(rows, Q.row, C)
+    k_tile = row_offsets(columns, K.row, C)
+    lse_at += tl.cast(rows, tl.int64) * LSE.row
     scale2 = scale * LOG2E
     total = tl.zeros([BLOCK_Q, BLOCK_R], tl.float32)
     for now in tl.range(head, stop, num_stages=STAGES):
         at = tl.cast(now, tl.int64)
-        q = tl.load(Q + at * q_head + q_tile, mask=inside[:, None], other=0.0)
-        k = tl.load(K + at * k_head + k_tile, mask=live[:, None], other=0.0)
-        pivot = base2_lse(tl.load(LSE + at * lse_head, mask=inside, other=float("inf")))
+        q = tl.load(q_at + at * Q.head + q_tile, mask=inside[:, None], other=0.0)
+        k = tl.load(k_at + at * K.head + k_tile, mask=live[:, None], other=0.0)
+        pivot = base2_lse(tl.load(lse_at + at * LSE.head, mask=inside, other=float("inf")))
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         total += tl.math.exp2(s * scale2 - pivot[:, None])
 
@@ -76,8 +75,8 @@ def _parts(
 
 @triton.jit
 def _means(
-    PARTS, MASK, TILES, MASS, blocks, refs, tiles, heads, places, mask_item: tl.int64, BLOCK_R: tl.constexpr,
-    BLOCK_Q: tl.constexpr, MASKED: tl.constexpr,
+    PARTS, MASK, TILES, MASS, blocks, refs, tiles, heads, places, BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """PARTS (B x places, T + blocks, R), sums over `heads` heads, and MASK (B, R) -> MASS (B x places, T, R)."""
     tile = tl.program_id(0)
@@ -93,7 +92,7 @@ def _means(
             total += tl.load(PARTS + tl.cast(block, tl.int64) * refs + rows, mask=live, other=0.0)
     count = tl.cast(tl.maximum(stop - start, 1), tl.float32) * heads
     if MASKED:
-        kept = tl.load(MASK + place // places * mask_item + rows, mask=live, other=0)
+        kept = tl.load(MASK.data + place // places * MASK.item + rows, mask=live, other=0)
         total = tl.where(kept != 0, total, 0.0)
     tl.store(MASS + (place * tiles + tile) * refs + rows, total / count, mask=live)
 
@@ -122,9 +121,9 @@ def launch_tile_mass(
     block = min(1024, triton.next_power_of_2(refs))
     with torch.cuda.device_of(q):
         _means[count, triton.cdiv(refs, block), parts.shape[0]](
-            parts, as_bytes(key_mask), tiles, mass, parts.shape[1] - count, refs, count, heads if reduce_heads else 1,
-            1 if reduce_heads else heads, 0 if key_mask is None else key_mask.stride(0), BLOCK_R=block,
-            BLOCK_Q=config.block_m, MASKED=key_mask is not None,
+            parts, mask_operand(key_mask), tiles, mass, parts.shape[1] - count, refs, count,
+            heads if reduce_heads else 1, 1 if reduce_heads else heads, BLOCK_R=block, BLOCK_Q=config.block_m,
+            MASKED=key_mask is not None,
         )  # fmt: skip
     return mass
 
@@ -139,8 +138,8 @@ def launch_parts(
     parts = torch.empty(places, count + blocks, refs, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         _parts[blocks, triton.cdiv(refs, config.block_n), places](
-            q, k_ref, lse, tiles, parts, queries, refs, count, heads, scale, *q.stride()[:3], *k_ref.stride()[:3],
-            *lse.stride(), C=C, BLOCK_R=config.block_n, BLOCK_Q=config.block_m, BLOCK_T=256, STAGES=config.stages,
+            rows_operand(q), rows_operand(k_ref), scores_operand(lse), tiles, parts, queries, refs, count, heads, scale,
+            C=C, BLOCK_R=config.block_n, BLOCK_Q=config.block_m, BLOCK_T=256, STAGES=config.stages,
             REDUCED=reduce_heads, PRECISION=precision(q), num_warps=config.warps, num_stages=config.stages,
             enable_fp_fusion=True,
         )  # fmt: skip

@@ -32,9 +32,12 @@ def forward(a: Arguments, layout: HostLayout | None = None) -> tuple[Tensor, Ten
         out, lse = sdpa.forward(shared, shared_layout)
     if not queries:
         return out, lse
-    assert a.cu_tiles is not None
-    biased = a.bias is not None and a.cu_seqlens_k is not None
-    means = a.cu_seqlens_k[1].contiguous() if biased else None
+    # a tensor without elements has no address
+    k2 = v2 = cu_means = k_ref = v_ref = ref_indices = ref_offsets = None
+    if a.bias is not None and a.cu_seqlens_k is not None and a.k2 is not None and a.k2.shape[0]:
+        k2, v2, cu_means = a.k2, a.v2, a.cu_seqlens_k[1].contiguous()
+    if a.ref_indices is not None and a.ref_indices.shape[0]:
+        k_ref, v_ref, ref_indices, ref_offsets = a.k_ref, a.v_ref, a.ref_indices, a.ref_offsets
     cu_q = a.cu_seqlens_q.contiguous()
     loaded = library()
     arguments = cpu_abi.AttendTilesArgs(
@@ -44,29 +47,29 @@ def forward(a: Arguments, layout: HostLayout | None = None) -> tuple[Tensor, Ten
         key_heads=a.key_heads,
         items=a.items,
         query_parts=cu_q.shape[0],
-        selections=0 if a.ref_offsets is None else a.ref_offsets.shape[0],
+        selections=0 if ref_offsets is None else ref_offsets.shape[0],
         carry=shared is not None,
         threads=torch.get_num_threads(),
         target=loaded.target,
         tiles=a.tiles,
         queries=queries,
-        bank=0 if a.k_ref is None else a.k_ref.shape[0],
-        means=0 if a.k2 is None or not biased else a.k2.shape[0],
+        bank=0 if k_ref is None else k_ref.shape[0],
+        means=0 if k2 is None else k2.shape[0],
         scale=a.scale,
         q=_packed(a.q),
-        k2=_packed(a.k2 if biased else None),
-        v2=_packed(a.v2 if biased else None),
-        k_ref=_packed(a.k_ref),
-        v_ref=_packed(a.v_ref),
+        k2=_packed(k2),
+        v2=_packed(v2),
+        k_ref=_packed(k_ref),
+        v_ref=_packed(v_ref),
         out=_packed(out),
         lse=pointer(lse),
         bias=pointer(a.bias),
         bias_row=0 if a.bias is None else a.bias.stride(0),
         cu_tiles=index(a.cu_tiles),
         cu_seqlens_q=index(cu_q),
-        cu_means=index(means),
-        ref_indices=index(a.ref_indices),
-        ref_offsets=index(a.ref_offsets),
+        cu_means=index(cu_means),
+        ref_indices=index(ref_indices),
+        ref_offsets=index(ref_offsets),
     )
     room = torch.empty(loaded.room(arguments), dtype=torch.uint8)
     loaded.attend_tiles(arguments, room.data_ptr(), room.shape[0])

@@ -1,18 +1,18 @@
-"""Which rows a program of a ragged launch works on. Shared by the Triton kernels.
+"""Which block of rows a program of a ragged launch works on.
 
-A launch over P x B row ranges of T rows in all starts ``tiles_at_most(T, P * B, BLOCK)`` programs, known without
+A launch over P x B row ranges of T rows in all starts ``blocks_at_most(T, P * B, BLOCK)`` programs, known without
 reading the ranges; each finds its own range from the offsets, and the few left over return.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ["find_tile", "tiles_at_most"]
+__all__ = ["blocks_at_most", "find_block"]
 
 
 @triton.jit
-def find_tile(CU, tile, items, PARTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The `tile`-th block of rows of the ranges CU (PARTS, items + 1); SLOTS is a power of two >= PARTS * items.
+def find_block(CU, number, items, PARTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The `number`-th block of rows of the ranges CU (PARTS, items + 1); SLOTS is a power of two >= PARTS * items.
 
     Returns item, first row and the end of the range; first row 0 and end 0 where there is no such block.
     """
@@ -25,8 +25,8 @@ def find_tile(CU, tile, items, PARTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: 
     blocks = (stop - start + BLOCK - 1) // BLOCK
     ends = tl.cumsum(blocks, 0)
     before = ends - blocks
-    here = (tile >= before) & (tile < ends)
-    first = start + (tile - before) * BLOCK
+    here = (number >= before) & (number < ends)
+    first = start + (number - before) * BLOCK
     return (
         tl.sum(tl.where(here, item, 0), 0),
         tl.sum(tl.where(here, first, 0), 0),
@@ -34,6 +34,6 @@ def find_tile(CU, tile, items, PARTS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: 
     )
 
 
-def tiles_at_most(rows: int, ranges: int, block: int) -> int:
+def blocks_at_most(rows: int, ranges: int, block: int) -> int:
     """Blocks that `rows` rows in `ranges` ranges can need: every range may end in a block of its own."""
     return triton.cdiv(rows, block) + ranges if rows else 0

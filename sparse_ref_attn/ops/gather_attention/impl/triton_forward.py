@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...shared.launch_config import Config
-from ...shared.online_softmax import LOG2E, natural_lse, softmax_step, tile_offsets
+from ...shared.online_softmax import LOG2E, natural_lse, softmax_step
+from ...shared.operand import Operand, precision, rows_of, wide
 from ..arguments import Arguments
-from .row_blocks import find_tile, tiles_at_most
+from .row_blocks import blocks_at_most, find_block
 from .triton_walk import walk
 
-__all__ = ["attend_keys", "launch_forward", "operands", "precision", "slots", "switches"]
+__all__ = ["attend_keys", "launch_forward", "operand", "operands", "slots", "switches"]
 
 
 @triton.jit
@@ -40,34 +41,29 @@ def attend_keys(query, state, k_at, v_at, inside, scale2, MASKED: tl.constexpr, 
 @triton.jit
 def _forward(
     Q, K, V, K2, V2, K_REF, V_REF, OUT, LSE, CU_Q, CU_K, INDICES, OFFSETS, items, queries, group, scale: tl.float32,
-    q_row: tl.int64, q_head: tl.int64, k_row: tl.int64, k_head: tl.int64, v_row: tl.int64, v_head: tl.int64,
-    k2_row: tl.int64, k2_head: tl.int64, v2_row: tl.int64, v2_head: tl.int64,
-    k_ref_row: tl.int64, k_ref_head: tl.int64, v_ref_row: tl.int64, v_ref_head: tl.int64,
-    out_row: tl.int64, out_head: tl.int64,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
     PARTS: tl.constexpr, SLOTS: tl.constexpr, DENSE: tl.constexpr, GATHER: tl.constexpr, PER_HEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    item, first, stop = find_tile(CU_Q, tl.program_id(0), items, PARTS, SLOTS, BLOCK_M)
+    item, first, stop = find_block(CU_Q, tl.program_id(0), items, PARTS, SLOTS, BLOCK_M)
     if first >= stop:
         return
     head = tl.cast(tl.program_id(1), tl.int64)
     key_head = head // group
     rows = first + tl.arange(0, BLOCK_M)
     live = rows < stop
-    q = tl.load(Q + head * q_head + tile_offsets(rows, q_row, C), mask=live[:, None], other=0.0)
+    q = tl.load(rows_of(Q, head, rows, C), mask=live[:, None], other=0.0)
     scale2 = scale * LOG2E
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
     acc, m, total = walk(
-        attend_keys, (q,), (acc, m, total), K, V, K2, V2, K_REF, V_REF, CU_K, INDICES, OFFSETS, item, items,
-        key_head, scale2, k_row, k_head, v_row, v_head, k2_row, k2_head, v2_row, v2_head,
-        k_ref_row, k_ref_head, v_ref_row, v_ref_head, C, BLOCK_N, STAGES, SPLIT, DENSE, GATHER, PER_HEAD, PRECISION,
+        attend_keys, (q,), (acc, m, total), wide(K), wide(V), wide(K2), wide(V2), wide(K_REF), wide(V_REF),
+        CU_K, INDICES, OFFSETS, item, items, key_head, scale2,
+        C, BLOCK_N, STAGES, SPLIT, DENSE, GATHER, PER_HEAD, PRECISION,
     )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    out = OUT + head * out_head + tile_offsets(rows, out_row, C)
-    tl.store(out, acc.to(OUT.dtype.element_ty), mask=live[:, None])
+    tl.store(rows_of(OUT, head, rows, C), acc.to(OUT.data.dtype.element_ty), mask=live[:, None])
     tl.store(LSE + head * queries + rows, natural_lse(m, total, scale2), mask=live)
 
 
@@ -77,13 +73,12 @@ def launch_forward(a: Arguments, config: Config, dtype: torch.dtype | None = Non
     out = torch.empty((queries, heads, C), dtype=dtype or a.q.dtype, device=a.q.device)
     lse = torch.empty((heads, queries), dtype=torch.float32, device=a.q.device)
     parts = a.cu_seqlens_q.shape[0]
-    grid = (tiles_at_most(queries, parts * a.items, config.block_m), heads)
+    grid = (blocks_at_most(queries, parts * a.items, config.block_m), heads)
     if queries:
-        tensors, strides = operands(a)
         with torch.cuda.device_of(a.q):
             _forward[grid](
-                *tensors, out, lse, a.cu_seqlens_q, a.cu_seqlens_k, a.ref_indices, a.ref_offsets,
-                a.items, queries, heads // a.key_heads, a.scale, *strides, out.stride(0), out.stride(1),
+                *operands(a), operand(out), lse, a.cu_seqlens_q, a.cu_seqlens_k, a.ref_indices, a.ref_offsets,
+                a.items, queries, heads // a.key_heads, a.scale,
                 C=C, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages, SPLIT=config.split,
                 **switches(a),
                 num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
@@ -91,15 +86,17 @@ def launch_forward(a: Arguments, config: Config, dtype: torch.dtype | None = Non
     return out, lse
 
 
-def operands(a: Arguments) -> tuple[list[Tensor | None], list[int]]:
-    """q, k, v, k2, v2, k_ref, v_ref and the (row, head) strides of each; absent tensors have strides 0.
+def operand(x: Tensor | None) -> Operand:
+    """Packed rows (T, H, C), or no tensor."""
+    return Operand() if x is None else Operand(x, x.stride(0), x.stride(1))
 
-    Two ranges of one dense tensor are two segments of the same tensor.
-    """
+
+def operands(a: Arguments) -> list[Operand]:
+    """q, k, v, k2, v2, k_ref, v_ref; two ranges of one dense tensor are two segments of the same tensor."""
     tensors = list(a.tensors)
     if a.cu_seqlens_k is not None and a.cu_seqlens_k.shape[0] == 2 and a.k2 is None:
         tensors[3:5] = tensors[1:3]
-    return tensors, [s for x in tensors for s in ((0, 0) if x is None else x.stride()[:2])]
+    return [operand(x) for x in tensors]
 
 
 def switches(a: Arguments) -> dict[str, int | bool | str]:
@@ -117,8 +114,3 @@ def switches(a: Arguments) -> dict[str, int | bool | str]:
 def slots(cu_seqlens: Tensor) -> int:
     """The power of two that holds one number for each range of (P, B + 1) offsets."""
     return triton.next_power_of_2(cu_seqlens.shape[0] * (cu_seqlens.shape[1] - 1))
-
-
-def precision(x: Tensor) -> str:
-    """Only float32 has a choice, and runs under the interpreter only."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"

@@ -16,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...shared.launch_config import Config
-from ...shared.online_softmax import LOG2E, base2_lse, tile_offsets
+from ...shared.online_softmax import LOG2E, base2_lse
+from ...shared.operand import Operand, precision, row_offsets, rows_of
 from ..arguments import Arguments
-from .row_blocks import find_tile, tiles_at_most
-from .triton_forward import precision, slots
+from .row_blocks import blocks_at_most, find_block
+from .triton_forward import operand, slots
 
 __all__ = ["launch_grad_kv", "launch_grad_kv_gathered"]
 
@@ -27,8 +28,6 @@ __all__ = ["launch_grad_kv", "launch_grad_kv_gathered"]
 @triton.jit
 def _grad_kv(
     Q, K, V, GRAD_OUT, GRAD_K, GRAD_V, LSE, DELTA, CU_Q, CU_K, INDICES, items, queries, group, scale: tl.float32,
-    q_row: tl.int64, q_head: tl.int64, k_row: tl.int64, k_head: tl.int64, v_row: tl.int64, v_head: tl.int64,
-    grad_row: tl.int64, grad_head: tl.int64, dk_row: tl.int64, dk_head: tl.int64, dv_row: tl.int64, dv_head: tl.int64,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, Q_PARTS: tl.constexpr,
     K_PARTS: tl.constexpr, K_SLOTS: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, PER_HEAD: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -36,20 +35,20 @@ def _grad_kv(
     key_head = tl.cast(tl.program_id(1), tl.int64)
     if PER_HEAD:
         CU_K += key_head * (items + 1)
-    item, first, stop = find_tile(CU_K, tl.program_id(0), items, K_PARTS, K_SLOTS, BLOCK_N)
+    item, first, stop = find_block(CU_K, tl.program_id(0), items, K_PARTS, K_SLOTS, BLOCK_N)
     if first >= stop:
         return
     places = first + tl.arange(0, BLOCK_N)
     live = places < stop
     rows = tl.load(INDICES + places, mask=live, other=0) if GATHER else places
-    k = tl.load(K + key_head * k_head + tile_offsets(rows, k_row, C), mask=live[:, None], other=0.0)
-    v = tl.load(V + key_head * v_head + tile_offsets(rows, v_row, C), mask=live[:, None], other=0.0)
+    k = tl.load(rows_of(K, key_head, rows, C), mask=live[:, None], other=0.0)
+    v = tl.load(rows_of(V, key_head, rows, C), mask=live[:, None], other=0.0)
     dk = tl.zeros([BLOCK_N, C], tl.float32)
     dv = tl.zeros([BLOCK_N, C], tl.float32)
     scale2 = scale * LOG2E
     columns = tl.arange(0, BLOCK_M)
-    q_tile = tile_offsets(columns, q_row, C)
-    grad_tile = tile_offsets(columns, grad_row, C)
+    q_tile = row_offsets(columns, Q.row, C)
+    grad_tile = row_offsets(columns, GRAD_OUT.row, C)
     # The tiles of both of the item's ranges are one loop: the sums of a loop within a loop leave Blackwell's tensor
     # memory at every turn of the outer one, and then do not fit the registers.
     at = tl.load(CU_Q + item).to(tl.int32)
@@ -62,8 +61,8 @@ def _grad_kv(
         more = (stop2 - at2 + BLOCK_M - 1) // BLOCK_M
     for member in range(group):
         head = key_head * group + member
-        q_at = Q + head * q_head
-        grad_at = GRAD_OUT + head * grad_head
+        q_at = Q.data + head * Q.head
+        grad_at = GRAD_OUT.data + head * GRAD_OUT.head
         for tile in tl.range(0, tiles + more, num_stages=STAGES):
             if Q_PARTS > 1:
                 second = tile >= tiles
@@ -74,8 +73,8 @@ def _grad_kv(
                 end = stop1
             inside = start + columns < end
             start64 = tl.cast(start, tl.int64)
-            q = tl.load(q_at + start64 * q_row + q_tile, mask=inside[:, None], other=0.0)
-            grad = tl.load(grad_at + start64 * grad_row + grad_tile, mask=inside[:, None], other=0.0)
+            q = tl.load(q_at + start64 * Q.row + q_tile, mask=inside[:, None], other=0.0)
+            grad = tl.load(grad_at + start64 * GRAD_OUT.row + grad_tile, mask=inside[:, None], other=0.0)
             # queries past the end weigh nothing: exp2(s - inf) = 0
             pivot = base2_lse(tl.load(LSE + head * queries + start + columns, mask=inside, other=float("inf")))
             delta = tl.load(DELTA + head * queries + start + columns, mask=inside, other=0.0)
@@ -86,10 +85,10 @@ def _grad_kv(
             ds = p * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     stored = rows if SCATTER else places
-    dk_at = GRAD_K + key_head * dk_head + tile_offsets(stored, dk_row, C)
-    dv_at = GRAD_V + key_head * dv_head + tile_offsets(stored, dv_row, C)
-    tl.store(dk_at, (dk * scale).to(GRAD_K.dtype.element_ty), mask=live[:, None])
-    tl.store(dv_at, dv.to(GRAD_V.dtype.element_ty), mask=live[:, None])
+    dk_at = rows_of(GRAD_K, key_head, stored, C)
+    dv_at = rows_of(GRAD_V, key_head, stored, C)
+    tl.store(dk_at, (dk * scale).to(GRAD_K.data.dtype.element_ty), mask=live[:, None])
+    tl.store(dv_at, dv.to(GRAD_V.data.dtype.element_ty), mask=live[:, None])
 
 
 def launch_grad_kv(
@@ -135,14 +134,13 @@ def _launch(
     queries, heads, C = a.q.shape
     per_head = indices is not None and a.per_head
     parts = 1 if per_head else cu.shape[0]
-    grid = (tiles_at_most(rows, parts * a.items, config.block_n), a.key_heads)
+    grid = (blocks_at_most(rows, parts * a.items, config.block_n), a.key_heads)
     # an entry of a head's own selection has one packed row, whatever the head
-    strides = [(x.stride(0), 0 if x.shape[1] < a.key_heads else x.stride(1)) for x in (dk, dv)]
+    stored = [operand(x) if x.shape[1] == a.key_heads else Operand(x, x.stride(0)) for x in (dk, dv)]
     with torch.cuda.device_of(a.q):
         _grad_kv[grid](
-            a.q, k, v, grad_out, dk, dv, lse, delta, a.cu_seqlens_q, cu, indices, a.items, queries,
-            heads // a.key_heads, a.scale, *a.q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-            *grad_out.stride()[:2], *strides[0], *strides[1],
+            operand(a.q), operand(k), operand(v), operand(grad_out), *stored, lse, delta, a.cu_seqlens_q, cu, indices,
+            a.items, queries, heads // a.key_heads, a.scale,
             C=C, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages,
             Q_PARTS=a.cu_seqlens_q.shape[0], K_PARTS=parts, K_SLOTS=slots(cu[:parts]), GATHER=indices is not None,
             SCATTER=scatter, PER_HEAD=per_head, PRECISION=precision(a.q),

@@ -16,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...shared.launch_config import Config
-from ...shared.online_softmax import LOG2E, natural_lse, softmax_step, tile_offsets
+from ...shared.online_softmax import LOG2E, natural_lse, softmax_step
+from ...shared.operand import Operand, precision, row_offsets, rows_of
 from ..arguments import Arguments
-from .row_blocks import tiles_at_most
-from .triton_forward import attend_keys, operands, precision, slots
+from .row_blocks import blocks_at_most
+from .triton_forward import attend_keys, operand, operands, slots
 from .triton_walk import segment
 
 __all__ = ["block_of", "launch_tiles"]
@@ -71,8 +72,8 @@ def _biased(
     """
     acc, m, total = state
     columns = tl.arange(0, BLOCK_N)
-    k_tile = tile_offsets(columns, k_row, C)
-    v_tile = tile_offsets(columns, v_row, C)
+    k_tile = row_offsets(columns, k_row, C)
+    v_tile = row_offsets(columns, v_row, C)
     for first in tl.range(0, width, BLOCK_N, num_stages=STAGES):
         inside = first + columns < count
         bias = tl.load(BIAS + first + columns, mask=inside, other=float("-inf"))
@@ -88,9 +89,6 @@ def _biased(
 def _tiles(
     Q, K2, V2, K_REF, V_REF, SHARED, OUT, LSE, CU_TILES, CU_Q, CU_K, INDICES, OFFSETS, BIAS,
     tiles, items, queries, width, group, scale: tl.float32,
-    q_row: tl.int64, q_head: tl.int64, k2_row: tl.int64, k2_head: tl.int64, v2_row: tl.int64, v2_head: tl.int64,
-    k_ref_row: tl.int64, k_ref_head: tl.int64, v_ref_row: tl.int64, v_ref_head: tl.int64,
-    out_row: tl.int64, out_head: tl.int64, bias_row: tl.int64,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
     SLOTS: tl.constexpr, PARTS: tl.constexpr, ITEM_SLOTS: tl.constexpr, CARRY: tl.constexpr, BIASED: tl.constexpr,
     GATHER: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
@@ -103,15 +101,14 @@ def _tiles(
     key_head = head // group
     rows = first + tl.arange(0, BLOCK_M)
     live = rows < stop
-    q = tl.load(Q + head * q_head + tile_offsets(rows, q_row, C), mask=live[:, None], other=0.0)
+    q = tl.load(rows_of(Q, head, rows, C), mask=live[:, None], other=0.0)
     scale2 = scale * LOG2E
-    out_at = head * out_head + tile_offsets(rows, out_row, C)
     lse_at = LSE + head * queries + rows
     if CARRY:
         lse = tl.load(lse_at, mask=live, other=float("-inf"))
         m = lse / scale
         total = tl.full([BLOCK_M], 1.0, tl.float32)
-        acc = tl.load(SHARED + out_at, mask=live[:, None], other=0.0)
+        acc = tl.load(rows_of(SHARED, head, rows, C), mask=live[:, None], other=0.0)
     else:
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -119,10 +116,10 @@ def _tiles(
     if BIASED:
         at = tl.load(CU_K + items + 1 + item).to(tl.int64)
         count = (tl.load(CU_K + items + 1 + item + 1) - at).to(tl.int32)
-        k = K2 + key_head * k2_head + at * k2_row
-        v = V2 + key_head * v2_head + at * v2_row
+        k = K2.data + key_head * K2.head + at * K2.row
+        v = V2.data + key_head * V2.head + at * V2.row
         acc, m, total = _biased(
-            q, (acc, m, total), k, v, BIAS + tl.cast(tile, tl.int64) * bias_row, count, width, k2_row, v2_row,
+            q, (acc, m, total), k, v, BIAS.data + tl.cast(tile, tl.int64) * BIAS.row, count, width, K2.row, V2.row,
             scale, scale2, C, BLOCK_N, STAGES, PRECISION,
         )  # fmt: skip
     if GATHER:
@@ -130,14 +127,14 @@ def _tiles(
             OFFSETS += key_head * (tiles + 1)
         at = tl.load(OFFSETS + tile).to(tl.int64)
         count = (tl.load(OFFSETS + tile + 1) - at).to(tl.int32)
-        k = K_REF + key_head * k_ref_head
-        v = V_REF + key_head * v_ref_head
+        k = K_REF.data + key_head * K_REF.head
+        v = V_REF.data + key_head * V_REF.head
         acc, m, total = segment(
-            attend_keys, (q,), (acc, m, total), k, v, INDICES + at, count, k_ref_row, v_ref_row, scale2,
+            attend_keys, (q,), (acc, m, total), k, v, INDICES + at, count, K_REF.row, V_REF.row, scale2,
             C, BLOCK_N, STAGES, SPLIT, True, PRECISION,
         )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(OUT + out_at, acc.to(OUT.dtype.element_ty), mask=live[:, None])
+    tl.store(rows_of(OUT, head, rows, C), acc.to(OUT.data.dtype.element_ty), mask=live[:, None])
     tl.store(lse_at, natural_lse(m, total, scale2), mask=live)
 
 
@@ -149,13 +146,12 @@ def launch_tiles(a: Arguments, shared: Tensor | None, lse: Tensor, config: Confi
     queries, heads, C = a.q.shape
     out = torch.empty((queries, heads, C), dtype=a.q.dtype, device=a.q.device)
     if queries:
-        tensors, strides = operands(a)
+        q, _, _, *others = operands(a)
         with torch.cuda.device_of(a.q):
-            _tiles[tiles_at_most(queries, a.tiles, config.block_m), heads](
-                tensors[0], *tensors[3:], shared, out, lse, a.cu_tiles, a.cu_seqlens_q, a.cu_seqlens_k,
-                a.ref_indices, a.ref_offsets, a.bias, a.tiles, a.items, queries,
-                0 if a.bias is None else a.bias.shape[1], heads // a.key_heads, a.scale,
-                *strides[:2], *strides[6:], *out.stride()[:2], 0 if a.bias is None else a.bias.stride(0),
+            _tiles[blocks_at_most(queries, a.tiles, config.block_m), heads](
+                q, *others, operand(shared), operand(out), lse, a.cu_tiles, a.cu_seqlens_q, a.cu_seqlens_k,
+                a.ref_indices, a.ref_offsets, Operand() if a.bias is None else Operand(a.bias, a.bias.stride(0)),
+                a.tiles, a.items, queries, 0 if a.bias is None else a.bias.shape[1], heads // a.key_heads, a.scale,
                 C=C, BLOCK_M=config.block_m, BLOCK_N=config.block_n, STAGES=config.stages, SPLIT=config.split,
                 SLOTS=min(triton.next_power_of_2(a.tiles), MOST_SLOTS), PARTS=a.cu_seqlens_q.shape[0],
                 ITEM_SLOTS=slots(a.cu_seqlens_q), CARRY=shared is not None, BIASED=a.bias is not None,

@@ -8,7 +8,7 @@ this one, so that the rows' addresses are known in time for the asynchronous cop
 import triton
 import triton.language as tl
 
-from ...shared.online_softmax import tile_offsets
+from ...shared.operand import row_offsets
 
 __all__ = ["segment", "walk"]
 
@@ -23,12 +23,12 @@ def _keys(
     if GATHER:
         following = tl.load(INDICES + start + columns, mask=start + columns < count, other=0)
     else:
-        k_tile = tile_offsets(columns, k_row, C)
-        v_tile = tile_offsets(columns, v_row, C)
+        k_tile = row_offsets(columns, k_row, C)
+        v_tile = row_offsets(columns, v_row, C)
     for first in tl.range(start, count, BLOCK_N, num_stages=STAGES):
         if GATHER:
-            k_at = K + tile_offsets(following, k_row, C)
-            v_at = V + tile_offsets(following, v_row, C)
+            k_at = K + row_offsets(following, k_row, C)
+            v_at = V + row_offsets(following, v_row, C)
             after = first + BLOCK_N + columns
             following = tl.load(INDICES + after, mask=after < count, other=0)
         else:
@@ -48,8 +48,8 @@ def _rest(
     inside = rows < count
     if GATHER:
         rows = tl.load(INDICES + rows, mask=inside, other=0)
-    k_at = K + tile_offsets(rows, k_row, C)
-    v_at = V + tile_offsets(rows, v_row, C)
+    k_at = K + row_offsets(rows, k_row, C)
+    v_at = V + row_offsets(rows, v_row, C)
     return STEP(query, state, k_at, v_at, inside, scale2, True, PRECISION)
 
 
@@ -81,7 +81,6 @@ def segment(
 @triton.jit
 def walk(
     STEP: tl.constexpr, query, state, K, V, K2, V2, K_REF, V_REF, CU_K, INDICES, OFFSETS, item, items, key_head, scale2,
-    k_row, k_head, v_row, v_head, k2_row, k2_head, v2_row, v2_head, k_ref_row, k_ref_head, v_ref_row, v_ref_head,
     C: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, DENSE: tl.constexpr,
     GATHER: tl.constexpr, PER_HEAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -92,19 +91,19 @@ def walk(
     if DENSE > 0:
         at = tl.load(CU_K + item).to(tl.int64)
         count = (tl.load(CU_K + item + 1) - at).to(tl.int32)
-        k = K + key_head * k_head + at * k_row
-        v = V + key_head * v_head + at * v_row
+        k = K.data + key_head * K.head + at * K.row
+        v = V.data + key_head * V.head + at * V.row
         state = segment(
-            STEP, query, state, k, v, INDICES, count, k_row, v_row, scale2,
+            STEP, query, state, k, v, INDICES, count, K.row, V.row, scale2,
             C, BLOCK_N, STAGES, SPLIT, False, PRECISION,
         )  # fmt: skip
     if DENSE > 1:
         at = tl.load(CU_K + items + 1 + item).to(tl.int64)
         count = (tl.load(CU_K + items + 1 + item + 1) - at).to(tl.int32)
-        k = K2 + key_head * k2_head + at * k2_row
-        v = V2 + key_head * v2_head + at * v2_row
+        k = K2.data + key_head * K2.head + at * K2.row
+        v = V2.data + key_head * V2.head + at * V2.row
         state = segment(
-            STEP, query, state, k, v, INDICES, count, k2_row, v2_row, scale2,
+            STEP, query, state, k, v, INDICES, count, K2.row, V2.row, scale2,
             C, BLOCK_N, STAGES, SPLIT, False, PRECISION,
         )  # fmt: skip
     if GATHER:
@@ -112,10 +111,10 @@ def walk(
             OFFSETS += key_head * (items + 1)
         at = tl.load(OFFSETS + item).to(tl.int64)
         count = (tl.load(OFFSETS + item + 1) - at).to(tl.int32)
-        k = K_REF + key_head * k_ref_head
-        v = V_REF + key_head * v_ref_head
+        k = K_REF.data + key_head * K_REF.head
+        v = V_REF.data + key_head * V_REF.head
         state = segment(
-            STEP, query, state, k, v, INDICES + at, count, k_ref_row, v_ref_row, scale2,
+            STEP, query, state, k, v, INDICES + at, count, K_REF.row, V_REF.row, scale2,
             C, BLOCK_N, STAGES, SPLIT, True, PRECISION,
         )  # fmt: skip
     return state

@@ -1,7 +1,4 @@
-"""A family that the library does not have, as one file: LongCat-Image-Edit, order text | generation | reference.
-
-`test_one_file.py` puts it into a copy of the package, with one line in `vocabulary.FAMILIES`.
-"""
+"""LongCat-Image-Edit: ``LongCatImageTransformer2DModel``, order text | generation | reference."""
 
 from __future__ import annotations
 
@@ -9,21 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from sparse_ref_attn.adapters.base import Adapter, Found, Kwargs
-from sparse_ref_attn.adapters.collate import flat_ids, pad, same, stack
-from sparse_ref_attn.adapters.depth import DepthCut
-from sparse_ref_attn.adapters.pipeline_facts import PipelineFacts
-from sparse_ref_attn.adapters.position_ids import place_by_ids, references_from_ids
-from sparse_ref_attn.adapters.published_size import PublishedSize
-from sparse_ref_attn.adapters.row_arguments import take_rows
-from sparse_ref_attn.adapters.training_hooks import TrainingHooks
-from sparse_ref_attn.hooks.diffusers import encoded_reference, internal, packed_reference
-from sparse_ref_attn.hooks.instance import InstanceHook
-from sparse_ref_attn.selection import Reduced
-from sparse_ref_attn.types import TokenLayout
+from ..adapters.base import Adapter, Found, Kwargs
+from ..adapters.collate import flat_ids, pad, same, stack
+from ..adapters.depth import DepthCut
+from ..adapters.pipeline_facts import PipelineFacts
+from ..adapters.position_ids import grid_of_ids, place_by_ids, references_from_ids
+from ..adapters.published_size import PublishedSize
+from ..adapters.row_arguments import take_rows
+from ..adapters.training_hooks import TrainingHooks
+from ..hooks.diffusers import encoded_reference, internal, packed_reference
+from ..hooks.instance import InstanceHook
+from ..selection import Reduced
+from ..types import TokenLayout
+
+__all__ = ["FAMILY", "LongCatAdapter"]
+
+_IDS = {"img_ids": "hidden_states", "txt_ids": "encoder_hidden_states"}
 
 
 class LongCatTraining(TrainingHooks):
@@ -37,10 +37,7 @@ class LongCatTraining(TrainingHooks):
         pixels = (references.float() * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         length, pipe.tokenizer_max_length = pipe.tokenizer_max_length, text_tokens
         try:
-            encoded = [
-                pipe.encode_prompt([prompt], Image.fromarray(picture))
-                for prompt, picture in zip(prompts, pixels, strict=True)
-            ]
+            encoded = [pipe.encode_prompt([prompt], picture) for prompt, picture in zip(prompts, pixels, strict=True)]
         finally:
             pipe.tokenizer_max_length = length
         text, first = torch.cat([embeds for embeds, _ in encoded]), encoded[0][0].shape[1]
@@ -59,13 +56,13 @@ EDIT = PipelineFacts(
 
 
 class LongCatAdapter(Adapter):
-    """FLUX.1's blocks, without a mask and without a pooled prompt."""
+    """Pictures begin at the position where the text ends, with frames 1 and 2. The forward takes no mask."""
 
     name = "LongCat-Image-Edit"
     classes = ("diffusers.models.transformers.transformer_longcat_image.LongCatImageTransformer2DModel",)
     pipelines = (EDIT,)
     published: ClassVar[Mapping[str, PublishedSize]] = {
-        "longcat-small": PublishedSize(EDIT, 0.0, {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 4}),
+        "longcat-image-edit": PublishedSize(EDIT, 6.3, {"num_layers": 10, "num_single_layers": 20}),
     }
     needs = ("img_ids", "txt_ids")
     streams: ClassVar[Mapping[str, str]] = {
@@ -88,7 +85,10 @@ class LongCatAdapter(Adapter):
     processors = ("LongCatImageAttnProcessor",)
 
     def find(self, kwargs: Kwargs) -> Found | None:
-        return references_from_ids(kwargs["img_ids"])
+        return None if kwargs.get("img_ids") is None else references_from_ids(kwargs["img_ids"])
+
+    def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
+        return grid_of_ids(kwargs["img_ids"], layout)
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
         return take_rows(kwargs, {"hidden_states": 1, "img_ids": -2}, rows)
@@ -101,9 +101,9 @@ class LongCatAdapter(Adapter):
 
     def join(self, items: Sequence[Kwargs], shared_time: bool | None = None) -> Kwargs:
         rows = {name: pad(items, name) for name in ("hidden_states", "encoder_hidden_states")}
-        ids = {"img_ids": rows["hidden_states"], "txt_ids": rows["encoder_hidden_states"]}
-        unused = {name: x.new_zeros(x.shape[1], 3) for name, x in ids.items()}
-        return {**same(items, {*self.per_item, *ids}), "timestep": stack(items, "timestep"), **rows, **unused}
+        # The tables that the model makes of these are not used: `rotary` has each item's own.
+        ids = {name: rows[of].new_zeros(rows[of].shape[1], 3) for name, of in _IDS.items()}
+        return {**same(items, {*self.per_item, *_IDS}), "timestep": stack(items, "timestep"), **rows, **ids}
 
     def joined_hooks(self, transformer: nn.Module, running: Callable[[], Any]) -> list[Callable[[], None]]:
         """Its blocks hand arguments on to their attention, and its own forward has none for them."""
@@ -119,7 +119,7 @@ class LongCatAdapter(Adapter):
         return [m.register_forward_pre_hook(InstanceHook(m, hook), with_kwargs=True).remove for m, hook in hooked]
 
     def rotary(self, transformer: nn.Module, kwargs: Kwargs) -> tuple[Tensor, ...]:
-        return transformer.pos_embed(torch.cat([flat_ids(kwargs["txt_ids"]), flat_ids(kwargs["img_ids"])]))
+        return transformer.pos_embed(torch.cat([flat_ids(kwargs["txt_ids"]), flat_ids(kwargs["img_ids"])]))  # type: ignore[operator]
 
     def rotate(self, rotary: Sequence[Tensor], x: Tensor) -> Tensor:
         return internal("models.embeddings", "apply_rotary_emb")(x, tuple(rotary), sequence_dim=1)

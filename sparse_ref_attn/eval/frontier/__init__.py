@@ -1,0 +1,1 @@
+"""The frontier: what every candidate loses on the small model, over the work that it saves on published ones."""

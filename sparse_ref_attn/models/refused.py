@@ -1,0 +1,44 @@
+"""Models of diffusers with references that no family serves, each with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["REFUSED"]
+
+_AT = "diffusers.models.transformers.transformer_"
+
+REFUSED: Mapping[str, str] = {
+    f"{_AT}qwenimage21.QwenImage21Transformer2DModel": (
+        "Qwen-Image-2.1 puts its references between the words of the prompt, each piece seeing what comes before it, "
+        "and keeps the keys of all of it at once: references cannot leave without the words"
+    ),
+    f"{_AT}glm_image.GlmImageTransformer2DModel": (
+        "GLM-Image runs each reference in a call of its own before the steps and keeps its keys: no call has rows of "
+        "references beside those of a generation"
+    ),
+    f"{_AT}z_image.ZImageTransformer2DModel": (
+        "Z-Image-Omni takes lists of pictures and cuts them into tokens in its forward: no argument has a row for each "
+        "token"
+    ),
+    f"{_AT}omnigen.OmniGenTransformer2DModel": (
+        "OmniGen takes pictures, cuts them into tokens in its forward and puts them between the words: no argument has "
+        "a row for each token"
+    ),
+    f"{_AT}joyimage.JoyImageEditTransformer3DModel": (
+        "JoyImage-Edit takes the pictures as frames of one tensor and cuts them into tokens in its forward: no "
+        "argument has a row for each token"
+    ),
+    f"{_AT}joyimage_edit_plus.JoyImageEditPlusTransformer3DModel": (
+        "JoyImage-Edit-Plus makes positions in its forward from the pictures' sizes alone, and has its text behind "
+        "them in attention"
+    ),
+    f"{_AT}ltx2.LTX2VideoTransformer3DModel": (
+        "LTX-2's references are frames of a video whose blocks look at sound too, with times by row and masks between "
+        "both streams"
+    ),
+    f"{_AT}wan_animate_2.WanAnimate2Transformer3DModel": (
+        "Wan-Animate-2 runs its references in a call of its own and reads all of their keys by a mask of blocks"
+    ),
+}
+"""Full names of transformer classes -> why references cannot be dropped or stored there."""

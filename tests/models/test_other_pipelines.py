@@ -1,0 +1,150 @@
+"""Pipelines with calls of their own: what every other one is held to, on each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sparse_ref_attn as sra
+from sparse_ref_attn.models import adapter_for
+from tests.adapters.test_dropping import ROUNDING, error, noise, scores
+from tests.adapters.witnesses import Call, HiddenKeys, best, witnessed
+from tests.models.other_pipelines import OTHERS, Other, small_pictures
+
+KEEP = 0.25
+each = pytest.mark.parametrize("other", OTHERS.values(), ids=list(OTHERS))
+
+
+def seen_keys(other: Other, call: Call, kept: torch.Tensor) -> HiddenKeys:
+    """Hides the reference tokens that are not kept, where they stand among others and where they stand alone."""
+    rest = torch.ones(call.text + other.generation).bool()
+    known = {len(kept): kept, len(rest) + len(kept): torch.cat([rest, kept])}
+    known |= {rows: torch.ones(rows).bool() for rows in (call.text, other.generation) if rows not in known}
+    return HiddenKeys(known)
+
+
+@each
+def test_the_pipeline_is_itself_with_every_token_and_after(other: Other) -> None:
+    pipe = other.build()
+    dense = other.call(pipe)
+    assert np.isfinite(dense).all()
+    assert not np.array_equal(dense, other.call(pipe, seed=7))
+    with sra.patched(pipe, sra.SparseRef("mass", 1.0)) as handle:
+        assert np.array_equal(other.call(pipe), dense)
+        layout = handle.record.layout
+        assert layout.generation == (0, other.generation)
+        assert tuple(r.grid for r in layout.references) == other.references
+    with sra.patched(pipe, sra.SparseRef("edges", KEEP)) as handle:
+        assert not np.array_equal(other.call(pipe), dense)
+        assert handle.record.steps[-1].kept == sum(round(KEEP * r.length) for r in layout.references)
+        flops = handle.flops()
+        assert flops is not None
+        assert flops.sparse_tflop < flops.dense_tflop
+    assert np.array_equal(other.call(pipe), dense)
+
+
+@each
+@pytest.mark.parametrize("guided", [False, True])
+@torch.no_grad()
+def test_dropping_is_the_dense_model_with_the_dropped_keys_masked(other: Other, guided: bool) -> None:
+    if guided and not other.guided:
+        pytest.skip("its other case is guided, or it takes no guidance")
+    pipe = other.build()
+    with sra.patched(pipe, sra.SparseRef(sra.FromFunction(noise), KEEP)) as handle:
+        with witnessed(pipe.transformer) as calls:
+            other.call(pipe, steps=2, **(other.guided if guided else {}))
+        sizes = handle.record.layout.sizes
+    kept = best(scores(sizes), sizes, KEEP)
+    for call in calls:
+        with seen_keys(other, call, kept):
+            wanted = pipe.transformer(**call.given)[0][:, : other.generation]
+        assert error(call.sample[:, : other.generation], wanted) < ROUNDING
+        dense = pipe.transformer(**call.given)[0][:, : other.generation]
+        assert error(wanted, dense) > 10 * ROUNDING
+
+
+FORMS: dict[str, Any] = {
+    "run": sra.Cache(refresh=sra.Never()),
+    "tile": sra.Cache(refresh=sra.Never(), per="tile", rest=None),
+}
+
+
+@each
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_a_cached_call_with_the_arguments_of_the_full_one_gives_its_output(other: Other, form: str) -> None:
+    """What was stored is what the full call computed, and all of it is read."""
+    pipe = other.build()
+    with witnessed(pipe.transformer) as calls:
+        other.call(pipe, steps=1)
+    given = calls[0].given
+    want = pipe.transformer(**given)[0][:, : other.generation]
+    model = pipe.transformer
+    with sra.patched(model, sra.SparseRef("mass", 1.0, FORMS[form])) as handle:
+        handle.begin(steps=3)
+        for step in range(3):
+            handle.step(step)
+            got = model(**given)[0][:, : other.generation]
+            assert error(got, want) < ROUNDING
+        assert [s.kind for s in handle.record.steps][1:] == ["cached", "cached"]
+    with sra.patched(model, sra.SparseRef("mass", KEEP, FORMS[form])) as handle:
+        handle.begin(steps=2)
+        for step in range(2):
+            handle.step(step)
+            got = model(**given)[0][:, : other.generation]
+        assert error(got, want) > 10 * ROUNDING
+
+
+@each
+def test_references_leave_by_depth(other: Other) -> None:
+    """At the block where all leave, the others have run on all: another picture than where they left before."""
+    pipe = other.build()
+    adapter = adapter_for(pipe.transformer)
+    last = len(adapter.blocks(pipe.transformer)) - 1
+    pictures = []
+    for at in (0, last):
+        with sra.patched(pipe, sra.SparseRef("grid", KEEP, from_block=at)) as handle:
+            pictures.append(other.call(pipe))
+            assert {s.kept for s in handle.record.steps} == {handle.record.steps[0].kept}
+    assert np.isfinite(pictures).all()
+    assert not np.array_equal(*pictures)
+    with sra.patched(pipe, sra.SparseRef("grid", 1.0, from_block=last)):
+        assert np.array_equal(other.call(pipe), other.call(other.build()))
+
+
+@each
+def test_changed_tokens_are_placed(other: Other) -> None:
+    """Merging by nothing, each token to itself, is the model itself; by four it is a quarter of the tokens."""
+    pipe = other.build()
+    dense = other.call(pipe)
+    with sra.patched(pipe, sra.SparseRef(sra.ToMe(), KEEP)) as handle:
+        assert not np.array_equal(other.call(pipe), dense)
+        assert handle.record.steps[-1].kept == sum(round(KEEP * h * w) for h, w in other.references)
+
+
+@torch.no_grad()
+def test_flux3_references_alone_are_an_argument_that_may_be_missing() -> None:
+    other = OTHERS["flux3"]
+    pipe = other.build()
+    with witnessed(pipe.transformer) as calls, small_pictures():
+        other.call(pipe, steps=1)
+    given = calls[0].given | {"image_cond_hidden_states": None, "image_cond_ids": None}
+    want = pipe.transformer(**given)[0]
+    with sra.patched(pipe.transformer, sra.SparseRef("mass", KEEP)):
+        assert torch.equal(pipe.transformer(**given)[0], want)
+
+
+@torch.no_grad()
+def test_a_model_of_layers_must_be_told_of_them() -> None:
+    other = OTHERS["qwen layered"]
+    pipe = other.build()
+    with witnessed(pipe.transformer) as calls:
+        other.call(pipe, steps=1)
+    with (
+        sra.patched(pipe.transformer, sra.SparseRef("grid", KEEP)),
+        pytest.raises(sra.LayoutError, match=r"must be given additional_t_cond, got None"),
+    ):
+        pipe.transformer(**calls[0].given | {"additional_t_cond": None})
