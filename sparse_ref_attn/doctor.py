@@ -80,7 +80,7 @@ def backends() -> dict[str, dict[str, list[str]]]:
     x = torch.empty(1, 16, 1, CHANNELS, dtype=call.dtype, device=call.device)
     return {
         "gather_attention": explain_attention(call),
-        "gather_attention, query tiles": explain_attention(call._replace(tiles=1)),
+        "gather_attention, query tiles": explain_attention(_plain_call(tiles=1)),
         "attention_mass": explain_mass(x, x, CHANNELS**-0.5),
         "pack_rows": explain_rows([x], torch.zeros(1, dtype=torch.int64, device=call.device), 1),
     }
@@ -91,9 +91,9 @@ def _flash_packages() -> dict[str, list[str]]:
     return flash_packages(call.device, call.dtype)
 
 
-def _plain_call() -> Call:
+def _plain_call(tiles: int = 0) -> Call:
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Call(where, torch.bfloat16, CHANNELS)
+    return Call(where, torch.bfloat16, CHANNELS, tiles=tiles)
 
 
 def _abilities(installed: dict[str, str | None]) -> list[Ability]:
