@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -32,7 +34,9 @@ def compiler() -> list[str]:
 def built() -> Path:
     """The library of csrc/cpu, once a process."""
     compiler()
-    return build_cpu_library(Path(mkdtemp(prefix="sra-cpu-")) / CPU_LIBRARY)
+    folder = Path(mkdtemp(prefix="sra-cpu-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return build_cpu_library(folder / CPU_LIBRARY)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def test_published_ratios_of_a_kontext_step(kept, ratio):
 
 
 def test_recast_keeps_654_tokens_on_average_with_its_profiling_step():
-    e = estimate(named_model("kontext"), references=ONE)
+    e = estimate(named_model("kontext"), "recast", references=ONE)
     assert round(e.mean_tokens) == 654
     assert round((sum(e.tokens) - 4096 + 256) / 28) == 517
     assert e.kinds == ("profile",) + ("sparse",) * 27

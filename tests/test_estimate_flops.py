@@ -84,7 +84,7 @@ def counted(function, *args):
 )
 def test_a_whole_run_is_within_one_percent_of_the_flop_counter(name):
     model = named_model(name)
-    e = estimate(model, references=[(1024, 1024), (768, 1024)], steps=3, text_tokens=300)
+    e = estimate(model, "recast", references=[(1024, 1024), (768, 1024)], steps=3, text_tokens=300)
     steps = [counted(call, name, model, 300, 4096, kept) for kept in e.tokens]
     assert e.kinds == ("profile", "sparse", "sparse")
     assert e.tokens[0] == sum(e.references) == 4096 + 3072

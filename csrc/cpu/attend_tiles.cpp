@@ -84,8 +84,8 @@ int64_t pieces_of(const Arguments& a, Piece* to) {
   for (int64_t tile = 0; tile < a.tiles; tile++) {
     const int64_t start = number(a.cu_tiles, tile), rows = number(a.cu_tiles, tile + 1) - start;
     if (!rows) continue;
-    // ranges of items follow one another, part after part; each part has an edge more than items
-    while (range % (a.items + 1) == a.items || number(a.cu_seqlens_q, range + 1) <= start) range++;
+    // items follow one another, part after part; between two parts lies an edge twice, and no row
+    while (number(a.cu_seqlens_q, range + 1) <= start) range++;
     const int64_t lanes = rows * group_of(a), parts = (lanes + LANES - 1) / LANES;
     for (int64_t part = 0; part < parts; part++, count++) {
       const int64_t first = lanes * part / parts;

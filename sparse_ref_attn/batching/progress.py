@@ -96,7 +96,7 @@ class SequentialBar(SharedBar):
 
     def __init__(self, make: Callable[..., Any], total: int) -> None:
         super().__init__(make)
-        self._bar, self._before = make(total=total), 0
+        self._total, self._before = total, 0
 
     def part(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> _Part:
         """The next part; whatever it says it has in all."""
@@ -108,10 +108,14 @@ class SequentialBar(SharedBar):
         super().reach(self._before + steps)
 
     def say(self, text: str) -> None:
-        """What runs now."""
+        """What runs now; the first time the bar is drawn."""
+        if self._bar is None:
+            self._bar = self._make(total=self._total)
         self._bar.set_description(text)
 
     def fewer(self, steps: int) -> None:
         """So many steps will not run."""
-        self._bar.total -= steps
-        self._bar.refresh()
+        self._total -= steps
+        if self._bar is not None:
+            self._bar.total = self._total
+            self._bar.refresh()

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from ..eval import outputs
-from ..eval.reports.reading import read_shared
-from ..eval.reports.scatter import scatter
+from ..eval.frontier.figure import REFERENCES, figure
+from ..eval.reports.reading import SharedReport, read_shared
+from ..eval.reports.scatter import on_frontier, scatter
 from ..eval.reports.shareable import shareable
 from ..eval.reports.table import as_csv, as_markdown, metrics_of
 from ..eval.reports.writing import write
-from ..extras import absent, versions
+from ..extras import absent, missing, versions
 from ..files import fits
+from ..frontier import read_points
 from ..vocabulary import chosen
 from .terminal import saved, show
 
@@ -74,4 +76,17 @@ def shared(options: argparse.Namespace) -> None:
         if metric is not None:
             scatter(reports, metric, metrics[metric], directory / "shared.png")
             files.append(("shared.png", f"{metric} over the speed-up"))
+        files += _on_frontier(reports, directory)
     saved(directory, files)
+
+
+def _on_frontier(reports: Sequence[SharedReport], directory: Path) -> list[tuple[str, str]]:
+    """Draw the runs among the settings of the small model, where both can be; the file, if there is one."""
+    measured = {count: places for count, places in on_frontier(reports, "PSNR (dB)").items() if count in REFERENCES}
+    if not measured:
+        return []
+    if why := missing("diffusers"):
+        show(f"The frontier is not drawn: {why}")
+        return []
+    figure(read_points(), directory / "frontier.png", measured=measured)
+    return [("frontier.png", "PSNR over the work that is saved, among the settings of the small model")]

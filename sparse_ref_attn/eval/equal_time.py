@@ -220,6 +220,7 @@ def run_rivals(
     with one_bar(pipe, bar):
         for name, setting in others.items():
             try:
+                bar.say("warm-up")
                 _run(pipe, call, setting, 2, 1, dense)
                 runs[name] = run(name, setting)
             except SparseRefError as error:

@@ -69,7 +69,8 @@ def test_compare_is_one_progress_line_and_an_aligned_table_and_ends_with_the_fil
     command = ["compare", *TINY[1:], "--keep", "60%", "--methods", "edges", "grid", "ToMe", "--from-block", "1"]
     assert main([*command, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()
-    (bar,) = bars(said.err)
+    bar, *fewer_steps = bars(said.err)
+    assert len(fewer_steps) < 2
     assert "11/11" in bar  # 1 dense and 2 of each in the warm-up, then 2 of dense, edges and grid; ToMe never runs
     lines = said.out.splitlines()
     assert max(map(len, lines)) <= 70
@@ -86,4 +87,5 @@ def test_demo_ends_with_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[
         "dense.png", "sparse.png", "kept.png", "report.json",
     ]  # fmt: skip
     assert said.out.splitlines()[-5] == f"Written to {tmp_path}"
-    assert len(bars(said.err)) == 1
+    assert 1 <= len(bars(said.err)) <= 2  # fewer steps have their own, where any take no longer
+    assert "0it" not in said.err

@@ -17,10 +17,15 @@ import PIL.Image
 import pytest
 
 import sparse_ref_attn as sra
+from sparse_ref_attn.candidates import DENSE
 from sparse_ref_attn.cli import main
+from sparse_ref_attn.eval.frontier.figure import figure
+from sparse_ref_attn.eval.reports.reading import SharedReport
+from sparse_ref_attn.eval.reports.scatter import on_frontier
 from sparse_ref_attn.eval.reports.schema import KEYWORDS, broken, check, schema
 from sparse_ref_attn.eval.reports.shareable import shareable
 from sparse_ref_attn.eval.reports.table import as_csv, as_markdown
+from sparse_ref_attn.frontier import read_points
 from tests.eval import report_example
 from tests.pictures import picture
 from tests.pipelines import CASES
@@ -244,6 +249,9 @@ def test_numbers_without_end_are_none(document: dict[str, Any], tmp_path: Path) 
     (tmp_path / "x.json").write_text(json.dumps(document).replace("123456.5", "1e999"))
     with pytest.raises(sra.ConfigError, match=r"rows\[1\].seconds must be a number, got inf"):
         sra.read_shared(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text(json.dumps(document | {"further": float("nan")}))
+    with pytest.raises(sra.ConfigError, match=r"x\.json: NaN is no number of JSON"):
+        sra.read_shared(tmp_path / "x.json")
 
 
 def test_files_must_be_there(tmp_path: Path) -> None:
@@ -330,7 +338,8 @@ def test_the_command_draws_what_is_asked_for(made: Path, tmp_path: Path, capsys:
     assert capsys.readouterr().out.count("| dense | ") == 2
     assert not list(tmp_path.iterdir())
     assert main(["shared", *files, "--out", str(tmp_path / "out"), "--metric", "ssim"]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"shared.csv", "shared.md", "shared.png"}
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"shared.csv", "shared.md", "shared.png", "frontier.png"}
     assert "SSIM over the speed-up" in capsys.readouterr().out
     assert main(["shared", *files, "--metric", "beauty"]) == 2
     assert "the metric must be one of PSNR (dB), SSIM" in capsys.readouterr().err
@@ -354,3 +363,29 @@ def test_files_without_metrics_have_a_table_alone(tmp_path: Path) -> None:
     (tmp_path / "theirs.json").write_text(json.dumps(report_example.report() | {"metrics": []}))
     assert main(["shared", str(tmp_path / "theirs.json"), "--out", str(tmp_path / "out")]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"shared.csv", "shared.md"}
+
+
+def test_runs_stand_on_the_frontier_where_both_are_known() -> None:
+    first, second = report_example.report(), report_example.report()
+    first["metrics"] = second["metrics"] = [{"name": "PSNR (dB)", "higher_is_better": True}]
+    for row in first["rows"]:
+        row["PSNR (dB)"] = {"cache": 31.5, "edges": None}.get(row["method"], 40.0)
+    second["about"]["references"] *= 3
+    for row in second["rows"]:
+        row |= {"PSNR (dB)": 20.0, "flop_ratio": None if row["method"] == "edges" else row["flop_ratio"]}
+    reports = [SharedReport(Path("a.json"), first), SharedReport(Path("b.json"), second)]
+    assert on_frontier(reports, "PSNR (dB)") == {1: [(2.2, 31.5)], 3: [(2.2, 20.0)]}
+
+
+def test_what_was_measured_is_drawn_beside_the_settings(tmp_path: Path) -> None:
+    """Also where it lies far below them: the panels of a row share their height, and the last one set it."""
+    points = [point for point in read_points() if point.base_steps == 12 and point.setting in (DENSE, "stored-once")]
+    drawn = {}
+    for name, measured in (("without", None), ("with", {1: [(2.2, 8.5)]})):
+        figure(points, tmp_path / f"{name}.png", measured=measured)
+        with PIL.Image.open(tmp_path / f"{name}.png") as image:
+            drawn[name] = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    green = np.array([0x15, 0x80, 0x3D])
+    seen = {name: int((np.abs(pixels - green).max(-1) < 3).sum()) for name, pixels in drawn.items()}
+    assert seen["without"] == 0
+    assert seen["with"] > 80  # one of 60 pixels in its panel, one in the legend

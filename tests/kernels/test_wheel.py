@@ -1,4 +1,4 @@
-"""The wheel: with the library where there is an nvcc, pure Python where there is none; both can build on first use."""
+"""The wheel: with the libraries that have a compiler, pure Python where there is none; both can build on first use."""
 
 from __future__ import annotations
 
@@ -52,21 +52,25 @@ def carried() -> set[str]:
     return {f"sparse_ref_attn/csrc/{path.relative_to(csrc)}" for path in installed_sources(csrc)}
 
 
-def test_a_wheel_with_the_library(nvcc: str, tmp_path: Path) -> None:
+def test_a_wheel_with_both_libraries(nvcc: str, tmp_path: Path) -> None:
     wheel, said = build_wheel(tmp_path, SRA_CUDA_ARCHS="80")
     assert re.fullmatch(r"sparse_ref_attn-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
-    assert {"sparse_ref_attn/lib/libsra_kernels.so", *carried()} <= members(wheel)
+    libraries = {"sparse_ref_attn/lib/libsra_kernels.so", "sparse_ref_attn/lib/libsra_cpu.so"}
+    assert {*libraries, *carried()} <= members(wheel)
     assert "rows.cu" in said
+    assert "attend.cpp" in said
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", str(wheel)]
     subprocess.run(install, check=True)
     code = """
 import sys
+from sparse_ref_attn.kernels import cpu_library
 from sparse_ref_attn.kernels.library import library
-from sparse_ref_attn.kernels.places import bundled_library, content_key, source_directory
+from sparse_ref_attn.kernels.places import CPU_LIBRARY, bundled_library, content_key, source_directory
 loaded = library()
 assert loaded.path == bundled_library(), loaded.path
+assert cpu_library.library().path == bundled_library(CPU_LIBRARY)
 assert "torch" not in sys.modules
 print(loaded.archs, content_key(source_directory()), sys.prefix)
 """
@@ -81,7 +85,7 @@ print(loaded.archs, content_key(source_directory()), sys.prefix)
 def test_a_wheel_without_nvcc_is_pure_python_and_says_so_once(tmp_path: Path) -> None:
     wheel, said = build_wheel(tmp_path, SRA_BUILD_KERNELS="0")
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert "sparse_ref_attn/lib/libsra_kernels.so" not in members(wheel)
+    assert not any(name.startswith("sparse_ref_attn/lib/") for name in members(wheel))
     assert carried() <= members(wheel)  # for `sra build-kernels`
     assert {"sparse_ref_attn/py.typed", "sparse_ref_attn/__init__.pyi"} <= members(wheel)
     code = "import sparse_ref_attn as sra; print(sra.__file__, sra.ConfigError, sra.config.UniformGuard)"
@@ -95,6 +99,7 @@ def test_a_wheel_without_nvcc_is_pure_python_and_says_so_once(tmp_path: Path) ->
     )
     assert run.stdout.startswith(str(wheel))  # the public names are found in an archive, too
     assert said.count("the CUDA C++ kernels are left out (ninja_build.md)") == 1
+    assert said.count("the C++ kernels of the CPU are left out (ninja_build.md)") == 1
 
 
 def test_a_setting_that_is_none_of_the_three() -> None:

@@ -18,12 +18,19 @@ MEASURES = {
     "loss_db": "subject against the answer, dB beside\nthe dense run (below 0: lost)",
     "dense_db": "PSNR to the dense\npicture, dB",
 }
-_INK, _QUIET, _FEWER, _OURS = "#1c2430", "#b6bec9", "#1d4ed8", "#c2410c"
+_INK, _QUIET, _FEWER, _OURS, _MEASURED = "#1c2430", "#b6bec9", "#1d4ed8", "#c2410c", "#15803d"
 Key = tuple[str, int, int]
 Place = tuple[float, float]
 
 
-def figure(points: Sequence[Point], path: Path, *, model: str = "kontext", base: int | None = None) -> list[str]:
+def figure(
+    points: Sequence[Point],
+    path: Path,
+    *,
+    model: str = "kontext",
+    base: int | None = None,
+    measured: Mapping[int, Sequence[Place]] | None = None,
+) -> list[str]:
     """Draw all settings of one base, those that no other beats numbered; the numbers' names.
 
     Quality is that of edits with as many references, or with the most that were measured, in the worst kind of edit.
@@ -37,6 +44,9 @@ def figure(points: Sequence[Point], path: Path, *, model: str = "kontext", base:
         A published model's name, at whose sizes the work is.
     base : int, optional
         Steps of the dense run; default the number with the most settings.
+    measured : mapping of int to sequence of (float, float), optional
+        By the number of references, what was measured elsewhere: dense FLOPs over the run's own, and the PSNR to the
+        dense picture, which stand beside the settings' own.
 
     Returns
     -------
@@ -66,6 +76,8 @@ def figure(points: Sequence[Point], path: Path, *, model: str = "kontext", base:
     for i, measure in enumerate(MEASURES):
         for j, count in enumerate(REFERENCES):
             _panel(panels[i][j], places[measure, count], best[measure, count], numbered)
+            if measured and measure == "dense_db":
+                _mark(panels[i][j], measured, count)
         panels[i][0].set_ylabel(MEASURES[measure], fontsize=9)
     for axes, count in zip(panels[0], REFERENCES, strict=True):
         axes.set_title(f"{count} reference{'s' * (count > 1)}", fontsize=10)
@@ -119,6 +131,16 @@ def _panel(axes: Any, places: Mapping[Key, Place], best: Sequence[Key], numbered
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     if fewer:
+        axes.legend(fontsize=7, frameon=False, loc="lower left", handlelength=1.6)
+
+
+def _mark(axes: Any, measured: Mapping[int, Sequence[Place]], count: int) -> None:
+    """What was measured elsewhere with so many references; the height is that of the row, which all panels share."""
+    heights = [y for places in measured.values() for _, y in places]
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, min(heights) - 1), max(high, max(heights) + 1))
+    if places := measured.get(count):
+        axes.plot(*zip(*places, strict=True), "D", color=_MEASURED, markersize=5, label="measured elsewhere", zorder=4)
         axes.legend(fontsize=7, frameon=False, loc="lower left", handlelength=1.6)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .reading import Point, SharedReport
 
-__all__ = ["scatter"]
+__all__ = ["on_frontier", "scatter"]
 
 _COLOURS = (
     "#c2410c", "#1d4ed8", "#15803d", "#be185d", "#0e7490", "#7c3aed", "#a16207", "#4d7c0f", "#f59e0b", "#475569",
@@ -58,6 +58,19 @@ def scatter(reports: Sequence[SharedReport], metric: str, higher_is_better: bool
     for text in legend.get_texts():
         text.set_parse_math(False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def on_frontier(reports: Sequence[SharedReport], metric: str) -> dict[int, list[tuple[float, float]]]:
+    """By the number of references, FLOP ratio and metric of each run with this library: what `frontier.figure` takes.
+
+    Runs whose work is not known, and pictures that are equal to the dense one, are left out.
+    """
+    found: dict[int, list[tuple[float, float]]] = {}
+    for point in (point for report in reports for point in report.points()):
+        value = point.metrics.get(metric)
+        if point.kind == "sparse" and point.flop_ratio is not None and value is not None:
+            found.setdefault(point.references, []).append((point.flop_ratio, value))
+    return found
 
 
 def _panel(axes: Any, points: Sequence[Point], methods: Sequence[str], metric: str, higher_is_better: bool) -> None:
