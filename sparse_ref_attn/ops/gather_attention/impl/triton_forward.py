@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...shared.launch_config import Config
 from ...shared.online_softmax import LOG2E, natural_lse, softmax_step
-from ...shared.operand import Operand, precision, rows_of, wide
+from ...shared.operand import Operand, precision, rows_of
 from ..arguments import Arguments
 from .row_blocks import blocks_at_most, find_block
 from .triton_walk import walk
@@ -58,9 +58,8 @@ def _forward(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
     acc, m, total = walk(
-        attend_keys, (q,), (acc, m, total), wide(K), wide(V), wide(K2), wide(V2), wide(K_REF), wide(V_REF),
-        CU_K, INDICES, OFFSETS, item, items, key_head, scale2,
-        C, BLOCK_N, STAGES, SPLIT, DENSE, GATHER, PER_HEAD, PRECISION,
+        attend_keys, (q,), (acc, m, total), K, V, K2, V2, K_REF, V_REF, CU_K, INDICES, OFFSETS, item, items,
+        key_head, scale2, C, BLOCK_N, STAGES, SPLIT, DENSE, GATHER, PER_HEAD, PRECISION, True,
     )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(rows_of(OUT, head, rows, C), acc.to(OUT.data.dtype.element_ty), mask=live[:, None])
