@@ -26,15 +26,15 @@ class Operand(NamedTuple):
 
 
 @triton.jit
-def wide(X):
-    """X with its row stride as int64, never below 0.
+def wide(stride):
+    """A stride as int64, never below 0.
 
     Where that is left to the products, the compiler extends the sign, and the forward's loop on sm_80 spills.
     """
-    row = tl.cast(0, tl.int32) + X.row  # 1 is a constant
-    if row.dtype == tl.int32:
-        row = tl.cast(tl.cast(row, tl.uint32), tl.int64)
-    return Operand(X.data, row, X.head, X.item)
+    stride = tl.cast(0, tl.int32) + stride  # 1 is a constant
+    if stride.dtype == tl.int32:
+        stride = tl.cast(tl.cast(stride, tl.uint32), tl.int64)
+    return stride
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from sparse_ref_attn.ops.shared.operand import Operand, rows_of, wide
 
 @triton.jit
 def _row_strides(X, OUT):
-    product = wide(X).row * 4
+    product = wide(X.row) * 4
     tl.store(OUT, product)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...shared.launch_config import Config
 from ...shared.online_softmax import LOG2E, natural_lse, softmax_step
-from ...shared.operand import Operand, precision, rows_of, wide
+from ...shared.operand import Operand, precision, row_offsets, rows_of, wide
 from ..arguments import Arguments
 from .row_blocks import blocks_at_most, find_block
 from .triton_walk import walk
@@ -52,15 +52,15 @@ def _forward(
     key_head = head // group
     rows = first + tl.arange(0, BLOCK_M)
     live = rows < stop
-    q = tl.load(rows_of(Q, head, rows, C), mask=live[:, None], other=0.0)
+    # int64 strides here and, above a head dim of 32, in the walk: then no form of the call spills on sm_80
+    q = tl.load(Q.data + head * Q.head + row_offsets(rows, wide(Q.row), C), mask=live[:, None], other=0.0)
     scale2 = scale * LOG2E
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
     acc, m, total = walk(
-        attend_keys, (q,), (acc, m, total), wide(K), wide(V), wide(K2), wide(V2), wide(K_REF), wide(V_REF),
-        CU_K, INDICES, OFFSETS, item, items, key_head, scale2,
-        C, BLOCK_N, STAGES, SPLIT, DENSE, GATHER, PER_HEAD, PRECISION,
+        attend_keys, (q,), (acc, m, total), K, V, K2, V2, K_REF, V_REF, CU_K, INDICES, OFFSETS, item, items,
+        key_head, scale2, C, BLOCK_N, STAGES, SPLIT, DENSE, GATHER, PER_HEAD, PRECISION, C > 32,
     )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(rows_of(OUT, head, rows, C), acc.to(OUT.data.dtype.element_ty), mask=live[:, None])

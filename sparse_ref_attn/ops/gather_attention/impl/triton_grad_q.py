@@ -83,7 +83,7 @@ def _grad_q(
     dq = tl.zeros([BLOCK_M, C], tl.float32)
     (dq,) = walk(
         _grad_tile, (q, grad, pivot, delta), (dq,), K, V, K2, V2, K_REF, V_REF, CU_K, INDICES, OFFSETS, item, items,
-        key_head, scale2, C, BLOCK_N, STAGES, SPLIT, DENSE, GATHER, PER_HEAD, PRECISION,
+        key_head, scale2, C, BLOCK_N, STAGES, SPLIT, DENSE, GATHER, PER_HEAD, PRECISION, False,
     )  # fmt: skip
     tl.store(rows_of(GRAD_Q, head, rows, C), (dq * scale).to(GRAD_Q.data.dtype.element_ty), mask=live[:, None])
 
