@@ -137,7 +137,8 @@ def missing_names(text: str) -> list[str]:
 
     def found(start: str) -> set[str]:
         names = re.findall(rf"{start}(?:\.[A-Za-z_]\w*)+", text)
-        return {name for name in names if name.rpartition(".")[2] not in ("h", "json", "jsonl", "md", "py")}  # files
+        files = ("h", "json", "jsonl", "md", "png", "py")
+        return {name for name in names if name.rpartition(".")[2] not in files}
 
     typed, full = found(r"(?<![\w./])sra"), found(r"(?<![\w./])sparse_ref_attn")
     short = found(rf"(?<=`)(?:{'|'.join(MODULES)})")

@@ -61,7 +61,7 @@ def scatter(reports: Sequence[SharedReport], metric: str, higher_is_better: bool
 
 
 def on_frontier(reports: Sequence[SharedReport], metric: str) -> dict[int, list[tuple[float, float]]]:
-    """By the number of references, FLOP ratio and metric of each run with this library: what `frontier.figure` takes.
+    """By the number of references, FLOP ratio and metric of each run with this library, for `eval.frontier.figure`.
 
     Runs whose work is not known, and pictures that are equal to the dense one, are left out.
     """
