@@ -31,7 +31,8 @@ QUIET = "#5b6675"
 NAMES = {
     "kontext": "FLUX.1 Kontext", "flux2-dev": "FLUX.2 dev", "klein-4b": "FLUX.2 Klein 4B",
     "klein-9b": "FLUX.2 Klein 9B", "klein-9b-kv": "FLUX.2 Klein-KV 9B", "qwen-image-edit": "Qwen-Image-Edit",
-    "qwen-image-edit-2511": "Qwen-Image-Edit-Plus 2511",
+    "qwen-image-edit-2511": "Qwen-Image-Edit-Plus 2511", "qwen-image-layered": "Qwen-Image-Layered",
+    "longcat-image-edit": "LongCat-Image-Edit", "flux3": "FLUX.3", "fibo-edit": "FIBO-Edit",
 }  # fmt: skip
 """Of `vocabulary.MODELS`, in words."""
 

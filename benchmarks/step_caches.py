@@ -7,19 +7,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import MagCacheConfig
 
 from sparse_ref_attn.eval.step_caches import StepCache, diffusers_cache, step_cached
 
 __all__ = ["STEP_CACHES", "on"]
 
+
+def _mag_cache(pipe: Any, steps: int) -> contextlib.AbstractContextManager[None]:
+    from diffusers import MagCacheConfig
+
+    return diffusers_cache(pipe, MagCacheConfig(num_inference_steps=steps, mag_ratios=torch.ones(steps)))
+
+
 STEP_CACHES: dict[str, Callable[[Any, int], contextlib.AbstractContextManager[None]]] = {
     "FirstBlockCache": lambda pipe, steps: step_cached(pipe, StepCache("FirstBlockCache", threshold=0.1)),
     "TaylorSeer": lambda pipe, steps: step_cached(pipe, StepCache("TaylorSeer", every=3)),
     "TaylorSeer lite": lambda pipe, steps: step_cached(pipe, StepCache("TaylorSeer lite", every=3)),
-    "MagCache": lambda pipe, steps: diffusers_cache(
-        pipe, MagCacheConfig(num_inference_steps=steps, mag_ratios=torch.ones(steps))
-    ),
+    "MagCache": _mag_cache,
     "cache-dit": lambda pipe, steps: step_cached(pipe, StepCache("cache-dit")),
 }
 """Name -> ``on(pipe, steps)``, inside which one call of `steps` steps is cached.

@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from fractions import Fraction
 from typing import Any
 
+from . import config as public
 from .config import SparseRef
 from .schedules import Constant
 from .selection.names import NAMES
@@ -67,7 +68,8 @@ def _made(value: Any) -> str:
         if field.default is MISSING or held != field.default:
             named = "" if needed == [field.name] else f"{field.name}="
             parts.append(f"{named}{source(held)}")
-    return f"sra.{type(value).__name__}({', '.join(parts)})"
+    name = type(value).__name__
+    return f"sra.{'config.' * (name in public.__all__)}{name}({', '.join(parts)})"
 
 
 def _number(value: float) -> str:

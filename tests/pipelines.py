@@ -34,23 +34,28 @@ from tests.pipeline_arguments import PROMPTS, Request
 
 SIZES = ((96, 64), (64, 64), (64, 96))  # references in pixels, (width, height)
 REFERENCE_AREA = 80**2  # Qwen references are resized to this; SIZES stay what they are
-_RESIZING = (
-    pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus, pipeline_qwenimage_edit_inpaint, pipeline_longcat_image_edit,
-)  # fmt: skip
+_QWEN = (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus, pipeline_qwenimage_edit_inpaint)
+_sides: list[int] = []  # of all that are inside `small_pictures`, in whatever thread
+
+
+def _made_small(module: Any, most: Callable[[], int]) -> None:
+    published = module.calculate_dimensions
+    module.calculate_dimensions = lambda area, ratio: published(min(area, most()) if _sides else area, ratio)
+
+
+for _module in _QWEN:
+    _made_small(_module, lambda: REFERENCE_AREA)
+_made_small(pipeline_longcat_image_edit, lambda: _sides[-1] ** 2)
 
 
 @contextmanager
 def small_pictures(side: int = 64) -> Iterator[None]:
     """Inside, Qwen makes `REFERENCE_AREA` of a reference and LongCat `side` squared, instead of a million pixels."""
-    published = {module: module.calculate_dimensions for module in _RESIZING}
-    for module, dimensions in published.items():
-        most = side**2 if module is pipeline_longcat_image_edit else REFERENCE_AREA
-        module.calculate_dimensions = lambda area, ratio, f=dimensions, most=most: f(min(area, most), ratio)
+    _sides.append(side)
     try:
         yield
     finally:
-        for module, dimensions in published.items():
-            module.calculate_dimensions = dimensions
+        _sides.remove(side)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def first_call(case: Case, pipe: Any, **kwargs: Any) -> tuple[dict[str, Any], Te
 # -- whole pipelines -------------------------------------------------------------------------------------------------
 
 
-@each_case()
+@each_case(lambda case: case.name != "qwen_edit_inpaint")  # which samples what its VAE encodes
 def test_every_pipeline_runs_on_a_quarter_and_is_restored(case):
     pipe = case.build()
     call = {"references": max(case.references), "batch": max(case.batch), "cfg": case.cfg}

@@ -201,8 +201,8 @@ def run_rivals(
     ...     generator=torch.Generator().manual_seed(0)).images[0]
     >>> sparse = compare(pipe, sra.SparseContext(0.25, "grid"), call, steps=4)
     >>> rivals = run_rivals(pipe, {"grid": sparse}, call, steps=4, others={"half": Setting(2)})
-    >>> rivals.runs["half"].steps, rivals.flop_ratio("half"), set(rivals.equal)
-    (2, 2.0, {'grid', 'half'})
+    >>> rivals.runs["half"].steps, rivals.flop_ratio("half"), sorted(rivals.equal)
+    (2, 2.0, ['grid', 'half'])
     """
     dense = next(iter(results.values()), None)
     if dense is None or dense.dense is None:

@@ -17,6 +17,7 @@ from tests.adapters.test_dropping import KEEP, ROUNDING, error, noise, scores
 from tests.adapters.test_mass import close
 from tests.adapters.witnesses import GENERATION, Call, best, hidden_keys, witnessed
 from tests.contract.state import state
+from tests.pictures import mask as picture_mask
 from tests.pictures import picture
 from tests.pipelines import CASES, Case, each_case, small_pictures
 
@@ -231,6 +232,9 @@ def test_qwen_takes_its_own_mask_alone(case: Case) -> None:
     ):
         case.call(pipe, **mask)
     images = [[picture(64, 64, i)] for i in range(2)]
+    common = {"num_inference_steps": 1, "height": 64, "width": 64, **mask}
+    if case.name == "qwen_edit_inpaint":
+        common["mask_image"] = picture_mask(64, 64)
     with small_pictures(), pytest.raises(sra.BatchError, match="takes no other"):
-        sra.batch(pipe, ["a", "b"], images, config=config, num_inference_steps=1, height=64, width=64, **mask)
+        sra.batch(pipe, ["a", "b"], images, config=config, **common)
     assert state(pipe) == before
