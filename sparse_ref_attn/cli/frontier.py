@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..eval.evaluate import processes
 from ..eval.examples import Examples
 from ..eval.frontier.figure import figure
 from ..eval.frontier.listed import GEOMETRIES
@@ -42,12 +42,12 @@ def frontier(
     families = tuple(options.families) if chosen else None
     fewest = min(len(data.chosen((family,), None)) for family in families or data.families)
     out, first = Path(options.out), 8 if options.first is None else options.first
-    alone_or_first = int(os.environ.get("RANK", "0")) == 0
+    rank, _ = processes()
     losses = sweep(
         out, data, model, scorer, first=first, last=options.subjects or fewest, seeds=options.seeds, families=families,
-        keys=options.candidates, about=about, told=show if alone_or_first else _quiet,
+        keys=options.candidates, about=about, told=_quiet if rank else show,
     )  # fmt: skip
-    if not alone_or_first:
+    if rank:
         return
     points = list(points_of(losses, model.steps, model.id))
     write_points(points, out / "frontier.csv")

@@ -23,7 +23,7 @@ from .outputs import prepare_directory
 from .rows import Key, RowStore
 from .scores import Scorer
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "processes"]
 
 
 def evaluate(
@@ -67,7 +67,7 @@ def evaluate(
     """
     from accelerate.utils import tqdm
 
-    rank, world = _processes()
+    rank, world = processes()
     folder = prepare_directory(out)
     columns = {"share": None, **scorer.columns}
     settings = {"data": data.about, "columns": columns, "steps": models[0].steps}
@@ -102,7 +102,7 @@ def evaluate(
     return rows
 
 
-def _processes() -> tuple[int, int]:
+def processes() -> tuple[int, int]:
     """This process's number and how many there are, by the launcher's account."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1

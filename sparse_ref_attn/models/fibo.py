@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..adapters.base import Adapter, Found, Kwargs
 from ..adapters.depth import DepthCut
+from ..adapters.flux_blocks import FLUX_BLOCKS
 from ..adapters.masks import cut_in_block
 from ..adapters.pipeline_facts import PipelineFacts
 from ..adapters.position_ids import grid_of_ids, place_by_ids, references_from_ids
@@ -40,15 +41,7 @@ class FiboAdapter(Adapter):
         r"x_embedder": "image",
         r"context_embedder|caption_projection\..+": "text",
         r"(time|guidance)_embed\..+": "item",
-        r"transformer_blocks\.\d+\.norm1(_context)?\.linear": "item",
-        r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_qkv|to_out\.0)": "image",
-        r"transformer_blocks\.\d+\.ff\..+": "image",
-        r"transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_added_qkv|to_add_out)": "text",
-        r"transformer_blocks\.\d+\.ff_context\..+": "text",
-        r"single_transformer_blocks\.\d+\.norm\.linear": "item",
-        r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out|attn\.(to_[qkv]|to_qkv))": "joint",
-        r"norm_out\.linear": "item",
-        r"proj_out": "output",
+        **FLUX_BLOCKS,
     }
     stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..adapters.base import Adapter, Found, Kwargs
 from ..adapters.collate import flat_ids, pad, same, stack
 from ..adapters.depth import DepthCut
+from ..adapters.flux_blocks import FLUX_BLOCKS
 from ..adapters.pipeline_facts import PipelineFacts
 from ..adapters.position_ids import grid_of_ids, place_by_ids, references_from_ids
 from ..adapters.published_size import PublishedSize
@@ -69,15 +70,7 @@ class LongCatAdapter(Adapter):
         r"x_embedder": "image",
         r"context_embedder": "text",
         r"time_embed\..+": "item",
-        r"transformer_blocks\.\d+\.norm1(_context)?\.linear": "item",
-        r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_qkv|to_out\.0)": "image",
-        r"transformer_blocks\.\d+\.ff\..+": "image",
-        r"transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_added_qkv|to_add_out)": "text",
-        r"transformer_blocks\.\d+\.ff_context\..+": "text",
-        r"single_transformer_blocks\.\d+\.norm\.linear": "item",
-        r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out|attn\.(to_[qkv]|to_qkv))": "joint",
-        r"norm_out\.linear": "item",
-        r"proj_out": "output",
+        **FLUX_BLOCKS,
     }
     stacks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "double", "single_transformer_blocks": "single"}
     per_item = ("hidden_states", "encoder_hidden_states", "timestep")
