@@ -33,6 +33,7 @@ NAMES = {
     "klein-9b": "FLUX.2 Klein 9B", "klein-9b-kv": "FLUX.2 Klein-KV 9B", "qwen-image-edit": "Qwen-Image-Edit",
     "qwen-image-edit-2511": "Qwen-Image-Edit-Plus 2511", "qwen-image-layered": "Qwen-Image-Layered",
     "longcat-image-edit": "LongCat-Image-Edit", "flux3": "FLUX.3", "fibo-edit": "FIBO-Edit",
+    "joyimage-edit": "JoyImage-Edit", "joyimage-edit-plus": "JoyImage-Edit-Plus",
 }  # fmt: skip
 """Of `vocabulary.MODELS`, in words."""
 

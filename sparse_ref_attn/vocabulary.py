@@ -23,6 +23,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "longcat": ("longcat-image-edit",),
     "flux3": ("flux3",),
     "fibo": ("fibo-edit",),
+    "joyimage": ("joyimage-edit",),
+    "joyimage_plus": ("joyimage-edit-plus",),
 }
 """The model families, one line each: the module in `models`, and the published models that it describes."""
 MODELS = tuple(name for names in FAMILIES.values() for name in names)

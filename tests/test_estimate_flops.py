@@ -30,7 +30,7 @@ def call(name, model, text, generation, references):
     rows = generation + references
     inputs = {
         "hidden_states": empty(1, rows, model.config.in_channels),
-        "encoder_hidden_states": empty(1, text, model.config.joint_attention_dim),
+        "encoder_hidden_states": empty(1, text, getattr(model.config, "joint_attention_dim", 4096)),
         "timestep": empty(1),
     }
     if name == "kontext":
@@ -39,6 +39,10 @@ def call(name, model, text, generation, references):
     elif name == "fibo-edit":
         layers = [empty(1, text, 2048)] * (model.config.num_layers + model.config.num_single_layers)
         model(**inputs, text_encoder_layers=layers, img_ids=empty(rows, 3), txt_ids=empty(text, 3))
+    elif name == "joyimage-edit-plus":
+        patches = empty(1, rows, model.config.in_channels, *model.config.patch_size)
+        shapes = [[(1, 64, generation // 64), (1, 1, references)]]
+        model(patches, inputs["timestep"], inputs["encoder_hidden_states"], None, shapes)
     elif name == "longcat-image-edit":
         model(**inputs, img_ids=empty(rows, 3), txt_ids=empty(text, 3))
     elif name == "flux3":
@@ -80,7 +84,8 @@ def counted(function, *args):
 
 
 @pytest.mark.parametrize(
-    "name", ["kontext", "klein-9b", "qwen-image-edit-2511", "longcat-image-edit", "flux3", "fibo-edit"]
+    "name",
+    ["kontext", "klein-9b", "qwen-image-edit-2511", "longcat-image-edit", "flux3", "fibo-edit", "joyimage-edit-plus"],
 )
 def test_a_whole_run_is_within_one_percent_of_the_flop_counter(name):
     model = named_model(name)
@@ -88,8 +93,9 @@ def test_a_whole_run_is_within_one_percent_of_the_flop_counter(name):
     steps = [counted(call, name, model, 300, 4096, kept) for kept in e.tokens]
     assert e.kinds == ("profile", "sparse", "sparse")
     assert e.tokens[0] == sum(e.references) == 4096 + 3072
-    heads, channels = model.config.num_attention_heads, model.config.attention_head_dim
+    heads, channels = model.config.num_attention_heads, getattr(model.config, "attention_head_dim", 128)
     scored = {"kontext": 38, "klein-9b": 24, "qwen-image-edit-2511": 40, "longcat-image-edit": 20, "flux3": 28}
+    scored |= {"joyimage-edit-plus": 27}
     scored = scored.get(name, 38)
     q, k = empty(1, 4096, heads, channels), empty(1, 300 + 4096 + e.tokens[0], heads, channels)
     # the model's own attention gives the LSE: the references' own keys alone are multiplied

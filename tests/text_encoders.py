@@ -17,6 +17,8 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -123,6 +125,15 @@ class QwenVLProcessor(Qwen2VLProcessor):
         return BatchFeature({**features, **tokens})
 
 
+class Qwen3VLProcessor(QwenVLProcessor):
+    """As Qwen's newer processors, says which tokens are a picture's; a prompt may name none."""
+
+    def __call__(self, text: list[str], images: Any = None, **settings: Any) -> BatchFeature:
+        inputs = super().__call__(text, images, **settings) if images else self.tokenizer(text, **settings)
+        picture = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        return BatchFeature({**inputs, "mm_token_type_ids": (inputs["input_ids"] == picture).int()})
+
+
 def qwen_vl() -> tuple[Qwen2Tokenizer, QwenVLProcessor, Qwen2_5_VLForConditionalGeneration]:
     """Qwen2.5-VL of width 16 (two layers each for text and vision)."""
     tokenizer = byte_tokenizer()
@@ -144,3 +155,26 @@ def qwen_vl() -> tuple[Qwen2Tokenizer, QwenVLProcessor, Qwen2_5_VLForConditional
     )  # fmt: skip
     processor = QwenVLProcessor(Qwen2VLImageProcessorPil(), tokenizer)
     return tokenizer, processor, Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl() -> tuple[Qwen2Tokenizer, Qwen3VLProcessor, Qwen3VLForConditionalGeneration]:
+    """Qwen3-VL of width 16 (two layers each for text and vision)."""
+    tokenizer = byte_tokenizer()
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    config = Qwen3VLConfig(
+        text_config={
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(tokenizer), "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+            "initializer_range": WIDE_INIT, "bos_token_id": None, "eos_token_id": None,
+        },
+        vision_config={
+            "depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+            "patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+            "initializer_range": WIDE_INIT,
+        },
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+    )  # fmt: skip
+    processor = Qwen3VLProcessor(Qwen2VLImageProcessorPil(patch_size=16), tokenizer)
+    return tokenizer, processor, Qwen3VLForConditionalGeneration(config)

@@ -82,8 +82,7 @@ class Adapter:
     """How the family keeps its references' K/V between steps, if some of its pipelines do."""
 
     def check(self, transformer: nn.Module) -> None:
-        """Raise UnsupportedModelError for a variant of the class that this adapter cannot serve, VersionError for one
-        that lacks its `parts`."""
+        """Raise UnsupportedModelError for a variant that cannot be served, VersionError for one without its `parts`."""
         check_parts(transformer, self.parts)
 
     def bind(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Kwargs:
@@ -121,8 +120,7 @@ class Adapter:
         return TokenLayout(rows, text, *found)
 
     def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
-        """Height and width in tokens of the generation, whose rows run left to right, top to bottom; None where they
-        are no grid, or nobody says. Asked once a run; may sync."""
+        """Height and width of the generation, whose rows run as a reference's, or None. Asked once a run; may sync."""
         return None
 
     def _text(self, kwargs: Kwargs) -> int:
@@ -227,7 +225,7 @@ class Adapter:
         raise NotImplementedError
 
     def joined_hooks(self, transformer: nn.Module, running: Callable[[], Any]) -> list[Callable[[], None]]:
-        """Further hooks for joined calls, as removers. `running()` is the `ragged.RaggedCall` that runs, or None."""
+        """Further hooks for joined calls, as removers; `running()` is the `ragged.RaggedCall` that runs, or None."""
         return []
 
     def hooks(self, transformer: nn.Module, shortened: Callable[[], Shortened | None]) -> list[Callable[[], None]]:
@@ -241,6 +239,10 @@ class Adapter:
     def drop_in_block(self, kind: str, kwargs: Kwargs, cut: DepthCut) -> Kwargs:
         """A block's arguments with the kept rows alone, of every tensor that has a row for each token."""
         raise NotImplementedError
+
+    def depth_hooks(self, transformer: nn.Module, cut: DepthCut) -> list[Callable[[], None]]:
+        """Hooks of a call in which references leave by depth, as removers, for a model that then counts its rows."""
+        return []
 
     def check_depth(self, transformer: nn.Module) -> None:
         """Raise IncompatibleError when references cannot leave by depth."""
@@ -272,6 +274,10 @@ class Adapter:
     def route(self, transformer: nn.Module, attend: Route) -> Any:
         """Context in which `attend` answers every attention call (see `hooks.diffusers.routed_attention`)."""
         return routed_attention(self.sites(transformer), attend)
+
+    def ordered(self, attend: Route, text: int) -> Route:
+        """`attend`, which has `text` rows before those of the image stream, for attention as the model does it."""
+        return attend
 
     def listen(self, transformer: nn.Module, tap: Tap) -> Any:
         """Context in which `tap` sees every attention call (see `hooks.diffusers.tapped`)."""

@@ -58,7 +58,7 @@ class DepthCut:
     """
 
     def __init__(self, layout: TokenLayout, choose: Callable[[], Tensor | None]) -> None:
-        self._layout = layout
+        self._layout, self.full = layout, layout.rows
         self._choose: Callable[[], Tensor | None] | None = choose
         self._joint: Tensor | None = None
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}

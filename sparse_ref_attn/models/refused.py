@@ -25,14 +25,6 @@ REFUSED: Mapping[str, str] = {
         "OmniGen takes pictures, cuts them into tokens in its forward and puts them between the words: no argument has "
         "a row for each token"
     ),
-    f"{_AT}joyimage.JoyImageEditTransformer3DModel": (
-        "JoyImage-Edit takes the pictures as frames of one tensor and cuts them into tokens in its forward: no "
-        "argument has a row for each token"
-    ),
-    f"{_AT}joyimage_edit_plus.JoyImageEditPlusTransformer3DModel": (
-        "JoyImage-Edit-Plus makes positions in its forward from the pictures' sizes alone, and has its text behind "
-        "them in attention"
-    ),
     f"{_AT}ltx2.LTX2VideoTransformer3DModel": (
         "LTX-2's references are frames of a video whose blocks look at sound too, with times by row and masks between "
         "both streams"

@@ -16,6 +16,7 @@ from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3AutoBloc
 from diffusers.modular_pipelines.qwenimage import encoders as qwen_encoders
 from diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage_edit import QwenImageEditAutoBlocks
 from diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage_edit_plus import QwenImageEditPlusAutoBlocks
+from diffusers.pipelines.joyimage import image_processor as joyimage_pictures
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
@@ -33,9 +34,14 @@ def small_pictures() -> Iterator[None]:
     published = {module: module.calculate_dimensions for module in _RESIZING}
     for module, dimensions in published.items():
         module.calculate_dimensions = lambda area, ratio, f=dimensions: f(min(area, AREA), ratio)
+    bucket, joyimage_pictures.find_best_bucket = (
+        joyimage_pictures.find_best_bucket,
+        lambda height, width, base: (height, width),
+    )
     try:
         yield
     finally:
+        joyimage_pictures.find_best_bucket = bucket
         for module, dimensions in published.items():
             module.calculate_dimensions = dimensions
 
@@ -56,6 +62,12 @@ class Other:
         Grid of each reference in tokens.
     modular : bool
         Whether its call gives what it is asked for by ``output``.
+    guided : dict
+        What turns guidance on.
+    text_behind : bool
+        Whether attention has the text's rows behind the others.
+    generated : callable
+        From what the transformer gives to the rows (B, rows, ...) or the picture of the generation.
     """
 
     name: str
@@ -65,12 +77,15 @@ class Other:
     references: tuple[tuple[int, int], ...] = ((8, 8),)
     modular: bool = True
     guided: dict[str, Any] = field(default_factory=dict)
+    text_behind: bool = False
+    generated: Callable[[torch.Tensor, int], torch.Tensor] = lambda sample, rows: sample[:, :rows]
 
     def call(self, pipe: Any, steps: int = 3, seed: int = 3, **more: Any) -> np.ndarray:
         """Its pictures, one above another, of the references that `seed` draws."""
         given = {"num_inference_steps": steps, "generator": generator(0), "output_type": "np"}
         given |= {"output": "images"} if self.modular else {}
-        with small_pictures():
+        with small_pictures(), torch.random.fork_rng():
+            torch.manual_seed(seed)  # JoyImage-Edit draws from torch's own stream
             images = pipe(**given | self.arguments(seed) | more)
         images = images if self.modular else images.images
         return np.concatenate([np.asarray(each) for each in images])
@@ -149,6 +164,31 @@ def layered() -> Any:
     return tiny_models.ready(pipe, 0)
 
 
+def joyimage(transformer: type, pipeline: type) -> Callable[[], Any]:
+    """JoyImage-Edit and Edit-Plus; the VAE makes one token of 8 x 8 pixels."""
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        model = transformer(
+            in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=16, num_layers=3, rope_dim_list=[4, 6, 6]
+        )
+        vae = diffusers.AutoencoderKLWan(
+            base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
+            latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scale_factor_spatial=4,
+        )  # fmt: skip
+        with torch.no_grad():  # JoyImage-Edit samples what it encodes: a trained VAE is as good as sure of it
+            vae.quant_conv.weight[4:] = 0
+            vae.quant_conv.bias[4:] = -30
+        tokenizer, processor, encoder = text_encoders.qwen3_vl()
+        pipe = pipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=encoder, tokenizer=tokenizer,
+            processor=processor, transformer=model,
+        )  # fmt: skip
+        return tiny_models.ready(pipe, 0)
+
+    return build
+
+
 def _embeddings(seed: int) -> dict[str, Any]:
     """FLUX.3's prompts, of two lengths."""
     names = {"prompt_embeds": 20, "negative_prompt_embeds": 12}
@@ -188,6 +228,15 @@ def _layered(seed: int) -> dict[str, Any]:
     return {"image": picture(64, 64, seed).convert("RGBA"), "prompt": "a cat", "layers": 2}
 
 
+def _joyimage(seed: int) -> dict[str, Any]:
+    return {"image": picture(96, 64, seed), "prompt": "a cat", "height": 64, "width": 96, "guidance_scale": 1.0}
+
+
+def _joyimage_plus(seed: int) -> dict[str, Any]:
+    pictures = [picture(96, 64, seed), picture(64, 64, seed + 1)]
+    return {"images": pictures, "prompt": "a cat", "height": 64, "width": 64, "guidance_scale": 1.0}
+
+
 OTHERS = {
     each.name: each
     for each in (
@@ -203,5 +252,12 @@ OTHERS = {
         Other("fibo", fibo, _fibo, references=((8, 12), (6, 4)), modular=False, guided={"guidance_scale": 3.0}),
         Other("qwen layered", layered, _layered, generation=192, modular=False,
               guided={"negative_prompt": "dark", "true_cfg_scale": 2.0}),
+        Other("joyimage edit", joyimage(diffusers.JoyImageEditTransformer3DModel, diffusers.JoyImageEditPipeline),
+              _joyimage, generation=96, references=((8, 12),), modular=False, text_behind=True,
+              generated=lambda sample, rows: sample[:, -1], guided={"guidance_scale": 2.0, "negative_prompt": "dark"}),
+        Other("joyimage edit plus",
+              joyimage(diffusers.JoyImageEditPlusTransformer3DModel, diffusers.JoyImageEditPlusPipeline),
+              _joyimage_plus, references=((8, 12), (8, 8)), modular=False, text_behind=True,
+              guided={"guidance_scale": 2.0, "negative_prompt": "dark"}),
     )
 }  # fmt: skip

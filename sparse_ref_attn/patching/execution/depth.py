@@ -51,6 +51,8 @@ class ByDepth:
             kwargs = adapter.bind(block, args, kwargs)
             return adapter.drop_in_block(kind, kwargs, cut) if cut.arrive() else kwargs
 
+        for off in adapter.depth_hooks(call.module, cut):
+            call.contexts.callback(off)
         call.contexts.enter_context(truncate(adapter.blocks(call.module)[call.plan.from_block :], shorten))
         return call.kwargs
 

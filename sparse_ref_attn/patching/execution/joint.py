@@ -108,6 +108,7 @@ class JointAttention:
     def answer(self, call: GenerationCall, rows: int, attend: Route, eager: bool) -> None:
         """Let ``attend(layer, ...)`` answer attention over `rows` joint rows until the call is over; `eager`: compiled
         blocks run uncompiled."""
+        attend = self._adapter.ordered(attend, call.layout.text)
 
         def route(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
             joint = i in self._places and q.shape[1] == k.shape[1] == rows
