@@ -18,8 +18,8 @@ MASS = sra.SparseRef("mass", schedules.Linear(0.2, 0.8))
 ALL = sra.SparseRef("mass", 1.0)
 """Profiles, and keeps every token."""
 
-OWN_SCRATCH = {"_conv_idx", "_feat_map", "_enc_conv_idx", "_enc_feat_map"}
-"""What Qwen's VAE changes at every call of its own."""
+OWN_SCRATCH = {"_conv_idx", "_feat_map", "_enc_conv_idx", "_enc_feat_map", "rope_deltas"}
+"""What a VAE of video, and Qwen3-VL, change at every call of their own."""
 
 
 def steps(handle: sra.PatchHandle) -> list[tuple[str, int]]:

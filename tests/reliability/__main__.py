@@ -4,6 +4,7 @@ python -m tests.reliability                         # all of them
 python -m tests.reliability -k configurations       # a part of them, by pytest's -k
 python -m tests.reliability --untimed               # on a machine that does other things too: no seconds in the rows
 python -m tests.reliability --trial 0 1234          # trial 1234 of seed 0 again, alone
+python -m tests.reliability --other fibo 0 12       # the same of a pipeline with a call of its own
 
 A row is written as soon as its test has passed, and a test whose row of this commit is there is not run again: broken
 off, the command goes on where it was. A failed test writes no row.
@@ -74,11 +75,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--untimed", action="store_true", help="leave the seconds out of the rows")
     parser.add_argument("--rows", type=Path, default=RESULTS, help="the CSV file")
     parser.add_argument("--trial", nargs=2, type=int, metavar=("SEED", "INDEX"), help="one trial, alone")
+    parser.add_argument("--other", nargs=3, metavar=("NAME", "SEED", "INDEX"), help="one of an other pipeline")
     given = parser.parse_args(arguments)
-    if given.trial:
+    if given.trial or given.other:
+        from tests.reliability.other_trials import OtherTrial
         from tests.reliability.trials import Trial
 
-        trial = Trial(*given.trial)
+        name, seed, index = given.other or (None, *given.trial)
+        trial = Trial(seed, index) if name is None else OtherTrial(name, int(seed), int(index))
         print(trial.kind, trial.run(), *trial.notes, sep="\n  ")
         return 0
     chosen = ["-k", given.k] if given.k else []

@@ -51,6 +51,7 @@ class Trial:
         self.random = Random(f"{seed}/{index}")
         self.kind = self.random.choices(list(KINDS), list(KINDS.values()))[0]
         self.notes: list[str] = []
+        self.command, self.failed = f"python -m tests.reliability --trial {seed} {index}", False
 
     def run(self) -> str:
         try:
@@ -58,12 +59,12 @@ class Trial:
                 warnings.simplefilter("ignore")
                 return getattr(self, f"_{self.kind}")()
         except Exception as error:
+            self.failed = True
             pipeline.cache_clear()
             transformer.cache_clear()
             told = "\n  ".join(self.notes)
             raise TrialError(
-                f"{self.kind} trial: {type(error).__name__}: {error}\n  {told}\n"
-                f"again: python -m tests.reliability --trial {self.seed} {self.index}"
+                f"{self.kind} trial: {type(error).__name__}: {error}\n  {told}\nagain: {self.command}"
             ) from error
 
     def _note(self, what: object) -> None:
