@@ -30,6 +30,7 @@ from .eval.reports.reading import read_shared as read_shared
 from .execution import Cache as Cache
 from .execution import Tokens as Tokens
 from .models import register_adapter as register_adapter
+from .models.flux_ip import IPAdapterTokens as IPAdapterTokens
 from .patching import PatchHandle as PatchHandle
 from .patching import patch as patch
 from .patching import patched as patched

@@ -78,6 +78,8 @@ class Adapter:
     """Classes of attention processors with which calls can run together (see `ragged`)."""
     packs: ClassVar[bool] = False
     """Whether calls that run together lie end to end through whole blocks; otherwise they are padded."""
+    guided_apart: ClassVar[bool] = False
+    """Whether the branches of guidance have references of their own, which then do not tell a generation's calls."""
     cache: CacheHooks | None = None
     """How the family keeps its references' K/V between steps, if some of its pipelines do."""
 
@@ -186,10 +188,7 @@ class Adapter:
         raise IncompatibleError(f"the {self.name} adapter has no way to place changed tokens; use a selector")
 
     def restore(self, output: Any, rows: Tensor, size: int) -> Any:
-        """The output with its rows back at `rows` of `size`; the others are zero.
-
-        An output of the generation rows alone is returned as it is.
-        """
+        """The output with its rows back at `rows` of `size`, the others zero; of the generation alone as it is."""
         sample = sample_of(output)
         if sample.ndim != 3 or sample.shape[1] != rows.shape[0]:
             return output

@@ -29,6 +29,8 @@ class PublishedSize:
         Whether it is distilled to few steps.
     prepare : callable, optional
         Does to a fresh transformer what its pipeline does.
+    assumed : bool
+        Whether no published configuration is known, and the size is that of the class's defaults.
     """
 
     pipeline: PipelineFacts
@@ -36,3 +38,4 @@ class PublishedSize:
     config: Mapping[str, Any] = field(default_factory=dict)
     distilled: bool = False
     prepare: Callable[[nn.Module], None] | None = None
+    assumed: bool = False

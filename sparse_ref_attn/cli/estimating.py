@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import estimation
 from ..estimation import Amount, Estimate
-from ..eval.meta_model import meta_transformer, pipeline_of
+from ..eval.meta_model import assumed_size, meta_transformer, pipeline_of
 from ..planning import RunPlan, plan
 from .common import settings
 from .logs import quiet
@@ -44,3 +44,6 @@ def estimate(options: argparse.Namespace) -> None:
         print(json.dumps(found.to_dict(), indent=2))
     else:
         show(found.summary())
+        assumed = assumed_size(options.model)
+        if assumed is not None:
+            show(assumed)

@@ -13,7 +13,7 @@ from ..errors import ConfigError, VersionError
 from ..models import edit_facts_named, named_model, published_size
 from ..vocabulary import MODELS, chosen, near
 
-__all__ = ["meta_transformer", "pipeline_of"]
+__all__ = ["assumed_size", "meta_transformer", "pipeline_of"]
 
 
 def meta_transformer(model: str) -> Any:
@@ -86,6 +86,20 @@ def pipeline_of(model: str) -> tuple[PipelineFacts | None, bool]:
     if facts is None:
         return None, False
     return facts, bool(facts.distilled if distilled is None else distilled)
+
+
+def assumed_size(model: str) -> str | None:
+    """What to say of a model by name whose published size is not known.
+
+    Examples
+    --------
+    >>> assumed_size("kontext") is None
+    True
+    """
+    name = _named(model)
+    if name is None or not published_size(name).assumed:
+        return None
+    return f"The published size of {name} is not known: these are the defaults of its class in diffusers."
 
 
 def _named(model: str) -> str | None:

@@ -50,7 +50,7 @@ class Flux3Adapter(Adapter):
     references = "image_cond_hidden_states"
     needs = ("img_ids", "image_cond_hidden_states", "image_cond_ids")
     pipelines = (PIPELINE,)
-    published: ClassVar[Mapping[str, PublishedSize]] = {"flux3": PublishedSize(PIPELINE, 5.5)}
+    published: ClassVar[Mapping[str, PublishedSize]] = {"flux3": PublishedSize(PIPELINE, 5.5, assumed=True)}
     streams = _STREAMS
     stacks: ClassVar[Mapping[str, str]] = {"single_transformer_blocks": "single"}
     attention_arguments = "attention_kwargs"

@@ -18,12 +18,12 @@ REFUSED: Mapping[str, str] = {
         "references beside those of a generation"
     ),
     f"{_AT}z_image.ZImageTransformer2DModel": (
-        "Z-Image-Omni takes lists of pictures and cuts them into tokens in its forward: no argument has a row for each "
-        "token"
+        "Z-Image-Omni takes lists of pictures and cuts them into tokens in its forward, which then run through blocks "
+        "of their own: no argument has a row for each token"
     ),
     f"{_AT}omnigen.OmniGenTransformer2DModel": (
-        "OmniGen takes pictures, cuts them into tokens in its forward and puts them between the words: no argument has "
-        "a row for each token"
+        "OmniGen takes pictures, cuts them into tokens in its forward and puts them between the words, where its mask "
+        "of all rows and its positions count them: no argument has a row for each token"
     ),
     f"{_AT}ltx2.LTX2VideoTransformer3DModel": (
         "LTX-2's references are frames of a video whose blocks look at sound too, with times by row and masks between "

@@ -62,6 +62,8 @@ def test_estimate_knows_the_steps_and_the_references_of_a_model(
         assert main(["estimate", "--model", str(model), "--references", "3"]) == 2
         assert "FluxKontextPipeline takes one reference image, got 3" in capsys.readouterr().err
     assert "text encoders and VAE are not in it" in run("estimate", "--model", "kontext")
+    assert "published size of flux3 is not known" in run("estimate", "--model", "flux3")
+    assert "is not known" not in run("estimate", "--model", "kontext")
     assert main(["estimate", "--model", "kontex"]) == 2
     assert "got kontex; did you mean 'kontext'?" in capsys.readouterr().err
 

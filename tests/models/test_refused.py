@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 import sparse_ref_attn as sra
@@ -21,6 +23,27 @@ def test_it_is_refused_with_its_reason(name: str) -> None:
             adapter_for(object.__new__(kind))
         assert str(error.value).endswith(REFUSED[name])
         assert kind.__name__ in str(error.value)
+
+
+TAKEN = {
+    "QwenImage21Transformer2DModel": ("img_mask", "kv_cache", "kv_cache_mode"),
+    "GlmImageTransformer2DModel": ("kv_caches", "prior_token_id"),
+    "ZImageTransformer2DModel": ("x", "cap_feats", "image_noise_mask"),
+    "OmniGenTransformer2DModel": ("input_ids", "input_img_latents", "input_image_sizes"),
+    "LTX2VideoTransformer3DModel": ("audio_hidden_states", "video_self_attention_mask", "video_keyframes_mask"),
+    "WanAnimate2Transformer3DModel": ("condition_latents", "kv_cache", "kv_cache_mode"),
+}
+"""What of a model's call its reason speaks of."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_its_call_is_as_the_reason_says(name: str) -> None:
+    """A diffusers in which it is another wants another reason, or an adapter."""
+    cls = load_class(name)
+    parameters = inspect.signature(cls.forward).parameters
+    assert set(TAKEN[cls.__name__]) <= set(parameters)
+    if cls.__name__ in ("ZImageTransformer2DModel", "OmniGenTransformer2DModel"):
+        assert not {"img_ids", "img_shapes", "shape_list"} & set(parameters)
 
 
 def test_an_adapter_of_somebodys_own_serves_it() -> None:
