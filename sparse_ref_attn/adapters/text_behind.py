@@ -16,6 +16,7 @@ def text_first(x: Tensor, text: int) -> Tensor:
 
     Examples
     --------
+    >>> import torch
     >>> text_first(torch.tensor([[1, 2, 3, 9]]), 1)
     tensor([[9, 1, 2, 3]])
     """

@@ -97,16 +97,6 @@ def test_guidance_and_a_picture_in_the_sequence() -> None:
     assert np.isfinite(CASE.call(pipe, **prompt((16,)))).all()
 
 
-def test_a_call_without_an_image_prompt_is_itself() -> None:
-    plain = CASE.build()
-    pipe = build()
-    dense = CASE.call(plain)
-    with sra.patched(pipe, sra.SparseRef("mass", 0.5), adapter=sra.IPAdapterTokens()):
-        embeds = prompt()
-        got = CASE.call(pipe, **{name: [torch.zeros_like(x) for x in values] for name, values in embeds.items()})
-    assert got.shape == dense.shape
-
-
 @pytest.mark.parametrize(
     ("config", "words"),
     [
