@@ -41,7 +41,8 @@ def with_text_first(attend: Route, text: int) -> Route:
 
     def turned(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
         given = text_first_mask(mask, text)
-        out = attend(i, *(text_first(x, text) for x in (q, k, v)), given, _turned(own, q.shape[1], given, text))
+        user = _turned(own, q.shape[1], given, text)
+        out = attend(i, text_first(q, text), text_first(k, text), text_first(v, text), given, user)
         return out.roll(-text, 1)
 
     return turned

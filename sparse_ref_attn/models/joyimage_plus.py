@@ -78,7 +78,7 @@ class JoyImageEditPlusAdapter(Adapter):
     def shapes(self, kwargs: Kwargs) -> list[tuple[int, int, int]] | None:
         """Frames, height and width in tokens of the generation and of each reference; None where samples differ."""
         samples = [[tuple(shape) for shape in sample] for sample in kwargs.get("shape_list") or []]
-        return samples[0] if samples and all(sample == samples[0] for sample in samples) else None  # type: ignore[return-value]
+        return samples[0] if samples and all(sample == samples[0] for sample in samples) else None
 
     def find(self, kwargs: Kwargs) -> Found | None:
         shapes = self.shapes(kwargs)
@@ -158,15 +158,16 @@ class JoyImageEditPlusAdapter(Adapter):
         return [last.register_forward_hook(InstanceHook(last, whole)).remove]
 
     def shape(self, transformer: nn.Module) -> ModelShape:
-        config, embedder = transformer.config, transformer.img_in
+        config: Any = transformer.config
+        embedder: Any = transformer.img_in
         shape = ModelShape.from_module(
             transformer,
             self.streams,
-            attention_layers=config.num_layers,  # type: ignore[union-attr]
-            head_dim=config.hidden_size // config.num_attention_heads,  # type: ignore[union-attr, operator]
+            attention_layers=config.num_layers,
+            head_dim=config.hidden_size // config.num_attention_heads,
             blocks=[block.name for block in self.blocks(transformer)],
         )
-        patch = embedder.weight.numel()  # type: ignore[union-attr, operator]
+        patch = embedder.weight.numel()
         return replace(shape, image=shape.image + patch, leading=tuple(n + patch for n in shape.leading))
 
 
