@@ -92,10 +92,18 @@ class TiledCache:
         for own, given in zip(held, (k, v), strict=True):
             own.copy_(given)
         self.ranking.forget(layer)
-        if self.ranking.cells is not None:
-            means = self.ranking.cells.means
-            self._means[layer] = (means(held[0], self._seen), means(held[1], self._seen))
+        self._pool(layer)
         return change
+
+    def _pool(self, layer: int) -> None:
+        if self.ranking.cells is not None:
+            k, v = (self.ranking.cells.means(x, self._seen) for x in self._rows[layer])
+            self._means[layer] = (k, v)
+
+    def adopt(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Take a layer's k and v (B, R, H, C) as they lie, not to be changed by anybody, and keep its ranking."""
+        self._rows[layer] = (k, v)
+        self._pool(layer)
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
         """The layer's k and v (B, R, H, C)."""

@@ -151,6 +151,18 @@ def test_a_budget_that_changes_at_every_step_is_a_prefix() -> None:
 
 
 @torch.no_grad()
+def test_a_step_may_read_everything_between_others() -> None:
+    """Tiles rank for the steps that read a part, though another reads more than any ranking holds."""
+    budget = sra.Pieces((0.2, 0.5, 1.0, 0.3), (0.2, 0.5, 0.8))
+    calls, record = run("klein", tiled(budget, refresh=sra.Never()), steps=4)
+    assert [step.kept for step in record.steps] == [96, 48, 96, 29]
+    fresh = CASES["klein"].build().transformer
+    for i in (1, 3):
+        by = by_hand(record, calls[i].text, i)
+        assert error(calls[i].sample[:, :GENERATION], wanted(fresh, calls[i], calls[0], by)) < ROUNDING
+
+
+@torch.no_grad()
 def test_a_budget_that_the_mass_decides() -> None:
     """Nobody knows before the first full step how many tokens tiles will read."""
     calls, record = run("klein", tiled(sra.TopP(0.5), refresh=sra.At((2,))), references=2, steps=4)
