@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
 
+import diffusers
 import torch
 
 import sparse_ref_attn as sra
@@ -53,7 +54,7 @@ def arguments(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     ids = [torch.cartesian_prod(torch.tensor([frame]), *(torch.arange(float(SIDE)),) * 2) for frame in (0.0, 1.0)]
     given = {
         "hidden_states": torch.randn(1, 2 * SIDE**2, 64), "encoder_hidden_states": torch.randn(1, TEXT, 32),
-        "pooled_projections": torch.randn(1, 32), "timestep": torch.ones(1), "guidance": torch.ones(1),
+        "pooled_projections": torch.randn(1, 32), "guidance": torch.ones(1),
     }  # fmt: skip
     tables = {"img_ids": torch.cat(ids), "txt_ids": torch.zeros(TEXT, 3)}
     return {name: x.to(device, dtype) for name, x in given.items()} | {n: x.to(device) for n, x in tables.items()}
@@ -86,17 +87,20 @@ def bench(blocks: int | None, rounds: int, device: torch.device, dtype: torch.dt
 def one_run(
     transformer: Any, kwargs: Mapping[str, Any], method: sra.SparseRef
 ) -> list[tuple[str, tuple[float, float]]]:
-    """Of each step its kind, and CPU seconds with the patch and, on the same rows, without."""
-    found = []
-    with sra.patched(transformer, method) as handle:
-        handle.begin(steps=STEPS)
-        for step in range(STEPS):
-            handle.step(step)
-            took = _cpu_seconds(transformer, kwargs)
+    """Of each step of a pipeline's loop its kind, and CPU seconds with the patch and, on the same rows, without."""
+    scheduler, found, latents = diffusers.FlowMatchEulerDiscreteScheduler(), [], kwargs["hidden_states"]
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = diffusers.FluxKontextPipeline(scheduler=scheduler, transformer=transformer, **parts)
+    with sra.patched(pipe, method) as handle:
+        scheduler.set_timesteps(STEPS)
+        for now in scheduler.timesteps:
+            given = {**kwargs, "timestep": (now / 1000).expand(1).to(latents)}
+            took = _cpu_seconds(transformer, given)
             record = handle.record.steps[-1]
             with handle._generations.resting():
-                plain = _cpu_seconds(transformer, _same_rows(transformer, kwargs, record, handle.record.layout))
+                plain = _cpu_seconds(transformer, _same_rows(transformer, given, record, handle.record.layout))
             found.append((record.kind, (took, plain)))
+            scheduler.step(latents, now, latents)
     return found
 
 

@@ -137,7 +137,8 @@ class Cache:
     With ``per="tile"`` cached steps attend by `functional.gather_attention` whatever attention backend was chosen for
     the model. Where a gradient is wanted of such a step its definition computes it, which holds the whole score matrix.
     A budget that keeps every token is read as with ``per="run"``, and nothing is measured for it. `rows` has no
-    meaning: all are held, in the order of the tokens.
+    meaning: all are held, in the order of the tokens. On Klein-KV they are the pipeline's own, and tiles rank in the
+    step that stores them and in later profiling steps, which read everything.
 
     Examples
     --------

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from pathlib import Path
 
 from .cpu_abi import FUNCTIONS, TARGETS, VERSION, AttendTilesArgs
-from .loaded import Loaded, first_of
+from .loaded import Finder, Loaded
 from .places import CPU_LIBRARY, bundled_library, cached_library
 
 __all__ = ["CpuLibrary", "library"]
@@ -76,15 +75,5 @@ class CpuLibrary(Loaded):
         raise self._refusal(code, "sra_cpu_attend_tiles")
 
 
-@cache
-def library() -> CpuLibrary:
-    """The library of this process: the one in the user's cache, else the one that the installed package carries.
-
-    Raises
-    ------
-    BuildError
-        If there is none, or it cannot be loaded.
-    VersionError
-        If it was built from another version of sra_cpu.h.
-    """
-    return CpuLibrary(first_of((cached_library(CPU_LIBRARY), bundled_library(CPU_LIBRARY)), "C++"))
+library = Finder(CpuLibrary, lambda: (cached_library(CPU_LIBRARY), bundled_library(CPU_LIBRARY)), "C++")
+"""The library of this process: the one in the user's cache, else the one that the installed package carries."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from pathlib import Path
 
 from ..errors import BuildError, KernelError
 from .abi import FUNCTIONS, VERSION, Code
-from .loaded import REBUILD, Loaded, first_of
+from .loaded import REBUILD, Finder, Loaded
 from .places import bundled_library, cached_library
 
 __all__ = ["Library", "library"]
@@ -78,15 +77,5 @@ class Library(Loaded):
         return tuple(archs.split()), built_by
 
 
-@cache
-def library() -> Library:
-    """The library of this process: the one in the user's cache, else the one that the installed package carries.
-
-    Raises
-    ------
-    BuildError
-        If there is none, or it cannot be loaded.
-    VersionError
-        If it was built from another version of sra.h.
-    """
-    return Library(first_of((cached_library(), bundled_library()), "CUDA C++"))
+library = Finder(Library, lambda: (cached_library(), bundled_library()), "CUDA C++")
+"""The library of this process: the one in the user's cache, else the one that the installed package carries."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from ..errors import BuildError, ConfigError, LayoutError, VersionError
 from .abi import Code
 
-__all__ = ["REBUILD", "Loaded", "first_of"]
+__all__ = ["REBUILD", "Finder", "Loaded"]
 
+L = TypeVar("L")
 REBUILD = "`sra build-kernels` builds it (ninja_build.md)"
 
 
@@ -56,9 +57,55 @@ class Loaded:
         return (ConfigError if code == Code.UNSUPPORTED else LayoutError)(f"{name}: {words}")
 
 
-def first_of(paths: Iterable[Path], kernels: str) -> Path:
-    """The first file that there is; raises BuildError where there is none."""
-    for path in paths:
-        if path.is_file():
-            return path
-    raise BuildError(f"the library of {kernels} kernels must be built first, got none; {REBUILD}")
+class Finder(Generic[L]):
+    """The library of this process, loaded when it is first asked for; what stands in its way is found once, too.
+
+    Parameters
+    ----------
+    load : callable
+        A path to the loaded library.
+    paths : callable
+        Where it may lie, the best place first.
+    kernels : str
+        What it holds, in words.
+
+    Notes
+    -----
+    Dispatch asks in every call, and a file that is not there would be looked for each time.
+    """
+
+    def __init__(self, load: Callable[[Path], L], paths: Callable[[], Iterable[Path]], kernels: str) -> None:
+        self._load, self._paths, self._kernels = load, paths, kernels
+        self._found: L | None = None
+        self._fault: tuple[type[BuildError | VersionError], str] | None = None
+
+    def __call__(self) -> L:
+        """The library.
+
+        Raises
+        ------
+        BuildError
+            If there is none, or it cannot be loaded.
+        VersionError
+            If it was built from another version of the header.
+        """
+        if self._fault is not None:
+            kind, words = self._fault
+            raise kind(words)
+        if self._found is None:
+            try:
+                self._found = self._load(self._first())
+            except (BuildError, VersionError) as error:
+                self._fault = type(error), str(error)
+                raise
+        return self._found
+
+    def forget(self) -> None:
+        """Look again: a library was built."""
+        self._found = self._fault = None
+
+    def _first(self) -> Path:
+        for path in self._paths():
+            if path.is_file():
+                return path
+        raise BuildError(f"the library of {self._kernels} kernels must be built first, got none; {REBUILD}")

@@ -24,9 +24,9 @@ from . import stand_in
 def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(library, "cached_library", lambda: tmp_path / "cache" / places.LIBRARY)
     monkeypatch.setattr(library, "bundled_library", lambda: tmp_path / "package" / places.LIBRARY)
-    library.library.cache_clear()
+    library.library.forget()
     yield
-    library.library.cache_clear()
+    library.library.forget()
 
 
 def give(path: Path, text: str = stand_in.TEXT) -> Path:
@@ -56,7 +56,7 @@ def test_not_built(nothing_built: None) -> None:
 def test_the_users_own_build_comes_before_the_installed_one(nothing_built: None, tmp_path: Path) -> None:
     bundled = give(tmp_path / "package" / places.LIBRARY)
     assert library.library().path == bundled
-    library.library.cache_clear()
+    library.library.forget()
     mine = give(tmp_path / "cache" / places.LIBRARY)
     assert library.library().path == mine
     assert library.library().archs == ("80", "90a")
