@@ -62,6 +62,17 @@ def test_a_cached_step_reads_what_each_tile_chose_and_the_means_of_the_rest(name
 
 
 @joint
+@torch.no_grad()
+def test_means_may_be_by_the_attention_that_the_tokens_got(name: str) -> None:
+    calls, record = run(name, tiled(rest="weighted"), steps=2)
+    fresh, call = CASES[name].build().transformer, calls[1]
+    by = by_hand(record, call.text, 1, weighted=True)
+    got = call.sample[:, :GENERATION]
+    assert error(got, wanted(fresh, call, calls[0], by)) < ROUNDING
+    assert error(got, wanted(fresh, call, calls[0], by_hand(record, call.text, 1))) > 3 * ROUNDING
+
+
+@joint
 def test_refreshed_at_every_step_is_the_unpatched_pipeline_bit_for_bit(name: str) -> None:
     case, pipe = CASES[name], CASES[name].build()
     dense = case.call(pipe, steps=3, cfg=case.cfg)

@@ -55,6 +55,15 @@ def test_a_cached_step_reads_what_each_tile_chose_and_the_means_of_the_rest(refe
 
 
 @torch.no_grad()
+def test_means_may_be_by_the_attention_that_the_tokens_got() -> None:
+    calls, record = run("klein_kv", tiled(rest="weighted"), references=2, steps=2, batch=2)
+    fresh, call = CASE.build().transformer, calls[1]
+    by = by_hand(record, call.text, 1, weighted=True)
+    assert error(call.sample, wanted(fresh, call, calls[0], by)) < ROUNDING
+    assert error(call.sample, wanted(fresh, call, calls[0], by_hand(record, call.text, 1))) > 3 * ROUNDING
+
+
+@torch.no_grad()
 def test_a_budget_that_changes_is_a_prefix_and_one_of_everything_the_models_own_step() -> None:
     budget = sra.Pieces((0.2, 0.5, 1.0, 0.3), (0.2, 0.5, 0.8))
     calls, record = run("klein_kv", tiled(budget), references=2, steps=4)
@@ -73,7 +82,7 @@ def test_a_budget_of_everything_is_the_unpatched_pipeline_bit_for_bit_and_measur
     with sra.patched(pipe, tiled(1.0)) as handle:
         assert np.array_equal(CASE.call(pipe, references=3, batch=2), dense)
         assert handle.record.tiles is None
-        assert handle.record.steps[-1].cache_bytes > handle.record.dense_cache_bytes  # the means beside it
+        assert handle.record.steps[-1].cache_bytes == handle.record.dense_cache_bytes
     with sra.patched(pipe, sra.SparseRef(sra.AttentionMass("all"), 1.0, "cache")) as plain:
         CASE.call(pipe, references=3, batch=2)
     assert handle.record.scoring_flops == plain.record.scoring_flops > 0

@@ -140,7 +140,7 @@ class Settings:
             "rerank_every": self.pick((None, 1, 2), (0, 1.0)),
             "per": self.pick((None, "tile"), ("layer",)),
             "tile": self.pick((None, 1, 2, 3, 9), (0, 2.0)),
-            "rest": self.pick((None, "means", "none"), ("mean",)),
+            "rest": self.pick((None, "means", "weighted", "none"), ("mean",)),
             "cell": self.pick((None, 1, 3, 4), (0, -1)),
             "refresh": self.pick(self._refreshes(), (sra.At((self.steps,)), sra.Drift(0.2), 4, "never")),
         }

@@ -120,6 +120,8 @@ class ByTile:
                 mass = _mass(call, held, q.detach(), k.detach(), lse, keys)
                 if ranks:
                     held.ranking.rank(layer, mass, most)
+                    if self._way.rest == "weighted":
+                        held.cache.weigh(layer, held.ranking.pooled(mass))
                 if measured:
                     pooled = held.ranking.pooled(mass)[layout.conditional or slice(None)]
                     run.observed(call.at.step, site, pooled)
