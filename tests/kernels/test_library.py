@@ -137,3 +137,13 @@ def test_what_it_cannot_do_is_said_in_words(nothing_built: None) -> None:
     x = torch.zeros(4, 2, 65, dtype=torch.bfloat16)[..., :64]
     with pytest.raises(ConfigError, match=r"needs every row to start at a multiple of 16 bytes"):
         gather_attention(x, x, x, backend="cuda")
+
+
+def test_a_library_that_is_not_there_is_looked_for_once(nothing_built: None, tmp_path: Path) -> None:
+    """Every call of "auto" asks for it; until somebody has built it, the answer stays."""
+    for _ in range(2):
+        with pytest.raises(BuildError, match="must be built first"):
+            library.library()
+        mine = give(tmp_path / "cache" / places.LIBRARY)
+    library.library.forget()
+    assert library.library().path == mine
