@@ -181,19 +181,6 @@ def configurations(path: Path, card: str) -> str:
     return "\n".join([*lines, "", f"Triton {rows[0]['triton']}, its ptxas."])
 
 
-def host(path: Path) -> str:
-    """Markdown of the latest rows about the library's own CPU time."""
-    rows = read(path)
-    latest = {(row["method"], row["step"]): row for row in rows}
-    lines = ["| method | step | unpatched, ms | the library, ms | middle half |", "|---|---|--:|--:|--:|"]
-    for (method, step), row in latest.items():
-        own, low, high = (f"{float(row[name]):.1f}" for name in ("cpu_ms_of_library", "quarter", "three_quarters"))
-        lines.append(f"| {method} | {step} | {float(row['cpu_ms_unpatched']):.1f} | {own} | {low} to {high} |")
-    last = rows[-1]
-    sizes = f"{last['depth']} blocks, width {last['width']}, {last['generation']} + {last['reference']} tokens"
-    return "\n".join([*lines, "", f"{sizes}; load {last['load']} on the machine. {_environment(last)}"])
-
-
 def _environment(row: dict[str, str]) -> str:
     return (
         f"{row['device']}, {row['threads']} threads, {row['dtype']}, torch {row['torch']}, diffusers "
@@ -219,8 +206,6 @@ def insert(text: str) -> str:
             made = fitting()
         elif name.startswith("configurations_"):
             made = configurations(RESULTS / "configurations.csv", name.removeprefix("configurations_"))
-        elif name == "host_cpu":
-            made = host(RESULTS / "host_cpu.csv")
         elif name in READINGS | RESTS:
             made = (READINGS | RESTS)[name](RESULTS / "studies")
         elif name in EVALUATIONS:
