@@ -18,6 +18,7 @@ __all__ = ["LEVELS", "main"]
 LEVELS = {
     "ops": ("bench_ops", "attention and its score alone, beside what one would write or install instead"),
     "steps": ("bench_steps", "one transformer call, and one of its blocks"),
+    "host": ("bench_host", "what the library itself costs the CPU in a step"),
     "pipeline": ("bench_pipeline", "whole pipe() calls by every method; suites of cases, the real size among them"),
     "batch": ("bench_batch", "items with references of their own: one by one, as one batch, padded"),
     "configurations": ("configurations", "what the compiler makes of the Triton kernels' tables; needs no card"),

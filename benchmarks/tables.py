@@ -19,6 +19,7 @@ from .fitting import fitting
 from .frontier import frontier
 from .preset_table import presets
 from .readings import TABLES as READINGS
+from .rests import TABLES as RESTS
 from .results import RESULTS, read
 
 ROOT = RESULTS.parent.parent
@@ -205,8 +206,8 @@ def insert(text: str) -> str:
             made = fitting()
         elif name.startswith("configurations_"):
             made = configurations(RESULTS / "configurations.csv", name.removeprefix("configurations_"))
-        elif name in READINGS:
-            made = READINGS[name](RESULTS / "studies")
+        elif name in READINGS | RESTS:
+            made = (READINGS | RESTS)[name](RESULTS / "studies")
         elif name in EVALUATIONS:
             made = learned(RESULTS / "eval/summary.csv", *EVALUATIONS[name])
         else:

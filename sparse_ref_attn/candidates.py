@@ -66,6 +66,6 @@ def held_back(config: SparseRef) -> str:
     >>> held_back(CANDIDATES["stored-halves"])
     ''
     """
-    if isinstance(config.execute, Cache) and config.execute.per == "tile":
+    if config.per == "tile":
         return "reading per tile saves work; in the rows measured so far it takes longer than reading everything"
     return ""

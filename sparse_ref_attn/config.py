@@ -219,6 +219,11 @@ class SparseRef:
         """As in `Cache`; None without a cache."""
         return self.execute.refresh if isinstance(self.execute, Cache) else None
 
+    @property
+    def per(self) -> str:
+        """As in `Cache`; "run" without a cache."""
+        return self.execute.per if isinstance(self.execute, Cache) else "run"
+
     def probes(self) -> tuple[Probe, ...]:
         """Attention that must be measured: what the selector asks for, and what guard and budget need besides."""
         found = list(self.select.probes()) if isinstance(self.select, Selector) else []

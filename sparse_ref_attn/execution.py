@@ -17,7 +17,7 @@ EXECUTIONS = ("tokens", "cache", "both")
 PROFILES = ("step", "in_flight")
 CACHE_ROWS = ("budget", "all")
 PERS = ("run", "tile")
-RESTS = ("means", "none")
+RESTS = ("means", "weighted", "none")
 NAMES = {"profile": PROFILES, "cache_rows": CACHE_ROWS, "per": PERS, "rest": RESTS}
 
 
@@ -121,9 +121,10 @@ class Cache:
         `rerank_every` or ``first="kept"``; masks must be of keys.
     tile : int
         With ``per="tile"``, the side of a tile in generation tokens, >= 1; tiles at the edges are smaller.
-    rest : {"means", None}
+    rest : {"means", "weighted", None}
         With ``per="tile"``, how a tile sees the tokens that it does not read: by the mean key and value of each cell
-        of a reference's grid, counted as often as the cell has such tokens, or not at all.
+        of a reference's grid, counted as often as the cell has such tokens, or not at all. "weighted" means are by the
+        attention that all of the generation paid the tokens at the last full step.
     cell : int
         Side of a cell in reference tokens, >= 1; cells at the edges are smaller.
 
@@ -137,7 +138,8 @@ class Cache:
     With ``per="tile"`` cached steps attend by `functional.gather_attention` whatever attention backend was chosen for
     the model. Where a gradient is wanted of such a step its definition computes it, which holds the whole score matrix.
     A budget that keeps every token is read as with ``per="run"``, and nothing is measured for it. `rows` has no
-    meaning: all are held, in the order of the tokens.
+    meaning: all are held, in the order of the tokens. On Klein-KV they are the pipeline's own, and tiles rank in the
+    step that stores them and in later profiling steps, which read everything.
 
     Examples
     --------
@@ -194,8 +196,8 @@ rest='means', cell=4)
             side = getattr(self, name)
             if isinstance(side, bool) or not isinstance(side, int) or side < 1:
                 raise ConfigError(f"{name} must be the side of a square of tokens, an int of at least 1, got {side!r}")
-        if self.rest is not None and not is_one_of(self.rest, RESTS[:1]):
-            raise ConfigError(f'rest must be "means" or None, got {self.rest!r}')
+        if self.rest is not None and not is_one_of(self.rest, RESTS[:-1]):
+            raise ConfigError(f'rest must be "means", "weighted" or None, got {self.rest!r}')
         if self.per == "run":
             given = [name for name in ("tile", "rest", "cell") if getattr(self, name) != getattr(Cache, name)]
             if given:
@@ -219,7 +221,8 @@ rest='means', cell=4)
         """How stored tokens are read, in words; nothing where one ranking serves the run."""
         if self.per == "run":
             return ""
-        means = "" if self.rest is None else f" + means {self.cell}x{self.cell}"
+        means = {None: "", "means": " + means"}.get(self.rest, f" + {self.rest} means")
+        means += "" if self.rest is None else f" {self.cell}x{self.cell}"
         return f" per tile {self.tile}x{self.tile}{means}"
 
 
@@ -268,7 +271,7 @@ def execution(way: object, settings: Mapping[str, Any]) -> Execution:
                 f"{way.name!r} and {given.get('rerank_every')}"
             )
         given |= {"rows": given.pop("cache_rows")} if "cache_rows" in given else {}
-        if is_one_of(given.get("rest"), RESTS[1:]):
+        if is_one_of(given.get("rest"), RESTS[-1:]):
             given["rest"] = None
     else:
         if "layers" in given:

@@ -45,10 +45,10 @@ def library_at(path: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_library, "cached_library", lambda name: path)
         patch.setattr(cpu_library, "bundled_library", lambda name: path)
-        cpu_library.library.cache_clear()
+        cpu_library.library.forget()
         fault_of.cache_clear()
         yield
-    cpu_library.library.cache_clear()
+    cpu_library.library.forget()
     fault_of.cache_clear()
 
 

@@ -13,7 +13,7 @@ from benchmarks import readings
 from benchmarks.studies import caches, cases, reading, reading_work
 from benchmarks.studies.generator import Generator, Run
 from benchmarks.studies.questions import Question
-from benchmarks.studies.stored import Reading, _cells, _Run, stored, work
+from benchmarks.studies.stored import Reading, StoredRun, _cells, stored, work
 from benchmarks.studies.study import DIGITS
 from sparse_ref_attn.eval.models import EvalModel
 from sparse_ref_attn.eval.rows import Rows
@@ -133,7 +133,7 @@ def test_means_bring_the_picture_nearer(generator, cell):
 
 def ranked(per, share, cell=0):
     """A run with 4 x 4 generation tokens, two text rows and two references of 2 x 4, whose mass is known."""
-    run = _Run(adapter_for(toy_pipeline().transformer), Reading((0,), per, share, 2, cell))
+    run = StoredRun(adapter_for(toy_pipeline().transformer), Reading((0,), per, share, 2, cell))
     run.layout = TokenLayout(32, 2, (0, 16), (Reference(16, 8, (2, 4)), Reference(24, 8, (2, 4))))
     tiles = torch.full((4, 16), 0.01)
     tiles[torch.arange(4), torch.tensor([3, 7, 11, 15])] = 1.0

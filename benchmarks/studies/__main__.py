@@ -24,6 +24,7 @@ from . import (
     methods,
     reading,
     reading_work,
+    rest,
     reuse,
     sparse_context,
     stability,
@@ -35,7 +36,7 @@ from .study import Study
 
 PICTURES = {
     "methods": methods, "tasks": tasks, "sweep": sweep, "direction": direction, "reuse": reuse, "caches": caches,
-    "sparse_context": sparse_context, "reading": reading,
+    "sparse_context": sparse_context, "reading": reading, "rest": rest,
 }  # fmt: skip
 ATTENTION = {"mass": mass.STUDY, "stability": stability.STUDY}
 OTHERS = {"reading_work": reading_work.STUDY, "fewer_steps": fewer_steps.STUDY}

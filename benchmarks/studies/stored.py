@@ -20,7 +20,7 @@ from sparse_ref_attn.cost import Flops, ModelShape, StepTokens, run_flops, scori
 from sparse_ref_attn.hooks.diffusers import Attention, routed_attention
 from sparse_ref_attn.types import TokenLayout
 
-__all__ = ["Reading", "stored", "work"]
+__all__ = ["Reading", "StoredRun", "stored", "work"]
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def work(shape: ModelShape, reading: Reading, text: int, generation: int, refere
 
 
 @contextmanager
-def stored(transformer: nn.Module, adapter: Adapter, reading: Reading) -> Iterator[None]:
+def stored(transformer: nn.Module, adapter: Adapter, reading: Reading, run: StoredRun | None = None) -> Iterator[None]:
     """Inside, one run of a pipeline goes as `reading` says; calls are counted from 0."""
-    run = _Run(adapter, reading)
+    run = run or StoredRun(adapter, reading)
     hook = transformer.register_forward_pre_hook(run.before, with_kwargs=True)
     try:
         with routed_attention(adapter.sites(transformer), run.attend):
@@ -116,7 +116,7 @@ def stored(transformer: nn.Module, adapter: Adapter, reading: Reading) -> Iterat
 
 
 @dataclass
-class _Run:
+class StoredRun:
     """What a run has stored: K and V (1, R, H, C) and, where ranked, mass (tiles, R) of each layer."""
 
     adapter: Adapter
@@ -173,7 +173,7 @@ class _Run:
 
     def attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
         if self.reads:
-            return self._read(i, q, k, v, own)
+            return self.read(i, q, k, v, own)
         if self.rows is None:
             self.keys[i], self.values[i] = k[:, self.own :].clone(), v[:, self.own :].clone()
         else:
@@ -203,7 +203,7 @@ class _Run:
         side = math.isqrt(self.generation)
         return _cells([(side, side)], self.reading.tile)
 
-    def _read(self, i: int, q: Tensor, k: Tensor, v: Tensor, own: Attention) -> Tensor:
+    def read(self, i: int, q: Tensor, k: Tensor, v: Tensor, own: Attention) -> Tensor:
         if self.reading.per == "all":
             return own(self._beside(k, self.keys[i]), self._beside(v, self.values[i]))
         means = self._means()
@@ -224,12 +224,19 @@ class _Run:
 
     def _chosen(self, i: int) -> Tensor:
         """Which reference tokens each text and generation query reads, (own rows, R) bool."""
+        return self.chosen(i)[self.groups()]
+
+    def groups(self) -> Tensor:
+        """Which row of `chosen` is each text and generation query's, (own rows,)."""
         assert self.layout is not None
+        return torch.cat([torch.zeros(self.layout.text, dtype=torch.long), 1 + self._tiles()])
+
+    def chosen(self, i: int) -> Tensor:
+        """Which reference tokens the text, and then each tile, read in a layer, (1 + tiles, R) bool."""
         mass = self.mass[i] if self.reading.per != "run" else torch.stack(list(self.mass.values())).sum(0)
         ranked = torch.cat([mass.sum(0, keepdim=True), mass])
         best = ranked.topk(round(self.reading.share * mass.shape[1]), -1).indices
-        read = torch.zeros(ranked.shape, dtype=torch.bool).scatter_(1, best, True)
-        return torch.cat([read[:1].expand(self.layout.text, -1), read[1:][self._tiles()]])
+        return torch.zeros(ranked.shape, dtype=torch.bool).scatter_(1, best, True)
 
     def _means(self) -> Tensor | None:
         """(cells, R): 1 where a token is of a cell."""

@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rest",
         **values.one_of(RESTS),
-        help="with --per tile, how it sees what it does not read: by the means of cells, or not (default: means)",
+        help="with --per tile, how it sees what it does not read: by the means of cells, by means weighted by "
+        "attention, or not (default: means)",
     )
     group.add_argument("--cell", type=values.above(1), metavar="N", help="side of these cells (default: 4)")
     group.add_argument(

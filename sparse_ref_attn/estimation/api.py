@@ -22,7 +22,7 @@ from ..hooks.compiled import unwrap
 from ..hooks.diffusers import gives_lse
 from ..models import adapter_for, edit_facts
 from ..patching import transformer_of
-from ..patching.execution.joint import check_cache, check_not_kept
+from ..patching.execution.joint import check_cache
 from ..presets import configuration
 from ..refresh import Drift
 from ..types import Reference, TokenLayout
@@ -133,8 +133,6 @@ def estimate(
         adapter.check_depth(transformer)
     sites = adapter.sites(transformer)
     kept_by_model = adapter.cache is not None and adapter.cache.kept_by(transformer)
-    if kept_by_model:
-        check_not_kept(config, adapter.name)
     run = PlannedRun.of(config, sites, layout, steps, kept_by_model)
     probing, kinds, tokens = run.probing, run.kinds, run.tokens
     if probing.probes:
@@ -153,7 +151,8 @@ def estimate(
         room = branches * room_bytes(shape, text_tokens + full.generation, batch)
     kept_kv = branches * reference_kv_bytes(shape, max(run.stored, default=full.references), batch)
     held_kv = kept_kv
-    if run.line.stores and (probing.probes or config.cache_rows == "all"):  # every row, before the ranking is known
+    whole = config.per == "tile" or (run.line.stores and (probing.probes or config.cache_rows == "all"))
+    if whole:  # every row, at least before the ranking is known
         held_kv = branches * reference_kv_bytes(shape, full.references, batch)
 
     def peak(step: StepTokens) -> Memory:

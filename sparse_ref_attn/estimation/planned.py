@@ -41,7 +41,8 @@ class PlannedRun:
     means : int
         Means of cells that a step reads beside a part of the tokens.
     ranked : frozenset of int
-        Full steps in which every layer is measured, for tiles that read a part until the next one.
+        Steps in which every layer is measured, for tiles that read a part until the next one: full ones, or those of a
+        model's own cache that store or profile.
     """
 
     probing: Probing
@@ -74,14 +75,16 @@ class PlannedRun:
         kinds, kept = ["cached" if step.reads else step.kind for step in planned], [step.kept for step in planned]
         from_block = [step.from_block for step in planned]
         stored = [n for n, kind in zip(kept, kinds, strict=True) if kind in ("sparse", "cached")]
-        cells = cells_of(config.execute, layout) if isinstance(config.execute, Cache) and _tiled(config) else None
+        tiled = isinstance(config.execute, Cache) and config.per == "tile"
+        cells = cells_of(config.execute, layout) if isinstance(config.execute, Cache) and tiled else None
         means = 0 if cells is None else cells.count
-        tokens = [_rows(layout, step, means) for step in planned]
-        parts = [step.reads and step.kept < layout.reference_tokens for step in planned]
-        full = (i for i, step in enumerate(planned) if _tiled(config) and not step.reads and any(parts[i:]))
+        tokens, full = [_rows(layout, step, means) for step in planned], [not step.reads for step in planned]
         if cached and kept_by_model:
-            kinds, kept, tokens = with_cache(config, layout, kinds, kept)
-        return cls(probing, line, kinds, kept, from_block, tokens, stored, means, frozenset(full))
+            full = [i == 0 or kind == "profile" for i, kind in enumerate(kinds)]
+            kinds, kept, tokens = with_cache(config, layout, kinds, kept, means)
+        parts = [kind == "cached" and n < layout.reference_tokens for kind, n in zip(kinds, kept, strict=True)]
+        ranked = frozenset(i for i, own in enumerate(full) if tiled and own and any(parts[i:]))
+        return cls(probing, line, kinds, kept, from_block, tokens, stored, means, ranked)
 
     def reads_all(self, total: int) -> bool:
         """Whether references are stored, and every step that reads them reads all `total` tokens."""
@@ -99,10 +102,6 @@ class PlannedRun:
     def _read(self) -> list[int]:
         """Tokens of the steps that read what was stored."""
         return [kept for kept, kind in zip(self.kept, self.kinds, strict=True) if kind == "cached"]
-
-
-def _tiled(config: SparseRef) -> bool:
-    return isinstance(config.execute, Cache) and config.execute.per == "tile"
 
 
 def _rows(layout: TokenLayout, step: PlannedStep, means: int) -> StepTokens:

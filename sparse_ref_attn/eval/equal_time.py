@@ -11,7 +11,6 @@ from typing import Any
 from ..batching.progress import NoBar, SequentialBar
 from ..cost import Flops
 from ..errors import ConfigError, SparseRefError
-from ..execution import Cache
 from ..hooks.compiled import compiled_blocks, unwrap
 from ..models import adapter_for
 from ..patching import patched
@@ -256,7 +255,7 @@ def _run(
     """Each repeat with the step cache and the patch anew."""
     transformer, record = unwrap(pipe.transformer), dense.handle.record
     own, config, cached = setting.steps or steps, setting.config, setting.step_cache is not None
-    tiles = config is not None and isinstance(config.execute, Cache) and config.execute.per == "tile"
+    tiles = config is not None and config.per == "tile"
     counts = cached and dense.dense_flops is not None and not tiles and not compiled_blocks(transformer)
     times, image, work, tokens = [], None, None, float(record.layout.reference_tokens)
     for _ in range(repeats):

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import BuildError
+from .library import library
 from .places import LIBRARY, cached_library, source_directory, source_files
 from .toolchain import PTX, Toolchain, find_toolchain
 
@@ -129,7 +130,9 @@ def build_kernels(archs: Sequence[str] | None = None, *, verbose: bool = False) 
         As `build_library`.
     """
     target = cached_library()
-    return build_library(target, target.parent / "ninja", archs, verbose=verbose)
+    built = build_library(target, target.parent / "ninja", archs, verbose=verbose)
+    library.forget()
+    return built
 
 
 def _run_ninja(ninja: str, work: Path, verbose: bool) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..errors import BuildError
 from .cpu_abi import TARGETS
+from .cpu_library import library
 from .places import CPU_LIBRARY, cached_library, cpu_source_files, source_directory
 
 __all__ = ["COMPILERS", "build_cpu_kernels", "build_cpu_library", "find_compiler"]
@@ -120,7 +121,9 @@ def build_cpu_kernels(*, verbose: bool = False) -> Path:
     BuildError
         As `build_cpu_library`.
     """
-    return build_cpu_library(cached_library(CPU_LIBRARY), verbose=verbose)
+    built = build_cpu_library(cached_library(CPU_LIBRARY), verbose=verbose)
+    library.forget()
+    return built
 
 
 def _run(command: list[str], verbose: bool) -> None:

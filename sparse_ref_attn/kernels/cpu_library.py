@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from pathlib import Path
 
-from ..errors import BuildError, ConfigError, LayoutError, VersionError
-from .abi import Code
 from .cpu_abi import FUNCTIONS, TARGETS, VERSION, AttendTilesArgs
+from .loaded import Finder, Loaded
 from .places import CPU_LIBRARY, bundled_library, cached_library
 
 __all__ = ["CpuLibrary", "library"]
 
-REBUILD = "`sra build-kernels` builds it (ninja_build.md)"
 
-
-class CpuLibrary:
+class CpuLibrary(Loaded):
     """The functions of sra_cpu.h.
 
     Parameters
@@ -36,19 +32,10 @@ class CpuLibrary:
         If it was built from another version of sra_cpu.h.
     """
 
+    header, prefix, functions, version = "sra_cpu.h", "sra_cpu", FUNCTIONS, VERSION
+
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._loaded = ctypes.CDLL(str(path))
-            for name, (arguments, result) in FUNCTIONS.items():
-                function = getattr(self._loaded, name)
-                function.argtypes, function.restype = arguments, result
-        except (OSError, AttributeError) as error:
-            raise BuildError(f"{path} must be a library of these kernels, got {error}; {REBUILD}") from error
-        if self._loaded.sra_cpu_version() != VERSION:
-            raise VersionError(
-                f"{path} must have version {VERSION} of sra_cpu.h, got {self._loaded.sra_cpu_version()}; {REBUILD}"
-            )
+        super().__init__(path)
         self.target: int = self._loaded.sra_cpu_target()
 
     @property
@@ -85,22 +72,8 @@ class CpuLibrary:
     def _checked(self, code: int) -> int:
         if code >= 0:
             return code
-        said = f"sra_cpu_attend_tiles: {self._loaded.sra_cpu_last_error().decode()}"
-        raise ConfigError(said) if code == Code.UNSUPPORTED else LayoutError(said)
+        raise self._refusal(code, "sra_cpu_attend_tiles")
 
 
-@cache
-def library() -> CpuLibrary:
-    """The library of this process: the one in the user's cache, else the one that the installed package carries.
-
-    Raises
-    ------
-    BuildError
-        If there is none, or it cannot be loaded.
-    VersionError
-        If it was built from another version of sra_cpu.h.
-    """
-    for path in (cached_library(CPU_LIBRARY), bundled_library(CPU_LIBRARY)):
-        if path.is_file():
-            return CpuLibrary(path)
-    raise BuildError(f"the library of C++ kernels must be built first, got none; {REBUILD}")
+library = Finder(CpuLibrary, lambda: (cached_library(CPU_LIBRARY), bundled_library(CPU_LIBRARY)), "C++")
+"""The library of this process: the one in the user's cache, else the one that the installed package carries."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from pathlib import Path
 
-from ..errors import BuildError, ConfigError, KernelError, LayoutError, VersionError
+from ..errors import BuildError, KernelError
 from .abi import FUNCTIONS, VERSION, Code
+from .loaded import REBUILD, Finder, Loaded
 from .places import bundled_library, cached_library
 
 __all__ = ["Library", "library"]
 
-REBUILD = "`sra build-kernels` builds it (ninja_build.md)"
 
-
-class Library:
+class Library(Loaded):
     """The functions of sra.h.
 
     Parameters
@@ -39,19 +37,11 @@ class Library:
         If it was built from another version of sra.h.
     """
 
+    header, prefix, functions, version = "sra.h", "sra", FUNCTIONS, VERSION
+
     def __init__(self, path: Path, device: str = "cuda") -> None:
-        self.path, self.device = path, device
-        try:
-            self._loaded = ctypes.CDLL(str(path))
-            for name, (arguments, result) in FUNCTIONS.items():
-                function = getattr(self._loaded, name)
-                function.argtypes, function.restype = arguments, result
-        except (OSError, AttributeError) as error:
-            raise BuildError(f"{path} must be a library of these kernels, got {error}; {REBUILD}") from error
-        if self._loaded.sra_version() != VERSION:
-            raise VersionError(
-                f"{path} must have version {VERSION} of sra.h, got {self._loaded.sra_version()}; {REBUILD}"
-            )
+        super().__init__(path)
+        self.device = device
         self.archs, self.built_by = self._build() if device == "cuda" else ((), "g++")
 
     def call(self, name: str, arguments: ctypes.Structure, stream: int) -> None:
@@ -71,8 +61,7 @@ class Library:
             return
         if code > 0:
             raise KernelError(f"{name} must run on the device, got CUDA error {code}: {self.error_string(code)}")
-        said = f"{name}: {self._loaded.sra_last_error().decode() or self.error_string(code)}"
-        raise ConfigError(said) if code == Code.UNSUPPORTED else LayoutError(said)
+        raise self._refusal(code, name, self.error_string(code))
 
     def error_string(self, code: int) -> str:
         """What a code means."""
@@ -88,18 +77,5 @@ class Library:
         return tuple(archs.split()), built_by
 
 
-@cache
-def library() -> Library:
-    """The library of this process: the one in the user's cache, else the one that the installed package carries.
-
-    Raises
-    ------
-    BuildError
-        If there is none, or it cannot be loaded.
-    VersionError
-        If it was built from another version of sra.h.
-    """
-    for path in (cached_library(), bundled_library()):
-        if path.is_file():
-            return Library(path)
-    raise BuildError(f"the library of CUDA C++ kernels must be built first, got none; {REBUILD}")
+library = Finder(Library, lambda: (cached_library(), bundled_library()), "CUDA C++")
+"""The library of this process: the one in the user's cache, else the one that the installed package carries."""

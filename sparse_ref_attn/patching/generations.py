@@ -24,8 +24,10 @@ from .attendance import Attendance
 from .call import Execution, GenerationCall
 from .execution.cache import ReferenceStore
 from .execution.depth import ByDepth, check_call
-from .execution.joint import check_cache, check_not_kept
+from .execution.joint import check_cache
 from .execution.model_cache import CacheKeeper
+from .execution.model_rows import RankedKeeper
+from .execution.model_tiles import TiledKeeper
 from .execution.tokens import AtInput
 from .lengths import Lengths, shape_of
 from .ownership import Generation, Ownership, Where
@@ -68,7 +70,9 @@ class Generations:
         if self._probing.probes:
             adapter.check_measurable(transformer)
         check_cache(config, adapter, transformer)
-        self.cache = None if adapter.cache is None else CacheKeeper(adapter, config)
+        self.cache: CacheKeeper[Any] | None = None
+        if adapter.cache is not None:
+            self.cache = (TiledKeeper if config.per == "tile" else RankedKeeper)(adapter, config)
         self.store = ReferenceStore(adapter, config) if isinstance(config.execute, Cache) else None
         self._owners = Ownership(pipe, adapter, config.clock)
         self._lengths = Lengths()
@@ -83,7 +87,9 @@ class Generations:
         """Listen to what the pipeline's VAE encodes, and to which thread its scheduler runs in."""
         self._owners.listen(undo, self._scheduled)
         undo.callback(self._lengths.leave, weakref.ref(transformer))
-        if self.store is not None and not (self.cache is not None and self.cache.hooks.kept_by(transformer)):
+        if self.cache is not None and self.cache.hooks.kept_by(transformer):
+            self.cache.install(transformer)
+        elif self.store is not None:
             self.store.install(transformer)
         vae = getattr(None if self._pipe is None else self._pipe(), "vae", None)
         if isinstance(vae, nn.Module) and hasattr(vae, "encode"):
@@ -233,6 +239,7 @@ class Generations:
             reads = reads or self.cache.reuse.given is not None
             plan, kept = self.cache.plan(run, at, plan, reads)
             kind = "cached" if reads else plan.kind
+            uncompiled = self.cache.measures and (not reads or plan.kind == "profile")
         elif self.store is not None and run.refreshing is not None:
             execution, plan = self.store.execution(run, at, plan, kwargs)
             kind, kept = "cached" if plan.reads else plan.kind, plan.kept(run.layout)
@@ -278,8 +285,6 @@ class Generations:
         pixels = [None] * len(layout.references) if self.pixels is None else self.pixels.take(layout, tokens)
         encode = None if self._pipe is None or self.pixels is None else encoder(self._pipe, self.adapter.encode)
         extracts = self.adapter.extracts(kwargs)
-        if extracts:
-            check_not_kept(self.config, self.adapter.name)
         refreshing = None if self.store is None or extracts else self.store.begin(module, at, layout, kwargs)
         reuse = self.cache.reuse if self.cache is not None and extracts else None
         scores = None if reuse is None else reuse.ranked(module, kwargs, layout, tokens)
@@ -289,6 +294,7 @@ class Generations:
             run.record.exactness = "exact" if extracts else self.adapter.exactness(module)
         if reuse is not None:
             reuse.note(run.record)
+            self.cache.begin(module, run, kwargs)
         if self.store is not None and refreshing is not None:
             self.store.began(module, run, at, layout, kwargs)
         prepare_run(self.adapter, module, layout, kwargs, run)

@@ -68,6 +68,11 @@ class CacheReuse:
                 f"got {given.layers[0][0].shape[0]}"
             )
         given.source.check(self.source(module, kwargs, layout, tokens))
+        if not given.complete and self._config.per == "tile":
+            raise ConfigError(
+                'per="tile" ranks by the attention to every token: a reused reference cache must hold all of the '
+                f"{layout.reference_tokens}, got {len(given.tokens)}"
+            )
         if not given.complete and (self._config.budget.needs_mass or self._config.guard is not None):
             raise ConfigError(
                 f"a reused reference cache of {len(given.tokens)} of {layout.reference_tokens} tokens brings its own "

@@ -14,6 +14,7 @@ from torch.nn import functional
 __all__ = ["Cells", "Tiling", "squares"]
 
 Grid = tuple[int, int]
+LEAST = 1e-20  # of a weight: attention that vanished
 
 
 def squares(grid: Grid, side: int) -> Tensor:
@@ -127,7 +128,7 @@ class Cells:
         starts = accumulate(self.counts, initial=0)
         return torch.cat([squares(grid, self.side) + at for grid, at in zip(self.grids, starts, strict=False)])
 
-    def means(self, rows: Tensor, seen: Tensor | None = None) -> Tensor:
+    def means(self, rows: Tensor, seen: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """The mean of each cell's rows: (B, R, H, C) to (B, cells, H, C).
 
         Parameters
@@ -135,7 +136,14 @@ class Cells:
         rows : Tensor
         seen : Tensor, shape (B, R), bool, optional
             Tokens that count; a cell without any is zero. Default all.
+        weights : Tensor, shape (B, R), float32, optional
+            By which they count, >= 0; where a cell has none, alike. The sums are in float32. Default alike.
         """
+        if weights is not None:
+            weights = weights.clamp_min(LEAST) if seen is None else weights.clamp_min(LEAST) * seen
+            weights = weights[..., None, None]
+            shares = self._pooled(weights).clamp_min(torch.finfo(weights.dtype).tiny)
+            return (self._pooled(torch.where(weights > 0, rows * weights, 0.0)) / shares).to(rows.dtype)
         if seen is not None:
             weights = seen.to(rows.dtype)[..., None, None]
             shares = self._pooled(weights)

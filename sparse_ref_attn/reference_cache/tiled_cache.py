@@ -36,6 +36,7 @@ class TiledCache:
         self._seen: Tensor | None = None
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
         self._means: dict[int, tuple[Tensor, Tensor]] = {}
+        self._weights: dict[int, Tensor] = {}
 
     @property
     def complete(self) -> bool:
@@ -92,18 +93,34 @@ class TiledCache:
         for own, given in zip(held, (k, v), strict=True):
             own.copy_(given)
         self.ranking.forget(layer)
-        if self.ranking.cells is not None:
-            means = self.ranking.cells.means
-            self._means[layer] = (means(held[0], self._seen), means(held[1], self._seen))
+        for known in (self._means, self._weights):
+            known.pop(layer, None)
         return change
+
+    def adopt(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Take a layer's k and v (B, R, H, C) as they lie, not to be changed by anybody, and keep its ranking."""
+        self._rows[layer] = (k, v)
+        self._means.pop(layer, None)
+
+    def weigh(self, layer: int, weights: Tensor) -> None:
+        """Let the layer's tokens count by `weights` (B, R), float32, in the means, until it is stored again."""
+        self._weights[layer] = weights
+        self._means.pop(layer, None)
 
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
         """The layer's k and v (B, R, H, C)."""
         return self._rows[layer]
 
     def means(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Mean k and v (B, cells, H, C) of the layer's cells; None and None without."""
-        return self._means.get(layer, (None, None))
+        """Mean k and v (B, cells, H, C) of the layer's cells, made when they are first asked for; None and None
+        without."""
+        if self.ranking.cells is None:
+            return None, None
+        if layer not in self._means:
+            of, weights = self.ranking.cells.means, self._weights.get(layer)
+            k, v = (of(x, self._seen, weights) for x in self._rows[layer])
+            self._means[layer] = (k, v)
+        return self._means[layer]
 
 
 def _bytes(pairs: dict[int, tuple[Tensor, Tensor]]) -> int:

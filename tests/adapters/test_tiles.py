@@ -62,6 +62,17 @@ def test_a_cached_step_reads_what_each_tile_chose_and_the_means_of_the_rest(name
 
 
 @joint
+@torch.no_grad()
+def test_means_may_be_by_the_attention_that_the_tokens_got(name: str) -> None:
+    calls, record = run(name, tiled(rest="weighted"), steps=2)
+    fresh, call = CASES[name].build().transformer, calls[1]
+    by = by_hand(record, call.text, 1, weighted=True)
+    got = call.sample[:, :GENERATION]
+    assert error(got, wanted(fresh, call, calls[0], by)) < ROUNDING
+    assert error(got, wanted(fresh, call, calls[0], by_hand(record, call.text, 1))) > 3 * ROUNDING
+
+
+@joint
 def test_refreshed_at_every_step_is_the_unpatched_pipeline_bit_for_bit(name: str) -> None:
     case, pipe = CASES[name], CASES[name].build()
     dense = case.call(pipe, steps=3, cfg=case.cfg)
@@ -148,6 +159,18 @@ def test_a_budget_that_changes_at_every_step_is_a_prefix() -> None:
         counts.append(by.counts)
         assert error(calls[i].sample[:, :GENERATION], wanted(fresh, calls[i], calls[earlier], by)) < ROUNDING
     assert len(set(counts)) == 3
+
+
+@torch.no_grad()
+def test_a_step_may_read_everything_between_others() -> None:
+    """Tiles rank for the steps that read a part, though another reads more than any ranking holds."""
+    budget = sra.Pieces((0.2, 0.5, 1.0, 0.3), (0.2, 0.5, 0.8))
+    calls, record = run("klein", tiled(budget, refresh=sra.Never()), steps=4)
+    assert [step.kept for step in record.steps] == [96, 48, 96, 29]
+    fresh = CASES["klein"].build().transformer
+    for i in (1, 3):
+        by = by_hand(record, calls[i].text, i)
+        assert error(calls[i].sample[:, :GENERATION], wanted(fresh, calls[i], calls[0], by)) < ROUNDING
 
 
 @torch.no_grad()

@@ -47,6 +47,8 @@ class ByTile:
         None for no means.
     weights : tuple of float, optional
         Of references that compete.
+    weighted : bool
+        Whether means are by the attention that all generation rows pay.
     """
 
     text: int
@@ -56,6 +58,7 @@ class ByTile:
     tile: int = 4
     cell: int | None = 4
     weights: tuple[float, ...] | None = None
+    weighted: bool = False
 
     @property
     def own(self) -> int:
@@ -109,7 +112,8 @@ class ByTile:
         keys, values = [k[:, :, : self.own].double(), old_k], [v[:, :, : self.own].double(), old_v]
         if self.cell is not None:
             cells = one_hot(squares(self.references, self.cell)).double() * seen[..., None]  # (B, R, cells)
-            share = cells / cells.sum(1, keepdim=True).clamp_min(1)
+            by = cells * self.mass(old)[:, 0, :, None] if self.weighted else cells
+            share = by / by.sum(1, keepdim=True).clamp_min(1e-30)
             keys.append(torch.einsum("brm,bhrc->bhmc", share, old_k))
             values.append(torch.einsum("brm,bhrc->bhmc", share, old_v))
             bias.append(((~read).double() @ cells).log())

@@ -24,9 +24,9 @@ from . import stand_in
 def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(library, "cached_library", lambda: tmp_path / "cache" / places.LIBRARY)
     monkeypatch.setattr(library, "bundled_library", lambda: tmp_path / "package" / places.LIBRARY)
-    library.library.cache_clear()
+    library.library.forget()
     yield
-    library.library.cache_clear()
+    library.library.forget()
 
 
 def give(path: Path, text: str = stand_in.TEXT) -> Path:
@@ -56,7 +56,7 @@ def test_not_built(nothing_built: None) -> None:
 def test_the_users_own_build_comes_before_the_installed_one(nothing_built: None, tmp_path: Path) -> None:
     bundled = give(tmp_path / "package" / places.LIBRARY)
     assert library.library().path == bundled
-    library.library.cache_clear()
+    library.library.forget()
     mine = give(tmp_path / "cache" / places.LIBRARY)
     assert library.library().path == mine
     assert library.library().archs == ("80", "90a")
@@ -137,3 +137,13 @@ def test_what_it_cannot_do_is_said_in_words(nothing_built: None) -> None:
     x = torch.zeros(4, 2, 65, dtype=torch.bfloat16)[..., :64]
     with pytest.raises(ConfigError, match=r"needs every row to start at a multiple of 16 bytes"):
         gather_attention(x, x, x, backend="cuda")
+
+
+def test_a_library_that_is_not_there_is_looked_for_once(nothing_built: None, tmp_path: Path) -> None:
+    """Every call of "auto" asks for it; until somebody has built it, the answer stays."""
+    for _ in range(2):
+        with pytest.raises(BuildError, match="must be built first"):
+            library.library()
+        mine = give(tmp_path / "cache" / places.LIBRARY)
+    library.library.forget()
+    assert library.library().path == mine

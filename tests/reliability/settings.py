@@ -13,6 +13,7 @@ from torch import Tensor
 import sparse_ref_attn as sra
 from sparse_ref_attn import schedules
 from sparse_ref_attn.config import UniformGuard
+from sparse_ref_attn.presets import configuration
 from sparse_ref_attn.selection import Ranking, Reducer, References, Selector, selector
 
 JUNK: tuple[Any, ...] = (
@@ -95,7 +96,10 @@ class Settings:
             way = "tokens"
         if way in ("cache", "both"):
             fields |= {"execute": way, "cache_rows": more["cache_rows"], "refresh": more["refresh"]}
-            if way == "cache" and _ranks_tiles(fields["select"]) and not self.keeps and draw.random() < 0.5:
+            if way == "cache" and draw.random() < 0.4:
+                if not _ranks_tiles(fields["select"]):
+                    blocks, steps = self._probe()
+                    fields["select"] = sra.AttentionMass(blocks, steps=steps)
                 fields |= {name: more[name] for name in ("per", "tile", "rest", "cell")} | {"per": "tile"}
             elif draw.random() < 0.3:
                 fields["layers"] = more["layers"]
@@ -136,15 +140,21 @@ class Settings:
             "rerank_every": self.pick((None, 1, 2), (0, 1.0)),
             "per": self.pick((None, "tile"), ("layer",)),
             "tile": self.pick((None, 1, 2, 3, 9), (0, 2.0)),
-            "rest": self.pick((None, "means", "none"), ("mean",)),
+            "rest": self.pick((None, "means", "weighted", "none"), ("mean",)),
             "cell": self.pick((None, 1, 3, 4), (0, -1)),
-            "refresh": self.pick(
-                (None, sra.Every(1), sra.Every(2, last=1), sra.Every(0.4), sra.At((0, 0.5)), sra.Never()),
-                (sra.At((self.steps,)), sra.Drift(0.2), 4, "never"),
-            ),
+            "refresh": self.pick(self._refreshes(), (sra.At((self.steps,)), sra.Drift(0.2), 4, "never")),
         }
 
+    def _refreshes(self) -> list[Any]:
+        """Those that fit the run: a drift is that of two full steps."""
+        found: list[Any] = [None, sra.Every(1), sra.Every(2, last=1), sra.Every(3, warmup=2), sra.Every(0.4)]
+        found += [sra.At((0, 0.5)), sra.At((2,)), sra.Never()]
+        drifts = [sra.Drift(1e-6), sra.Drift(0.2, at_most_every=1, at_least_every=2), sra.Drift(9.0)]
+        return found + drifts * (self.steps > 1)
+
     def _preset(self) -> sra.SparseRef:
+        if self.random.random() < 0.3:
+            return configuration(self.pick(("faithful", "balanced", "fast"), ("slow",)))
         ways = ("tokens", "cache", "both")
         settings = {"execute": self.pick(ways, ("cache",)), "seed": self.pick((0, 5))}
         task = self.pick(("auto", "edit", "subject", "style"), ("portrait",))

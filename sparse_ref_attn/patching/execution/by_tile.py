@@ -27,7 +27,7 @@ from .held_tiles import HeldTiles, cells_of
 from .joint import JointAttention
 from .seen import SeenKeys
 
-__all__ = ["ByTile"]
+__all__ = ["ByTile", "computed"]
 
 Grid = tuple[int, int]
 
@@ -68,18 +68,18 @@ class ByTile:
         tiling, cells = Tiling(layout.text, self._grid(kwargs, layout), self._way.tile), cells_of(self._way, layout)
         tiles, means = len(tiling.sizes), 0 if cells is None else cells.count
         most, rows = self._most(run, at, range(at.total)), layout.reference_tokens
-        read = rows if most is None else sum(most)
-        lists = tile_bytes(shape, tiles, 0 if most is not None and read == rows else read, means, batch)
+        lists = tile_bytes(shape, tiles, sum(most), means, batch)
         return rows, reference_kv_bytes(shape, rows + means, batch) + lists
 
-    def _most(self, run: Run, at: RunStep, steps: range) -> Counts | None:
-        """The most tokens that a tile reads in any of `steps`; None where that is not known yet."""
-        budget = self._config.budget
+    def _most(self, run: Run, at: RunStep, steps: range) -> Counts:
+        """The most tokens that a tile ranks for any of `steps`, all where that is not known yet; none where each of
+        them reads all or none."""
+        budget, full = self._config.budget, run.budgeting.full
         unknown = not run.ranking.known and (budget.needs_mass or self._config.guard is not None)
         if unknown or (at.observed and budget.varies != "never"):
-            return None
+            return full
         counts = [run.counts(step) for step in (steps[:1] if at.observed else steps)]
-        return covering(counts) if counts else (0,) * len(run.budgeting.full)
+        return covering([each for each in counts if _some(each, full)] or [(0,) * len(full)])
 
     def empty(self, call: GenerationCall, attention: JointAttention) -> HeldTiles:
         batch, grid = call.kwargs[self._adapter.tokens].shape[0], self._grid(call.kwargs, call.layout)
@@ -88,29 +88,40 @@ class ByTile:
     # -- full calls ----------------------------------------------------------------------------
 
     def storing(self, call: GenerationCall, held: HeldTiles, attention: JointAttention) -> Route:
-        run, layout, batch = call.run, call.layout, held.batch
-        seen = SeenKeys.of(self._adapter, call.kwargs, layout)
-        call.heard = seen.check
-        whole, most = (
-            reference_keys(layout, call.device),
-            self._most(run, call.at, range(call.at.step + 1, call.at.total)),
-        )
-        ranks = most is None or _some(most, run.budgeting.full)
+        seen = SeenKeys.of(self._adapter, call.kwargs, call.layout)
+        call.heard, whole = seen.check, reference_keys(call.layout, call.device)
         held.cache.hide(seen.references)
+        ranking = self.ranking(call, held, attention, seen.keys)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
-            seen.hear(mask, seen.keys, batch)
+            seen.hear(mask, seen.keys, held.batch)
+            with torch.no_grad():
+                held.take(layer, *(computed(x.detach())[:, whole] for x in (k, v)))
+            return ranking(layer, q, k, v, mask, own)
+
+        return attend
+
+    def ranking(
+        self, call: GenerationCall, held: HeldTiles, attention: JointAttention, keys: Tensor | None = None
+    ) -> Route:
+        """Joint attention to every row, of all rows or of text and generation alone, by which tiles rank where a later
+        step reads a part; `keys` (B, text + rows) bool are those that may be attended to."""
+        run, layout = call.run, call.layout
+        most = self._most(run, call.at, range(call.at.step + 1, call.at.total))
+        ranks = sum(most) > 0
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
             site = attention.layers[layer]
             measured = call.measures and run.profile.measures(call.at.step, site)
-            with torch.no_grad():
-                held.take(layer, *(_computed(x.detach())[:, whole] for x in (k, v)))
             if not ranks and not measured:
                 return own()
             out, lse = attention_with_lse(own, q, k, mask)
             with torch.no_grad():
-                mass = _mass(call, held, q.detach(), k.detach(), lse, seen.keys)
+                mass = _mass(call, held, q.detach(), k.detach(), lse, keys)
                 if ranks:
-                    held.ranking.rank(layer, mass, run.budgeting.full if most is None else most)
+                    held.ranking.rank(layer, mass, most)
+                    if self._way.rest == "weighted":
+                        held.cache.weigh(layer, held.ranking.pooled(mass))
                 if measured:
                     pooled = held.ranking.pooled(mass)[layout.conditional or slice(None)]
                     run.observed(call.at.step, site, pooled)
@@ -120,13 +131,18 @@ class ByTile:
 
     # -- cached calls --------------------------------------------------------------------------
 
+    def reads_a_part(self, call: GenerationCall) -> bool:
+        """Whether a cached call reads some stored tokens, and not all."""
+        run = call.run
+        return run.ranking.known and _some(run.counts(call.at.step), run.budgeting.full)
+
     def reading(self, call: GenerationCall, held: HeldTiles, attention: JointAttention) -> Route:
         run, layout = call.run, call.layout
         counts = run.counts(call.at.step) if run.ranking.known else run.budgeting.full
         seen = SeenKeys.of(self._adapter, call.kwargs, layout)
         call.heard = seen.check
         held.check(seen.references)
-        if not _some(counts, run.budgeting.full):
+        if not self.reads_a_part(call):
             return self._whole(call, held)
         if not held.ranking.knows(counts):
             raise BudgetError(f"a step must read no more tokens than its tiles have ranked, got a budget of {counts}")
@@ -153,7 +169,7 @@ class ByTile:
                 held.cache.means(layer),
             )
             record.reads[layer] = (found.indices, found.known)
-            q, k, v = (_computed(x) for x in (q, k, v))
+            q, k, v = (computed(x) for x in (q, k, v))
             wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
             q = q.index_select(1, held.order.to(q.device))
             if packed is not None:
@@ -187,7 +203,7 @@ def _some(counts: Counts, full: Counts) -> bool:
     return 0 < sum(counts) < sum(full)
 
 
-def _computed(x: Tensor) -> Tensor:
+def computed(x: Tensor) -> Tensor:
     """As scaled_dot_product_attention casts under autocast."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
@@ -198,7 +214,9 @@ def _mass(
 ) -> Tensor:
     """Mean attention (B, tiles, R) of each tile's queries to the reference tokens, the heads' mean."""
     layout, heads, record = call.layout, q.shape[2], call.run.record
-    first, length = layout.text + layout.generation[0], layout.generation[1]
+    first, length = layout.text, layout.generation[1]
+    if q.shape[1] > first + length:
+        first += layout.generation[0]
     order = held.generation.to(q.device)
     queries = q[:, first : first + length].index_select(1, order)
     lse = None if lse is None else lse[..., first : first + length].index_select(-1, order)

@@ -14,7 +14,6 @@ from ...adapters.stream import restored, stream_rows
 from ...config import SparseRef
 from ...cost import ModelShape
 from ...errors import ConfigError, IncompatibleError, UnsupportedModelError
-from ...execution import Cache
 from ...hooks.diffusers import Route, splits_the_sequence, step_cache_active
 from ...refresh import Never
 from ...run import Plan, Refreshing, Run
@@ -26,7 +25,7 @@ from . import room
 from .branches import Branch, Branches, Held
 from .by_rank import ByRank
 from .by_tile import ByTile
-from .joint import JointAttention
+from .joint import UNCOMPILED, JointAttention, LookedAt
 from .tokens import AtInput
 
 __all__ = ["ReferenceStore"]
@@ -108,23 +107,13 @@ class ReferenceStore:
 
     def __init__(self, adapter: Adapter, config: SparseRef) -> None:
         self._adapter, self._config = adapter, config
-        tiled = isinstance(config.execute, Cache) and config.execute.per == "tile"
-        self.form: Form = ByTile(adapter, config) if tiled else ByRank(adapter, config)
-        self._joints: list[JointAttention] = []
-        self._keeps = False
+        self.form: Form = ByTile(adapter, config) if config.per == "tile" else ByRank(adapter, config)
+        self._looked = LookedAt(adapter)
         self._branches: weakref.WeakKeyDictionary[Run, Branches] = weakref.WeakKeyDictionary()
-
-    def look_at(self, module: nn.Module) -> None:
-        """Know the model's attention layers; their processors may be others when a run begins."""
-        if not self._joints or not self._joints[-1].serves(module):
-            self._joints.append(JointAttention(self._adapter, module))
-            if self._keeps:
-                self._joints[-1].keep()
 
     def install(self, module: nn.Module) -> None:
         """Keep what answers attention, until `forget`."""
-        self._keeps = True
-        self.look_at(module)
+        self._looked.install(module)
 
     def begin(self, module: nn.Module, at: RunStep, layout: TokenLayout, kwargs: Kwargs) -> Refreshing:
         """The full steps of a run that begins.
@@ -157,9 +146,8 @@ class ReferenceStore:
     def began(self, module: nn.Module, run: Run, at: RunStep, layout: TokenLayout, kwargs: Kwargs) -> None:
         """A run has begun: raise BudgetError where it would store more than there is memory for."""
         self._branches[run] = Branches()
-        self.look_at(module)
-        if self.attention.runs_uncompiled:
-            run.record.notes.append("compiled blocks run uncompiled where keys and values are stored or read")
+        if self._looked.look_at(module).runs_uncompiled:
+            run.record.notes.append(UNCOMPILED)
         tokens = kwargs[self._adapter.tokens]
         if room.free_bytes(tokens.device) is None:
             return
@@ -173,8 +161,7 @@ class ReferenceStore:
     def forget(self) -> None:
         """Let go of everything."""
         self._branches.clear()
-        while self._joints:
-            self._joints.pop().remove()
+        self._looked.remove()
 
     def execution(self, run: Run, at: RunStep, plan: Plan, kwargs: Kwargs) -> tuple[Execution, Plan]:
         """How a call with `plan` runs, and as what: one whose branch has stored nothing yet computes."""
@@ -193,7 +180,7 @@ class ReferenceStore:
     @property
     def attention(self) -> JointAttention:
         """The layers as they were last looked at."""
-        return self._joints[-1]
+        return self._looked.last
 
     # -- full calls ----------------------------------------------------------------------------
 

@@ -38,7 +38,6 @@ class HeldRows:
         self.ranked: RankedCache | None = None
         self.released = False
         """Whether the model's own cache gave its rows up, and holds views of the ranked ones."""
-        self.bytes = 0
         self.layers, self._foreign, self._factors = layers, foreign, run.config.layers
         self.moved: dict[int, Tensor] = {}
         """How far the rows of each layer moved when they were last taken anew (see `RankedCache.renew`)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,7 @@ class HeldTiles:
     ) -> None:
         way, budgeting = run.config.execute, run.budgeting
         assert isinstance(way, Cache)
+        self._run = weakref.ref(run)
         self.way, self.layers, self.layout, self.batch = way, layers, layout, batch
         self.tiling, self.cells = Tiling(layout.text, grid, way.tile), cells_of(way, layout)
         self.ranking = TileRanking(
@@ -89,6 +92,10 @@ class HeldTiles:
     def bytes_of_all(self) -> int:
         """Bytes of the rows, which are those of every reference token."""
         return self.cache.row_bytes
+
+    def are_of(self, run: Run) -> bool:
+        """Whether they are a run's."""
+        return self._run() is run
 
     def take(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store a layer's keys and values (B, R, H, C) of the references."""

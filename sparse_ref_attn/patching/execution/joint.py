@@ -17,7 +17,10 @@ from ...hooks.compiled import compiled_blocks, eager_blocks
 from ...hooks.diffusers import AnsweredAttention, Attention, KeptRoute, Route, dispatches
 from ..call import GenerationCall
 
-__all__ = ["JointAttention", "check_cache", "check_not_kept"]
+__all__ = ["UNCOMPILED", "JointAttention", "LookedAt", "check_cache"]
+
+UNCOMPILED = "compiled blocks run uncompiled where keys and values are stored or read"
+"""Said of a run in which they do."""
 
 
 def check_cache(config: SparseRef, adapter: Adapter, transformer: nn.Module) -> None:
@@ -34,15 +37,6 @@ def check_cache(config: SparseRef, adapter: Adapter, transformer: nn.Module) -> 
     if config.layers is not None and len(config.layers) != len(sites):
         raise ConfigError(
             f"layers must be a factor for each of the {len(sites)} attention layers, got {len(config.layers)}"
-        )
-
-
-def check_not_kept(config: SparseRef, name: str) -> None:
-    """Raise IncompatibleError where tiles are to read what a model of the family `name` stores itself."""
-    if isinstance(config.execute, Cache) and config.execute.per == "tile":
-        raise IncompatibleError(
-            'per="tile" reads keys and values that the library stores, got a pipeline whose model keeps those of its '
-            f'references itself ({name} with a KV cache): use per="run"'
         )
 
 
@@ -105,13 +99,14 @@ class JointAttention:
         """Whether they never do."""
         return self._compiled and self._shared is None
 
-    def answer(self, call: GenerationCall, rows: int, attend: Route, eager: bool) -> None:
-        """Let ``attend(layer, ...)`` answer attention over `rows` joint rows until the call is over; `eager`: compiled
-        blocks run uncompiled."""
+    def answer(self, call: GenerationCall, rows: int, attend: Route, eager: bool, keys: int | None = None) -> None:
+        """Let ``attend(layer, ...)`` answer attention of `rows` joint rows to `keys`, by default their own, until the
+        call is over; `eager`: compiled blocks run uncompiled."""
+        keys = rows if keys is None else keys
         attend = self._adapter.ordered(attend, call.layout.text)
 
         def route(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
-            joint = i in self._places and q.shape[1] == k.shape[1] == rows
+            joint = i in self._places and (q.shape[1], k.shape[1]) == (rows, keys)
             return attend(self._places[i], q, k, v, mask, own) if joint else own()
 
         if self.stays_compiled and not eager:
@@ -124,3 +119,40 @@ class JointAttention:
             call.contexts.enter_context(self._kept.route(route))
         else:
             call.contexts.enter_context(self._adapter.route(call.module, route))
+
+
+class LookedAt:
+    """A model's joint attention as it was last looked at; what runs in other threads began with is kept beside it.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self._found: list[JointAttention] = []
+        self._keeps = False
+
+    def look_at(self, transformer: nn.Module) -> JointAttention:
+        """Know the attention layers; their processors may be others when a run begins."""
+        if not self._found or not self._found[-1].serves(transformer):
+            self._found.append(JointAttention(self._adapter, transformer))
+            if self._keeps:
+                self._found[-1].keep()
+        return self._found[-1]
+
+    def install(self, transformer: nn.Module) -> None:
+        """Keep what answers attention, until `remove`."""
+        self._keeps = True
+        self.look_at(transformer)
+
+    @property
+    def last(self) -> JointAttention:
+        """What was found last."""
+        return self._found[-1]
+
+    def remove(self) -> None:
+        """Leave nothing behind."""
+        while self._found:
+            self._found.pop().remove()

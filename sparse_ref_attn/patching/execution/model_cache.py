@@ -1,46 +1,48 @@
-"""Reference K/V that a model itself keeps between steps, put in rank order and read by prefix."""
+"""Reference K/V that a model itself keeps between steps: who follows its caches."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, Generic, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ...adapters.base import Adapter, Kwargs
 from ...config import SparseRef
 from ...errors import IncompatibleError, LayoutError
 from ...execution import Cache
-from ...hooks.compiled import compiled_blocks, eager_blocks
-from ...hooks.diffusers import Attention, Route, dispatches, routed_attention, splits_the_sequence
-from ...hooks.instance import InstanceHook
-from ...ops.with_lse import attention_with_lse
-from ...run import AttentionView, Plan, Run, covering
-from ...selection import Reducer
+from ...hooks.diffusers import splits_the_sequence
+from ...run import Plan, Run
 from ..call import Execution, GenerationCall
-from ..proving import prefers_bank
 from ..reuse import CacheReuse
 from ..steps import RunStep
-from .held_rows import HeldRows
-from .stored import to_stored
 from .tokens import AtInput
 
 __all__ = ["CacheKeeper"]
 
 
+class Held(Protocol):
+    """What is held of one cache."""
+
+    tokens: Tensor | None
+
+    def are_of(self, run: Run) -> bool:
+        """Whether its rows are a run's."""
+
+
+H = TypeVar("H", bound=Held)
+
+
 class Storing:
     """A call that runs the reference rows and fills a cache."""
 
-    alone = False
-
-    def __init__(self, keeper: CacheKeeper) -> None:
-        self._keeper, self._rows = keeper, AtInput()
+    def __init__(self, keeper: CacheKeeper[Any]) -> None:
+        self._keeper, self._rows, self.alone = keeper, AtInput(), keeper.alone
 
     def before(self, call: GenerationCall) -> Kwargs:
         self._held = self._keeper.fill(call)
-        return self._rows.before(call)
+        return call.kwargs if self._keeper.measures else self._rows.before(call)
 
     def after(self, call: GenerationCall, output: Any) -> Any:
         self._keeper.take_charge(call, self._held, output)
@@ -50,10 +52,8 @@ class Storing:
 class Reading:
     """A call on text and generation rows that attends to stored K/V; `resumes`: to those of an earlier run."""
 
-    alone = False
-
-    def __init__(self, keeper: CacheKeeper, resumes: bool) -> None:
-        self._keeper, self._resumes = keeper, resumes
+    def __init__(self, keeper: CacheKeeper[Any], resumes: bool) -> None:
+        self._keeper, self._resumes, self.alone = keeper, resumes, keeper.alone
         self._cache: Any = None
 
     def before(self, call: GenerationCall) -> Kwargs:
@@ -66,7 +66,7 @@ class Reading:
         return self._keeper.hooks.returned(output, self._cache) if self._resumes else output
 
 
-class CacheKeeper:
+class CacheKeeper(ABC, Generic[H]):
     """Follows the caches of one patched transformer; a cache is forgotten with the model's own object.
 
     Parameters
@@ -76,12 +76,21 @@ class CacheKeeper:
     config : SparseRef
     """
 
+    measures = False
+    """Whether calls that store, and those of profiling steps, measure attention themselves, and so run uncompiled."""
+
     def __init__(self, adapter: Adapter, config: SparseRef) -> None:
         assert adapter.cache is not None
         self._adapter, self._config, self.hooks = adapter, config, adapter.cache
-        self._held: weakref.WeakKeyDictionary[Any, HeldRows] = weakref.WeakKeyDictionary()
+        self._held: weakref.WeakKeyDictionary[Any, H] = weakref.WeakKeyDictionary()
+        self._sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._stored: tuple[Run, Plan] | None = None
         self.reuse = CacheReuse(adapter, config)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the model's modules are changed in a call, so that no other may run."""
+        return False
 
     def plan(self, run: Run, at: RunStep, plan: Plan, reads: bool) -> tuple[Plan, int]:
         """What a call of a step with `plan` does that reads a cache, or stores; and the reference tokens in it."""
@@ -94,8 +103,14 @@ class CacheKeeper:
             return plan, stored.kept(run.layout)
         return plan, plan.kept(run.layout)
 
+    def install(self, module: nn.Module) -> None:
+        """Keep what answers attention, until `forget`."""
+
+    def begin(self, module: nn.Module, run: Run, kwargs: Kwargs) -> None:
+        """A run has begun, with a call that stores: raise where its references cannot be read as configured."""
+
     def forget(self) -> None:
-        """Let go of the last run."""
+        """Let go of everything."""
         self._stored = None
 
     def execution(self, reads: bool) -> Execution:
@@ -104,60 +119,49 @@ class CacheKeeper:
 
     # -- the call that fills a cache -----------------------------------------------------------
 
-    def fill(self, call: GenerationCall) -> HeldRows:
+    def fill(self, call: GenerationCall) -> H:
         """Before a call that stores.
 
-        Where the ranking is known and no later step needs all rows, each layer's rows go into rank
-        order as soon as they are stored, so that the whole cache never exists.
+        Raises
+        ------
+        IncompatibleError
+            Under context parallelism.
         """
-        run, at, dropped = call.run, call.at, call.plan.selection if call.plan.kind == "sparse" else None
-        sites, later = self._adapter.sites(call.module), range(at.step + 1, at.total)
         if splits_the_sequence(call.module):
             raise IncompatibleError(
                 "a model that keeps its references' keys and values cannot run under context parallelism: diffusers "
                 "splits their rows over the ranks, and each rank's attention sees its own alone. Call "
                 "disable_parallelism(), or use a pipeline without the cache"
             )
-        if dropped is None:
-            held = HeldRows(run, len(sites), None, run.budgeting.full)
-        else:
-            held = HeldRows(run, len(sites), dropped.indices, covering(run.needed([at.step, *later])))
-        whole = self.reuse.wants(call.module, call.kwargs, run.layout, run.references.tokens)
-        eager = not torch.is_grad_enabled() and not compiled_blocks(call.module) and all(s.module for s in sites)
-        early = run.ranking.known and not isinstance(self._config.select, Reducer) and not at.observed and bool(later)
-        if whole or not early or not eager or _needs_all(run, later):
-            return held
-        held.prepare(run.needed(later), run.layout.text + run.layout.generation[1])
-        held.released = True
-        for i, site in enumerate(sites):
-
-            def fill(module: nn.Module, args: Any, kwargs: Kwargs, out: Any, i: int = i) -> None:
-                layer = self.hooks.of_attention(kwargs)
-                if layer is not None:
-                    held.take(i, layer)
-
-            assert site.module is not None
-            hook = InstanceHook(site.module, fill)
-            call.contexts.callback(site.module.register_forward_hook(hook, with_kwargs=True).remove)
-        return held
+        run = call.run
+        return self._empty(call, self.reuse.wants(call.module, call.kwargs, run.layout, run.references.tokens))
 
     def resume(self, call: GenerationCall) -> tuple[Kwargs, Any]:
         """The arguments of a call that stores as those of one that reads the K/V of an earlier run, and their cache."""
-        given, run = self.reuse.given, call.run
-        assert given is not None
+        assert self.reuse.given is not None
         cache = self.hooks.make(call.module, self.reuse.layers(call.kwargs[self._adapter.tokens].shape[0]))
-        limit = (len(given.tokens),) if run.budgeting.shared or len(run.layout.references) == 1 else given.counts()
-        tokens = None if given.complete else given.tokens
-        self._held[cache] = HeldRows(run, len(given.layers), tokens, limit, foreign=not given.complete)
-        return self.hooks.resumed(call.kwargs, run.layout, cache), cache
+        self._held[cache] = self._resumed(call, cache)
+        return self.hooks.resumed(call.kwargs, call.run.layout, cache), cache
 
-    def take_charge(self, call: GenerationCall, held: HeldRows, output: Any) -> None:
+    def take_charge(self, call: GenerationCall, held: H, output: Any) -> None:
         """After a call that stores: follow its cache."""
         cache = self.hooks.of_output(output)
         if cache is not None:
             self._held[cache] = held
+            self._filled(held, cache)
             self._account(call, held, cache)
             self.reuse.filled(cache, held.tokens, call.run.record, call.run.references.tokens)
+
+    @abstractmethod
+    def _empty(self, call: GenerationCall, whole: bool) -> H:
+        """What a call that stores is to fill; listens where it must. `whole`: the model's own cache is to stay."""
+
+    @abstractmethod
+    def _resumed(self, call: GenerationCall, cache: Any) -> H:
+        """What is held of a cache with the K/V of an earlier run."""
+
+    def _filled(self, held: H, cache: Any) -> None:
+        """A call has filled the model's cache."""
 
     # -- the calls that read it ----------------------------------------------------------------
 
@@ -171,89 +175,32 @@ class CacheKeeper:
         BudgetError
             If the plan keeps tokens that are not held.
         """
-        run, plan, module = call.run, call.plan, call.module
         cache = self.hooks.of_call(kwargs)
         held = self._held.get(cache)
-        if held is None or not held.are_of(run):
+        if held is None or not held.are_of(call.run):
             raise LayoutError(
                 "a cached call must bring the reference keys and values that this run's first step stored, got others: "
                 "the tokens kept were chosen for this run's references"
             )
-        if plan.reduced is not None:
-            return kwargs
-        sites = self._adapter.sites(module)
-        routable = all(dispatches(site.processor) for site in sites)
-        untouched = held.ranked is None and held.tokens is None
-        measures_all = plan.kind == "profile" and plan.selection is None and routable and untouched
-        if measures_all or (plan.kind == "dense" and not held.released):
-            held.check(run.budgeting.full)
-            self._account(call, held, cache)
-            if measures_all and call.measures:
-                call.contexts.enter_context(eager_blocks(module))
-                call.contexts.enter_context(routed_attention(sites, self._heard(call, self._text(kwargs))))
-            return kwargs
-        self._arrange(call, held, cache, kwargs)
-        self._account(call, held, cache)
-        assert held.ranked is not None
-        counts = run.budgeting.full if plan.selection is None else run.counts(call.at.step)
-        reads = held.reads(counts)
-        if run.config.layers is not None:
-            call.step.layers = tuple(reads)
-        if not routable or torch.is_grad_enabled() or (compiled_blocks(module) and not call.measures):
-            views = [held.ranked.prefix(i, count) for i, count in enumerate(reads)]
-            return self.hooks.reading(kwargs, self.hooks.make(module, views))
-        if call.measures:
-            call.contexts.enter_context(eager_blocks(module))
-        text = self._text(kwargs)
-        own = text + kwargs[self._adapter.tokens].shape[1]
-        by_bank = [prefers_bank(site.processor, held.ranked, i, own, reads[i]) for i, site in enumerate(sites)]
-        route = to_stored(call, held.ranked, reads, by_bank, text)
-        call.contexts.enter_context(routed_attention(sites, route))
-        return self.hooks.alone(kwargs)
+        return self._read(call, kwargs, held, cache)
 
-    def _heard(self, call: GenerationCall, text: int) -> Route:
-        """The model's own cached attention, text | references | generation, listened to."""
-        layout = call.run.layout
-        span = (text, text + layout.reference_tokens)
+    @abstractmethod
+    def _read(self, call: GenerationCall, kwargs: Kwargs, held: H, cache: Any) -> Kwargs:
+        """As `read`, of what is held of its cache."""
 
-        def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
-            every = torch.arange(span[1] - span[0], device=k.device)
-            measured = call.run.profile.measures(call.at.step, i)
-            out, lse = attention_with_lse(own, q, k, mask) if measured else (own(), None)
-            lse = None if lse is None else lse[..., text:]
-            view = AttentionView(k, v, q[:, text:], None, (span,), order=every, sizes=layout.sizes, lse=lse)
-            call.run.observe(call.at.step, i, view)
-            return out
+    @abstractmethod
+    def _bytes(self, held: H, cache: Any) -> int:
+        """Bytes that are held of one cache, the model's own included."""
 
-        return attend
-
-    def _arrange(self, call: GenerationCall, held: HeldRows, cache: Any, kwargs: Kwargs) -> None:
-        run, at = call.run, call.at
-        steps = [at.step] if at.observed else range(at.step, at.total)
-        needs = run.needed(steps)
-        if at.observed or self._config.cache_rows == "all":
-            needs.append(held.limit)
-        room = self._text(kwargs) + kwargs[self._adapter.tokens].shape[1]
-        held.arrange(self.hooks.layers(cache), needs, room, at.observed or not _needs_all(run, steps))
-
-    def _account(self, call: GenerationCall, held: HeldRows, cache: Any) -> None:
+    def _account(self, call: GenerationCall, held: H, cache: Any) -> None:
         """Write down the bytes that are held."""
         own = [layer.get()[0] for layer in self.hooks.layers(cache)]
         row = own[0][:, :1].numel() * own[0].element_size()
         call.run.record.dense_cache_bytes = 2 * len(own) * row * call.run.layout.reference_tokens
-        held.bytes = 0
-        if not held.released:
-            held.bytes = sum(2 * (k if k.stride(0) else k[:1]).numel() * k.element_size() for k in own)
-        if held.ranked is not None:
-            held.bytes += held.ranked.row_bytes + held.ranked.room_bytes
-        call.step.cache_bytes = sum(each.bytes for each in self._held.values() if each.are_of(call.run))
+        self._sizes[cache] = self._bytes(held, cache)
+        mine = [size for each, size in self._sizes.items() if self._held[each].are_of(call.run)]
+        call.step.cache_bytes = sum(mine)
 
     def _text(self, kwargs: Kwargs) -> int:
         given = None if self._adapter.text_tokens is None else kwargs.get(self._adapter.text_tokens)
         return 0 if given is None else given.shape[1]
-
-
-def _needs_all(run: Run, steps: Sequence[int]) -> bool:
-    """Whether one of `steps` runs on the model's own cache, bit for bit as without a patch."""
-    everything = run.layout.reference_tokens
-    return not run.ranking.known or any(sum(run.counts(step)) >= everything for step in steps)
