@@ -10,6 +10,7 @@ from ..patching.patch import Patch
 from ..report.page import plain
 from ..types import RefSelection
 from .draws import Draws
+from .isolate_references import IsolateReferences
 from .random_drop import RandomDrop
 
 __all__ = ["TrainingHandle"]
@@ -22,8 +23,8 @@ class TrainingHandle:
     ``accelerator.register_for_checkpointing(handle)`` saves and restores its draws.
     """
 
-    def __init__(self, draws: Draws, patch: Patch) -> None:
-        self._draws, self._patch = draws, patch
+    def __init__(self, draws: Draws, patch: Patch, drop: RandomDrop | IsolateReferences) -> None:
+        self._draws, self._patch, self._drop = draws, patch, drop
 
     def __repr__(self) -> str:
         return f"TrainingHandle({self._draws.adapter.name}: {'removed' if self.removed else self.drop})"
@@ -32,9 +33,9 @@ class TrainingHandle:
         return plain(repr(self))
 
     @property
-    def drop(self) -> RandomDrop:
-        """The settings of the draws."""
-        return self._draws.drop
+    def drop(self) -> RandomDrop | IsolateReferences:
+        """The settings of the draws, or of the isolation."""
+        return self._drop
 
     @property
     def kept(self) -> tuple[RefSelection, ...]:

@@ -29,6 +29,7 @@ from .caches import (
     splits_the_sequence,
     step_cache_active,
 )
+from .checkpointing import around_reruns
 from .parts import (
     check_parts,
     encoded_reference,
@@ -52,6 +53,7 @@ __all__ = [
     "Route",
     "Tap",
     "answered_layer",
+    "around_reruns",
     "attention_sites",
     "cached_modules",
     "check_diffusers",

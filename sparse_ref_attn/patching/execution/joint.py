@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,16 @@ from ...config import SparseRef
 from ...errors import ConfigError, IncompatibleError
 from ...execution import Cache
 from ...hooks.compiled import compiled_blocks, eager_blocks
-from ...hooks.diffusers import AnsweredAttention, Attention, KeptRoute, Route, dispatches
-from ..call import GenerationCall
+from ...hooks.diffusers import (
+    AnsweredAttention,
+    Attention,
+    KeptRoute,
+    Route,
+    around_reruns,
+    dispatches,
+    routed_attention,
+)
+from ..call import Call
 
 __all__ = ["JointAttention", "check_cache", "check_not_kept"]
 
@@ -105,9 +114,20 @@ class JointAttention:
         """Whether they never do."""
         return self._compiled and self._shared is None
 
-    def answer(self, call: GenerationCall, rows: int, attend: Route, eager: bool) -> None:
-        """Let ``attend(layer, ...)`` answer attention over `rows` joint rows until the call is over; `eager`: compiled
-        blocks run uncompiled."""
+    def answer(self, call: Call, rows: int, attend: Route, eager: bool, again: bool = True) -> None:
+        """Let ``attend(layer, ...)`` answer attention over `rows` joint rows until the call is over.
+
+        Parameters
+        ----------
+        call : Call
+        rows : int
+        attend : Route
+        eager : bool
+            Whether compiled blocks run uncompiled.
+        again : bool
+            Whether it answers a checkpointed block that runs again in the backward pass too; the model's own attention
+            does otherwise.
+        """
 
         def route(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
             joint = i in self._places and q.shape[1] == k.shape[1] == rows
@@ -119,7 +139,29 @@ class JointAttention:
             return
         if self._compiled:
             call.contexts.enter_context(eager_blocks(call.module))
+        call.contexts.enter_context(around_reruns(call.module, self._rerun(call.module, route if again else None)))
         if self._kept is not None and self._kept.thread == threading.get_ident():
             call.contexts.enter_context(self._kept.route(route))
         else:
             call.contexts.enter_context(self._adapter.route(call.module, route))
+
+    def _rerun(
+        self, module: nn.Module, route: Route | None
+    ) -> Callable[[nn.Module], contextlib.AbstractContextManager[None]]:
+        """Around one block that runs again: as in the call, on whatever thread."""
+        sites, compiled = self.sites, self._compiled
+
+        @contextlib.contextmanager
+        def around(block: nn.Module) -> Iterator[None]:
+            inside = {id(each) for each in block.modules()}
+            own = [i for i, site in enumerate(sites) if id(site.module) in inside]
+            with contextlib.ExitStack() as contexts:
+                if compiled:
+                    contexts.enter_context(eager_blocks(module))
+                if route is not None:
+                    contexts.enter_context(
+                        routed_attention([sites[i] for i in own], lambda j, *given: route(own[j], *given))
+                    )
+                yield
+
+        return around
