@@ -11,7 +11,7 @@ from ..adapters.mask_columns import beside, reference_columns
 from ..adapters.stream import restored
 from ..errors import IncompatibleError
 from ..functional import pack_rows
-from ..hooks.diffusers import Attention, splits_the_sequence, step_cache_active
+from ..hooks.diffusers import Attention
 from ..isolation import Isolation
 from ..patching.call import Call
 from ..patching.execution.isolated import check_isolates, isolated_layers, without_references
@@ -44,22 +44,13 @@ class Isolator:
             )
         self._adapter, self._isolation = adapter, isolation
         self._attention = JointAttention(adapter, transformer)
-        check_isolates(adapter, self._attention)
+        check_isolates(adapter, transformer, self._attention)
 
     def execution(self, module: nn.Module, kept: Tensor | None) -> Isolating:
         """Of a call that reads the reference tokens `kept`, (K,) int64, or all."""
-        if splits_the_sequence(module):
-            raise IncompatibleError(
-                "references that run by themselves need the whole sequence in one process, got context parallelism: "
-                "call disable_parallelism()"
-            )
-        if step_cache_active(module):
-            raise IncompatibleError(
-                "references that run by themselves go without a step cache, which would take their call for a step: "
-                "take it off"
-            )
         if not self._attention.serves(module):
             self._attention = JointAttention(self._adapter, module)
+        check_isolates(self._adapter, module, self._attention)
         return Isolating(self._attention, self._isolation, kept)
 
 

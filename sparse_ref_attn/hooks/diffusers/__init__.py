@@ -37,6 +37,7 @@ from .parts import (
     offload_hook,
     packed_reference,
     tensors_on_disk,
+    weights_folder,
 )
 from .private_backend import Attention, PrivateBackend, note_thread
 from .self_check import check_diffusers
@@ -78,4 +79,5 @@ __all__ = [
     "tapped",
     "tapped_attention",
     "tensors_on_disk",
+    "weights_folder",
 ]

@@ -81,7 +81,7 @@ class CacheKeeper:
         self._adapter, self._config, self.hooks = adapter, config, adapter.cache
         self._held: weakref.WeakKeyDictionary[Any, HeldRows] = weakref.WeakKeyDictionary()
         self._stored: tuple[Run, Plan] | None = None
-        self.reuse = CacheReuse(adapter, config)
+        self.reuse = CacheReuse(adapter, config, adapter.cache.conditions)
 
     def plan(self, run: Run, at: RunStep, plan: Plan, reads: bool) -> tuple[Plan, int]:
         """What a call of a step with `plan` does that reads a cache, or stores; and the reference tokens in it."""
@@ -157,7 +157,8 @@ class CacheKeeper:
         if cache is not None:
             self._held[cache] = held
             self._account(call, held, cache)
-            self.reuse.filled(cache, held.tokens, call.run.record, call.run.references.tokens)
+            layers = [layer.get() for layer in self.hooks.layers(cache)]
+            self.reuse.keep(layers, held.tokens, call.run.record, call.run.references.tokens)
 
     # -- the calls that read it ----------------------------------------------------------------
 
