@@ -9,7 +9,7 @@ from typing import Any
 from .checks import is_number, is_one_of
 from .errors import ConfigError
 
-__all__ = ["Isolation"]
+__all__ = ["PERS", "Isolation"]
 
 PERS = ("all", "reference")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ..checks import is_int
 from ..errors import ConfigError
+from ..isolation import Isolation
 from ..patching.patch import Patch
 from ..report.page import plain
 from ..types import RefSelection
@@ -13,7 +15,7 @@ from .draws import Draws
 from .isolate_references import IsolateReferences
 from .random_drop import RandomDrop
 
-__all__ = ["TrainingHandle"]
+__all__ = ["TrainingHandle", "state_of"]
 
 
 class TrainingHandle:
@@ -36,6 +38,11 @@ class TrainingHandle:
     def drop(self) -> RandomDrop | IsolateReferences:
         """The settings of the draws, or of the isolation."""
         return self._drop
+
+    @property
+    def isolation(self) -> Isolation | None:
+        """How references run by themselves; None where they run with the picture."""
+        return self._drop.isolation if isinstance(self._drop, IsolateReferences) else None
 
     @property
     def kept(self) -> tuple[RefSelection, ...]:
@@ -73,3 +80,12 @@ class TrainingHandle:
         blocks that run again then refuse their arguments.
         """
         self._patch.remove()
+
+
+def state_of(handle: TrainingHandle | None) -> dict[str, Any]:
+    """What a checkpoint says of the training patch, or of there being none."""
+    isolation = None if handle is None else handle.isolation
+    return {
+        "draws": None if handle is None else handle.state_dict(),
+        "isolate": None if isolation is None else isolation.to_dict(),
+    }

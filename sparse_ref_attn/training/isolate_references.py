@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..isolation import Isolation
 from .random_drop import RandomDrop
 
-__all__ = ["IsolateReferences"]
+__all__ = ["IsolateReferences", "said_of"]
 
 
 @dataclass(frozen=True)
@@ -85,3 +85,19 @@ class IsolateReferences:
         own = {name: value for name, value in data.items() if name != "drop"}
         drop = data.get("drop")
         return cls(**Isolation.from_dict(own).to_dict(), drop=None if drop is None else RandomDrop.from_dict(drop))
+
+
+def said_of(drop: RandomDrop | IsolateReferences | None) -> dict[str, Any]:
+    """What weights say of their training: ``random_drop`` and ``isolate``, each a dict or None.
+
+    Examples
+    --------
+    >>> said_of(IsolateReferences())
+    {'random_drop': None, 'isolate': {'per': 'all', 'timestep': 0.0, 'drop': None}}
+    """
+    isolate = drop if isinstance(drop, IsolateReferences) else None
+    drawn = isolate.drop if isolate is not None else drop
+    return {
+        "random_drop": drawn.to_dict() if isinstance(drawn, RandomDrop) else None,
+        "isolate": None if isolate is None else isolate.to_dict(),
+    }
