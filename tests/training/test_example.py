@@ -34,7 +34,7 @@ SETTINGS: dict[str, list[str]] = {
         "--keep",
         "0.1",
         "1.0",
-    ],  # fmt: skip
+    ],
 }
 LORA = "pytorch_lora_weights.safetensors"
 
