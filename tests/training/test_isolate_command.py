@@ -34,20 +34,21 @@ def sprites(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_small_model(sprites: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Stopped after two steps and gone on with: the same weights, bit for bit. They are run as they were trained."""
+    """Stopped after a step and gone on with: the same weights, bit for bit. They are run as they were trained."""
 
     def train(out: str, *more: str) -> int:
         return main(["train", "--sprites", sprites, "--out", str(tmp_path / out), *SMALL, *more])
 
     how = ("--isolate", "reference", "--keep", "0.2-0.9")
-    assert train("once", "--steps", "4", *how) == 0
+    assert train("once", "--steps", "2", *how) == 0
+    assert train("twice", "--steps", "1", *how) == 0
     assert train("twice", "--steps", "2", *how) == 0
-    assert train("twice", "--steps", "4", *how) == 0
     once, twice = (load_file(tmp_path / out / WEIGHTS) for out in ("once", "twice"))
     assert all(torch.equal(once[key], twice[key]) for key in once)
     for other in (("--isolate", "--keep", "0.2-0.9"), ("--keep", "0.2-0.9"), ()):
-        assert train("twice", "--steps", "5", *other) == 2
+        assert train("twice", "--steps", "3", *other) == 2
         assert "a run must go on as it began" in capsys.readouterr().err
+    assert once.keys() == twice.keys()
     said = json.loads((tmp_path / "once/transformer/sparse_ref_attn.json").read_text())
     assert sra.IsolateReferences.from_dict(said["isolate"]).per == "reference"
     assert said["isolate"]["drop"] == said["random_drop"]
@@ -63,12 +64,6 @@ def test_the_small_model(sprites: str, tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(sra.IncompatibleError, match="trained with references that run by themselves"):
         sra.patch(pipe, "sparse-context")
 
-    assert train("control", "--steps", "1") == 0
-    with pytest.raises(sra.IncompatibleError, match="trained with references that see the picture"):
-        sra.patch(
-            toy_pipeline(str(tmp_path / "control/transformer")),
-            sra.SparseRef("grid", 1.0, execute=sra.Cache(isolated=True)),
-        )
     assert main(["train", "--vae", "--isolate", "--sprites", sprites, "--out", str(tmp_path), "--steps", "1"]) == 2
     assert "--isolate trains a transformer, got --vae" in capsys.readouterr().err
 
