@@ -9,6 +9,10 @@ the newest checkpoint. The LoRA that comes out is for any loader, and its metada
 
     pipe.load_lora_weights("lora")
     sra.patch(pipe, sra.SparseContext(0.25, "edges"))
+
+With ``--isolate`` the references run by themselves instead, and the LoRA is for a cache that computes them once::
+
+    sra.patch(pipe, sra.SparseRef("grid", 1.0, execute=sra.Cache(isolated=True)))
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.eval.loading import load_pipeline
 from sparse_ref_attn.models import adapter_for
 from sparse_ref_attn.pictures import open_image
+from sparse_ref_attn.training.isolate_references import said_of
 
 TARGETS = [
     "to_q",
@@ -46,6 +51,9 @@ TARGETS = [
     "to_add_out",
     "to_qkv_mlp_proj",
 ]
+
+KEEP = (0.1, 1.0)
+Drop = sra.RandomDrop | sra.IsolateReferences
 
 
 class Pair(NamedTuple):
@@ -158,12 +166,12 @@ def save_checkpoint(accelerator: Accelerator, out: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-def save_lora(transformer: Any, out: Path, drop: sra.RandomDrop, options: argparse.Namespace) -> Path:
+def save_lora(transformer: Any, out: Path, drop: Drop, options: argparse.Namespace) -> Path:
     """Where ``pipe.load_lora_weights(out)`` finds it; the settings are in the file's metadata."""
     path = out / "pytorch_lora_weights.safetensors"
     state = get_peft_model_state_dict(transformer)
     tensors = {f"transformer.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
-    settings = {"random_drop": drop.to_dict(), "steps": options.steps, "base_model": options.model}
+    settings = {**said_of(drop), "steps": options.steps, "base_model": options.model}
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, {"format": "pt", "sparse_ref_attn": json.dumps(settings)})
     os.replace(partial, path)
@@ -173,10 +181,12 @@ def save_lora(transformer: Any, out: Path, drop: sra.RandomDrop, options: argpar
 def train(options: argparse.Namespace) -> Path:
     """Train, and return the LoRA's path."""
     pairs = read(options.data)
-    drop = sra.RandomDrop(
-        tuple(options.keep), options.distribution, per_sample=options.per_sample,
+    drop: Drop = sra.RandomDrop(
+        tuple(options.keep or KEEP), options.distribution, per_sample=options.per_sample,
         full_probability=options.full_probability, seed=options.seed,
     )  # fmt: skip
+    if options.isolate is not None:
+        drop = sra.IsolateReferences(options.isolate, drop=drop if options.keep else None)
     accelerator = Accelerator(
         mixed_precision=options.precision, gradient_accumulation_steps=1, cpu=options.device == "cpu"
     )
@@ -250,10 +260,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--side", type=int, default=1024, help="pictures are resized to this height and width")
     add("--text-tokens", type=int, default=512, help="length of the prompts")
     add("--text-layers", type=int, nargs="*", help="FLUX.2: layers of the text encoder; default the pipeline's own")
-    add("--keep", type=float, nargs=2, default=(0.1, 1.0), metavar=("LOW", "HIGH"), help="share of tokens kept")
+    add("--keep", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="share of tokens kept (default: 0.1 1.0; with --isolate all are read)")  # fmt: skip
     add("--distribution", default="uniform", help="of the share: uniform, log_uniform or arcsine")
     add("--full-probability", type=float, default=0.1, help="share of the draws that keep every token")
     add("--per-sample", action="store_true", help="each item of a batch has a share of its own")
+    add("--isolate", nargs="?", const="all", choices=("all", "reference"),
+        help="references run by themselves, all together or each alone")  # fmt: skip
     add("--guidance", type=float, default=1.0, help="for a model with an embedding of it")
     add("--gradient-checkpointing", action="store_true")
     add("--precision", choices=("no", "bf16", "fp16"), default="no", help="accelerate's mixed precision")

@@ -29,6 +29,7 @@ from .eval.reports.reading import SharedReport as SharedReport
 from .eval.reports.reading import read_shared as read_shared
 from .execution import Cache as Cache
 from .execution import Tokens as Tokens
+from .isolation import Isolation as Isolation
 from .models import register_adapter as register_adapter
 from .models.flux_ip import IPAdapterTokens as IPAdapterTokens
 from .patching import PatchHandle as PatchHandle
@@ -64,6 +65,7 @@ from .selection import SavedRanking as SavedRanking
 from .selection import SelfAttention as SelfAttention
 from .selection import SubjectMask as SubjectMask
 from .selection import Union as Union
+from .training import IsolateReferences as IsolateReferences
 from .training import RandomDrop as RandomDrop
 from .training import TrainingHandle as TrainingHandle
 from .training import drop_reference as drop_reference

@@ -14,6 +14,7 @@ from .checks import is_int, numbers
 from .errors import ConfigError
 from .execution import EXECUTIONS, Cache, Execution, Tokens, execution
 from .guard import UniformGuard
+from .isolation import Isolation
 from .refresh import Refresh
 from .schedules import Budget
 from .selection import AttentionMass, Probe, Reducer, Selector, selector
@@ -45,7 +46,7 @@ class SparseRef:
         budget keeps (all of them with a budget of 1.0); "both", ``Cache(first="kept")``, drops rows from
         the steps that compute them, too. On a model that keeps its references' keys and values itself
         (FLUX.2 Klein-KV) "tokens" does what "both" does.
-    from_block, profile, profile_blocks, cache_rows, layers, rerank_every, refresh, per, tile, rest, cell
+    from_block, profile, profile_blocks, cache_rows, layers, rerank_every, refresh, per, tile, rest, cell, isolated
         Fields of the execution, said beside it: ``execute="cache", cache_rows="all"`` is
         ``Cache(rows="all")``, and ``profile="in_flight", profile_blocks=n`` is ``Tokens(in_flight=n)``;
         ``rest="none"`` is ``Cache(rest=None)``.
@@ -110,13 +111,14 @@ class SparseRef:
         tile: int | None = None,
         rest: str | None = None,
         cell: int | None = None,
+        isolated: bool | Isolation | None = None,
     ) -> None:
         if isinstance(execute, str):
             execute = chosen("execute", execute, EXECUTIONS)
         clock = chosen("clock", clock, CLOCKS)
         given: dict[str, Any] = {"from_block": from_block, "profile": profile, "profile_blocks": profile_blocks}
         given |= {"cache_rows": cache_rows, "layers": layers, "rerank_every": rerank_every}
-        given |= {"refresh": refresh, "per": per, "tile": tile, "rest": rest, "cell": cell}
+        given |= {"refresh": refresh, "per": per, "tile": tile, "rest": rest, "cell": cell, "isolated": isolated}
         fields: dict[str, Any] = {
             "select": select if isinstance(select, Reducer) else selector(select),
             "budget": schedules.budget(budget),
@@ -253,10 +255,7 @@ class SparseRef:
             "rerank_every": self.rerank_every,
             "refresh": None if self.refresh is None else self.refresh.to_dict(),
         }
-        if isinstance(self.execute, Cache) and self.execute.per == "tile":
-            way = self.execute
-            data |= {"per": way.per, "tile": way.tile, "rest": way.rest or "none", "cell": way.cell}
-        return data
+        return data | (self.execute.more() if isinstance(self.execute, Cache) else {})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SparseRef:

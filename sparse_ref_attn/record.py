@@ -183,6 +183,9 @@ class RunRecord:
         Bytes of every reference token's K/V; 0 where none are kept.
     exactness : str
         What kept K/V are in later steps: "exact", "fixed time" or "drifting" (`Adapter.exactness`); "" where none are.
+    isolated : tuple of int, optional
+        Reference tokens of each call by which the references ran by themselves, none where an earlier run's keys and
+        values were read; None where they run with the picture.
     tiles : TileRecord, optional
         Where each tile of the generation reads by its own ranking, what they read last.
     """
@@ -202,12 +205,18 @@ class RunRecord:
     dense_cache_bytes: int = 0
     exactness: str = ""
     blocks: int = 0
+    isolated: tuple[int, ...] | None = None
     tiles: TileRecord | None = field(default=None, repr=False)
 
     @property
     def mean_tokens(self) -> float:
         """Reference tokens that took part, mean over the steps and blocks."""
         return sum(self.mean_kept(step) for step in self.steps) / len(self.steps)
+
+    @property
+    def with_the_picture(self) -> bool:
+        """Whether the unpatched model runs its references in every step, where keys and values of them are stored."""
+        return self.isolated is not None or self.exactness in ("drifting", "fixed time")
 
     def mean_kept(self, step: StepRecord) -> float:
         """Reference tokens that took part in `step`, mean over the blocks."""

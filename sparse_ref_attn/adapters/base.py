@@ -26,6 +26,7 @@ from ..run import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
 from . import masks
+from .alone import ReferencesAlone
 from .cache_hooks import CacheHooks
 from .collate import sample_of, split_items, with_sample
 from .depth import Block, DepthCut, blocks_of
@@ -82,6 +83,8 @@ class Adapter:
     """Whether the branches of guidance have references of their own, which then do not tell a generation's calls."""
     cache: CacheHooks | None = None
     """How the family keeps its references' K/V between steps, if some of its pipelines do."""
+    alone: ReferencesAlone | None = None
+    """How the family's references run by themselves, if they can."""
 
     def check(self, transformer: nn.Module) -> None:
         """Raise UnsupportedModelError for a variant that cannot be served, VersionError for one without its `parts`."""

@@ -15,6 +15,7 @@ from ..hooks.diffusers import Attention, AttentionSite, Route
 from ..selection import Reduced
 from ..types import TokenLayout
 from . import masks
+from .alone import NamedAlone
 from .base import Adapter, Found, Kwargs
 from .position_ids import grid_of_ids, place_by_ids
 from .row_arguments import RowArgument, take_rows
@@ -104,6 +105,9 @@ class PlainAdapter(Adapter):
     grid : callable, optional
         From the arguments to the generation's (height, width) in tokens, whose rows run left to right, top to bottom;
         default that of `positions`. A cache that is read per tile needs it.
+    alone : callable, optional
+        ``alone(kwargs, layout, rows, timestep)``: the arguments of a call on `rows` of references alone, (K,) int64
+        ascending, without what depends on prompt, noise and step. References that run by themselves need it.
     shape : callable, optional
         From the transformer to its `cost.ModelShape`, so that the summary can count its work.
     name : str
@@ -139,6 +143,7 @@ class PlainAdapter(Adapter):
         mask: str | None = None,
         positions: str | None = None,
         grid: Callable[[Kwargs], tuple[int, int] | None] | None = None,
+        alone: Callable[[Kwargs, TokenLayout, Tensor, float], Kwargs] | None = None,
         shape: Callable[[nn.Module], ModelShape] | None = None,
         name: str = "plain",
     ) -> None:
@@ -160,6 +165,7 @@ class PlainAdapter(Adapter):
         self._own = {name: RowArgument.of(name, given) for name, given in (reference_rows or {}).items()}
         self._attention, self._conditional, self._positions = tuple(attention), conditional, positions
         self._shape, self._grid = shape, grid
+        self.alone = None if alone is None else NamedAlone(alone)
         self.attention_arguments = mask or ""
 
     def check(self, transformer: nn.Module) -> None:

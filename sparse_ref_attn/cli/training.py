@@ -13,10 +13,12 @@ import torch
 from ..errors import ConfigError
 from ..eval import loading
 from ..eval.outputs import check_name
+from ..patching.trained import BESIDE
 from ..toy.pipeline import build_vae, toy_pipeline
-from ..training import RandomDrop, checkpoint, patch_for_training
+from ..training import IsolateReferences, RandomDrop, checkpoint, patch_for_training
 from ..training.batches import ToyBatches, training_of
 from ..training.folder import FolderBatches
+from ..training.isolate_references import said_of
 from ..training.loop import TrainConfig
 from ..training.loop import train as loop
 from ..training.lora import add_lora, save_lora
@@ -38,6 +40,8 @@ def train(options: argparse.Namespace) -> None:
     for name in ("init", "reference_loss", "open_scenery"):
         if getattr(options, name) is not None and options.sprites is None:
             raise ConfigError(f"--{name.replace('_', '-')} must come with --sprites, got --data")
+    if options.vae and options.isolate is not None:
+        raise ConfigError("--isolate trains a transformer, got --vae")
     if options.vae:
         _vae(options)
         return
@@ -52,14 +56,8 @@ def train(options: argparse.Namespace) -> None:
         checkpoint_every=options.checkpoint_every, seed=options.seed,
         **({} if options.reference_loss is None else {"reference_loss": options.reference_loss}),
     )  # fmt: skip
-    drop = None
-    if options.keep is not None:
-        drop = patch_for_training(
-            pipe.transformer,
-            RandomDrop(
-                options.keep, distribution=options.keep_distribution, full_probability=options.full, seed=options.seed
-            ),
-        )
+    setting = _setting(options)
+    drop = None if setting is None else patch_for_training(pipe.transformer, setting)
     out = Path(options.out)
     about: dict[str, Any] = {"command": typed(options)}
     ema = loop(pipe, batches, config, out, drop=drop, about=about)
@@ -69,6 +67,16 @@ def train(options: argparse.Namespace) -> None:
         if small:
             about["open_scenery"] = batches.open_scenery
         _write(pipe, out, ema, drop, small, {"train": asdict(config), **about})
+
+
+def _setting(options: argparse.Namespace) -> RandomDrop | IsolateReferences | None:
+    """What becomes of the references in training."""
+    drop = None
+    if options.keep is not None:
+        drop = RandomDrop(
+            options.keep, distribution=options.keep_distribution, full_probability=options.full, seed=options.seed
+        )
+    return drop if options.isolate is None else IsolateReferences(options.isolate, drop=drop)
 
 
 def _small(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -115,8 +123,8 @@ def _write(pipe: Any, out: Path, ema: dict[str, Any], drop: Any, small: bool, ab
         print(f"LoRA written to {save_lora(pipe, out, ema, settings)}")
         return
     pipe.transformer.load_state_dict(ema)
-    said = {"random_drop": None if settings is None else settings.to_dict(), **about}
+    said = {**said_of(settings), **about}
     with checkpoint.whole(out / "transformer", "the trained transformer") as folder:
         pipe.transformer.save_pretrained(folder)
-        (folder / "sparse_ref_attn.json").write_text(json.dumps(said, indent=2))
+        (folder / BESIDE).write_text(json.dumps(said, indent=2))
     print(f"Transformer written to {out / 'transformer'}")

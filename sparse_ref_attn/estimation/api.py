@@ -23,6 +23,7 @@ from ..hooks.diffusers import gives_lse
 from ..models import adapter_for, edit_facts
 from ..patching import transformer_of
 from ..patching.execution.joint import check_cache
+from ..patching.trained import isolation_of
 from ..presets import configuration
 from ..refresh import Drift
 from ..types import Reference, TokenLayout
@@ -133,7 +134,9 @@ def estimate(
         adapter.check_depth(transformer)
     sites = adapter.sites(transformer)
     kept_by_model = adapter.cache is not None and adapter.cache.kept_by(transformer)
-    run = PlannedRun.of(config, sites, layout, steps, kept_by_model)
+    isolation = isolation_of(config.execute, transformer, adapter)
+    run = PlannedRun.of(config, sites, layout, steps, kept_by_model, isolation is not None)
+    passes = [] if isolation is None else [StepTokens(0, 0, len(own)) for own in isolation.passes(layout.sizes)]
     probing, kinds, tokens = run.probing, run.kinds, run.tokens
     if probing.probes:
         adapter.check_measurable(transformer)
@@ -143,7 +146,8 @@ def estimate(
     cached = isinstance(config.execute, Cache)
     sparse_steps = [t for t, kind in zip(tokens, kinds, strict=True) if kind in ("sparse", "cached")]
     most = max(sparse_steps, key=lambda t: t.joint + t.dropped, default=full)
-    branches = calls_per_step if run.line.stores else 1  # each branch of guidance stores its own
+    # each branch of guidance stores its own, but references that run by themselves are the same for all
+    branches = calls_per_step if run.line.stores and not passes else 1
     tiles = held_by_tiles(config, shape, run, layout, _grid("output", output, pixels_per_token), batch)
     tiles = None if tiles is None else branches * tiles
     room = 0
@@ -170,11 +174,11 @@ def estimate(
         from_block=tuple(run.from_block),
         blocks=len(shape.leading),
         dense=run_flops(shape, [full] * steps, batch, calls_per_step),
-        sparse=run_work(config, shape, tokens, batch, calls_per_step, scoring),
+        sparse=run_work(config, shape, tokens, batch, calls_per_step, scoring) + run_flops(shape, passes, batch),
         scoring=scoring,
         memory=RunMemory(
             dense=step_memory(shape, full, batch),
-            sparse=peak(max(tokens, key=lambda t: t.joint + t.dropped)),
+            sparse=peak(max([*tokens, *passes], key=lambda t: t.joint + t.dropped)),
             sparse_step=peak(most),
             dense_reference_kv=branches * reference_kv_bytes(shape, full.references, batch),
             sparse_reference_kv=kept_kv,

@@ -57,9 +57,16 @@ class PlannedRun:
 
     @classmethod
     def of(
-        cls, config: SparseRef, sites: Sequence[Any], layout: TokenLayout, steps: int, kept_by_model: bool
+        cls,
+        config: SparseRef,
+        sites: Sequence[Any],
+        layout: TokenLayout,
+        steps: int,
+        kept_by_model: bool,
+        isolated: bool = False,
     ) -> PlannedRun:
-        """Of a model with these attention sites; `kept_by_model`: it keeps its references' keys and values itself.
+        """Of a model with these attention sites; `kept_by_model`: it keeps its references' keys and values itself;
+        `isolated`: these run by themselves.
 
         Raises
         ------
@@ -68,7 +75,7 @@ class PlannedRun:
         """
         probing = Probing.of(config, [site.kind for site in sites])
         cached = isinstance(config.execute, Cache)
-        line = Timeline.of(config, probing, stores=cached and not kept_by_model)
+        line = Timeline.of(config, probing, cached and not kept_by_model, isolated)
         clock = partial(Clock.uniform, steps=steps)
         line.check(steps)
         planned = line.planned(steps, Budgeting.of(config, layout, clock(0)), clock)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..adapters.alone import ReferencesAlone
 from ..adapters.base import Adapter, Found, Kwargs
 from ..adapters.collate import flat_ids, pad, same, stack
 from ..adapters.depth import DepthCut
@@ -84,6 +85,7 @@ class FluxAdapter(Adapter):
     per_item = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
     parts = ("pos_embed",)
     processors = ("FluxAttnProcessor",)
+    alone = ReferencesAlone()
 
     def find(self, kwargs: Kwargs) -> Found | None:
         if kwargs.get("img_ids") is None or kwargs.get("controlnet_block_samples") is not None:

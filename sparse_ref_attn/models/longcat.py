@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..adapters.alone import ReferencesAlone
 from ..adapters.base import Adapter, Found, Kwargs
 from ..adapters.collate import flat_ids, pad, same, stack
 from ..adapters.depth import DepthCut
@@ -76,6 +77,7 @@ class LongCatAdapter(Adapter):
     per_item = ("hidden_states", "encoder_hidden_states", "timestep")
     parts = ("pos_embed",)
     processors = ("LongCatImageAttnProcessor",)
+    alone = ReferencesAlone()
 
     def find(self, kwargs: Kwargs) -> Found | None:
         return None if kwargs.get("img_ids") is None else references_from_ids(kwargs["img_ids"])

@@ -59,7 +59,8 @@ def patch(pipe: Any, config: SparseRef | float | str | None = None, *, adapter: 
     VersionError
         If diffusers is outside the supported range.
     IncompatibleError
-        If the transformer was compiled as a whole, or its attention cannot be measured.
+        If the transformer was compiled as a whole, its attention cannot be measured, or what stands beside its weights
+        says that they were trained for another execution (``Cache(isolated=...)``).
     ConfigError
         If the configuration does not fit the model, or the adapter is none.
 

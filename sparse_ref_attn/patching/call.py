@@ -99,6 +99,8 @@ class GenerationCall(Call):
         Called after the call: raises where what was measured was not the joint attention.
     watch : Stopwatch, optional
         Of the transformer; set when it begins.
+    ahead : Stopwatch, optional
+        Of what the transformer ran for this call before it.
     around : context manager, optional
         For the transformer's own forward: explains errors in it, or counts what torch compiles.
     """
@@ -111,6 +113,7 @@ class GenerationCall(Call):
     listening: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     heard: Callable[[], None] = lambda: None
     watch: Stopwatch | None = None
+    ahead: Stopwatch | None = None
     around: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
 
     def enter(self) -> Kwargs:
@@ -134,6 +137,6 @@ class GenerationCall(Call):
         given = super().leave(output)
         if output is not None:
             if self.watch is not None and isinstance(self.step.seconds, Stopwatches):
-                self.step.seconds.append(self.watch)
+                self.step.seconds += [self.watch] if self.ahead is None else [self.ahead, self.watch]
             self.step.host_seconds += time.perf_counter() - began
         return given

@@ -22,7 +22,7 @@ from ..run import Probing, Run
 from ..types import TokenLayout
 from .attendance import Attendance
 from .call import Execution, GenerationCall
-from .execution.cache import ReferenceStore
+from .execution.cache import ReferenceStore, reuse_of
 from .execution.depth import ByDepth, check_call
 from .execution.joint import check_cache
 from .execution.model_cache import CacheKeeper
@@ -34,6 +34,7 @@ from .ownership import Generation, Ownership, Where
 from .pixels import PixelTap, encoder
 from .proving import prepare_run
 from .steps import ObservedSteps
+from .trained import isolation_of
 
 __all__ = ["Generations"]
 
@@ -70,10 +71,11 @@ class Generations:
         if self._probing.probes:
             adapter.check_measurable(transformer)
         check_cache(config, adapter, transformer)
+        isolation = isolation_of(config.execute, transformer, adapter)
         self.cache: CacheKeeper[Any] | None = None
         if adapter.cache is not None:
             self.cache = (TiledKeeper if config.per == "tile" else RankedKeeper)(adapter, config)
-        self.store = ReferenceStore(adapter, config) if isinstance(config.execute, Cache) else None
+        self.store = ReferenceStore(adapter, config, isolation) if isinstance(config.execute, Cache) else None
         self._owners = Ownership(pipe, adapter, config.clock)
         self._lengths = Lengths()
         self._latest: Generation | None = None
@@ -82,6 +84,11 @@ class Generations:
         self.attendance = Attendance(transformer, pipe, lambda: self._owners.runs)
         self._rests_for: int | None = None
         self.removed = False
+
+    @property
+    def isolates(self) -> bool:
+        """Whether references run by themselves and are stored by the library."""
+        return self.store is not None and self.store.own_pass is not None
 
     def install(self, transformer: nn.Module, undo: contextlib.ExitStack) -> None:
         """Listen to what the pipeline's VAE encodes, and to which thread its scheduler runs in."""
@@ -254,19 +261,9 @@ class Generations:
             around = self._lengths.compiled(run, at, plan, own, shape, measures or uncompiled) or around
         step = run.step_record(at.step, kind, kept, plan)
         return GenerationCall(
-            self.adapter,
-            module,
-            kwargs,
-            run.layout if layout is None else layout,
-            plan,
-            execution,
-            run=run,
-            at=at,
-            step=step,
-            began=began,
-            measures=measures,
-            around=around,
-        )
+            self.adapter, module, kwargs, run.layout if layout is None else layout, plan, execution,
+            run=run, at=at, step=step, began=began, measures=measures, around=around,
+        )  # fmt: skip
 
     def _as_it_is(self, module: nn.Module, kwargs: Kwargs) -> None:
         """A call that the library leaves alone."""
@@ -286,12 +283,12 @@ class Generations:
         encode = None if self._pipe is None or self.pixels is None else encoder(self._pipe, self.adapter.encode)
         extracts = self.adapter.extracts(kwargs)
         refreshing = None if self.store is None or extracts else self.store.begin(module, at, layout, kwargs)
-        reuse = self.cache.reuse if self.cache is not None and extracts else None
+        reuse = reuse_of(self.cache if extracts else None, self.store)
         scores = None if reuse is None else reuse.ranked(module, kwargs, layout, tokens)
         run = Run(self.config, self._probing, layout, tokens, pixels, at.total, at.clock, encode, scores, refreshing)
         run.record.notes += self.adapter.notes(kwargs)
         if extracts or refreshing is not None:
-            run.record.exactness = "exact" if extracts else self.adapter.exactness(module)
+            run.record.exactness = "exact" if extracts or self.isolates else self.adapter.exactness(module)
         if reuse is not None:
             reuse.note(run.record)
             self.cache.begin(module, run, kwargs)

@@ -20,6 +20,7 @@ from ..report.page import plain
 from ..report.work import summarise
 from ..selection import Ranking
 from ..selection.ranking import fingerprint
+from .execution.cache import reuse_of
 from .generations import Generations
 from .reuse import CacheReuse
 
@@ -248,12 +249,14 @@ class PatchHandle:
         if self._generations.removed:
             raise HandleRemovedError("a handle must not be used after remove(); patch again")
         transformer, cache = self._transformer(), self._generations.cache
-        if cache is None or transformer is None or not cache.hooks.kept_by(transformer):
+        kept = cache is not None and transformer is not None and cache.hooks.kept_by(transformer)
+        reuse = reuse_of(cache if kept else None, self._generations.store)
+        if reuse is None:
             raise IncompatibleError(
                 "a reference cache needs a model that computes its references' keys and values once and keeps them "
-                f"(FLUX.2 Klein-KV), got {self._name}"
+                f"(FLUX.2 Klein-KV), or references that run by themselves (Cache(isolated=True)), got {self._name}"
             )
-        return cache.reuse
+        return reuse
 
     def remove(self) -> None:
         """Take the patch off: the pipeline is bit for bit what it was. Calling it again does nothing."""

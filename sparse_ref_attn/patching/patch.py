@@ -84,6 +84,8 @@ class Patch:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs
     ) -> tuple[tuple[Any, ...], Kwargs] | None:
+        if self._prepares:  # a call by which the library prepares another one
+            return None
         self._close()
         self._enter(alone=False)
         call = self.planner.call(module, self.adapter.bind(module, args, kwargs))
@@ -91,7 +93,16 @@ class Patch:
             return None
         self._running.call = call
         self._enter(call.execution.alone)
-        return (), call.enter()
+        self._running.prepares = True
+        try:
+            return (), call.enter()
+        finally:
+            self._running.prepares = False
+
+    @property
+    def _prepares(self) -> bool:
+        """Whether this thread prepares a call."""
+        return getattr(self._running, "prepares", False)
 
     def _enter(self, alone: bool) -> None:
         """Note that this thread is inside a call; refuse where blocks are, or would be, changed for another thread."""
@@ -115,6 +126,8 @@ class Patch:
             self.planner.went_past(transformer)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs, output: Any) -> Any:
+        if self._prepares:
+            return None
         self._inside.pop(threading.get_ident(), None)
         try:
             call = self._take()

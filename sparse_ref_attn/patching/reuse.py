@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,13 @@ class CacheReuse:
     Parameters
     ----------
     adapter : Adapter
-        Of a family with a `CacheHooks`.
     config : SparseRef
+    conditions : callable
+        From a call's arguments to what changes the K/V beside the references, in words (may sync).
     """
 
-    def __init__(self, adapter: Adapter, config: SparseRef) -> None:
-        assert adapter.cache is not None
-        self._adapter, self._config, self._hooks = adapter, config, adapter.cache
+    def __init__(self, adapter: Adapter, config: SparseRef, conditions: Callable[[Kwargs], str]) -> None:
+        self._adapter, self._config, self._conditions = adapter, config, conditions
         self.given: ReferenceCache | None = None
         self.capturing = False
         self.captured: ReferenceCache | None = None
@@ -45,7 +45,7 @@ class CacheReuse:
         return Source(
             model=f"{self._adapter.name} ({full_name(type(module))})",
             weights=weights_fingerprint(module),
-            conditions=self._hooks.conditions(kwargs),
+            conditions=self._conditions(kwargs),
             references=fingerprint(tokens),
             sizes=layout.sizes,
             grids=tuple(reference.grid for reference in layout.references),
@@ -53,7 +53,8 @@ class CacheReuse:
 
     def check(self, module: nn.Module, kwargs: Kwargs, layout: TokenLayout, tokens: Tensor) -> None:
         """Raise LayoutError where the given K/V are not those that this extract call would compute."""
-        given, layers = self.given, len(self._adapter.sites(module))
+        given = self.given
+        layers = sum(site.kind != "other" for site in self._adapter.sites(module))
         assert given is not None
         if len(given.layers) != layers:
             raise LayoutError(f"a reused reference cache must have {layers} layers, got {len(given.layers)}")
@@ -110,13 +111,14 @@ class CacheReuse:
         self._source = self.source(module, kwargs, layout, tokens) if self.capturing else None
         return self.capturing
 
-    def filled(self, cache: Any, held: Tensor | None, record: RunRecord, tokens: Tensor) -> None:
-        """After it: keep what it computed, the rows of the tokens `held` or of all."""
+    def keep(
+        self, layers: Sequence[tuple[Tensor, Tensor]], held: Tensor | None, record: RunRecord, tokens: Tensor
+    ) -> None:
+        """After it: keep what it computed of `tokens` in each layer, the rows of the tokens `held` or of all."""
         source, self._source = self._source, None
         if source is None:
             return
         alike = torch.equal(tokens[:1].expand_as(tokens), tokens)
-        layers = [layer.get() for layer in self._hooks.layers(cache)]
         layers = [(k[:1], v[:1]) for k, v in layers] if alike else layers
         ranking = None
         if held is not None:

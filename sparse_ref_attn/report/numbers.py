@@ -212,7 +212,7 @@ def _measure(record: RunRecord, flops: FlopSummary | None, dense_seconds: float 
 
 def _sparse_kind(record: RunRecord) -> str:
     """Which steps a run is faster by than by dense ones of its own."""
-    return "cached" if record.exactness in ("drifting", "fixed time") else "sparse"
+    return "cached" if record.with_the_picture else "sparse"
 
 
 def _references(record: RunRecord) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ __all__ = ["dense_flops", "recorded_flops", "summarise"]
 def recorded_flops(shape: ModelShape, record: RunRecord) -> Flops:
     """Work of the run as it ran: every call of every step, and the measuring of attention."""
     total = Flops(0, int(record.scoring_flops))
+    for count in record.isolated or ():
+        total = total + step_flops(shape, StepTokens(0, 0, count), record.batch)
     for step in record.steps:
         tokens = _tokens(record, step)
         if step.layers is not None:
@@ -33,7 +35,7 @@ def dense_flops(shape: ModelShape, record: RunRecord) -> Flops:
     total = Flops(0, 0)
     for step in record.steps:
         everything = replace(step, kept=record.layout.reference_tokens, from_block=0)
-        if step is record.steps[0] or record.exactness in ("drifting", "fixed time"):
+        if step is record.steps[0] or record.with_the_picture:
             everything.kind = "dense"
         total = total + step_flops(shape, _tokens(record, everything), record.batch) * step.calls
     return total

@@ -21,6 +21,8 @@ class Refreshing:
         Default `refresh.standard`.
     total : int, optional
         Steps of the run, where they are known.
+    isolated : bool
+        Whether the references run by themselves: no step is full.
 
     Raises
     ------
@@ -39,8 +41,9 @@ class Refreshing:
     [0, 1, 5]
     """
 
-    def __init__(self, refresh: Refresh | None, total: int | None) -> None:
-        if total is None and refresh is not None and refresh.needs_total:
+    def __init__(self, refresh: Refresh | None, total: int | None, isolated: bool = False) -> None:
+        self.isolated = isolated
+        if not isolated and total is None and refresh is not None and refresh.needs_total:
             raise ConfigError(
                 f"a refresh that counts in shares of a run needs the run's number of steps, got {refresh} in a loop "
                 "that does not tell it: call handle.begin(steps=...) and handle.step(i), count in steps, or take "
@@ -62,6 +65,8 @@ class Refreshing:
 
     def due(self, step: int) -> bool:
         """Whether `step` is full."""
+        if self.isolated:
+            return False
         if not self.full or step in self.full:
             return True
         if isinstance(self.refresh, Drift):

@@ -77,7 +77,9 @@ class Run:
         if not bool(torch.isfinite(tokens).all()):
             raise NonFiniteError("the references' latents must be finite, got NaN or infinity")
         self.config, self.layout, self.clock = config, layout, clock
-        self.timeline, self.profile = Timeline.of(config, probing, refreshing is not None), Profile(probing)
+        isolated = refreshing is not None and refreshing.isolated
+        self.timeline = Timeline.of(config, probing, refreshing is not None, isolated)
+        self.profile = Profile(probing)
         self.timeline.check(steps)
         self.refreshing = refreshing
         self.budgeting = Budgeting.of(config, layout, clock(0))
@@ -101,7 +103,7 @@ class Run:
     def plan(self, step: int) -> Plan:
         """What step `step` does; asked again within the step, the same."""
         if self._given_up:
-            return Plan("dense")
+            return self._everything
         if self._step[0] != step:
             if self._measured_again is not None:
                 self._rank_again(self._measured_again)
@@ -116,9 +118,10 @@ class Run:
             if step <= self.timeline.last:
                 if self._reads(step) and step not in self.timeline.measured:
                     return Plan("cached", reads=True)
-                return Plan(self.timeline.kind(step), from_block=self.timeline.in_flight_of(step))
+                kind, first = self.timeline.kind(step), self.timeline.in_flight_of(step)
+                return Plan(kind, from_block=first, reads=self._reads(step))
             if not self._try_to_rank():
-                return Plan("dense")
+                return self._everything
         chosen = self.ranking.choose(self.counts(step))
         if self.refreshing is not None:
             again = self.timeline.reranks(step)
@@ -129,6 +132,11 @@ class Run:
         if self.timeline.reranks(step):
             return Plan("profile", chosen.selection if self.timeline.reads else None)
         return chosen
+
+    @property
+    def _everything(self) -> Plan:
+        """Of a step that cannot choose."""
+        return Plan("cached", reads=True) if self.timeline.isolated else Plan("dense")
 
     def _reads(self, step: int) -> bool:
         """Whether a step reads what a full one stored."""

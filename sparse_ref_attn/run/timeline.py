@@ -51,6 +51,8 @@ class Timeline:
         The full steps, where it does.
     first : {"all", "kept"}
         Reference tokens that a full step computes, as in `execution.Cache`.
+    isolated : bool
+        Whether the references run by themselves before the first step, and every step reads.
 
     Examples
     --------
@@ -70,15 +72,16 @@ class Timeline:
     stores: bool = False
     refresh: Refresh | None = None
     first: str = "all"
+    isolated: bool = False
 
     @classmethod
-    def of(cls, config: SparseRef, probing: Probing, stores: bool = False) -> Timeline:
-        """Of every run with a configuration and what it measures; `stores` as in the class."""
+    def of(cls, config: SparseRef, probing: Probing, stores: bool = False, isolated: bool = False) -> Timeline:
+        """Of every run with a configuration and what it measures; `stores` and `isolated` as in the class."""
         way = config.execute
         reads, first = isinstance(way, Cache), way.first if isinstance(way, Cache) else "all"
         return cls(
             probing.steps, probing.first, config.from_block, config.rerank_every, reads, stores and reads,
-            config.refresh, first,
+            None if isolated else config.refresh, first, isolated,
         )  # fmt: skip
 
     @property
@@ -128,12 +131,12 @@ class Timeline:
 
     def _stored(self, steps: int, budgeting: Budgeting, clock: Callable[[int], Clock]) -> list[PlannedStep]:
         """As `planned`, where references are computed in full steps and read in the others."""
-        full = (standard(steps) if self.refresh is None else self.refresh).steps(steps)
+        full = frozenset() if self.isolated else (self.refresh or standard(steps)).steps(steps)
         counts = [sum(budgeting.counts(clock(step))) for step in range(steps)]
         out, total = [], budgeting.layout.reference_tokens
         for step in range(steps):
             kind, ranked = self.kind(step), step > self.last
-            if step in full or step in self.measured:
+            if step in full or (step in self.measured and not self.isolated):
                 computed = max(counts[step:]) if ranked and self.first == "kept" and not self.reranks(step) else total
                 whole = "profile" if kind == "profile" else "dense"
                 out.append(PlannedStep(whole if computed == total else "sparse", computed, 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, VersionError
+from ..patching.trained import told
 from .words import WIDTH, seeded, text_encoders
 
 __all__ = ["LATENTS", "TRAINED", "WEIGHTS", "build_transformer", "build_vae", "knows_open_scenery", "toy_pipeline"]
@@ -57,8 +57,7 @@ def knows_open_scenery(transformer: str) -> bool:
 
     By what ``sra train`` writes beside the weights; where nothing is said it was not.
     """
-    told = Path(transformer) / "sparse_ref_attn.json"
-    return told.is_file() and bool(json.loads(told.read_text(encoding="utf-8")).get("open_scenery"))
+    return bool(told(transformer).get("open_scenery"))
 
 
 def toy_pipeline(transformer: str | None = TRAINED, *, seed: int = 0) -> Any:

@@ -14,6 +14,7 @@ from ..errors import IncompatibleError
 from ..hooks.compiled import compiled_blocks
 from ..hooks.diffusers import splits_the_sequence
 from ..hooks.static_blocks import Rows, StaticBlocks
+from ..isolation import Isolation
 from ..packing import kept_rows
 from ..patching.attendance import PARTS
 from ..patching.call import Call
@@ -22,6 +23,7 @@ from ..patching.execution.tokens import AtInput
 from ..patching.layouts import Layouts
 from ..run import Plan
 from ..types import RefSelection, TokenLayout
+from .isolating import Isolator
 from .random_drop import RandomDrop
 
 __all__ = ["Draws"]
@@ -43,20 +45,32 @@ class Draws:
     adapter : Adapter
     rank : int, optional
         Default the process's rank in ``torch.distributed``.
+    isolation : Isolation, optional
+        References run by themselves, and what is drawn is what is read of them, in every call but those of other
+        layouts; where nothing is drawn, everything.
 
     Raises
     ------
     IncompatibleError
-        If items are to have draws of their own and attention cannot tell them apart.
+        If items are to have draws of their own and attention cannot tell them apart, or the model's references cannot
+        run by themselves.
     """
 
-    def __init__(self, transformer: nn.Module, drop: RandomDrop, adapter: Adapter, rank: int | None) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        drop: RandomDrop,
+        adapter: Adapter,
+        rank: int | None,
+        isolation: Isolation | None = None,
+    ) -> None:
         self.drop, self.adapter, self._rank = drop, adapter, rank
         self.drawn = self._without = 0
         self.used = False
         """Whether a call came with references to draw from."""
         self.kept: tuple[RefSelection, ...] = ()
         self._ragged = Ragged(transformer, adapter) if drop.per_sample else None
+        self._isolator = None if isolation is None else Isolator(transformer, adapter, isolation)
         self._layouts = Layouts(adapter, self._unknown)
         self._said: set[str] = set()
 
@@ -68,7 +82,7 @@ class Draws:
 
     def forget(self) -> None:
         """The patch is off: say so if it never had anything to draw from."""
-        if not self.used:
+        if not self.used and self._isolator is None:
             self._say(
                 "the training patch never dropped a token: no call of the transformer in train mode had reference "
                 "tokens that its adapter knows"
@@ -83,6 +97,8 @@ class Draws:
     def call(self, module: nn.Module, kwargs: Kwargs) -> Call | None:
         """A training call with its draw; None where nothing is dropped."""
         self.kept = ()
+        if not (module.training and torch.is_grad_enabled()) and self._isolator is not None:
+            return self._isolated(module, kwargs, self._layout(kwargs), None)
         if not module.training:
             if torch.is_grad_enabled():
                 self._say("nothing is dropped while the transformer is in eval mode: call transformer.train()")
@@ -98,7 +114,7 @@ class Draws:
                 "a transformer patched for training must not be checkpointed as a whole, as its second forward would "
                 "draw other tokens: checkpoint its blocks, transformer.enable_gradient_checkpointing()"
             )
-        layout = None if self.adapter.cached(kwargs) else self._layouts.of(kwargs)
+        layout = self._layout(kwargs)
         drops = layout is not None and bool(layout.references)
         why = self.adapter.cannot_join(kwargs) if drops and self.drop.per_sample else None
         if why is not None:
@@ -113,6 +129,8 @@ class Draws:
         tokens, generator = kwargs[self.adapter.tokens], _generator(self.drop.seed, self._stream(), draw)
         draws = tokens.shape[0] if self.drop.per_sample else 1
         self.kept = tuple(self.drop.draw(layout.sizes, generator) for _ in range(draws))
+        if self._isolator is not None:
+            return self._isolated(module, kwargs, layout, self.kept[0])
         around = None if self.drop.per_sample else self._compiled(module, kwargs, layout)
         if all(selection.kept == layout.reference_tokens for selection in self.kept):
             return None
@@ -123,6 +141,22 @@ class Draws:
                 call.contexts.enter_context(around)
             return call
         return Call(self.adapter, module, kwargs, layout, Plan("sparse"), self._per_item(module, layout, here))
+
+    def _layout(self, kwargs: Kwargs) -> TokenLayout | None:
+        return None if self.adapter.cached(kwargs) else self._layouts.of(kwargs)
+
+    def _isolated(
+        self, module: nn.Module, kwargs: Kwargs, layout: TokenLayout | None, kept: RefSelection | None
+    ) -> Call | None:
+        """A call whose references run by themselves, and of which `kept` are read, or all."""
+        assert self._isolator is not None
+        if layout is None or not layout.references:
+            return None
+        if compiled_blocks(module):
+            self._say("compiled blocks run uncompiled while references run by themselves")
+        every = kept is None or kept.kept == layout.reference_tokens
+        tokens = None if kept is None or every else kept.indices.to(kwargs[self.adapter.tokens].device)
+        return Call(self.adapter, module, kwargs, layout, Plan("sparse"), self._isolator.execution(module, tokens))
 
     def _compiled(
         self, module: nn.Module, kwargs: Kwargs, layout: TokenLayout
@@ -160,7 +194,8 @@ class Draws:
         return self._rank or 0
 
     def _unknown(self, what: str) -> None:
-        self._say(f"nothing is dropped: the layout of a call is not one that the {self.adapter.name} adapter knows")
+        done = "isolated" if self._isolator is not None else "dropped"
+        self._say(f"nothing is {done}: the layout of a call is not one that the {self.adapter.name} adapter knows")
 
     def _say(self, what: str) -> None:
         if what not in self._said:

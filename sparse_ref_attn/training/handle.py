@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ..checks import is_int
 from ..errors import ConfigError
+from ..isolation import Isolation
 from ..patching.patch import Patch
 from ..report.page import plain
 from ..types import RefSelection
 from .draws import Draws
+from .isolate_references import IsolateReferences
 from .random_drop import RandomDrop
 
-__all__ = ["TrainingHandle"]
+__all__ = ["TrainingHandle", "state_of"]
 
 
 class TrainingHandle:
@@ -22,8 +25,8 @@ class TrainingHandle:
     ``accelerator.register_for_checkpointing(handle)`` saves and restores its draws.
     """
 
-    def __init__(self, draws: Draws, patch: Patch) -> None:
-        self._draws, self._patch = draws, patch
+    def __init__(self, draws: Draws, patch: Patch, drop: RandomDrop | IsolateReferences) -> None:
+        self._draws, self._patch, self._drop = draws, patch, drop
 
     def __repr__(self) -> str:
         return f"TrainingHandle({self._draws.adapter.name}: {'removed' if self.removed else self.drop})"
@@ -32,9 +35,14 @@ class TrainingHandle:
         return plain(repr(self))
 
     @property
-    def drop(self) -> RandomDrop:
-        """The settings of the draws."""
-        return self._draws.drop
+    def drop(self) -> RandomDrop | IsolateReferences:
+        """The settings of the draws, or of the isolation."""
+        return self._drop
+
+    @property
+    def isolation(self) -> Isolation | None:
+        """How references run by themselves; None where they run with the picture."""
+        return self._drop.isolation if isinstance(self._drop, IsolateReferences) else None
 
     @property
     def kept(self) -> tuple[RefSelection, ...]:
@@ -72,3 +80,12 @@ class TrainingHandle:
         blocks that run again then refuse their arguments.
         """
         self._patch.remove()
+
+
+def state_of(handle: TrainingHandle | None) -> dict[str, Any]:
+    """What a checkpoint says of the training patch, or of there being none."""
+    isolation = None if handle is None else handle.isolation
+    return {
+        "draws": None if handle is None else handle.state_dict(),
+        "isolate": None if isolation is None else isolation.to_dict(),
+    }

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import ConfigError, NonFiniteError, VersionError
 from . import checkpoint
 from .batches import Batch, seeded
+from .handle import state_of
 from .log import Log, progress
 from .patching import TrainingHandle
 
@@ -136,7 +137,7 @@ def train(
         If the loss is NaN or infinite; the newest checkpoint is from before that.
     ConfigError, LayoutError
         As ``checkpoint.save`` and ``checkpoint.load``; also if the checkpoint is of a run with other optimizers, or
-        one drops reference tokens and the other does not.
+        one drops reference tokens, or lets references run by themselves, and the other does not.
     """
     try:
         from accelerate import Accelerator
@@ -193,7 +194,7 @@ def train(
                 log.write()
                 checkpoint.save(
                     out, done, weights, ema, [o.state_dict() for o in optimizers],
-                    {"train": asdict(config), "draws": None if drop is None else drop.state_dict(), **(about or {})},
+                    {"train": asdict(config), **state_of(drop), **(about or {})},
                 )  # fmt: skip
     bar.close()
     accelerator.wait_for_everyone()
@@ -217,6 +218,12 @@ def _resume(
     ]
     if changed:
         logger.warning("%s goes on with other settings than it was trained with: %s", found, "; ".join(changed))
+    isolate = state_of(drop)["isolate"]
+    if stored.get("isolate") != isolate:
+        raise ConfigError(
+            f"a run must go on as it began: {found} was trained with isolate={stored.get('isolate')}, and this run has "
+            f"{isolate}. Begin another one from its weights (--init), in a folder of its own"
+        )
     dropped = stored["draws"] is not None
     if dropped != (drop is not None):
         words = ("with", "without") if dropped else ("without", "with")

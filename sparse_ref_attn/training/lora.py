@@ -13,6 +13,7 @@ from torch import Tensor
 from ..adapters.training_hooks import TrainingHooks
 from ..errors import ConfigError, VersionError
 from ..files import fits
+from .isolate_references import IsolateReferences, said_of
 from .random_drop import RandomDrop
 
 __all__ = ["add_lora", "save_lora"]
@@ -45,11 +46,14 @@ def add_lora(transformer: Any, rank: int, targets: Sequence[str] = TrainingHooks
             parameter.data = parameter.data.float()
 
 
-def save_lora(pipe: Any, folder: Path, weights: Mapping[str, Tensor], drop: RandomDrop | None) -> Path:
+def save_lora(
+    pipe: Any, folder: Path, weights: Mapping[str, Tensor], drop: RandomDrop | IsolateReferences | None
+) -> Path:
     """Write trained LoRA matrices for ``pipe.load_lora_weights``, or for ``pipe.transformer.load_lora_adapter`` where a
     pipeline has none (LongCat-Image-Edit's).
 
-    The file's metadata have a JSON text under ``sparse_ref_attn``: the `RandomDrop` it was trained with, or null.
+    The file's metadata have a JSON text under ``sparse_ref_attn``: the `RandomDrop` and the `IsolateReferences` it was
+    trained with (see `said_of`).
 
     Parameters
     ----------
@@ -59,7 +63,7 @@ def save_lora(pipe: Any, folder: Path, weights: Mapping[str, Tensor], drop: Rand
         Gets ``pytorch_lora_weights.safetensors``.
     weights : mapping of str to Tensor
         Parameter name to value, such as the moving average.
-    drop : RandomDrop or None
+    drop : RandomDrop, IsolateReferences or None
 
     Raises
     ------
@@ -85,7 +89,7 @@ def save_lora(pipe: Any, folder: Path, weights: Mapping[str, Tensor], drop: Rand
                 metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         else:
             metadata, tensors = {"format": "pt"}, {f"transformer.{key}": x.contiguous() for key, x in layers.items()}
-        metadata["sparse_ref_attn"] = json.dumps({"random_drop": None if drop is None else drop.to_dict()})
+        metadata["sparse_ref_attn"] = json.dumps(said_of(drop))
         partial = Path(hidden) / "with_metadata"
         save_file(tensors, partial, metadata)
         return partial.replace(folder / name)

@@ -15,6 +15,7 @@ from ..patching.api import install, resolve
 from ..patching.patch import Patch
 from .draws import Draws
 from .handle import TrainingHandle
+from .isolate_references import IsolateReferences
 from .random_drop import RandomDrop
 
 __all__ = ["patch_for_training"]
@@ -25,9 +26,13 @@ PURPOSE = "training"
 
 
 def patch_for_training(
-    transformer: Any, drop: RandomDrop | None = None, *, rank: int | None = None, adapter: Adapter | None = None
+    transformer: Any,
+    drop: RandomDrop | IsolateReferences | None = None,
+    *,
+    rank: int | None = None,
+    adapter: Adapter | None = None,
 ) -> TrainingHandle:
-    """Drop random reference tokens in every training call of a transformer.
+    """Drop random reference tokens in every training call of a transformer, or let its references run by themselves.
 
     Works under any training script that puts reference tokens and their position ids behind the
     noisy ones and slices the prediction: tokens are dropped when the transformer is called, and its
@@ -38,8 +43,9 @@ def patch_for_training(
     ----------
     transformer : torch.nn.Module or diffusers pipeline
         A supported transformer, also inside ``DistributedDataParallel`` or a ``PeftModel``.
-    drop : RandomDrop, optional
-        Default ``RandomDrop()``: 10 to 100 %, uniform.
+    drop : RandomDrop or IsolateReferences, optional
+        Default ``RandomDrop()``: 10 to 100 %, uniform. With `IsolateReferences` the references run by themselves, and
+        text and generation read their keys and values.
     rank : int, optional
         Which stream of draws this process takes. Default its rank in ``torch.distributed``, 0
         without. Processes that work on one batch together (tensor or context parallel) must be
@@ -62,11 +68,13 @@ def patch_for_training(
         If the transformer was compiled as a whole, is patched for inference, or with ``per_sample=True``
         has attention that cannot tell items apart; or if it is in ``DataParallel``. At a call: if the
         transformer is checkpointed as a whole, or ``per_sample=True`` meets compiled blocks,
-        context parallelism or an attention mask that is not of keys alone.
+        context parallelism or an attention mask that is not of keys alone. With `IsolateReferences` if the family has
+        no way, or its own pipeline does it (Klein-KV); at a call: under context parallelism, beside a step cache or an
+        IP-Adapter, where blocks are checkpointed with reentrance, or with a mask that is not of keys alone.
     LayoutError
         At a call, if its attention mask is not of its rows.
     ConfigError
-        If `drop` is no RandomDrop.
+        If `drop` is neither.
 
     Notes
     -----
@@ -84,6 +92,12 @@ def patch_for_training(
     model's own attention kernel gives way to this library's. One draw for the batch costs nothing, and the ratios
     average over the steps instead of within each.
 
+    With `IsolateReferences` the transformer's forward calls it once more on the references alone, within the same call,
+    so that DDP sees one forward. Both stand in one graph: weights get the gradients of both, and the keys and values of
+    all layers are held for the backward pass, whatever is checkpointed. Gradient checkpointing works for blocks that
+    diffusers checkpoints. Compiled blocks run uncompiled. Calls in eval mode and without gradients are isolated too, as
+    that is the model that is trained, and read everything. Rows of references are zero in the output.
+
     Examples
     --------
     >>> import torch, sparse_ref_attn as sra
@@ -100,8 +114,8 @@ def patch_for_training(
     >>> handle.remove()
     """
     drop = RandomDrop() if drop is None else drop
-    if not isinstance(drop, RandomDrop):
-        raise ConfigError(f"drop must be a RandomDrop, got {type(drop).__name__}")
+    if not isinstance(drop, (RandomDrop, IsolateReferences)):
+        raise ConfigError(f"drop must be a RandomDrop or IsolateReferences, got {type(drop).__name__}")
     if rank is not None and not is_int(rank, 0):
         raise ConfigError(f"rank must be an int of at least 0, got {rank!r}")
     if isinstance(transformer, nn.DataParallel):
@@ -111,7 +125,8 @@ def patch_for_training(
         )
     model, adapter = resolve(transformer, adapter)
     check_free(model, PURPOSE)
-    draws = Draws(model, drop, adapter, rank)
+    drawn = drop if isinstance(drop, RandomDrop) else drop.drop or RandomDrop(1.0)
+    draws = Draws(model, drawn, adapter, rank, drop.isolation if isinstance(drop, IsolateReferences) else None)
     state = install(Patch(model, adapter, draws, PURPOSE), model)
     logger.info("patched %s for training: %s", adapter.name, drop)
-    return TrainingHandle(draws, state)
+    return TrainingHandle(draws, state, drop)

@@ -22,7 +22,19 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "train_kontext_lora.py"
 SETTINGS: dict[str, list[str]] = {
     "kontext": ["--side", "32", "--per-sample", "--keep", "0.2", "0.9"],
-    "klein": ["--side", "64", "--text-layers", "1", "2", "3", "--gradient-checkpointing"],
+    "klein": [
+        "--side",
+        "64",
+        "--text-layers",
+        "1",
+        "2",
+        "3",
+        "--gradient-checkpointing",
+        "--isolate",
+        "--keep",
+        "0.1",
+        "1.0",
+    ],
 }
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -70,6 +82,8 @@ def test_end_to_end(name: str, references: int, tmp_path: Path) -> None:
     drop = sra.RandomDrop.from_dict(settings_of["random_drop"])
     assert drop.keep == ((0.2, 0.9) if name == "kontext" else (0.1, 1.0))
     assert drop.per_sample == (name == "kontext")
+    isolate = settings_of["isolate"]
+    assert isolate is None if name == "kontext" else sra.IsolateReferences.from_dict(isolate).drop == drop
 
     pipe = case.build()
     before = case.call(pipe, references=references)

@@ -15,6 +15,7 @@ from tests.training.batches import Batch, build, lora
 RUNS = {  # model: what is drawn, and whether the module is patched inside DDP or before it is wrapped
     "klein": (sra.RandomDrop((0.1, 0.9), per_sample=True), "before"),
     "kontext": (sra.RandomDrop((0.3, 0.7)), "after"),
+    "flux2": (sra.IsolateReferences(drop=sra.RandomDrop((0.3, 0.7))), "after"),  # two forwards for each backward
 }
 STEPS = 3
 

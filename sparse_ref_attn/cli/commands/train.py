@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ... import vocabulary
+from ...isolation import PERS
 from .. import values
 from ..parsing import Commands, later
 
@@ -33,13 +34,21 @@ def add(commands: Commands) -> None:
         metavar="DIR",
         help="begin from another run's moving average, or from a transformer's folder, with --sprites",
     )
-    drop = parser.add_argument_group("random dropping of reference tokens")
+    drop = parser.add_argument_group("random dropping of reference tokens, and references by themselves")
     drop.add_argument(
         "--keep", type=values.shares, metavar="LO-HI", help="shares kept, such as 5%%-100%%; default: no dropping"
     )
     drop.add_argument("--keep-distribution", **values.one_of(vocabulary.DISTRIBUTIONS), default="uniform")
     drop.add_argument(
         "--full", type=float, default=0.1, metavar="P", help="share of steps that keep all (default: 0.1)"
+    )
+    drop.add_argument(
+        "--isolate",
+        **values.one_of(PERS),
+        nargs="?",
+        const="all",
+        help="let references run by themselves, all together or each alone (reference), so that they are computed once "
+        "at inference; with --keep a share of their keys and values is read. The weights say so, and are run so",
     )
     how = parser.add_argument_group("settings")
     how.add_argument(
@@ -57,7 +66,8 @@ def add(commands: Commands) -> None:
         "--reference-loss",
         type=float,
         metavar="W",
-        help="weight of the loss at the reference rows, with --sprites; with and without --keep (default: 0.1)",
+        help="weight of the loss at the reference rows, with --sprites; with and without --keep (default: 0.1); "
+        "no gradient comes of it with --isolate",
     )
     how.add_argument(
         "--open-scenery",

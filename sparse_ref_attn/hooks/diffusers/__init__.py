@@ -29,6 +29,7 @@ from .caches import (
     splits_the_sequence,
     step_cache_active,
 )
+from .checkpointing import around_reruns
 from .parts import (
     check_parts,
     encoded_reference,
@@ -36,6 +37,7 @@ from .parts import (
     offload_hook,
     packed_reference,
     tensors_on_disk,
+    weights_folder,
 )
 from .private_backend import Attention, PrivateBackend, note_thread
 from .self_check import check_diffusers
@@ -52,6 +54,7 @@ __all__ = [
     "Route",
     "Tap",
     "answered_layer",
+    "around_reruns",
     "attention_sites",
     "cached_modules",
     "check_diffusers",
@@ -76,4 +79,5 @@ __all__ = [
     "tapped",
     "tapped_attention",
     "tensors_on_disk",
+    "weights_folder",
 ]

@@ -16,6 +16,7 @@ __all__ = [
     "offload_hook",
     "packed_reference",
     "tensors_on_disk",
+    "weights_folder",
 ]
 
 
@@ -74,6 +75,12 @@ def _method(pipe: Any, name: str) -> Callable[..., Any]:
             'Downscale(source="latents")'
         )
     return method
+
+
+def weights_folder(module: nn.Module) -> str | None:
+    """The folder, or the name on the hub, that a model was loaded from; None where it was not."""
+    config = getattr(module, "config", None)
+    return getattr(config, "_name_or_path", None) or None
 
 
 def offload_hook(module: nn.Module | None) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...adapters.alone import ReferencesAlone
 from ...adapters.base import Adapter, Found, Kwargs
 from ...adapters.collate import flat_ids, same, stack
 from ...adapters.depth import DepthCut
@@ -73,6 +74,7 @@ class Flux2Adapter(Adapter):
         "norm_out.linear",
     )
     cache = Flux2CacheHooks()
+    alone = ReferencesAlone()
 
     def layout_key(self, kwargs: Kwargs) -> object:
         return kwargs.get("kv_cache_mode"), kwargs.get("num_ref_tokens") or 0

@@ -76,9 +76,13 @@ class Branches:
 
     def __init__(self) -> None:
         self._texts: list[_Text] = []
+        self.shared = Branch()
+        """What references that run by themselves stored, for the calls of every branch."""
 
     def __iter__(self) -> Iterator[Branch]:
-        return (branch for text in self._texts for branch in text.branches)
+        yield self.shared
+        for text in self._texts:
+            yield from text.branches
 
     def of(self, step: int, text: Tensor | None) -> Branch:
         """Of the next call in `step`, with that text (syncs where texts are made anew for each call)."""

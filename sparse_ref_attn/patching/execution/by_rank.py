@@ -23,11 +23,11 @@ from .held_rows import HeldRows
 from .joint import JointAttention
 from .stored import to_stored
 
-__all__ = ["ByRank"]
+__all__ = ["ByRank", "LayerRows"]
 
 
 @dataclass(frozen=True)
-class _Rows:
+class LayerRows:
     """A layer's keys and values of every reference token, in order."""
 
     k: Tensor
@@ -79,7 +79,7 @@ class ByRank:
         whole = _reference_keys(call, held)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
-            held.take(layer, _Rows(k.detach()[:, whole], v.detach()[:, whole]))
+            held.take(layer, LayerRows(k.detach()[:, whole], v.detach()[:, whole]))
             return own()
 
         return attend

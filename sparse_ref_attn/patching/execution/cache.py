@@ -9,26 +9,30 @@ import torch
 from torch import nn
 
 from ...adapters.base import Adapter, Kwargs
-from ...adapters.shortened import Shortened
 from ...adapters.stream import restored, stream_rows
 from ...config import SparseRef
 from ...cost import ModelShape
 from ...errors import ConfigError, IncompatibleError, UnsupportedModelError
 from ...hooks.diffusers import Route, splits_the_sequence, step_cache_active
+from ...isolation import Isolation
 from ...refresh import Never
 from ...run import Plan, Refreshing, Run
 from ...types import TokenLayout
 from ..call import Execution, GenerationCall
 from ..proving import computed_dtype
+from ..reuse import CacheReuse
 from ..steps import RunStep
 from . import room
 from .branches import Branch, Branches, Held
-from .by_rank import ByRank
+from .by_rank import ByRank, LayerRows
 from .by_tile import ByTile
+from .held_rows import HeldRows
+from .isolated import OwnPass, check_isolates, without_references
 from .joint import UNCOMPILED, JointAttention, LookedAt
+from .model_cache import CacheKeeper
 from .tokens import AtInput
 
-__all__ = ["ReferenceStore"]
+__all__ = ["ReferenceStore", "reuse_of"]
 
 
 class Form(Protocol):
@@ -75,18 +79,20 @@ class Computing:
 
 
 class Reading:
-    """A cached call: text and generation rows alone, which attend to stored keys and values too."""
+    """A cached call: text and generation rows alone, which attend to stored keys and values too.
+
+    Where nothing is stored yet, the references run by themselves first.
+    """
 
     def __init__(self, store: ReferenceStore, branch: Branch) -> None:
-        assert branch.held is not None
-        self._store, self._branch, self._held, self.alone = store, branch, branch.held, store.attention.stays_compiled
+        self._store, self._branch, self.alone = store, branch, store.attention.stays_compiled
 
     def before(self, call: GenerationCall) -> Kwargs:
-        first, length = call.layout.generation
-        rows = torch.arange(first, first + length, device=call.device)
-        kwargs = call.adapter.drop(call.kwargs, call.layout, rows)
-        call.shortened = Shortened(call.kwargs, rows, call.layout.rows)
-        self._store.read(call, self._held)
+        if self._branch.held is None:
+            self._store.isolate(call, self._branch)
+        assert self._branch.held is not None
+        kwargs = without_references(call)
+        self._store.read(call, self._branch.held)
         return kwargs
 
     def after(self, call: GenerationCall, output: Any) -> Any:
@@ -103,10 +109,13 @@ class ReferenceStore:
     adapter : Adapter
     config : SparseRef
         With a `Cache`.
+    isolation : Isolation, optional
+        How the references run by themselves, if they do.
     """
 
-    def __init__(self, adapter: Adapter, config: SparseRef) -> None:
+    def __init__(self, adapter: Adapter, config: SparseRef, isolation: Isolation | None = None) -> None:
         self._adapter, self._config = adapter, config
+        self.own_pass = None if isolation is None else OwnPass(adapter, config, isolation)
         self.form: Form = ByTile(adapter, config) if config.per == "tile" else ByRank(adapter, config)
         self._looked = LookedAt(adapter)
         self._branches: weakref.WeakKeyDictionary[Run, Branches] = weakref.WeakKeyDictionary()
@@ -135,6 +144,9 @@ class ReferenceStore:
                 "stored reference keys and values need the whole sequence in one process, got context parallelism: "
                 'call disable_parallelism(), or drop tokens: "sparse-context", or execute="tokens"'
             )
+        if self.own_pass is not None:
+            check_isolates(self._adapter, module, self._looked.look_at(module))
+            return Refreshing(None, None if at.observed else at.total, isolated=True)
         if step_cache_active(module) and not isinstance(self._config.refresh, Never):
             raise IncompatibleError(
                 "beside a step cache, which skips blocks at steps of its own choice, references can be computed in the "
@@ -146,7 +158,12 @@ class ReferenceStore:
     def began(self, module: nn.Module, run: Run, at: RunStep, layout: TokenLayout, kwargs: Kwargs) -> None:
         """A run has begun: raise BudgetError where it would store more than there is memory for."""
         self._branches[run] = Branches()
-        if self._looked.look_at(module).runs_uncompiled:
+        attention = self._looked.look_at(module)
+        if self.own_pass is not None:
+            run.record.isolated = ()
+            if self._config.refresh is not None:
+                run.record.notes.append(f"{self._config.refresh} has no meaning: the references run by themselves")
+        if attention.runs_uncompiled:
             run.record.notes.append(UNCOMPILED)
         tokens = kwargs[self._adapter.tokens]
         if room.free_bytes(tokens.device) is None:
@@ -166,6 +183,8 @@ class ReferenceStore:
     def execution(self, run: Run, at: RunStep, plan: Plan, kwargs: Kwargs) -> tuple[Execution, Plan]:
         """How a call with `plan` runs, and as what: one whose branch has stored nothing yet computes."""
         text = None if self._adapter.text_tokens is None else kwargs.get(self._adapter.text_tokens)
+        if self.own_pass is not None:
+            return Reading(self, self._branches[run].shared), plan
         branch = self._branches[run].of(at.step, text)
         if plan.reads and branch.held is not None:
             return Reading(self, branch), plan
@@ -207,6 +226,18 @@ class ReferenceStore:
             step.drift = drift
         run.refreshing.computed(call.at.step, drift)
 
+    # -- references by themselves --------------------------------------------------------------
+
+    def isolate(self, call: GenerationCall, branch: Branch) -> None:
+        """Let a run's references run by themselves and store what they give, or store that of an earlier run."""
+        assert self.own_pass is not None
+        layers = self.own_pass.layers(call, self.attention)
+        held = self.form.empty(call, self.attention)
+        assert isinstance(held, HeldRows)
+        for layer, (k, v) in enumerate(layers):
+            held.take(layer, LayerRows(k.detach(), v.detach()))
+        branch.held = held
+
     # -- cached calls --------------------------------------------------------------------------
 
     def read(self, call: GenerationCall, held: Held) -> None:
@@ -217,7 +248,9 @@ class ReferenceStore:
     def over(self, call: GenerationCall, branch: Branch) -> None:
         """A call has come to its end: after the last step nothing is kept."""
         self._account(call)
-        if not call.at.observed and call.at.step == call.at.total - 1:
+        steps = call.run.record.steps
+        others = branch is self._branches[call.run].shared and call.step.calls < max(step.calls for step in steps)
+        if not call.at.observed and call.at.step == call.at.total - 1 and not others:
             branch.held = None
 
     def _account(self, call: GenerationCall) -> None:
@@ -230,3 +263,14 @@ class ReferenceStore:
 def _fits(held: Held, plan: Plan) -> bool:
     """Whether a call with `plan` computes the tokens that are held."""
     return held.tokens is None if plan.selection is None else held.tokens is plan.selection.indices
+
+
+def reuse_of(keeper: CacheKeeper | None, store: ReferenceStore | None) -> CacheReuse | None:
+    """What is taken from earlier runs, where references are exact: kept by the model, or stored of themselves."""
+    return (
+        keeper.reuse
+        if keeper is not None
+        else None
+        if store is None or store.own_pass is None
+        else store.own_pass.reuse
+    )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,16 @@ from ...config import SparseRef
 from ...errors import ConfigError, IncompatibleError
 from ...execution import Cache
 from ...hooks.compiled import compiled_blocks, eager_blocks
-from ...hooks.diffusers import AnsweredAttention, Attention, KeptRoute, Route, dispatches
-from ..call import GenerationCall
+from ...hooks.diffusers import (
+    AnsweredAttention,
+    Attention,
+    KeptRoute,
+    Route,
+    around_reruns,
+    dispatches,
+    routed_attention,
+)
+from ..call import Call
 
 __all__ = ["UNCOMPILED", "JointAttention", "LookedAt", "check_cache"]
 
@@ -99,9 +108,24 @@ class JointAttention:
         """Whether they never do."""
         return self._compiled and self._shared is None
 
-    def answer(self, call: GenerationCall, rows: int, attend: Route, eager: bool, keys: int | None = None) -> None:
-        """Let ``attend(layer, ...)`` answer attention of `rows` joint rows to `keys`, by default their own, until the
-        call is over; `eager`: compiled blocks run uncompiled."""
+    def answer(
+        self, call: Call, rows: int, attend: Route, eager: bool, keys: int | None = None, again: bool = True
+    ) -> None:
+        """Let ``attend(layer, ...)`` answer attention of `rows` joint rows until the call is over.
+
+        Parameters
+        ----------
+        call : Call
+        rows : int
+        attend : Route
+        eager : bool
+            Whether compiled blocks run uncompiled.
+        keys : int, optional
+            What the rows attend to; default `rows`, their own.
+        again : bool
+            Whether it answers a checkpointed block that runs again in the backward pass too; the model's own attention
+            does otherwise.
+        """
         keys = rows if keys is None else keys
         attend = self._adapter.ordered(attend, call.layout.text)
 
@@ -115,11 +139,32 @@ class JointAttention:
             return
         if self._compiled:
             call.contexts.enter_context(eager_blocks(call.module))
+        call.contexts.enter_context(around_reruns(call.module, self._rerun(call.module, route if again else None)))
         if self._kept is not None and self._kept.thread == threading.get_ident():
             call.contexts.enter_context(self._kept.route(route))
         else:
             call.contexts.enter_context(self._adapter.route(call.module, route))
 
+    def _rerun(
+        self, module: nn.Module, route: Route | None
+    ) -> Callable[[nn.Module], contextlib.AbstractContextManager[None]]:
+        """Around one block that runs again: as in the call, on whatever thread."""
+        sites, compiled = self.sites, self._compiled
+
+        @contextlib.contextmanager
+        def around(block: nn.Module) -> Iterator[None]:
+            inside = {id(each) for each in block.modules()}
+            own = [i for i, site in enumerate(sites) if id(site.module) in inside]
+            with contextlib.ExitStack() as contexts:
+                if compiled:
+                    contexts.enter_context(eager_blocks(module))
+                if route is not None:
+                    contexts.enter_context(
+                        routed_attention([sites[i] for i in own], lambda j, *given: route(own[j], *given))
+                    )
+                yield
+
+        return around
 
 class LookedAt:
     """A model's joint attention as it was last looked at; what runs in other threads began with is kept beside it.

@@ -85,7 +85,7 @@ class CacheKeeper(ABC, Generic[H]):
         self._held: weakref.WeakKeyDictionary[Any, H] = weakref.WeakKeyDictionary()
         self._sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._stored: tuple[Run, Plan] | None = None
-        self.reuse = CacheReuse(adapter, config)
+        self.reuse = CacheReuse(adapter, config, adapter.cache.conditions)
 
     @property
     def alone(self) -> bool:
@@ -150,7 +150,8 @@ class CacheKeeper(ABC, Generic[H]):
             self._held[cache] = held
             self._filled(held, cache)
             self._account(call, held, cache)
-            self.reuse.filled(cache, held.tokens, call.run.record, call.run.references.tokens)
+            layers = [layer.get() for layer in self.hooks.layers(cache)]
+            self.reuse.keep(layers, held.tokens, call.run.record, call.run.references.tokens)
 
     @abstractmethod
     def _empty(self, call: GenerationCall, whole: bool) -> H:

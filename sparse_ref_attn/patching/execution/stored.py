@@ -16,7 +16,7 @@ from ...run import AttentionView
 from ..call import GenerationCall
 from ..proving import attend_to_bank
 
-__all__ = ["to_stored"]
+__all__ = ["joined", "to_stored"]
 
 
 def to_stored(
@@ -53,12 +53,18 @@ def to_stored(
             call.run.observe(call.at.step, i, _view(call, q.detach(), stored, vectors, span, order, masked, text))
         masked = _masked(mask, columns, ranked.tokens(i, reads[i]), q, rows, ranked.before(i))
         if torch.is_grad_enabled():  # the room is not a part of any graph
-            best = ranked.prefix(i, reads[i])
-            pairs = zip(best, (k, v), strict=True)
-            return own(*(torch.cat(pair if ranked.before(i) else pair[::-1], 1) for pair in pairs), masked)
+            return own(*joined(ranked.prefix(i, reads[i]), (k, v), ranked.before(i)), masked)
         return own(*ranked.join(i, k, v, reads[i]), masked)
 
     return attend
+
+
+def joined(stored: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], before: bool) -> tuple[Tensor, Tensor]:
+    """A call's own keys and values (B, S, H, C) with stored ones beside them, before or behind; differentiable."""
+    (k, v), (own_k, own_v) = stored, own
+    if before:
+        return torch.cat([k, own_k], 1), torch.cat([v, own_v], 1)
+    return torch.cat([own_k, k], 1), torch.cat([own_v, v], 1)
 
 
 def _view(

@@ -15,21 +15,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import Adapter, Found, Kwargs
-from ..adapters.collate import pad, same, stack
-from ..adapters.depth import DepthCut
-from ..adapters.pipeline_facts import PipelineFacts
-from ..adapters.published_size import PublishedSize
-from ..adapters.shortened import Shortened
-from ..cost import ModelShape
-from ..errors import LayoutError, UnsupportedModelError
-from ..functional import pack_rows
-from ..hooks.diffusers import encoded_reference, internal, packed_reference
-from ..hooks.instance import InstanceHook
-from ..selection import Reduced
-from ..types import Reference, TokenLayout
+from ...adapters.base import Adapter, Found, Kwargs
+from ...adapters.collate import pad, same, stack
+from ...adapters.depth import DepthCut
+from ...adapters.pipeline_facts import PipelineFacts
+from ...adapters.published_size import PublishedSize
+from ...adapters.shortened import Shortened
+from ...cost import ModelShape
+from ...errors import LayoutError, UnsupportedModelError
+from ...functional import pack_rows
+from ...hooks.diffusers import encoded_reference, internal, packed_reference
+from ...hooks.instance import InstanceHook
+from ...selection import Reduced
+from ...types import Reference, TokenLayout
+from .alone import QwenReferencesAlone
 
-__all__ = ["FAMILY", "QwenImageAdapter", "frequencies"]
+__all__ = ["QwenImageAdapter", "frequencies"]
 
 EDIT = PipelineFacts("diffusers.QwenImageEditPipeline", references=(1, 1))
 EDIT_PLUS = PipelineFacts("diffusers.QwenImageEditPlusPipeline", references=(1, None), shaped_by=-1)
@@ -80,7 +81,7 @@ class QwenImageAdapter(Adapter):
         "img_shapes",
     )
     processors = ("QwenDoubleStreamAttnProcessor2_0",)
-
+    alone = QwenReferencesAlone()
     parts = ("pos_embed", "pos_embed.axes_dim", "pos_embed.theta", "pos_embed.scale_rope", "pos_embed.rope_params")
 
     def check(self, transformer: nn.Module) -> None:
@@ -286,6 +287,3 @@ def frequencies(pos_embed: Any, frame: int, shape: Sequence[int], positions: Ten
         parts.append(positions[:, axis] - (size - size // 2 if pos_embed.scale_rope else 0))
     dims, theta = pos_embed.axes_dim, pos_embed.theta
     return torch.cat([pos_embed.rope_params(p.cpu(), d, theta) for p, d in zip(parts, dims, strict=True)], 1)
-
-
-FAMILY = QwenImageAdapter()

@@ -1,87 +1,22 @@
-"""Where the saving happens: rows dropped at the transformer's input or at a block, or stored reference K/V."""
+"""Stored reference keys and values, which steps without reference rows read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from .checks import is_int, is_one_of, numbers
-from .errors import ConfigError
-from .refresh import Refresh
-from .vocabulary import chosen
+from ..checks import is_one_of, numbers
+from ..errors import ConfigError
+from ..isolation import Isolation
+from ..refresh import Refresh
+from .tokens import check_every
 
-__all__ = ["CACHE_ROWS", "EXECUTIONS", "PERS", "PROFILES", "RESTS", "Cache", "Execution", "Tokens", "execution"]
+__all__ = ["CACHE_ROWS", "LAYERS", "PERS", "RESTS", "Cache"]
 
-EXECUTIONS = ("tokens", "cache", "both")
-PROFILES = ("step", "in_flight")
 CACHE_ROWS = ("budget", "all")
 PERS = ("run", "tile")
 RESTS = ("means", "weighted", "none")
-NAMES = {"profile": PROFILES, "cache_rows": CACHE_ROWS, "per": PERS, "rest": RESTS}
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Dropped rows leave the sequence, so that blocks run on a shorter one.
-
-    Parameters
-    ----------
-    from_block : int
-        Block from which on the dropped tokens are gone: all tokens run through the blocks before it, at every step.
-        0, the default, is the transformer's input. Below the number of blocks.
-    in_flight : bool or int
-        Measure attention in the first blocks of step 0, after which the dropped tokens leave that very step, instead of
-        in whole dense steps; for models of few steps, where a dense step is a large part of the run. An int is the
-        number of first blocks that all tokens run through and that are measured, at least 1 and below the number of
-        blocks. True: as many as the block indices of the selector reach; where it gives none, a quarter of all,
-        rounded up (15 of Kontext's 57, 8 of klein-9b's 32, 15 of Qwen-Image-Edit's 60). Blocks that a selector names
-        ("single", "double", "all") are those among the first; where none is, all the first ones.
-    rerank_every : int, optional
-        Measure and rank again in a dense step every n steps after the last profiling step. Default never.
-
-    Raises
-    ------
-    ConfigError
-        For a value outside its range, and for `in_flight` with `rerank_every`.
-
-    Examples
-    --------
-    >>> import sparse_ref_attn as sra
-    >>> sra.SparseRef("mass", 0.25, execute=Tokens(in_flight=True)).describe()
-    "AttentionMass, Constant(keep=0.25, per='reference'), tokens, profiled in flight"
-    """
-
-    from_block: int = 0
-    in_flight: bool | int = False
-    rerank_every: int | None = None
-
-    def __post_init__(self) -> None:
-        if not is_int(self.from_block, 0):
-            raise ConfigError(f"from_block must be an int of at least 0, got {self.from_block!r}")
-        if not isinstance(self.in_flight, bool) and not is_int(self.in_flight, 1):
-            raise ConfigError(f"in_flight must be a bool or an int of at least 1, got {self.in_flight!r}")
-        _check_every(self.rerank_every)
-        if self.in_flight and self.rerank_every is not None:
-            raise ConfigError(
-                'profile="in_flight" goes with execute="tokens" and without rerank_every, got '
-                f"'tokens' and {self.rerank_every}"
-            )
-
-    def check_probes(self, probes: Sequence[Any], selector: str) -> None:
-        """Raise ConfigError where attention is measured in flight, and a selector's probes cannot be."""
-        if self.in_flight and not probes:
-            raise ConfigError(
-                'profile="in_flight" needs a selector (or a guard) that measures attention, got '
-                f"{selector}, which needs no profiling at all"
-            )
-        for probe in probes if self.in_flight else ():
-            if tuple(probe.steps) != (0,):
-                raise ConfigError(f'profile="in_flight" measures in step 0 alone, got steps {tuple(probe.steps)}')
-
-    @property
-    def name(self) -> str:
-        return "tokens"
+LAYERS = 'layers must be factors in (0, 1], one an attention layer, with execute="cache" or "both", got {!r} with {!r}'
 
 
 @dataclass(frozen=True)
@@ -128,6 +63,14 @@ class Cache:
     cell : int
         Side of a cell in reference tokens, >= 1; cells at the edges are smaller.
 
+    isolated : bool or Isolation, optional
+        Whether the references run by themselves, once, before the first step, and every step reads what they stored;
+        True: as the weights say that they were trained, else ``Isolation()``. What is stored then depends on the
+        references alone, and holds for any step, prompt and seed: `PatchHandle.reuse` takes it from an earlier run. For
+        weights that were trained so (`IsolateReferences`); others lose what they read of the picture in their
+        references. Default as the weights say, where ``sra train`` wrote it beside them, in which case `refresh` has no
+        meaning. Not with `refresh`, ``first="kept"`` or ``per="tile"``.
+
     Raises
     ------
     ConfigError
@@ -146,7 +89,7 @@ class Cache:
     >>> import sparse_ref_attn as sra
     >>> sra.SparseRef("mass", 0.25, execute="both").execute
     Cache(first='kept', rows='budget', layers=None, rerank_every=None, refresh=None, per='run', tile=4, \
-rest='means', cell=4)
+rest='means', cell=4, isolated=None)
     >>> sra.SparseRef("grid", 1.0, execute=Cache(refresh=sra.Every(4, warmup=2))).describe()
     "Grid, Constant(keep=1.0, per='reference'), cache, refreshed Every(n=4, warmup=2, last=0)"
     >>> sra.SparseRef("mass", 0.125, execute=Cache(per="tile")).describe()
@@ -162,6 +105,7 @@ rest='means', cell=4)
     tile: int = 4
     rest: str | None = "means"
     cell: int = 4
+    isolated: bool | Isolation | None = None
 
     def __post_init__(self) -> None:
         if self.refresh is not None and not isinstance(self.refresh, Refresh):
@@ -173,10 +117,11 @@ rest='means', cell=4)
         if self.layers is not None:
             layers = numbers(self.layers)
             if not layers or not all(0 < factor <= 1 for factor in layers):
-                raise ConfigError(_LAYERS.format(self.layers, self.name))
+                raise ConfigError(LAYERS.format(self.layers, self.name))
             object.__setattr__(self, "layers", layers)
-        _check_every(self.rerank_every)
+        check_every(self.rerank_every)
         self._check_tiles()
+        self._check_isolated()
         if self.rerank_every is None:
             return
         if self.layers is not None:
@@ -212,88 +157,40 @@ rest='means', cell=4)
         if self.first == "kept":
             raise ConfigError('per="tile" must compute every reference token in full steps, got first="kept"')
 
+    def _check_isolated(self) -> None:
+        if not isinstance(self.isolated, bool | Isolation | None):
+            raise ConfigError(f"isolated must be a bool, an Isolation or None, got {self.isolated!r}")
+        if not self.isolated:
+            return
+        if self.refresh is not None:
+            raise ConfigError(
+                f"isolated goes without refresh: references that run by themselves run once, got {self.refresh}"
+            )
+        for name, default, why in (
+            ("first", "all", "every reference token runs"),
+            ("per", "run", "no step has the rows of both, of which tiles measure their attention"),
+        ):
+            if getattr(self, name) != default:
+                raise ConfigError(f'isolated goes with {name}="{default}": {why}, got {getattr(self, name)!r}')
+
     @property
     def name(self) -> str:
         return "cache" if self.first == "all" else "both"
 
     @property
     def reading(self) -> str:
-        """How stored tokens are read, in words; nothing where one ranking serves the run."""
+        """How stored tokens are made and read, in words; nothing where one ranking serves the run."""
         if self.per == "run":
-            return ""
+            return " of references by themselves" if self.isolated else ""
         means = {None: "", "means": " + means"}.get(self.rest, f" + {self.rest} means")
         means += "" if self.rest is None else f" {self.cell}x{self.cell}"
         return f" per tile {self.tile}x{self.tile}{means}"
 
-
-Execution = Tokens | Cache
-
-_LAYERS = 'layers must be factors in (0, 1], one an attention layer, with execute="cache" or "both", got {!r} with {!r}'
-
-
-def execution(way: object, settings: Mapping[str, Any]) -> Execution:
-    """The execution that ``SparseRef(execute=way, **settings)`` means.
-
-    Parameters
-    ----------
-    way : Tokens, Cache, or {"tokens", "cache", "both"}
-    settings : mapping
-        from_block, profile, profile_blocks, cache_rows, layers, rerank_every, refresh, per, tile, rest, cell, as far
-        as they are given (not None); rest is "none" for no means.
-
-    Examples
-    --------
-    >>> execution("both", {"layers": (1.0, 0.5)}).first
-    'kept'
-    """
-    if not isinstance(way, (Tokens, Cache)):
-        if not is_one_of(way, EXECUTIONS):
-            raise ConfigError(
-                f"execute must be one of {', '.join(EXECUTIONS)}, got {way!r}, which is no Tokens or Cache either"
-            )
-        way = Tokens() if way == "tokens" else Cache("all" if way == "cache" else "kept")
-    given = {name: value for name, value in settings.items() if value is not None}
-    for name, choices in NAMES.items():
-        if isinstance(given.get(name), str):
-            given[name] = chosen(name, given[name], choices)
-    profile, blocks = given.pop("profile", None), given.pop("profile_blocks", None)
-    if profile is not None and not is_one_of(profile, PROFILES):
-        raise ConfigError(f'profile must be "step" or "in_flight", got {profile!r}')
-    if isinstance(way, Cache):
-        from_block = given.pop("from_block", 0)
-        if from_block != 0:
-            raise ConfigError(
-                f'from_block goes with execute="tokens" only, got {way.name!r} and from_block={from_block}'
-            )
-        if profile == "in_flight":
-            raise ConfigError(
-                'profile="in_flight" goes with execute="tokens" and without rerank_every, got '
-                f"{way.name!r} and {given.get('rerank_every')}"
-            )
-        given |= {"rows": given.pop("cache_rows")} if "cache_rows" in given else {}
-        if is_one_of(given.get("rest"), RESTS[-1:]):
-            given["rest"] = None
-    else:
-        if "layers" in given:
-            raise ConfigError(_LAYERS.format(given["layers"], way.name))
-        if "refresh" in given:
-            raise ConfigError(f'refresh goes with execute="cache" or "both" only, got it with {way.name!r}')
-        of_tiles = [name for name in ("per", "tile", "rest", "cell") if given.pop(name, "run") != "run"]
-        if of_tiles:
-            raise ConfigError(f'{" and ".join(of_tiles)} must come with execute="cache", got it with {way.name!r}')
-        if given.pop("cache_rows", "budget") != "budget":
-            raise ConfigError('cache_rows goes with execute="cache" or "both" only, got it with \'tokens\'')
-        if profile is not None:
-            way = replace(way, in_flight=profile == "in_flight")
-    if blocks is not None:
-        if not is_int(blocks, 1):
-            raise ConfigError(f"profile_blocks must be an int of at least 1, got {blocks!r}")
-        if isinstance(way, Cache) or not way.in_flight:
-            raise ConfigError(f'profile_blocks counts blocks with profile="in_flight" only, got {blocks}')
-        way = replace(way, in_flight=blocks)
-    return replace(way, **given)
-
-
-def _check_every(every: object) -> None:
-    if every is not None and not is_int(every, 1):
-        raise ConfigError(f"rerank_every must be an int of at least 1, got {every!r}")
+    def more(self) -> dict[str, Any]:
+        """Fields that most caches leave at their defaults, those that differ, as JSON types."""
+        data: dict[str, Any] = {}
+        if self.per == "tile":
+            data = {"per": self.per, "tile": self.tile, "rest": self.rest or "none", "cell": self.cell}
+        if self.isolated is not None:
+            data["isolated"] = self.isolated if isinstance(self.isolated, bool) else self.isolated.to_dict()
+        return data
