@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when a library loads, and by the programs that tests start
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or each worker starts a pool of processes that import torch
 
 import pytest
 import torch
