@@ -135,9 +135,7 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_compiles_whole_and_once_for_all_lengths(backend: str, monkeypatch: pytest.MonkeyPatch):
-    # The headers that are compiled beforehand take longer than the kernels of one graph.
-    monkeypatch.setattr("torch._inductor.config.cpp_cache_precompile_headers", False)
+def test_compiles_whole_and_once_for_all_lengths(backend: str):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(attention_mass, fullgraph=True, dynamic=True, backend=backend)

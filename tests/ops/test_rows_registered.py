@@ -96,11 +96,7 @@ def compiled_step(x: Tensor, ids: Tensor, rows: Tensor, through: bool) -> Tensor
 
 @pytest.mark.parametrize("through", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_compiles_whole_with_gradients_and_once_for_all_lengths(
-    backend: str, through: bool, monkeypatch: pytest.MonkeyPatch
-):
-    # The headers that are compiled beforehand take longer than the kernels of one graph.
-    monkeypatch.setattr("torch._inductor.config.cpp_cache_precompile_headers", False)
+def test_compiles_whole_with_gradients_and_once_for_all_lengths(backend: str, through: bool):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(compiled_step, fullgraph=True, dynamic=True, backend=backend)
