@@ -9,14 +9,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when a library loads, and by the programs that tests start
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or each worker starts a pool of processes that import torch
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+from tests import builds
 
 NO_GPU = "no CUDA device"
 WORKER_BYTES = 5 * 2**29
 
 torch.set_num_threads(1)
+# What is tested must not hang on how busy the machine is.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (end := builds.begin()) is not None:
+        config.add_cleanup(end)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -36,6 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     no_gpu = pytest.mark.skip(reason=NO_GPU)
     not_selected = pytest.mark.skip(reason="slow: select with -m slow")
     has_gpu = torch.cuda.is_available()
+    items.sort(key=lambda item: "early" not in item.keywords)
     for item in items:
         if "gpu" in item.keywords and not has_gpu:
             item.add_marker(no_gpu)
@@ -48,8 +61,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     for name in ("diffusers", "transformers"):
         if name in sys.modules:
             sys.modules[name].utils.logging.set_verbosity_error()
+    freeze()
+
+
+def freeze() -> None:
+    """The collector need not search what is there now each time that a test asks it."""
     gc.collect()
-    gc.freeze()  # the collector need not search all that was imported each time that a test asks it
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """What the tests of earlier files imported and keep."""
+    freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 
@@ -18,6 +15,7 @@ from sparse_ref_attn.kernels.cpu_build import build_cpu_library, find_compiler
 from sparse_ref_attn.kernels.cpu_library import CpuLibrary
 from sparse_ref_attn.kernels.places import CPU_LIBRARY
 from sparse_ref_attn.ops.verdicts import fault_of
+from tests.builds import made
 
 __all__ = ["built", "compiler", "library_at", "used"]
 
@@ -32,11 +30,9 @@ def compiler() -> list[str]:
 
 @cache
 def built() -> Path:
-    """The library of csrc/cpu, once a process."""
+    """The library of csrc/cpu."""
     compiler()
-    folder = Path(mkdtemp(prefix="sra-cpu-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return build_cpu_library(folder / CPU_LIBRARY)
+    return made("cpu", lambda folder: build_cpu_library(folder / CPU_LIBRARY)) / CPU_LIBRARY
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def test_a_part_that_runs_out_of_time_is_stopped_with_all_it_started(tmp_path: P
     told = (tmp_path / "log").read_text()
     assert "stopped after 3 s; rows of finished cases are written" in told
     assert "\nnever" not in told
-    assert time.monotonic() - began < 300
+    assert time.monotonic() - began < 600  # what the child sleeps
 
 
 def test_a_command_that_fails_ends_the_part(tmp_path: Path):

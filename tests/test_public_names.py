@@ -63,6 +63,7 @@ def mypy(script: Path, cache: Path) -> list[str]:
     return run.stdout.splitlines()
 
 
+@pytest.mark.early
 def test_a_type_checker_knows_every_public_name(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """One run for both halves: mypy reads all of torch, once, into pytest's own cache."""
     lines = SCRIPT.splitlines()

@@ -15,6 +15,7 @@ import diffusers
 import torch
 
 from tests import text_encoders
+from tests.copies import copies
 
 LATENT_CHANNELS = 4
 
@@ -55,6 +56,7 @@ def ready(pipe: Any, seed: int) -> Any:
 def kontext(pipeline: type) -> Callable[..., Any]:
     """FLUX.1 Kontext and its inpainting form; the VAE makes one token of 4 x 4 pixels."""
 
+    @copies
     def build(seed: int = 0, layers: int = 2, single: int = 2, heads: int = 2, head_dim: int = 16) -> Any:
         torch.manual_seed(seed)
         transformer = diffusers.FluxTransformer2DModel(
@@ -81,6 +83,7 @@ def kontext(pipeline: type) -> Callable[..., Any]:
 def flux2(pipeline: type, text_encoder: Callable[[], tuple], guidance: bool = False) -> Callable[..., Any]:
     """FLUX.2 dev and Klein; the VAE makes one token of 8 x 8 pixels (references must have 64 pixels a side)."""
 
+    @copies
     def build(seed: int = 0, layers: int = 2, single: int = 2, heads: int = 2, head_dim: int = 16) -> Any:
         torch.manual_seed(seed)
         transformer = diffusers.Flux2Transformer2DModel(
@@ -106,6 +109,7 @@ def flux2(pipeline: type, text_encoder: Callable[[], tuple], guidance: bool = Fa
 def qwen(pipeline: type, zero_cond_t: bool = False) -> Callable[..., Any]:
     """Qwen-Image-Edit, -Plus, and with `zero_cond_t` its 2511 form; the VAE makes one token of 8 x 8 pixels."""
 
+    @copies
     def build(seed: int = 0, layers: int = 2, single: int = 2, heads: int = 2, head_dim: int = 16) -> Any:
         """`single` is accepted for the common signature; Qwen has no single-stream blocks."""
         torch.manual_seed(seed)
@@ -139,6 +143,7 @@ def qwen(pipeline: type, zero_cond_t: bool = False) -> Callable[..., Any]:
 def longcat(pipeline: type) -> Callable[..., Any]:
     """LongCat-Image-Edit; the VAE makes one token of 8 x 8 pixels, in the pipeline's own 16 channels."""
 
+    @copies
     def build(seed: int = 0, layers: int = 2, single: int = 2, heads: int = 2, head_dim: int = 16) -> Any:
         torch.manual_seed(seed)
         transformer = diffusers.LongCatImageTransformer2DModel(

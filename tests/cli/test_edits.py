@@ -167,8 +167,7 @@ def test_a_killed_run_leaves_whole_pictures_and_goes_on(folder: Path, models: Pa
     index = lines(folder / "edits.jsonl", *edits)
     command = [index, "-p", "a cat", "-o", out, "--model", models / "kontext", *FAST]
     process = programs.start(run_in, ["run", *map(str, command)], log=tmp_path / "log")
-    began = time.monotonic()
-    while process.is_alive() and len(list(out.glob("*.png"))) < 3 and time.monotonic() - began < 300:
+    while process.is_alive() and len(list(out.glob("*.png"))) < 3:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.join()

@@ -31,16 +31,22 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def compiled(name: str, heads: int = 2, **options: Any) -> Any:
-    pipe = CASES[name].build(layers=1, heads=heads, **{} if name == "qwen_edit" else {"single": 1})
+def compiled(name: str, heads: int = 2, single: int = 0, **options: Any) -> Any:
+    """One block, or one of each kind, which have graphs of their own."""
+    pipe = CASES[name].build(layers=1, heads=heads, single=single)
     pipe.transformer.compile_repeated_blocks(**STATIC | options)
     return pipe
+
+
+def in_depth(config: sra.SparseRef) -> bool:
+    """Whether one block has another length than the other."""
+    return bool(config.from_block) or config.profile == "in_flight"
 
 
 @pytest.mark.parametrize("name", ["klein", "kontext", "qwen_edit"])
 def test_a_budget_with_more_lengths_than_torch_compiles(name: str) -> None:
     """It died at torch's recompile limit in the middle of the run."""
-    case, pipe = CASES[name], compiled(name)
+    case, pipe = CASES[name], compiled(name, single=1)
     sra.patch(pipe, GRID)
     refused = r"at most 3 sequence lengths .* got 4 new .*Linear.*piecewise.*multiple.*dynamic=None or True"
     with pytest.raises(sra.IncompatibleError, match=refused):
@@ -62,7 +68,7 @@ def test_a_budget_with_more_lengths_than_torch_compiles(name: str) -> None:
     ids=["multiple", "mass", "in_flight", "rerank", "from_block", "top_p"],
 )
 def test_few_lengths_run(config: sra.SparseRef) -> None:
-    pipe = compiled("klein")
+    pipe = compiled("klein", single=int(in_depth(config)))
     handle = sra.patch(pipe, config)
     for seed in (0, 1):
         assert np.isfinite(CASES["klein"].call(pipe, steps=6, seed=seed)).all()
@@ -81,7 +87,7 @@ def test_few_lengths_run(config: sra.SparseRef) -> None:
     ids=["mass", "in_flight", "rerank", "from_block", "pieces"],
 )
 def test_many_lengths_are_refused_before_the_first_layer(config: sra.SparseRef) -> None:
-    pipe, ran = compiled("klein"), []
+    pipe, ran = compiled("klein", single=int(in_depth(config))), []
     pipe.transformer.x_embedder.register_forward_hook(lambda *call: ran.append(call))
     sra.patch(pipe, config)
     with pytest.raises(sra.IncompatibleError, match=r"at most 3 sequence lengths"):

@@ -7,12 +7,10 @@ touches anything else is stopped.
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -29,6 +27,7 @@ from sparse_ref_attn.ops.attention_mass.impl import cuda as mass
 from sparse_ref_attn.ops.gather_attention.impl import cuda as attention
 from sparse_ref_attn.ops.pack_rows.impl import cuda as rows
 from sparse_ref_attn.ops.shared import cuda_launch
+from tests.builds import made
 
 __all__ = ["CSRC", "EARLY", "LATE", "MIXED", "Emulated", "compile_kernels", "compile_object", "emulated", "shipped"]
 
@@ -41,15 +40,15 @@ WRITTEN = {
 }
 
 
-def compile_kernels(sources: list[Path], *flags: str) -> Path:
-    """Kernels and the emulator in one library, in a directory that goes when the process ends."""
-    return _compile(_folder() / "kernels.so", [compile_object(CSRC / "emulator" / "emulator.cpp"), *sources], *flags)
+def compile_kernels(folder: Path, sources: list[Path], *flags: str) -> Path:
+    """Kernels and the emulator in one library in `folder`."""
+    return _compile(folder / "kernels.so", [compile_object(CSRC / "emulator" / "emulator.cpp"), *sources], *flags)
 
 
-@cache
 def compile_object(source: Path) -> Path:
-    """What many libraries share, compiled once."""
-    return _compile(_folder() / f"{source.stem}.o", [source])
+    """What many libraries share: a file of csrc by itself."""
+    name = f"{source.stem}.o"
+    return made(name, lambda folder: _compile(folder / name, [source])) / name
 
 
 def _compile(target: Path, sources: list[Path], *flags: str) -> Path:
@@ -63,16 +62,11 @@ def _compile(target: Path, sources: list[Path], *flags: str) -> Path:
     return target
 
 
-def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="sra-emulated-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
 @cache
 def shipped() -> Emulated:
-    """Every kernel of csrc, compiled once a process."""
-    return Emulated(compile_kernels(sorted(CSRC.glob("*.cu"))))
+    """Every kernel of csrc."""
+    built = made("emulated", lambda folder: compile_kernels(folder, sorted(CSRC.glob("*.cu"))))
+    return Emulated(built / "kernels.so")
 
 
 class Emulated(Library):

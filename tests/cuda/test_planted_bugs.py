@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from sparse_ref_attn.ops.attention_mass.impl.cuda import launch_lse, launch_mass
 from sparse_ref_attn.ops.gather_attention.impl.cuda import forward
 from sparse_ref_attn.ops.pack_rows.impl.cuda import launch_pack
 
+from ..builds import made
 from ..ops.problems import make
 from . import test_attention_mass, test_gather_attention
 from .emulated import CSRC, EARLY, LATE, Emulated, compile_kernels, compile_object, emulated
@@ -175,24 +176,20 @@ def plant(bug: Bug, folder: Path) -> Path:
     text = (sources / bug.file).read_text()
     assert text.count(bug.old) == 1, f"{bug.file} must hold {bug.old!r} once, got {text.count(bug.old)}"
     (sources / bug.file).write_text(text.replace(bug.old, bug.new))
-    return compile_kernels([compile_object(CSRC / "errors.cu"), sources / bug.kernel], "-O0")
+    return compile_kernels(folder, [compile_object(CSRC / "errors.cu"), sources / bug.kernel], "-O0")
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Emulated]]:
-    compile_object(CSRC / "emulator" / "emulator.cpp")
-    compile_object(CSRC / "errors.cu")
-    with ThreadPoolExecutor(2) as pool:
-        jobs = {name: pool.submit(plant, bug, tmp_path_factory.mktemp("bug")) for name, bug in BUGS.items()}
-        yield {name: Emulated(job.result()) for name, job in jobs.items()}
+@cache
+def planted(name: str) -> Emulated:
+    return Emulated(made(name, lambda folder: plant(BUGS[name], folder)) / "kernels.so")
 
 
 @pytest.mark.parametrize("copies", [EARLY, LATE])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("name", BUGS)
-def test_is_caught_under_every_schedule(planted: dict[str, Emulated], name: str, seed: int, copies: int) -> None:
+def test_is_caught_under_every_schedule(name: str, seed: int, copies: int) -> None:
     bug = BUGS[name]
-    with emulated(planted[name], seed, copies), pytest.raises((KernelError, AssertionError)) as caught:
+    with emulated(planted(name), seed, copies), pytest.raises((KernelError, AssertionError)) as caught:
         bug.problem()
     assert re.search(bug.diagnosis, str(caught.value)), str(caught.value)
 

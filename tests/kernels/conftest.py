@@ -9,6 +9,7 @@ import pytest
 from sparse_ref_attn.kernels.build import build_library
 from sparse_ref_attn.kernels.library import Library
 from sparse_ref_attn.kernels.toolchain import find_nvcc
+from tests.builds import made
 
 from . import stand_in
 
@@ -23,29 +24,29 @@ def nvcc() -> str:
 
 
 @pytest.fixture(scope="session")
-def small(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(nvcc: str) -> Path:
     """A library of the stand-in, compiled for sm_80."""
-    home = tmp_path_factory.mktemp("small")
-    return build_library(home / "small.so", home / "ninja", ["80"], stand_in.write(home / "csrc"))
+
+    def build(home: Path) -> None:
+        build_library(home / "small.so", home / "ninja", ["80"], stand_in.write(home / "csrc"))
+
+    return made("small", build) / "small.so"
 
 
 class Built:
     """The kernels of csrc, compiled when they are first asked for: sm_80 and sm_90a together, others alone."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
-
     def path(self, arch: str) -> Path:
         """The library with code for `arch`."""
         archs = ("80", "90a") if arch in ("80", "90a") else (arch,)
-        home = self.home / "-".join(archs)
-        path = home / "kernels.so"
-        if not path.exists():
-            build_library(path, home / "ninja", archs)
+
+        def build(folder: Path) -> None:
+            path = build_library(folder / "kernels.so", folder / "ninja", archs)
             assert Library(path).archs == archs
-        return path
+
+        return made("-".join(("nvcc", *archs)), build) / "kernels.so"
 
 
 @pytest.fixture(scope="session")
-def built(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    return Built(tmp_path_factory.mktemp("kernels"))
+def built(nvcc: str) -> Built:
+    return Built()

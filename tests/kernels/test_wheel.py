@@ -10,6 +10,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from sparse_ref_attn.kernels.places import content_key, installed_sources, source_directory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +54,7 @@ def carried() -> set[str]:
     return {f"sparse_ref_attn/csrc/{path.relative_to(csrc)}" for path in installed_sources(csrc)}
 
 
+@pytest.mark.early
 def test_a_wheel_with_both_libraries(nvcc: str, tmp_path: Path) -> None:
     wheel, said = build_wheel(tmp_path, SRA_CUDA_ARCHS="80")
     assert re.fullmatch(r"sparse_ref_attn-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)

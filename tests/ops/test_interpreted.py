@@ -22,6 +22,7 @@ def run(files: list[str], *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.early
 @pytest.mark.parametrize("half", HALVES)
 def test_interpreted_kernels(half: str):
     done = run(HALVES[half], "-m", "not slow")
