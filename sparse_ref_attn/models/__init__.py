@@ -6,6 +6,7 @@ A family is a line of `vocabulary.FAMILIES` and a module here whose ``FAMILY`` i
 from importlib import import_module
 
 from ..vocabulary import FAMILIES
+from .codebases import CODEBASES
 from .named_models import MODELS, named_model, published_size
 from .pipelines import edit_facts, edit_facts_named, edit_pipelines, facts_of
 from .registry import adapter_for, register_adapter, register_family, supported
@@ -26,3 +27,6 @@ __all__ = [
 
 for _name in FAMILIES:
     register_family(import_module(f"{__name__}.{_name}").FAMILY)
+
+for _name, _served in CODEBASES.items():
+    register_adapter(_name, import_module(f"{__name__}.{_served}").FAMILY if isinstance(_served, str) else _served)

@@ -17,7 +17,7 @@ from ..adapters.masks import cut_in_block
 from ..adapters.pipeline_facts import PipelineFacts
 from ..adapters.position_ids import grid_of_ids, place_by_ids, references_from_ids
 from ..adapters.published_size import PublishedSize
-from ..adapters.row_arguments import take_rows
+from ..adapters.row_arguments import by_token, take_rows
 from ..adapters.training_hooks import TrainingHooks
 from ..hooks.diffusers import encoded_reference, internal, packed_reference
 from ..selection import Reduced
@@ -96,7 +96,8 @@ class FluxAdapter(Adapter):
         return grid_of_ids(kwargs["img_ids"], layout)
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
-        return take_rows(self.cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)
+        axes = {"hidden_states": 1, "img_ids": -2, **by_token(kwargs, layout.rows)}
+        return take_rows(self.cut_mask(kwargs, layout, rows), axes, rows)
 
     def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
         return place_by_ids(self.reduce_mask(kwargs, layout, reduced), layout, reduced)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..adapters import Adapter
+from ..adapters import Adapter, FunctionModel
 from ..adapters.classes import full_name, nearest
 from ..adapters.serving import check_serves
 from ..errors import UnsupportedModelError
@@ -18,6 +18,8 @@ _FAMILIES: list[Adapter] = []
 
 def register_adapter(cls: type[nn.Module] | str, adapter: Adapter) -> None:
     """Serve transformers of class `cls` with `adapter`; a later registration replaces an earlier one.
+
+    The name of a function stands for each `FunctionModel` of it.
 
     Parameters
     ----------
@@ -55,7 +57,7 @@ def families() -> list[Adapter]:
 
 
 def adapter_for(transformer: nn.Module) -> Adapter:
-    """The adapter of a transformer, by its class or a base class.
+    """The adapter of a transformer, by its class or a base class; of a `FunctionModel` by its function.
 
     Raises
     ------
@@ -63,7 +65,8 @@ def adapter_for(transformer: nn.Module) -> Adapter:
         Naming the class, what is supported, and how to add it; what the class lacks that its adapter needs; or why no
         family serves it.
     """
-    adapter = nearest(type(transformer), _REGISTRY)
+    function = _function_of(transformer)
+    adapter = nearest(type(transformer), _REGISTRY) or _REGISTRY.get(function)
     if adapter is not None:
         check_serves(adapter, transformer)
         return adapter
@@ -73,11 +76,18 @@ def adapter_for(transformer: nn.Module) -> Adapter:
             "a transformer must have references that can be dropped or stored, got "
             f"{full_name(type(transformer))}: {reason}"
         )
+    own = full_name(type(transformer)) + (f" of {function}" if function else "")
     known = "\n".join(f"  {name} ({label})" for name, label in supported().items())
     raise UnsupportedModelError(
-        f"a transformer's class must have an adapter, got {full_name(type(transformer))}. Supported:\n{known}\n"
+        f"a transformer's class must have an adapter, got {own}. Supported:\n{known}\n"
         "Your own model takes three lines:\n"
         "  adapter = sparse_ref_attn.PlainAdapter(\n"
         '      tokens="x", rows={"ids": 0}, find=lambda kwargs: ((0, n_gen), (Reference(n_gen, n_ref, (h, w)),)))\n'
         "  sparse_ref_attn.register_adapter(MyDiT, adapter)"
     )
+
+
+def _function_of(transformer: nn.Module) -> str:
+    """Full name of the function that runs the model; empty where none does."""
+    function = transformer.function if isinstance(transformer, FunctionModel) else None
+    return f"{function.__module__}.{function.__qualname__}" if hasattr(function, "__qualname__") else ""

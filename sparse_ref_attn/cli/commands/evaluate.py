@@ -95,6 +95,12 @@ def add(commands: Commands) -> None:
         help=f"{', '.join(vocabulary.METRICS)} (default: the first four, and the last where scenery is left open)",
     )
     add_likeness(how, "CLIP-I and CLIP-T")
+    how.add_argument(
+        "--rfid",
+        action="store_true",
+        help="distance of each method's kept pictures (--pictures, of which it needs many) from those of every token, "
+        "as sets: rfid.csv",
+    )
     add_place(parser, device="; the small pipeline: cpu")
     parser.add_argument(
         "--pictures",

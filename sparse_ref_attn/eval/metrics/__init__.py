@@ -1,12 +1,13 @@
 """How alike two images are, each metric by the name of the model it uses.
 
 `Psnr`, `Ssim` and `SceneryPsnr` need no weights; `Lpips`, `Dists` and `MobileNetIdentity` read those that Python
-packages carry; `ClipSimilarity` and `DinoSimilarity` those of a local folder.
+packages carry; `ClipSimilarity` and `DinoSimilarity` those of a local folder. `frechet_distance` is of two sets.
 """
 
 from .base import Metric, as_image
 from .bootstrap import Interval, mean_interval
 from .fidelity import MaskedPsnr, Psnr, Ssim
+from .frechet import InceptionFeatures, frechet_distance
 from .identity import ClipSimilarity, ClipText, DinoSimilarity, MobileNetIdentity
 from .perceptual import Dists, Lpips
 from .scenery import SceneryPsnr
@@ -16,6 +17,7 @@ __all__ = [
     "ClipText",
     "DinoSimilarity",
     "Dists",
+    "InceptionFeatures",
     "Interval",
     "Lpips",
     "MaskedPsnr",
@@ -25,5 +27,6 @@ __all__ = [
     "SceneryPsnr",
     "Ssim",
     "as_image",
+    "frechet_distance",
     "mean_interval",
 ]

