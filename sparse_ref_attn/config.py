@@ -16,9 +16,7 @@ from .execution import EXECUTIONS, Cache, Execution, Tokens, execution
 from .guard import UniformGuard
 from .refresh import Refresh
 from .schedules import Budget
-from .selection import AttentionMass, Probe, Reducer, Selector, selector
-from .selection.names import from_dict as selector_from_dict
-from .selection.names import to_dict as selector_to_dict
+from .selection import AttentionMass, Probe, Reducer, Selector, names, selector
 from .vocabulary import chosen
 
 __all__ = ["SparseRef", "UniformGuard"]
@@ -236,7 +234,7 @@ class SparseRef:
         if isinstance(self.select, Reducer):
             raise ConfigError(f"a rival does not travel to JSON, got {type(self.select).__name__}")
         data = {
-            "select": selector_to_dict(self.select),
+            "select": names.to_dict(self.select),
             "budget": self.budget.to_dict(),
             "execute": self.execute.name,
             "from_block": self.from_block,
@@ -253,8 +251,7 @@ class SparseRef:
             "rerank_every": self.rerank_every,
             "refresh": None if self.refresh is None else self.refresh.to_dict(),
         }
-        if isinstance(self.execute, Cache) and self.execute.per == "tile":
-            way = self.execute
+        if isinstance(way := self.execute, Cache) and way.per == "tile":
             data |= {"per": way.per, "tile": way.tile, "rest": way.rest or "none", "cell": way.cell}
         return data
 
@@ -263,7 +260,7 @@ class SparseRef:
         """The inverse of `to_dict`."""
         try:
             data = dict(data)
-            data["select"] = selector_from_dict(data["select"])
+            data["select"] = names.from_dict(data["select"])
             data["budget"] = schedules.from_dict(data["budget"])
             if data.get("guard") is not None:
                 data["guard"] = UniformGuard(**data["guard"])
