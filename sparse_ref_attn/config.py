@@ -17,9 +17,7 @@ from .guard import UniformGuard
 from .isolation import Isolation
 from .refresh import Refresh
 from .schedules import Budget
-from .selection import AttentionMass, Probe, Reducer, Selector, selector
-from .selection.names import from_dict as selector_from_dict
-from .selection.names import to_dict as selector_to_dict
+from .selection import AttentionMass, Probe, Reducer, Selector, names, selector
 from .vocabulary import chosen
 
 __all__ = ["SparseRef", "UniformGuard"]
@@ -238,7 +236,7 @@ class SparseRef:
         if isinstance(self.select, Reducer):
             raise ConfigError(f"a rival does not travel to JSON, got {type(self.select).__name__}")
         data = {
-            "select": selector_to_dict(self.select),
+            "select": names.to_dict(self.select),
             "budget": self.budget.to_dict(),
             "execute": self.execute.name,
             "from_block": self.from_block,
@@ -262,7 +260,7 @@ class SparseRef:
         """The inverse of `to_dict`."""
         try:
             data = dict(data)
-            data["select"] = selector_from_dict(data["select"])
+            data["select"] = names.from_dict(data["select"])
             data["budget"] = schedules.from_dict(data["budget"])
             if data.get("guard") is not None:
                 data["guard"] = UniformGuard(**data["guard"])

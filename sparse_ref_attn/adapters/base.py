@@ -12,7 +12,15 @@ from ..cost import ModelShape
 from ..errors import IncompatibleError
 from ..functional import unpack_rows
 from ..hooks.diffusers import (
-    AttentionSite, Route, Tap, attention_sites, check_measurable, check_parts, dispatches, routed_attention, tapped,
+    AttentionSite,
+    Route,
+    Tap,
+    attention_sites,
+    check_measurable,
+    check_parts,
+    dispatches,
+    routed_attention,
+    tapped,
 )  # fmt: skip
 from ..run import AttentionView
 from ..selection import Reduced
@@ -91,10 +99,8 @@ class Adapter:
         return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def find(self, kwargs: Kwargs) -> Found | None:
-        """Generation rows (first, number) and references, or None when the layout is not known.
-
-        Called once a run and shape; may sync. No references: an empty tuple.
-        """
+        """Generation rows (first, number) and references (none: an empty tuple), or None when the layout is not known.
+        Called once a run and shape; may sync."""
         raise NotImplementedError
 
     def layout_key(self, kwargs: Kwargs) -> object:
@@ -279,10 +285,8 @@ class Adapter:
         return self.route(transformer, tapped(tap))
 
     def exactness(self, transformer: nn.Module) -> str:
-        """What stored keys and values of its references are in later steps, where these run in joint attention.
-
-        "fixed time": the references have a time of their own, but see rows that do not. "drifting": they see both.
-        """
+        """What stored keys and values of references in joint attention are later: "fixed time" where these have a time
+        of their own but see rows that do not, "drifting" where they share the time of the others."""
         return "drifting"
 
     def view(self, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> AttentionView | None:

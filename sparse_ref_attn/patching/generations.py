@@ -25,9 +25,7 @@ from .call import Execution, GenerationCall
 from .execution.cache import ReferenceStore, reuse_of
 from .execution.depth import ByDepth, check_call
 from .execution.joint import check_cache
-from .execution.model_cache import CacheKeeper
-from .execution.model_rows import RankedKeeper
-from .execution.model_tiles import TiledKeeper
+from .execution.model_tiles import keeper_of
 from .execution.tokens import AtInput
 from .lengths import Lengths, shape_of
 from .ownership import Generation, Ownership, Where
@@ -72,9 +70,7 @@ class Generations:
             adapter.check_measurable(transformer)
         check_cache(config, adapter, transformer)
         isolation = isolation_of(config.execute, transformer, adapter)
-        self.cache: CacheKeeper[Any] | None = None
-        if adapter.cache is not None:
-            self.cache = (TiledKeeper if config.per == "tile" else RankedKeeper)(adapter, config)
+        self.cache = keeper_of(adapter, config)
         self.store = ReferenceStore(adapter, config, isolation) if isinstance(config.execute, Cache) else None
         self._owners = Ownership(pipe, adapter, config.clock)
         self._lengths = Lengths()
@@ -283,15 +279,15 @@ class Generations:
         encode = None if self._pipe is None or self.pixels is None else encoder(self._pipe, self.adapter.encode)
         extracts = self.adapter.extracts(kwargs)
         refreshing = None if self.store is None or extracts else self.store.begin(module, at, layout, kwargs)
-        reuse = reuse_of(self.cache if extracts else None, self.store)
+        keeper = self.cache if extracts else None
+        reuse = reuse_of(keeper, self.store)
         scores = None if reuse is None else reuse.ranked(module, kwargs, layout, tokens)
         run = Run(self.config, self._probing, layout, tokens, pixels, at.total, at.clock, encode, scores, refreshing)
         run.record.notes += self.adapter.notes(kwargs)
         if extracts or refreshing is not None:
             run.record.exactness = "exact" if extracts or self.isolates else self.adapter.exactness(module)
-        if reuse is not None:
-            reuse.note(run.record)
-            self.cache.begin(module, run, kwargs)
+        if keeper is not None:
+            keeper.begin(module, run, kwargs)
         if self.store is not None and refreshing is not None:
             self.store.began(module, run, at, layout, kwargs)
         prepare_run(self.adapter, module, layout, kwargs, run)

@@ -161,6 +161,7 @@ class ReferenceStore:
         attention = self._looked.look_at(module)
         if self.own_pass is not None:
             run.record.isolated = ()
+            self.own_pass.reuse.note(run.record)
             if self._config.refresh is not None:
                 run.record.notes.append(f"{self._config.refresh} has no meaning: the references run by themselves")
         if attention.runs_uncompiled:

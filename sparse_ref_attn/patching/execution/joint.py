@@ -166,6 +166,7 @@ class JointAttention:
 
         return around
 
+
 class LookedAt:
     """A model's joint attention as it was last looked at; what runs in other threads began with is kept beside it.
 

@@ -108,6 +108,7 @@ class CacheKeeper(ABC, Generic[H]):
 
     def begin(self, module: nn.Module, run: Run, kwargs: Kwargs) -> None:
         """A run has begun, with a call that stores: raise where its references cannot be read as configured."""
+        self.reuse.note(run.record)
 
     def forget(self) -> None:
         """Let go of everything."""

@@ -14,8 +14,9 @@ from .by_tile import ByTile, computed
 from .held_tiles import HeldTiles
 from .joint import UNCOMPILED, LookedAt
 from .model_cache import CacheKeeper
+from .model_rows import RankedKeeper
 
-__all__ = ["TiledKeeper"]
+__all__ = ["TiledKeeper", "keeper_of"]
 
 
 class TiledKeeper(CacheKeeper[HeldTiles]):
@@ -39,6 +40,7 @@ class TiledKeeper(CacheKeeper[HeldTiles]):
         self._looked.install(module)
 
     def begin(self, module: nn.Module, run: Run, kwargs: Kwargs) -> None:
+        super().begin(module, run, kwargs)
         self._form.check(module, run.layout, kwargs)
         if self._looked.look_at(module).runs_uncompiled:
             run.record.notes.append(UNCOMPILED)
@@ -83,3 +85,10 @@ class TiledKeeper(CacheKeeper[HeldTiles]):
 
     def _bytes(self, held: HeldTiles, cache: Any) -> int:
         return held.nbytes
+
+
+def keeper_of(adapter: Adapter, config: SparseRef) -> CacheKeeper[Any] | None:
+    """Who follows the caches of a model that keeps its references' keys and values itself; None for other families."""
+    if adapter.cache is None:
+        return None
+    return TiledKeeper(adapter, config) if config.per == "tile" else RankedKeeper(adapter, config)
