@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 
 from sparse_ref_attn.eval.aggregate import Values, combined, interval
 from sparse_ref_attn.eval.rows import Rows
@@ -49,7 +50,7 @@ def _table(weights: str, rows: Sequence[Row]) -> str:
             if values[STEPS[0]]:
                 lines.append([family, name, *_cells(values)])
         if any(row["kind"] for row in here):
-            lines += _agreements(family, here)
+            lines += [_contrasts(family, here), *_agreements(family, here)]
     pictures = len({(row["subject"], row["seed"]) for row in own})
     header = ["", "dB of the", f"{STEPS[0]} steps", *(f"{steps}" for steps in STEPS[1:])]
     ruled = [header, ["---", "---", *("--:" for _ in STEPS)], *lines]
@@ -71,6 +72,12 @@ def _cells(values: dict[int, Values]) -> list[str]:
         (mean, low, high), _ = interval(combined([(1.0, values[steps]), (-1.0, most)]))
         cells.append(f"{mean:+.2f}" + (f" ({low:+.2f} to {high:+.2f})" if low == low else ""))
     return cells
+
+
+def _contrasts(family: str, rows: Sequence[Row]) -> list[str]:
+    own = [fmean(float(row["contrast"]) for row in rows if row["steps"] == str(steps)) for steps in STEPS]
+    task = fmean(float(row["task_contrast"]) for row in rows)
+    return [family, f"contrast, in the task {task:.3f}", *(f"{mean:.3f}" for mean in own)]
 
 
 def _agreements(family: str, rows: Sequence[Row]) -> list[list[str]]:

@@ -15,6 +15,7 @@ from statistics import fmean
 from sparse_ref_attn.eval.aggregate import paired
 from sparse_ref_attn.eval.rows import read_rows
 
+from .fewer_steps import fewer_steps
 from .fitting import fitting
 from .frontier import frontier
 from .preset_table import presets
@@ -202,6 +203,8 @@ def insert(text: str) -> str:
             made = frontier()
         elif name == "presets":
             made = presets()
+        elif name == "fewer_steps":
+            made = fewer_steps(RESULTS / "studies")
         elif name == "fitting":
             made = fitting()
         elif name.startswith("configurations_"):

@@ -62,6 +62,8 @@ def test_rows_are_what_the_pipeline_draws(tmp_path, two, knowing):
     hidden = question.scene.mask > 0
     near = SceneryPsnr(hidden)(picture)  # its edge counts here
     assert float(one["scenery_psnr"]) == pytest.approx(near, abs=1.5)
+    assert float(one["contrast"]) == pytest.approx(np.std(picture[~hidden], axis=0).mean(), abs=0.05)
+    assert float(one["task_contrast"]) > 0.1  # of two different colours
     other = generator.picture(question, 1, steps=2)
     assert float(one["dense_psnr"]) == pytest.approx(-10 * np.log10(np.square(picture - other).mean()), abs=0.01)
 
@@ -79,7 +81,8 @@ def test_the_table_has_means_differences_and_agreements(tmp_path):
                 key = {"model": "dense", "weights": "abc", "steps": steps, "subject": subject, "seed": seed}
                 rows.add([{**key, "task": "place", "subject_psnr": 20.0 + subject - i / 10, "psnr": 21.0}])
                 drawn = {"kind": "dots" if subject else KINDS[seed], "first": seed, "second": 1 - seed}
-                rows.add([{**key, "task": "open", "subject_psnr": 19.0, "scenery_psnr": 25.0 - i, **drawn}])
+                drawn |= {"scenery_psnr": 25.0 - i, "contrast": 0.1 * subject - i / 100, "task_contrast": 0.3}
+                rows.add([{**key, "task": "open", "subject_psnr": 19.0, **drawn}])
     text = fewer_steps(tmp_path)
     assert "Weights abc, 6 subjects and seeds" in text
     lines = {tuple(line.split(" | ")[:2]): line.split(" | ")[2:] for line in text.splitlines() if line.startswith("| ")}
@@ -89,6 +92,8 @@ def test_the_table_has_means_differences_and_agreements(tmp_path):
         "25.0", "-1.00", "-2.00", "-3.00", "-4.00",
     ]  # fmt: skip
     assert ("| open scenery", "picture") not in lines
+    contrasts = lines["| open scenery", "contrast, in the task 0.300"]
+    assert [cell.strip("| ") for cell in contrasts] == ["0.100", "0.090", "0.080", "0.070", "0.060", "0.050"]
     assert lines["| open scenery", "same kind from two seeds"][0] == "67 %"
     assert lines["| open scenery", "same colours from two seeds"][0] == "100 %"
     with pytest.raises(ValueError, match="must hold fewer_steps"):

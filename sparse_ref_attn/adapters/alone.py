@@ -50,7 +50,10 @@ class NamedAlone(ReferencesAlone):
     """Says it by a function: ``arguments(kwargs, layout, rows, timestep)``."""
 
     def __init__(self, arguments: Callable[[Kwargs, TokenLayout, Tensor, float], Kwargs]) -> None:
-        self.arguments = arguments  # type: ignore[method-assign]
+        self._say = arguments
+
+    def arguments(self, kwargs: Kwargs, layout: TokenLayout, rows: Tensor, timestep: float) -> Kwargs:
+        return self._say(kwargs, layout, rows, timestep)
 
 
 def at_time(kwargs: Kwargs, timestep: float) -> Kwargs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..adapters import Adapter, FunctionModel
@@ -89,5 +91,5 @@ def adapter_for(transformer: nn.Module) -> Adapter:
 
 def _function_of(transformer: nn.Module) -> str:
     """Full name of the function that runs the model; empty where none does."""
-    function = transformer.function if isinstance(transformer, FunctionModel) else None
+    function: Any = transformer.function if isinstance(transformer, FunctionModel) else None
     return f"{function.__module__}.{function.__qualname__}" if hasattr(function, "__qualname__") else ""
