@@ -129,6 +129,7 @@ PARTS = (
     measure("steps", "steps", "one step and one block of every named model",
             ("--models", "kontext", "flux2-dev", "klein-9b", "klein-4b", "qwen-image-edit", "--references", "1"),
             ("--models", "klein-4b", "--side", "128", "--kept", "0.25")),
+    measure("host", "host", "what the library itself costs the CPU in a step", ("--rounds", "5")),
     pipelines("end-to-end", "Kontext at real size, 28 steps", "--model", "kontext"),
     pipelines("end-to-end", "Klein 9B at real size, 4 steps, 1 reference", "--model", "klein-9b", "--references", "1"),
     pipelines("end-to-end", "the same with 2 references", "--model", "klein-9b", "--references", "2"),

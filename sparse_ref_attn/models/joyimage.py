@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from ..adapters.base import Kwargs
 from ..adapters.depth import DepthCut
+from ..adapters.joy_blocks import JOY_SIZE, JoyAdapter, kept_table, turned
 from ..adapters.pipeline_facts import PipelineFacts
 from ..adapters.published_size import PublishedSize
 from ..adapters.shortened import Shortened
 from ..adapters.token_form import FORM, token_form_hooks
 from ..hooks.instance_method import InstanceMethod
-from .joyimage_plus import JOY_SIZE, JoyImageEditPlusAdapter, kept_table, turned
 
 __all__ = ["FAMILY", "JoyImageEditAdapter"]
 
@@ -86,19 +86,18 @@ class _Frames:
         return x.roll(-1, 1) if len(self.shape) == 5 else x[:, 0]
 
 
-class JoyImageEditAdapter(JoyImageEditPlusAdapter):
+class JoyImageEditAdapter(JoyAdapter):
     """All pictures are of one size, and guidance runs its prompts in calls of their own."""
 
     name = "JoyImage-Edit"
     classes = ("diffusers.models.transformers.transformer_joyimage.JoyImageEditTransformer3DModel",)
-    needs = ()
     pipelines = (EDIT,)
     published: ClassVar[Mapping[str, PublishedSize]] = {"joyimage-edit": PublishedSize(EDIT, 16.3, JOY_SIZE)}
     parts = (_POSITIONS, "img_in", "proj_out", "config.patch_size", "config.rope_dim_list")
 
     def bind(self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Kwargs:
         """Latents become rows (B, rows, D)."""
-        kwargs = super(JoyImageEditPlusAdapter, self).bind(transformer, args, kwargs)
+        kwargs = super().bind(transformer, args, kwargs)
         x = kwargs.get("hidden_states")
         if not isinstance(x, Tensor) or x.ndim not in (5, 6):
             return kwargs

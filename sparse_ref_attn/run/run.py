@@ -119,7 +119,7 @@ class Run:
                 if self._reads(step) and step not in self.timeline.measured:
                     return Plan("cached", reads=True)
                 kind, first = self.timeline.kind(step), self.timeline.in_flight_of(step)
-                return Plan(kind, from_block=first, reads=self._reads(step))
+                return Plan(kind, from_block=first, reads=self.timeline.isolated)
             if not self._try_to_rank():
                 return self._everything
         chosen = self.ranking.choose(self.counts(step))

@@ -132,9 +132,7 @@ def test_a_class_is_registered_with_its_subclasses(example: ModuleType) -> None:
     class Finetuned(example.PlainDiT):  # type: ignore[name-defined,misc]
         pass
 
-    with pytest.raises(
-        sra.UnsupportedModelError, match=r"must have an adapter, got .*Finetuned. Supported:\n  diffuse"
-    ):
+    with pytest.raises(sra.UnsupportedModelError, match=r"must have an adapter, got .*Finetuned. Supported:\n  diff"):
         sra.patch(Finetuned(depth=1))
     sra.register_adapter(example.PlainDiT, example.adapter(1))
     with sra.patched(Finetuned(depth=1), sra.SparseRef("mass", 0.5)) as handle:

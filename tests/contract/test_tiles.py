@@ -148,7 +148,7 @@ def test_what_tiles_hold_is_freed_and_counted() -> None:
         (lambda: sra.Cache(per="layer"), 'per must be "run" or "tile", got \'layer\''),
         (lambda: sra.Cache(per="tile", tile=0), "tile must be the side of a square of tokens, an int of at least 1"),
         (lambda: sra.Cache(per="tile", cell=2.0), "cell must be the side of a square of tokens"),
-        (lambda: sra.Cache(per="tile", rest="mean"), "rest must be \"means\" or None, got 'mean'"),
+        (lambda: sra.Cache(per="tile", rest="mean"), 'rest must be "means", "weighted" or None, got \'mean\''),
         (lambda: sra.Cache(tile=3), 'tile must come with per="tile", got per="run"'),
         (lambda: sra.Cache(per="tile", layers=(1.0,)), 'per="tile" goes without layers'),
         (lambda: sra.Cache(per="tile", rerank_every=2), 'per="tile" goes without rerank_every'),

@@ -249,7 +249,7 @@ def test_a_call_that_fails_leaves_nothing_behind() -> None:
 
 def test_bad_input() -> None:
     model = build("klein")
-    with pytest.raises(sra.ConfigError, match="drop must be a RandomDrop, got float"):
+    with pytest.raises(sra.ConfigError, match="drop must be a RandomDrop or IsolateReferences, got float"):
         sra.patch_for_training(model, 0.5)
     with pytest.raises(sra.ConfigError, match="rank must be an int of at least 0, got -1"):
         sra.patch_for_training(model, rank=-1)

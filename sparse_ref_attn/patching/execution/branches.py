@@ -80,7 +80,8 @@ class Branches:
         """What references that run by themselves stored, for the calls of every branch."""
 
     def __iter__(self) -> Iterator[Branch]:
-        yield self.shared
+        if self.shared.held is not None:
+            yield self.shared
         for text in self._texts:
             yield from text.branches
 
