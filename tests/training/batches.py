@@ -91,16 +91,16 @@ class Batch:
 
 
 @contextmanager
-def positions(model: nn.Module, batch: Batch, rows: Tensor) -> Iterator[None]:
-    """Inside, Qwen's image rows have the positions of `rows` of the batch; other models take theirs from the ids."""
-    if "img_shapes" not in batch.kwargs:
+def positions(model: nn.Module, kwargs: dict[str, Any], rows: Tensor) -> Iterator[None]:
+    """Inside, Qwen's image rows have the positions of `rows` of a whole call; other models take theirs from the ids."""
+    if "img_shapes" not in kwargs:
         yield
         return
     published = model.pos_embed
 
     class Placed(nn.Module):
-        def forward(self, shapes: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            image, text = published(batch.kwargs["img_shapes"], **kwargs)
+        def forward(self, shapes: Any, **more: Any) -> tuple[Tensor, Tensor]:
+            image, text = published(kwargs["img_shapes"], **more)
             return image[rows], text
 
     model.pos_embed = Placed()
@@ -110,7 +110,7 @@ def positions(model: nn.Module, batch: Batch, rows: Tensor) -> Iterator[None]:
         model.pos_embed = published
 
 
-def rows_of(batch: Batch, selection: RefSelection) -> Tensor:
+def rows_of(batch: Any, selection: RefSelection) -> Tensor:
     """Generation and kept rows of the image stream."""
     return torch.cat([torch.arange(batch.noisy), batch.noisy + selection.indices])
 
@@ -121,7 +121,7 @@ def gradients_alone(model: nn.Module, batch: Batch, kept: Sequence[RefSelection]
     for i, selection in enumerate(kept):
         rows = rows_of(batch, selection)
         item = batch.only(rows, slice(None) if len(kept) == 1 else slice(i, i + 1))
-        with positions(model, batch, rows):
+        with positions(model, batch.kwargs, rows):
             (item.loss(model) / len(kept)).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 

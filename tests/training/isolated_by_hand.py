@@ -60,7 +60,7 @@ def layers_by_hand(model: nn.Module, batch: Batch, per: str, time: float = 0.0) 
     for size in sizes:
         rows = torch.arange(first, first + size)
         kwargs, text = alone(batch, rows, time)
-        with positions(model, batch, rows), Attention() as heard:
+        with positions(model, batch.kwargs, rows), Attention() as heard:
             model(**kwargs)
         passes.append([(k[:, :, text:], v[:, :, text:]) for k, v in heard.seen])
         first += size
@@ -78,7 +78,7 @@ def predicted_by_hand(
     if kept is not None:
         layers = [(k[:, :, kept], v[:, :, kept]) for k, v in layers]
     rows = torch.arange(batch.noisy)
-    with positions(model, batch, rows), Attention(layers):
+    with positions(model, batch.kwargs, rows), Attention(layers):
         return batch.only(rows).predict(model)
 
 

@@ -59,7 +59,7 @@ def test_each_item_trains_as_if_alone(name: str, references: tuple) -> None:
     with torch.no_grad():
         for i, selection in enumerate(kept):
             rows = rows_of(batch, selection)
-            with positions(model, batch, rows):
+            with positions(model, batch.kwargs, rows):
                 alone = batch.only(rows, slice(i, i + 1)).predict(model)
             torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
     assert_close(got, gradients_alone(model, batch, kept))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from sparse_ref_attn.adapters.classes import full_name
 from sparse_ref_attn.models import supported
 from sparse_ref_attn.models.codebases import CODEBASES
 from tests.models.other_pipelines import OTHERS
+from tests.training.batches import positions, rows_of
 from tests.training.codebases import calls, functions, models
 from tests.training.codebases.calls import Step
 from tests.training.codebases.models import transformer
@@ -91,26 +91,6 @@ TRAINERS = {
 }  # fmt: skip
 
 
-@contextmanager
-def placed(model: nn.Module, step: Step, kept: Tensor) -> Iterator[None]:
-    """Inside, Qwen's image rows have the positions of the kept rows of the whole call."""
-    if "img_shapes" not in step.kwargs:
-        yield
-        return
-    published, rows = model.pos_embed, torch.cat([torch.arange(step.noisy), step.noisy + kept])
-
-    class Placed(nn.Module):
-        def forward(self, shapes: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            image, text = published(step.kwargs["img_shapes"], **kwargs)
-            return image[rows], text
-
-    model.pos_embed = Placed()
-    try:
-        yield
-    finally:
-        model.pos_embed = published
-
-
 def result(model: nn.Module, step: Step, kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """The loss, and its gradients in every parameter and in the references' latents."""
     model.zero_grad()
@@ -133,7 +113,7 @@ def check(trainer: Trainer, step: Callable[[], Step], drop: sra.RandomDrop = DRO
     assert selection.sizes in (patched.sizes, (sum(patched.sizes),))  # shifted ones of one frame count as one
     assert 0 < selection.kept < patched.count
     other = step()
-    with placed(model, other, selection.indices):
+    with positions(model, other.kwargs, rows_of(other, selection)):
         wanted = result(model, other, other.by_hand(selection.indices))
     assert got.keys() == wanted.keys()
     assert len(got) > 10
