@@ -153,7 +153,7 @@ def read_shared(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
     ...
     0
     >>> (report,) = sra.read_shared(folder / "mine.json")
-    >>> [(point.method, point.references, point.steps) for point in report.points()]
+    >>> [(point.method, point.references, point.steps) for point in report.points() if point.kind == "sparse"]
     [('edges', 1, 2)]
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
