@@ -49,9 +49,9 @@ def to_stored(
         if call.measures:
             ranked.join(i, k.detach(), v.detach(), reads[i])
             stored, vectors, span, order = ranked.all_of(i, rows)
-            masked = _masked(mask, columns, order, q, rows, ranked.before(i))
+            masked = _masked(mask, columns, ranked, i, ranked.rows[i], q, rows)
             call.run.observe(call.at.step, i, _view(call, q.detach(), stored, vectors, span, order, masked, text))
-        masked = _masked(mask, columns, ranked.tokens(i, reads[i]), q, rows, ranked.before(i))
+        masked = _masked(mask, columns, ranked, i, reads[i], q, rows)
         if torch.is_grad_enabled():  # the room is not a part of any graph
             return own(*joined(ranked.prefix(i, reads[i]), (k, v), ranked.before(i)), masked)
         return own(*ranked.join(i, k, v, reads[i]), masked)
@@ -91,8 +91,9 @@ def _view(
 
 
 def _masked(
-    mask: Tensor | None, columns: Tensor | None, tokens: Tensor, q: Tensor, own: int, before: bool
+    mask: Tensor | None, columns: Tensor | None, ranked: RankedCache, layer: int, count: int, q: Tensor, own: int
 ) -> Tensor | None:
+    """The mask of a layer's `own` keys and its best `count` stored ones; None where all may be attended to."""
     if columns is not None:
-        columns = columns.index_select(3, tokens.to(columns.device))
-    return beside(mask, columns, len(tokens), own, q.shape[0], before)
+        columns = columns.index_select(3, ranked.tokens(layer, count).to(columns.device))
+    return beside(mask, columns, count, own, q.shape[0], ranked.before(layer))
