@@ -18,6 +18,7 @@ from sparse_ref_attn.eval.rows import read_rows
 from .fewer_steps import fewer_steps
 from .fitting import fitting
 from .frontier import frontier
+from .host_table import host
 from .preset_table import presets
 from .readings import TABLES as READINGS
 from .rests import TABLES as RESTS
@@ -205,6 +206,8 @@ def insert(text: str) -> str:
             made = presets()
         elif name == "fewer_steps":
             made = fewer_steps(RESULTS / "studies")
+        elif name == "host_cpu":
+            made = host(RESULTS / "host_cpu.csv")
         elif name == "fitting":
             made = fitting()
         elif name.startswith("configurations_"):
