@@ -90,9 +90,9 @@ def test_end_to_end(name: str, references: int, tmp_path: Path) -> None:
     pipe.load_lora_weights(str(tmp_path / "once"))
     after = case.call(pipe, references=references)
     assert abs(after - before).max() > 1e-3
-    with sra.patched(pipe, sra.SparseRef("grid", 0.3)) as handle:
+    with sra.patched(pipe, sra.SparseRef("grid", 0.3, "tokens" if isolate is None else "cache")) as handle:
         case.call(pipe, references=references)
-        assert {step.kind for step in handle.record.steps} == {"sparse"}
+        assert {step.kind for step in handle.record.steps} == ({"sparse"} if isolate is None else {"cached"})
 
 
 def test_words_for_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
