@@ -18,8 +18,8 @@ from .metrics.scenery import grown
 
 __all__ = ["MEASURES", "Scorer"]
 
-MEASURES = ("psnr", "ssim", "subject-psnr", "identity", "lpips", "dists", "scenery-psnr")
-"""By the names of the command line; CLIP and DINO come with the folder of their weights."""
+MEASURES = ("psnr", "ssim", "subject-psnr", "identity", "lpips", "dists", "face", "scenery-psnr")
+"""By the names of the command line; CLIP, DINO and AuraFace come with the folder of their weights."""
 
 _DEFAULT = ("psnr", "ssim", "subject-psnr", "identity", "scenery-psnr")
 _SCENERY = f"{metrics.SceneryPsnr.name} vs nearest"
@@ -34,7 +34,8 @@ class Scorer:
     "vs dense" compares with the picture that the same call makes with every token, "vs target" with the answer, and
     "vs reference", of the metrics that embed a picture, with the first reference where the data set has no answers.
     Metrics that embed a picture see the crop of its subject where there is a mask, or of each of its subjects, and give
-    the mean, where the example has their boxes.
+    the mean, where the example has their boxes. Faces are compared with the first reference's whether there are answers
+    or not; a picture without a face has no similarity, and a column of its own says so.
 
     An example whose scenery is left open has many answers: only what is well inside its subject is compared with
     "target", and its scenery with the nearest of all textures that would have been right.
@@ -45,8 +46,8 @@ class Scorer:
     names : sequence of str, optional
         Of `MEASURES`; default PSNR, SSIM, and PSNR and identity of the subject, as far as the data set has masks and
         the weights are installed, and PSNR of the scenery where the data set leaves it open.
-    clip, dino : str, optional
-        Local folders of a CLIP and of a DINO model, which add their metrics.
+    clip, dino, auraface : str, optional
+        Local folders of a CLIP and of a DINO model and of AuraFace, which add their metrics.
     only : collection of str, optional
         Of `columns`, those that are measured; default all.
 
@@ -74,7 +75,7 @@ class Scorer:
 
     def __init__(
         self, data: Examples, names: Sequence[str] | None = None, *, clip: str | None = None, dino: str | None = None,
-        only: Collection[str] | None = None,
+        auraface: str | None = None, only: Collection[str] | None = None,
     ) -> None:  # fmt: skip
         if names is not None:
             names = [chosen("a metric", name, MEASURES) for name in names]
@@ -91,12 +92,13 @@ class Scorer:
             names = [name for name in _DEFAULT if there.get(name, True)]
         made: dict[str, Callable[[], Metric]] = {
             "psnr": metrics.Psnr, "ssim": metrics.Ssim, "lpips": metrics.Lpips, "dists": metrics.Dists,
-            "identity": metrics.MobileNetIdentity,
+            "identity": metrics.MobileNetIdentity, "face": metrics.SFaceSimilarity,
         }  # fmt: skip
         found = [made[name]() for name in names if name in made]
         likeness = metrics.ClipSimilarity(clip) if clip else None
         found += [likeness] if likeness else []
         found += [metrics.DinoSimilarity(dino)] if dino else []
+        found += [metrics.AuraFaceSimilarity(auraface)] if auraface else []
         self._text = metrics.ClipText(likeness) if likeness else None
         self._whole = [metric for metric in found if not isinstance(metric, Embedding)]
         self._embedding = [metric for metric in found if isinstance(metric, Embedding)]
@@ -108,7 +110,13 @@ class Scorer:
         }
         if self._subject:
             self.columns |= {f"{metrics.MaskedPsnr.name} vs {other}": True for other in self._others}
-        self.columns |= {f"{metric.name} vs {other}": True for other in self._shown for metric in self._embedding}
+        self.columns |= {
+            f"{metric.name} vs {other}": True
+            for other in ("dense", "target", "reference")
+            for metric in self._embedding
+            if other in _against(metric, self._shown)
+        }
+        self.columns |= {metric.found: True for metric in self._embedding if metric.found is not None}
         if "scenery-psnr" in names:
             self.columns[_SCENERY] = True
         if self._text is not None:
@@ -145,9 +153,9 @@ class Scorer:
         if self._subject and mask is not None and mask.any():
             for of in compared.values():
                 of.append(metrics.MaskedPsnr(mask))
-        anchors: dict[tuple[str, str], list[Tensor]] = {}
-        for other in shown:
-            for metric in self._embedding:
+        anchors: dict[tuple[str, str], list[Tensor | None]] = {}
+        for metric in self._embedding:
+            for other in _against(metric, shown):
                 if f"{metric.name} vs {other}" not in self.columns:
                     continue
                 if other == "reference":
@@ -170,11 +178,17 @@ class Scorer:
                         if (name := f"{metric.name} vs {other}") in found
                     }
             for metric in self._embedding:
-                against = [other for other in shown if (metric.name, other) in anchors and other != skipped]
-                seen = [metric.embed(_crop(picture, box)) for box in boxes] if against else []
+                against = [other for name, other in anchors if name == metric.name and other != skipped]
+                if not against and metric.found not in found:
+                    continue
+                seen = [metric.embed(_crop(picture, box)) for box in boxes]
                 for other in against:
-                    alike = [metric.likeness(a, b) for a, b in zip(seen, anchors[metric.name, other], strict=True)]
-                    found[f"{metric.name} vs {other}"] = sum(alike) / len(alike)
+                    pairs = zip(seen, anchors[metric.name, other], strict=True)
+                    alike = [metric.likeness(a, b) for a, b in pairs if a is not None and b is not None]
+                    if len(alike) == len(seen):
+                        found[f"{metric.name} vs {other}"] = sum(alike) / len(alike)
+                if metric.found in found:
+                    found[metric.found] = sum(one is not None for one in seen) / len(seen)
             if scenery is not None:
                 found[_SCENERY] = scenery(picture)
             if self._text is not None and self._text.name in found:
@@ -182,6 +196,11 @@ class Scorer:
             return found
 
         return score
+
+
+def _against(metric: Embedding, shown: Sequence[str]) -> Sequence[str]:
+    """What a picture is compared with: a face with the reference's, anything else with what its example has `shown`."""
+    return ("dense", "reference") if isinstance(metric, metrics.FaceSimilarity) else shown
 
 
 def _resized(mask: Mask, size: tuple[int, int]) -> Mask:
