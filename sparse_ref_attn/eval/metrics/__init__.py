@@ -1,12 +1,13 @@
 """How alike two images are, each metric by the name of the model it uses.
 
-`Psnr`, `Ssim` and `SceneryPsnr` need no weights; `Lpips`, `Dists`, `MobileNetIdentity` and `SFaceSimilarity` read those
-that Python packages carry; `ClipSimilarity`, `DinoSimilarity` and `AuraFaceSimilarity` those of a local folder.
-`frechet_distance` is of two sets.
+`Psnr`, `Ssim`, `SceneryPsnr` and `SceneryContrast` need no weights; `Lpips`, `Dists`, `MobileNetIdentity` and
+`SFaceSimilarity` read those that Python packages carry; `ClipSimilarity`, `DinoSimilarity` and `AuraFaceSimilarity`
+those of a local folder. `frechet_distance` is of two sets.
 """
 
 from .base import Metric, as_image
 from .bootstrap import Interval, mean_interval
+from .contrast import SceneryContrast
 from .faces import AuraFaceSimilarity, FaceSimilarity, SFaceSimilarity
 from .fidelity import MaskedPsnr, Psnr, Ssim
 from .frechet import InceptionFeatures, frechet_distance
@@ -29,6 +30,7 @@ __all__ = [
     "MobileNetIdentity",
     "Psnr",
     "SFaceSimilarity",
+    "SceneryContrast",
     "SceneryPsnr",
     "Ssim",
     "as_image",
