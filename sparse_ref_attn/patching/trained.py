@@ -108,7 +108,4 @@ def _said(transformer: nn.Module) -> tuple[str, Mapping[str, Any]]:
 
 
 def _isolation(said: Mapping[str, Any]) -> Isolation | None:
-    own = said.get(_KEY)
-    if isinstance(own, Mapping):
-        own = {name: value for name, value in own.items() if name != "drop"}
-    return None if own is None else Isolation.from_dict(own)
+    return None if said.get(_KEY) is None else Isolation.from_dict(said[_KEY])

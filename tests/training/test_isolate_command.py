@@ -52,8 +52,8 @@ def test_the_small_model(sprites: str, tmp_path: Path, capsys: pytest.CaptureFix
         assert "a run must go on as it began" in capsys.readouterr().err
     assert once.keys() == twice.keys()
     said = json.loads((tmp_path / "once/transformer/sparse_ref_attn.json").read_text())
-    assert sra.IsolateReferences.from_dict(said["isolate"]).per == "reference"
-    assert said["isolate"]["drop"] == said["random_drop"]
+    assert said["isolate"] == sra.Isolation("reference").to_dict()
+    assert sra.RandomDrop.from_dict(said["random_drop"]).keep == (0.2, 0.9)
 
     pipe = toy_pipeline(str(tmp_path / "once/transformer"))
     pipe.set_progress_bar_config(disable=True)
@@ -100,7 +100,7 @@ def rewritten(lora: Path, folder: Path, isolate: dict[str, Any] | None) -> Path:
 def test_a_lora_is_run_as_its_file_says(lora: tuple[Path, Path], tmp_path: Path) -> None:
     with safe_open(lora[1] / "pytorch_lora_weights.safetensors", framework="pt") as file:
         said = json.loads(file.metadata()["sparse_ref_attn"])
-    assert said == {"random_drop": None, "isolate": {"per": "reference", "timestep": 0.0, "drop": None}}
+    assert said == {"random_drop": None, "isolate": {"per": "reference", "timestep": 0.0}}
     case, each = CASES["kontext"], sra.Isolation("reference")
     pipe = kontext_pipeline("tiny")
     early = sra.patch(pipe)
