@@ -10,9 +10,11 @@ the newest checkpoint. The LoRA that comes out is for any loader, and its metada
     pipe.load_lora_weights("lora")
     sra.patch(pipe, sra.SparseContext(0.25, "edges"))
 
-With ``--isolate`` the references run by themselves instead, and the LoRA is for a cache that computes them once::
+With ``--isolate`` the references run by themselves instead, and the LoRA is for a cache that computes them once. Its
+file says so, and a patch with a cache runs it so::
 
-    sra.patch(pipe, sra.SparseRef("grid", 1.0, execute=sra.Cache(isolated=True)))
+    pipe.load_lora_weights("lora")
+    sra.patch(pipe)
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from sparse_ref_attn.eval.loading import load_pipeline
 from sparse_ref_attn.models import adapter_for
 from sparse_ref_attn.pictures import open_image
 from sparse_ref_attn.training.isolate_references import said_of
+from sparse_ref_attn.training.lora import lora_metadata
 
 TARGETS = [
     "to_q",
@@ -173,7 +176,7 @@ def save_lora(transformer: Any, out: Path, drop: Drop, options: argparse.Namespa
     tensors = {f"transformer.{name}": value.detach().cpu().contiguous() for name, value in state.items()}
     settings = {**said_of(drop), "steps": options.steps, "base_model": options.model}
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {"format": "pt", "sparse_ref_attn": json.dumps(settings)})
+    save_file(tensors, partial, lora_metadata(transformer, settings))
     os.replace(partial, path)
     return path
 

@@ -11,7 +11,7 @@ from .candidates import CANDIDATES
 from .checks import is_int, is_number
 from .config import SparseRef, UniformGuard
 from .errors import ConfigError
-from .execution import EXECUTIONS
+from .execution import EXECUTIONS, Cache
 from .selection import AttentionMass, Edges, Grid, Mix, Saliency, Selector
 from .vocabulary import chosen
 
@@ -52,7 +52,10 @@ class Choice:
                 f"{' and '.join(dropping)} must come with a preset that drops tokens ({', '.join(vocabulary.PAPERS)}): "
                 f"{', '.join(CHOSEN)} store every reference token and read all of them"
             )
-        return replace(CANDIDATES[self.key], **settings)
+        own = CANDIDATES[self.key]
+        if settings.get("isolated") and "refresh" not in settings and isinstance(own.execute, Cache):
+            own = replace(own, execute=replace(own.execute, refresh=None))  # what runs once is never refreshed
+        return replace(own, **settings)
 
 
 CHOSEN: Mapping[str, Choice] = {

@@ -58,7 +58,7 @@ SAME = {"mass": "ReCAST", "mass rising": "ReCAST rising", "mass flat": "ReCAST f
 BUILTIN = ("small", "large", "tiny")
 EDITS = ("place", "pair", "swap", "local", "global")
 LAYOUTS = ("folder", "kontext-bench", "dreambench++", "pie-bench")
-METRICS = ("psnr", "ssim", "subject-psnr", "identity", "lpips", "dists", "scenery-psnr")
+METRICS = ("psnr", "ssim", "subject-psnr", "identity", "lpips", "dists", "face", "scenery-psnr", "scenery-contrast")
 DISTRIBUTIONS = ("uniform", "log_uniform", "arcsine")
 
 

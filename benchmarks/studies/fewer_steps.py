@@ -6,10 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from sparse_ref_attn.eval.metrics import SceneryPsnr
+from sparse_ref_attn.eval.metrics import SceneryContrast, SceneryPsnr
 from sparse_ref_attn.eval.metrics.scenery import grown
 from sparse_ref_attn.toy.pipeline import knows_open_scenery
 from sparse_ref_attn.toy.words import OPEN_TASKS
@@ -19,7 +16,7 @@ from .quality import scorer
 from .questions import Question
 from .study import Generators, Measurement, Study
 
-__all__ = ["ALIGNED", "ANSWERED", "KEYS", "STEPS", "STUDY", "VALUES", "contrast"]
+__all__ = ["ALIGNED", "ANSWERED", "KEYS", "STEPS", "STUDY", "VALUES"]
 
 STEPS = (28, 12, 8, 4, 2, 1)
 ALIGNED = ("swap", "local", "global")
@@ -27,24 +24,9 @@ ANSWERED = ("place", "pair", *ALIGNED)
 KEYS = ("model", "weights", "steps", "task", "subject", "seed")
 VALUES = ("subject_psnr", "psnr", "dense_psnr", "scenery_psnr", "kind", "first", "second", "contrast", "task_contrast")
 """`dense_psnr` is against the picture of the most steps. The last six are of open scenery: four of the nearest texture,
-and how far colours lie apart (`contrast`), in the picture and in the one that the task drew."""
+and how far colours lie apart (`SceneryContrast`), in the picture and in the one that the task drew."""
 
 _EDGE = 2  # pixels beside a subject that do not count as scenery
-
-
-def contrast(picture: NDArray[Any], inside: NDArray[np.bool_]) -> float:
-    """Root mean square distance of the colours `inside`, (H, W), of a picture (H, W, 3) in [0, 1] to their mean.
-
-    0 of one colour; of two that cover as much, half of their distance a channel.
-
-    Examples
-    --------
-    >>> halves = np.zeros((4, 4, 3)); halves[:2] = 1
-    >>> contrast(halves, np.ones((4, 4), bool))
-    0.5
-    """
-    colours = picture[inside]
-    return float(np.sqrt(np.mean((colours - colours.mean(0)) ** 2)))
 
 
 def _dense_runs(generators: Generators, subject: int, seed: int) -> Iterator[Measurement]:
@@ -64,16 +46,16 @@ def _rows(generator: Generator, question: Question, seed: int, key: Mapping[str,
     most = pictures[STEPS[0]]
     score, rows = scorer(example, most), []
     hidden = grown(question.scene.mask > 0, _EDGE)
-    scenery = SceneryPsnr(hidden) if example.open_scenery else None
+    scenery, contrast = SceneryPsnr(hidden), SceneryContrast(hidden)
     for steps, picture in pictures.items():
         found = score(picture) | ({"dense_psnr": None} if picture is most else {})
         row = {**key, "steps": steps, **{name: found[name] for name in VALUES[:3]}}
-        if scenery is not None:
+        if example.open_scenery:
             nearest = scenery.nearest(picture)
             texture = nearest.texture
             row |= {
                 "scenery_psnr": nearest.psnr, "kind": texture.kind, "first": texture.first, "second": texture.second,
-                "contrast": contrast(picture, ~hidden), "task_contrast": contrast(question.scene.target, ~hidden),
+                "contrast": contrast(picture), "task_contrast": contrast(question.scene.target),
             }  # fmt: skip
         rows.append(row)
     return rows

@@ -77,7 +77,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.frontier and names is None:
         needs = {"subject-psnr": data.masks, "scenery-psnr": data.open_scenery}
         names = [name for name in FRONTIER_METRICS if needs.get(name, True)]
-    scorer = Scorer(data, names, clip=options.clip, dino=options.dino)
+    scorer = Scorer(data, names, clip=options.clip, dino=options.dino, auraface=options.auraface)
     steps = options.steps or (12 if options.frontier else 8)
     models = [
         EvalModel(

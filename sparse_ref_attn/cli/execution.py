@@ -13,7 +13,19 @@ __all__ = ["MEASURING", "add_arguments", "settings"]
 MEASURING = ("profile", "profile_blocks", "rerank_every")
 """Fields that mean nothing to a rule that measures no attention."""
 
-FIELDS = ("execute", "from_block", "layers", "cache_rows", "refresh", "per", "tile", "rest", "cell", *MEASURING)
+FIELDS = (
+    "execute",
+    "from_block",
+    "layers",
+    "cache_rows",
+    "refresh",
+    "per",
+    "tile",
+    "rest",
+    "cell",
+    "isolated",
+    *MEASURING,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +82,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "attention, or not (default: means)",
     )
     group.add_argument("--cell", type=values.above(1), metavar="N", help="side of these cells (default: 4)")
+    group.add_argument(
+        "--isolated",
+        type=values.isolated,
+        nargs="?",
+        const=True,
+        metavar="WHO",
+        help="with the cache, references run by themselves, once, all together (all) or each alone (reference), for "
+        "weights that were trained so; default: as the weights or the LoRA say, else with the picture",
+    )
     group.add_argument(
         "--rerank-every", type=values.above(1), metavar="N", help="rank again every N steps (default: never)"
     )

@@ -12,6 +12,7 @@ from typing import Any
 from .. import refresh as refreshing
 from ..checks import is_int
 from ..errors import ConfigError
+from ..isolation import PERS, Isolation
 from ..refresh import Refresh
 from ..vocabulary import chosen
 
@@ -20,6 +21,7 @@ __all__ = [
     "at_least_one",
     "at_least_zero",
     "factors",
+    "isolated",
     "keep",
     "lora",
     "named",
@@ -174,6 +176,14 @@ def lora(text: str) -> tuple[str, float]:
     if not (found[0] and math.isfinite(found[1])):
         raise argparse.ArgumentTypeError(f"must be PATH or PATH:SCALE, such as lora.safetensors:0.8, got {text!r}")
     return found
+
+
+def isolated(text: str) -> Isolation:
+    """Who sees whom of references that run by themselves."""
+    try:
+        return Isolation(text)
+    except ConfigError:
+        raise argparse.ArgumentTypeError(f"must be {' or '.join(PERS)}, got {text!r}") from None
 
 
 def factors(text: str) -> tuple[float, ...]:

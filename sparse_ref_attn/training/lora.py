@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
 
 from ..adapters.training_hooks import TrainingHooks
 from ..errors import ConfigError, VersionError
-from ..files import fits
+from ..files import fits, replacing
+from ..patching.trained import MARK
 from .isolate_references import IsolateReferences, said_of
 from .random_drop import RandomDrop
 
-__all__ = ["add_lora", "save_lora"]
+__all__ = ["add_lora", "lora_metadata", "save_lora"]
 
 
 def add_lora(transformer: Any, rank: int, targets: Sequence[str] = TrainingHooks.lora) -> None:
@@ -46,14 +46,35 @@ def add_lora(transformer: Any, rank: int, targets: Sequence[str] = TrainingHooks
             parameter.data = parameter.data.float()
 
 
+def lora_metadata(transformer: Any, said: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of a LoRA's file: its peft configuration as diffusers keeps it, and what its training is to say.
+
+    `said` stands under ``sparse_ref_attn`` as a JSON text, for any reader. The configuration, of which diffusers makes
+    peft's when it loads the file, carries it too: so `patch` finds it on the transformer.
+
+    Parameters
+    ----------
+    transformer : diffusers.ModelMixin
+        With one LoRA, named "default".
+    said : mapping
+        JSON types; see `said_of`.
+    """
+    config = transformer.peft_config["default"].to_dict() | {"auto_mapping": {MARK: said}}
+    kept = {f"transformer.{name}": value for name, value in config.items()}
+    return {
+        "format": "pt",
+        MARK: json.dumps(said),
+        "lora_adapter_metadata": json.dumps(kept, default=sorted, sort_keys=True),
+    }
+
+
 def save_lora(
     pipe: Any, folder: Path, weights: Mapping[str, Tensor], drop: RandomDrop | IsolateReferences | None
 ) -> Path:
     """Write trained LoRA matrices for ``pipe.load_lora_weights``, or for ``pipe.transformer.load_lora_adapter`` where a
     pipeline has none (LongCat-Image-Edit's).
 
-    The file's metadata have a JSON text under ``sparse_ref_attn``: the `RandomDrop` and the `IsolateReferences` it was
-    trained with (see `said_of`).
+    The file says what it was trained with, see `lora_metadata`.
 
     Parameters
     ----------
@@ -71,25 +92,12 @@ def save_lora(
         If it cannot be written, on a full disk for example. An earlier file is then untouched.
     """
     from peft.utils import get_peft_model_state_dict
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
-    state = {name: tensor.detach().cpu() for name, tensor in weights.items()}
-    name = "pytorch_lora_weights.safetensors"
+    layers = get_peft_model_state_dict(pipe.transformer, state_dict=dict(weights))
+    tensors = {f"transformer.{name}": x.detach().cpu().contiguous() for name, x in layers.items()}
+    path = folder / "pytorch_lora_weights.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    layers = get_peft_model_state_dict(pipe.transformer, state_dict=state)
-    with fits("the LoRA", folder), TemporaryDirectory(dir=folder) as hidden:
-        if hasattr(pipe, "save_lora_weights"):
-            pipe.save_lora_weights(
-                hidden,
-                transformer_lora_layers=layers,
-                transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
-            )
-            with safe_open(Path(hidden) / name, framework="pt") as file:
-                metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        else:
-            metadata, tensors = {"format": "pt"}, {f"transformer.{key}": x.contiguous() for key, x in layers.items()}
-        metadata["sparse_ref_attn"] = json.dumps(said_of(drop))
-        partial = Path(hidden) / "with_metadata"
-        save_file(tensors, partial, metadata)
-        return partial.replace(folder / name)
+    with replacing(path) as draft, fits("the LoRA", folder):
+        save_file(tensors, draft, lora_metadata(pipe.transformer, said_of(drop)))
+    return path

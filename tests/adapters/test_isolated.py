@@ -196,7 +196,7 @@ def trained(folder: Path, said: str | None, name: str = "kontext") -> Any:
 
 
 def test_the_weights_say_how_they_were_trained(tmp_path: Path) -> None:
-    case, said = CASES["kontext"], sra.IsolateReferences("reference", 0.1, sra.RandomDrop()).to_dict()
+    case, said = CASES["kontext"], EACH.to_dict()
     pipe = trained(tmp_path, json.dumps({"isolate": said}))
     with sra.patched(pipe, isolated()) as handle:
         wanted = case.call(pipe, steps=3)

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.eval.examples import FAMILIES, OPEN_SCENERY, procedural
-from sparse_ref_attn.eval.metrics import SceneryPsnr
+from sparse_ref_attn.eval.metrics import SceneryContrast, SceneryPsnr
 from sparse_ref_attn.eval.metrics.scenery import grown, nearest_texture
 from sparse_ref_attn.eval.scores import Scorer
 from sparse_ref_attn.toy.pipeline import build_transformer, toy_pipeline
@@ -22,7 +22,7 @@ from sparse_ref_attn.toy.textures import KINDS, Texture, random_texture
 
 SIDE = 128
 WHOLE = np.ones((SIDE, SIDE), np.float32)
-NEAREST = "scenery PSNR (dB) vs nearest"
+NEAREST, CONTRAST = "scenery PSNR (dB) vs nearest", "scenery contrast"
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_only_what_has_one_answer_is_compared_with_it() -> None:
     """Another right answer has the same score; no whole picture has one against the answer."""
     data = procedural(families=[OPEN_SCENERY])
     example = data[0]
-    scorer = Scorer(data, ["psnr", "ssim", "subject-psnr", "scenery-psnr"])
+    scorer = Scorer(data, ["psnr", "ssim", "subject-psnr", "scenery-psnr", "scenery-contrast"])
     answer = np.asarray(example.target, np.float32) / 255
     alpha = example.mask[..., None]
     texture = Texture("rings", 0.0, 24.0, 100.0, 30.0, 0, 8).picture(SIDE)
@@ -132,18 +132,28 @@ def test_only_what_has_one_answer_is_compared_with_it() -> None:
     grey = scorer.scores(example, answer)(np.where(alpha == 1, answer, np.float32(0.5)))
     assert grey[NEAREST] < 20
     assert grey["subject PSNR (dB) vs target"] == np.inf
+    assert grey[CONTRAST] == pytest.approx(0, abs=1e-7)
+    scenery = texture[~grown(example.mask > 0, 2)]
+    assert found[CONTRAST] == pytest.approx(np.sqrt(scenery.var(0).mean()), rel=1e-4)
+    washed = scorer.scores(example, answer)(np.where(alpha == 1, answer, 0.75 * texture.mean((0, 1)) + 0.25 * texture))
+    assert washed[CONTRAST] == pytest.approx(found[CONTRAST] / 4, rel=1e-4)
     dense = scorer.scores(example, answer)(answer)
     assert dense["PSNR (dB) vs dense"] is None
     assert dense[NEAREST] > 35
     assert scorer.columns[NEAREST]
+    assert scorer.columns[CONTRAST]
+    with pytest.raises(ConfigError, match="must have a pixel that counts, got all hidden"):
+        SceneryContrast(np.ones((4, 4), bool))
 
 
 def test_a_data_set_without_open_scenery_has_no_such_column() -> None:
-    assert NEAREST not in Scorer(procedural(), ["psnr"]).columns
-    assert NEAREST not in Scorer(procedural()).columns
-    assert NEAREST in Scorer(procedural(families=[OPEN_SCENERY])).columns
-    with pytest.raises(ConfigError, match="scenery-psnr must have scenery that is left open"):
-        Scorer(procedural(), ["scenery-psnr"])
+    for column in (NEAREST, CONTRAST):
+        assert column not in Scorer(procedural(), ["psnr"]).columns
+        assert column not in Scorer(procedural()).columns
+        assert column in Scorer(procedural(families=[OPEN_SCENERY])).columns
+    for name in ("scenery-psnr", "scenery-contrast"):
+        with pytest.raises(ConfigError, match=f"{name} must have scenery that is left open"):
+            Scorer(procedural(), [name])
 
 
 def test_eval_asks_models_what_they_were_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -172,5 +182,7 @@ def test_eval_asks_models_what_they_were_trained_on(tmp_path: Path, capsys: pyte
     target = summary.split("## PSNR (dB) vs target")[1].split("##")[0]
     assert OPEN_SCENERY not in target
     assert OPEN_SCENERY in summary.split(f"## {NEAREST}")[1]
+    assert families("c2", ["new"], "scenery-contrast") == old | {OPEN_SCENERY: (False, False)}
+    assert OPEN_SCENERY in (tmp_path / "c2" / "summary.md").read_text().split(f"## {CONTRAST}")[1]
     assert main(["eval", "--out", str(tmp_path / "a"), "--families", "x"]) == 2
     assert "a family must be one of subject-driven, aligned, open scenery, got 'x'" in capsys.readouterr().err

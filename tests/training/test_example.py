@@ -83,16 +83,16 @@ def test_end_to_end(name: str, references: int, tmp_path: Path) -> None:
     assert drop.keep == ((0.2, 0.9) if name == "kontext" else (0.1, 1.0))
     assert drop.per_sample == (name == "kontext")
     isolate = settings_of["isolate"]
-    assert isolate is None if name == "kontext" else sra.IsolateReferences.from_dict(isolate).drop == drop
+    assert isolate == (None if name == "kontext" else sra.Isolation().to_dict())
 
     pipe = case.build()
     before = case.call(pipe, references=references)
     pipe.load_lora_weights(str(tmp_path / "once"))
     after = case.call(pipe, references=references)
     assert abs(after - before).max() > 1e-3
-    with sra.patched(pipe, sra.SparseRef("grid", 0.3)) as handle:
+    with sra.patched(pipe, sra.SparseRef("grid", 0.3, "tokens" if isolate is None else "cache")) as handle:
         case.call(pipe, references=references)
-        assert {step.kind for step in handle.record.steps} == {"sparse"}
+        assert {step.kind for step in handle.record.steps} == ({"sparse"} if isolate is None else {"cached"})
 
 
 def test_words_for_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -92,9 +92,10 @@ def add(commands: Commands) -> None:
         "--metrics",
         nargs="+",
         **values.one_of(vocabulary.METRICS) | {"metavar": "M"},
-        help=f"{', '.join(vocabulary.METRICS)} (default: the first four, and the last where scenery is left open)",
+        help=f"{', '.join(vocabulary.METRICS)} (default: the first four, and the last two where scenery is left open)",
     )
     add_likeness(how, "CLIP-I and CLIP-T")
+    how.add_argument("--auraface", metavar="PATH", help="folder of AuraFace: adds its similarity of faces")
     how.add_argument(
         "--rfid",
         action="store_true",

