@@ -19,6 +19,7 @@ __all__ = [
     "above",
     "at_least_one",
     "at_least_zero",
+    "blocks",
     "factors",
     "keep",
     "lora",
@@ -184,6 +185,16 @@ def factors(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(
             f"must be factors in (0, 1], one a layer, such as 1,0.5,0.5; got {text!r}"
         ) from None
+
+
+def blocks(text: str) -> str | tuple[int, ...]:
+    """ "single", "double" or "all", or the blocks' numbers with commas between."""
+    if text in ("single", "double", "all"):
+        return text
+    numbers = text.split(",")
+    if not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"must be single, double, all or blocks' numbers such as 2,4; got {text!r}")
+    return tuple(int(number) for number in numbers)
 
 
 def typed(options: argparse.Namespace) -> str:

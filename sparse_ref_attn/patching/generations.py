@@ -13,12 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter, Kwargs
+from ..adapters.model_words import model_words
 from ..adapters.stream import reference_tokens, stream_rows
 from ..config import SparseRef
 from ..errors import HandleRemovedError, IncompatibleError, SparseRefError
 from ..execution import Cache
 from ..record import RunRecord
 from ..run import Probing, Run
+from ..selection import Selector
 from ..types import TokenLayout
 from .attendance import Attendance
 from .call import Execution, GenerationCall
@@ -69,6 +71,8 @@ class Generations:
         if self._probing.probes:
             adapter.check_measurable(transformer)
         check_cache(config, adapter, transformer)
+        if isinstance(config.select, Selector):
+            config.select.check(model_words(adapter, transformer))
         isolation = isolation_of(config.execute, transformer, adapter)
         self.cache = keeper_of(adapter, config)
         self.store = ReferenceStore(adapter, config, isolation) if isinstance(config.execute, Cache) else None

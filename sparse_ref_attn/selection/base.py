@@ -123,6 +123,10 @@ class Selector:
         """Attention this selector needs measured in a profiling step; none for most."""
         return ()
 
+    def check(self, model: str) -> None:
+        """Raise ConfigError where it cannot rank the references of a model, given as its class and its blocks.
+        Asked once, when a pipeline is patched."""
+
     def score(self, references: References) -> list[Tensor]:
         """Scores of each reference's tokens, shapes (R_i,), float32, on the tokens' device."""
         raise NotImplementedError

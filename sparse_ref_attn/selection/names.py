@@ -12,6 +12,7 @@ from .attention import AttentionMass, SelfAttention
 from .base import FromFunction, Selector
 from .combine import Mix, Union
 from .edges import Edges
+from .learned import Learned
 from .masks import Boxes, SubjectMask
 from .saliency import Saliency
 from .saved_ranking import SavedRanking
@@ -28,6 +29,7 @@ NAMES: Mapping[str, type[Selector]] = {
     "cosine": Cosine,
     "self-attention": SelfAttention,
     "mass": AttentionMass,
+    "learned": Learned,
 }
 _KINDS: Mapping[str, type[Selector]] = {**NAMES, "boxes": Boxes, "mix": Mix, "union": Union}
 _NO_JSON: Mapping[type[Selector], str] = {
