@@ -133,7 +133,8 @@ def _selector(options: argparse.Namespace) -> None:
     out, about = Path(options.out), {name: getattr(options, name) for name in names}
     head = train_selector(pipe, batches, config, out, about=about)
     told = head.origin.trained["rank_correlation"]
-    print(f"Rank correlation with the attention of pairs that were held back: {'none' if told is None else f'{told:.3f}'}")
+    if told is not None:
+        print(f"Rank correlation with the attention of pairs that were held back: {told:.3f}")
     print(f"Selector written to {out / SELECTOR}")
 
 

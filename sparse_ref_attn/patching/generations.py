@@ -13,14 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter, Kwargs
-from ..adapters.model_words import model_words
+from ..adapters.prompt import prompt_of
 from ..adapters.stream import reference_tokens, stream_rows
 from ..config import SparseRef
 from ..errors import HandleRemovedError, IncompatibleError, SparseRefError
 from ..execution import Cache
 from ..record import RunRecord
 from ..run import Probing, Run
-from ..selection import Selector
 from ..types import TokenLayout
 from .attendance import Attendance
 from .call import Execution, GenerationCall
@@ -33,6 +32,7 @@ from .lengths import Lengths, shape_of
 from .ownership import Generation, Ownership, Where
 from .pixels import PixelTap, encoder
 from .proving import prepare_run
+from .selecting import check_selector
 from .steps import ObservedSteps
 from .trained import isolation_of
 
@@ -71,8 +71,7 @@ class Generations:
         if self._probing.probes:
             adapter.check_measurable(transformer)
         check_cache(config, adapter, transformer)
-        if isinstance(config.select, Selector):
-            config.select.check(model_words(adapter, transformer))
+        check_selector(config, adapter, transformer)
         isolation = isolation_of(config.execute, transformer, adapter)
         self.cache = keeper_of(adapter, config)
         self.store = ReferenceStore(adapter, config, isolation) if isinstance(config.execute, Cache) else None
@@ -286,7 +285,8 @@ class Generations:
         keeper = self.cache if extracts else None
         reuse = reuse_of(keeper, self.store)
         scores = None if reuse is None else reuse.ranked(module, kwargs, layout, tokens)
-        run = Run(self.config, self._probing, layout, tokens, pixels, at.total, at.clock, encode, scores, refreshing)
+        prompt, own = prompt_of(self.adapter, kwargs, layout), (at.total, at.clock, encode, scores, refreshing)
+        run = Run(self.config, self._probing, layout, tokens, pixels, *own, prompt)
         run.record.notes += self.adapter.notes(kwargs)
         if extracts or refreshing is not None:
             run.record.exactness = "exact" if extracts or self.isolates else self.adapter.exactness(module)

@@ -261,7 +261,7 @@ def _mass(probe: Probe, rows: slice, queries: Tensor, view: AttentionView, span:
 
 
 def _work(probe: Probe, queries: Tensor, view: AttentionView) -> float:
-    """FLOPs of `probed_mass`: products with the references' own keys; with every key where the LSE had to be computed."""
+    """FLOPs of `probed_mass`: products with the references' own keys; with every key where the LSE was computed too."""
     batch, _, heads, channels = queries.shape
     first, last = view.spans[0][0], view.spans[-1][1]
     parts = [(b - a, b - a) for a, b in view.spans]

@@ -54,48 +54,55 @@ class Head(nn.Module):
     width : int
         D, channels of a token as the transformer gets it.
     origin : Origin
+    text : int
+        E, channels of the prompt as one vector; 0 for a head that does not look at it.
     channels : int
         Inside the head.
 
     Raises
     ------
     ConfigError
-        If a size is not an int of at least 1.
+        If a size is out of range.
 
     Examples
     --------
-    >>> head = Head(8, Origin("Flux"), channels=4)
-    >>> head(torch.zeros(2, 15, 8), (3, 5)).shape
+    >>> head = Head(8, Origin("Flux"), text=6, channels=4)
+    >>> head(torch.zeros(2, 15, 8), (3, 5), torch.ones(2, 6)).shape
     torch.Size([2, 15])
     """
 
-    def __init__(self, width: int, origin: Origin, *, channels: int = 32) -> None:
+    def __init__(self, width: int, origin: Origin, *, text: int = 0, channels: int = 32) -> None:
         super().__init__()
-        for name, size in (("width", width), ("channels", channels)):
-            if not is_int(size, 1):
-                raise ConfigError(f"{name} of a head must be an int of at least 1, got {size!r}")
-        self.width, self.origin, self.channels = width, origin, channels
+        for name, size, least in (("width", width, 1), ("text", text, 0), ("channels", channels, 1)):
+            if not is_int(size, least):
+                raise ConfigError(f"{name} of a head must be an int of at least {least}, got {size!r}")
+        self.width, self.origin, self.text, self.channels = width, origin, text, channels
+        self.asked = nn.Linear(text, channels) if text else None
         self.inside = nn.Conv2d(width, channels, 1)
         self.blocks = nn.ModuleList(_Block(channels, dilation) for dilation in DILATIONS)
         self.norm = nn.GroupNorm(1, channels)
         self.out = nn.Conv2d(channels, 1, 1)
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Logits (B, R), float32, of one reference's tokens (B, R, D) on a grid of height x width = R."""
+    def forward(self, tokens: Tensor, grid: tuple[int, int], prompt: Tensor | None = None) -> Tensor:
+        """Logits (B, R), float32, of one reference's tokens (B, R, D) on a grid of height x width = R, asked of by a
+        prompt (B, E)."""
         x = self.inside(tokens.float().mT.unflatten(2, grid))
+        if self.asked is not None and prompt is not None:
+            x = x + self.asked(functional.layer_norm(prompt, (self.text,)))[:, :, None, None]
         for block in self.blocks:
             x = block(x)
         return self.out(self.norm(x)).flatten(1)
 
-    def shares(self, rows: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> Tensor:
+    def shares(self, rows: Sequence[Tensor], grids: Sequence[tuple[int, int]], prompt: Tensor | None = None) -> Tensor:
         """Log of the share of the references' attention that each of their tokens gets, (B, R); each item sums to 1.
 
         Parameters
         ----------
         rows : sequence of Tensor, shapes (B, R_i, D)
         grids : sequence of (int, int)
+        prompt : Tensor, shape (B, E), optional
         """
-        logits = [self(x, grid) for x, grid in zip(rows, grids, strict=True)]
+        logits = [self(x, grid, prompt) for x, grid in zip(rows, grids, strict=True)]
         return torch.cat(logits, dim=-1).log_softmax(dim=-1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -108,7 +115,7 @@ class Head(nn.Module):
         """
         from safetensors.torch import save_file
 
-        about = {"width": self.width, "channels": self.channels, "origin": asdict(self.origin)}
+        about = {"width": self.width, "text": self.text, "channels": self.channels, "origin": asdict(self.origin)}
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         with replacing(path) as draft:
             save_file(tensors, draft, {"format": FORMAT, "about": json.dumps(about)})
@@ -139,7 +146,7 @@ class Head(nn.Module):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
             about = json.loads(header["about"])
             with torch.device("meta"):
-                head = cls(about["width"], Origin(**about["origin"]), channels=about["channels"])
+                head = cls(about["width"], Origin(**about["origin"]), text=about["text"], channels=about["channels"])
             head.load_state_dict(tensors, assign=True)
         except (SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError, ConfigError) as error:
             raise ConfigError(

@@ -22,14 +22,14 @@ SHIPPED = Path(__file__).parent.parent / "assets" / "toy" / "selector.safetensor
 
 @dataclass(frozen=True)
 class Learned(Selector):
-    r"""Score a token by the share of the attention that a trained head predicts for it, from the reference alone.
+    r"""Score a token by the share of the attention that a trained head predicts for it, before the first step.
 
-    .. math:: s(k) = \operatorname{softmax}_k h(x)_k \approx \frac{m(k)}{\sum_{k'} m(k')}
+    .. math:: s(k) = \operatorname{softmax}_k h(x, y)_k \approx \frac{m(k)}{\sum_{k'} m(k')}
 
-    h is a small convolutional network over each reference's grid of tokens x, m the attention mass that
-    `AttentionMass` measures. The softmax runs over the tokens of all references, so that these compete as they do under
-    a measured mass; the mean over the batch is taken of s. No step measures anything, so any budget and any execution
-    goes with it. It knows neither the prompt nor the noise.
+    h is a small convolutional network over each reference's grid of tokens x, told the mean y of the prompt's rows; m
+    is the attention mass that `AttentionMass` measures. The softmax runs over the tokens of all references, so that
+    these compete as they do under a measured mass; the mean over the batch is taken of s. No step measures anything, so
+    any budget and any execution goes with it.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ class Learned(Selector):
     ConfigError
         When the pipeline is patched, if there is no such file, it is no such head, or it was trained for another model.
     LayoutError
-        At scoring, if the tokens have another number of channels than those that it was trained on.
+        At scoring, if the tokens or the prompt have another number of channels than those that it was trained on.
     PixelsUnavailableError
         At scoring, if a reference is no full grid of tokens.
 
@@ -57,7 +57,7 @@ class Learned(Selector):
     --------
     >>> from sparse_ref_attn.types import Reference, TokenLayout
     >>> layout = TokenLayout(rows=16, text=0, generation=(0, 0), references=(Reference(0, 16, (4, 4)),))
-    >>> scores = Learned().score(References(layout, torch.zeros(1, 16, 64)))[0]
+    >>> scores = Learned().score(References(layout, torch.zeros(1, 16, 64), prompt=torch.ones(1, 96)))[0]
     >>> scores.shape, round(scores.sum().item(), 4)
     (torch.Size([16]), 1.0)
     """
@@ -104,9 +104,15 @@ class Learned(Selector):
                 f"a learned selector must see tokens of as many channels as it was trained on, {head.width}, got "
                 f"{tokens.shape[-1]}"
             )
+        item, prompt = references.layout.conditional or slice(None), references.prompt if head.text else None
+        if head.text and (prompt is None or prompt.shape[-1] != head.text):
+            got = "none" if prompt is None else prompt.shape[-1]
+            raise LayoutError(
+                f"a learned selector must be told a prompt of {head.text} channels, as it was trained on, got {got}"
+            )
         grids = [references.grid(i) for i in range(len(references.sizes))]
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            return references.split(head.shares(references.split(tokens), grids).exp().mean(0))
+            return references.split(head.shares(references.split(tokens[item]), grids, prompt).exp().mean(0))
 
 
 @lru_cache(maxsize=8)

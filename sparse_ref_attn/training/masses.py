@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from ..adapters.base import Adapter, Kwargs
 from ..adapters.stream import reference_tokens
 from ..errors import ConfigError
 from ..files import replacing
-from ..run.profile import block_indices, probed_mass
+from ..run.profile import probed_mass
 from ..selection import Probe
 
-__all__ = ["Masses", "MassStore", "measure"]
+__all__ = ["MassStore", "Masses", "measure"]
+
+_TENSORS = ("tokens", "mass", "prompt")
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,23 @@ class Masses:
     ----------
     tokens : Tensor, shape (B, R, D)
         Rows of all references as the transformer gets them.
-    mass : Tensor, shape (B, R), float32
-        Mean attention of the generation's tokens to each, over heads and blocks (ReCAST eq. 2-3).
+    mass : Tensor, shape (B, L, R), float32
+        Attention of the generation's tokens to each in every block, mean over queries and heads (ReCAST eq. 2).
+    prompt : Tensor, shape (B, E), float32
+        Mean of the text rows; E is 0 without any.
     grids : tuple of (int, int)
         Height and width of each reference in tokens.
     """
 
     tokens: Tensor
     mass: Tensor
+    prompt: Tensor
     grids: tuple[tuple[int, int], ...]
+
+    def share(self, blocks: Collection[int]) -> Tensor:
+        """Share of the references' attention that each token gets, mean over blocks (eq. 3), (B, R); items sum to 1."""
+        mass = self.mass[:, sorted(blocks)].mean(1)
+        return mass / mass.sum(-1, keepdim=True)
 
     @property
     def rows(self) -> list[Tensor]:
@@ -45,8 +55,8 @@ class Masses:
         return list(self.tokens.split([height * width for height, width in self.grids], 1))
 
 
-def measure(transformer: nn.Module, adapter: Adapter, kwargs: Kwargs, blocks: str | Sequence[int]) -> Masses:
-    """Masses of one call, each item's own.
+def measure(transformer: nn.Module, adapter: Adapter, kwargs: Kwargs) -> Masses:
+    """Masses of one call in every block, each item's own.
 
     Parameters
     ----------
@@ -54,13 +64,11 @@ def measure(transformer: nn.Module, adapter: Adapter, kwargs: Kwargs, blocks: st
     adapter : Adapter
     kwargs : dict
         The call's arguments by name.
-    blocks : str or sequence of int
-        As in `AttentionMass`.
 
     Raises
     ------
     ConfigError
-        If the call has no references that are full grids, or the model has no such blocks.
+        If the call has no references that are full grids.
     IncompatibleError
         If its attention cannot be measured.
     """
@@ -70,18 +78,18 @@ def measure(transformer: nn.Module, adapter: Adapter, kwargs: Kwargs, blocks: st
     grids = () if layout is None else tuple(r.grid for r in layout.references if r.grid is not None)
     if layout is None or not grids or len(grids) < len(layout.references):
         raise ConfigError(f"a selector is trained on references that are full grids of tokens, got {layout}")
-    probe = Probe(blocks=blocks if isinstance(blocks, str) else tuple(blocks))
-    where = block_indices(probe.blocks, [site.kind for site in adapter.sites(transformer)])
-    masses: list[Tensor] = []
+    masses: dict[int, Tensor] = {}
 
     def tap(block: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        view = adapter.view(layout, q, k, v, mask) if block in where else None
+        view = adapter.view(layout, q, k, v, mask)
         if view is not None and view.generation is not None:
-            masses.append(torch.cat(probed_mass(probe, view.generation, view), -1).mean(1))
+            masses[block] = torch.cat(probed_mass(Probe(), view.generation, view), -1).mean(1)
 
     with torch.no_grad(), adapter.listen(transformer, tap):
         transformer(**kwargs)
-    return Masses(reference_tokens(adapter, kwargs, layout).float(), torch.stack(masses).mean(0), grids)
+    tokens, prompt = reference_tokens(adapter, kwargs, layout).float(), prompt_of(adapter, kwargs, layout)
+    mass = torch.stack([masses[block] for block in sorted(masses)], 1)
+    return Masses(tokens, mass, tokens.new_empty(len(tokens), 0) if prompt is None else prompt, grids)
 
 
 class MassStore:
@@ -118,7 +126,7 @@ class MassStore:
         from safetensors.torch import save_file
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: getattr(masses, name).cpu().contiguous() for name in ("tokens", "mass")}
+        tensors = {name: getattr(masses, name).cpu().contiguous() for name in _TENSORS}
         about = {"settings": self._settings, "grids": masses.grids}
         with replacing(self._path(number)) as draft:
             save_file(tensors, draft, {"about": json.dumps(about)})
@@ -137,7 +145,7 @@ class MassStore:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})["about"])
-                tokens, mass = (file.get_tensor(name) for name in ("tokens", "mass"))
+                tensors = [file.get_tensor(name) for name in _TENSORS]
             found, grids = about["settings"], tuple((int(height), int(width)) for height, width in about["grids"])
         except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             raise ConfigError(f"{path} must be masses that sra train --selector measured, got: {error}") from error
@@ -147,4 +155,4 @@ class MassStore:
                     f"a run must go on as it began: the masses in {self._folder} were measured with {name} "
                     f"{found.get(name)}, and this run has {self._settings.get(name)}. Use another folder"
                 )
-        return Masses(tokens, mass, grids)
+        return Masses(*tensors, grids)

@@ -1,9 +1,9 @@
-"""The training of a selector: masses are measured on pairs, and a head learns to tell them from the references alone."""
+"""The training of a selector: masses are measured on pairs, and a head learns to tell them before the first step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ..checks import is_int
 from ..errors import ConfigError, NonFiniteError, VersionError
 from ..hooks.compiled import unwrap
 from ..models import adapter_for
+from ..run.profile import block_indices
 from ..selection import AttentionMass
 from ..selection.head import Head, Origin
 from ..selection.stability import spearman
@@ -48,7 +49,7 @@ class SelectorConfig:
     lr : float
         Of AdamW; it rises for a twentieth of the updates and falls to 0 along a cosine.
     blocks : {"single", "double", "all"} or sequence of int
-        Whose attention is measured, as in `AttentionMass`.
+        Whose attention is learned, as in `AttentionMass`. All of them are measured, so that a run may be fitted anew.
     channels : int
         Inside the head.
     sigma_mean, sigma_std : float
@@ -124,7 +125,8 @@ def train_selector(
     pipe.to(state.device)
     transformer = unwrap(pipe.transformer).eval()
     adapter, weights = adapter_for(transformer), weights_fingerprint(transformer)
-    measured = {name: getattr(config, name) for name in ("blocks", "sigma_mean", "sigma_std", "guidance", "seed")}
+    measured = {name: getattr(config, name) for name in ("sigma_mean", "sigma_std", "guidance", "seed")}
+    blocks = block_indices(config.blocks, [site.kind for site in adapter.sites(transformer)])
     store = MassStore(out / "masses", {**measured, **(about or {}), "weights": weights})
     guided = bool(getattr(transformer.config, "guidance_embeds", False))
     missing = [number for number in range(config.steps) if not store.has(number)]
@@ -134,18 +136,26 @@ def train_selector(
         random = seeded(config.seed, number)
         guidance = config.guidance if guided else None
         arguments, _, _ = batch.noised(random, config.sigma_mean, config.sigma_std, guidance)
-        store.put(number, measure(transformer, adapter, arguments, config.blocks))
+        store.put(number, measure(transformer, adapter, arguments))
         bar.update(state.num_processes)
     bar.close()
     state.wait_for_everyone()
     found = [store.get(number) for number in range(config.steps)]
     learned = {"config": asdict(config), **(about or {}), "pairs": sum(len(masses.mass) for masses in found)}
     origin = Origin(model_words(adapter, transformer), weights, learned)
-    return fit(found, config, origin, out, tell=state.is_main_process)
+    return fit(found, blocks, config, origin, out, tell=state.is_main_process)
 
 
-def fit(found: Sequence[Masses], config: SelectorConfig, origin: Origin, out: Path, *, tell: bool = True) -> Head:
-    r"""Train a head on measured batches; where `tell` says so it is written, with the curve of the loss.
+def fit(
+    found: Sequence[Masses],
+    blocks: Collection[int],
+    config: SelectorConfig,
+    origin: Origin,
+    out: Path,
+    *,
+    tell: bool = True,
+) -> Head:
+    r"""Train a head on the mean of some blocks' masses; where `tell` says so it is written, with the curve of the loss.
 
     The loss is the divergence of the head's shares from the measured ones, mean over the items,
 
@@ -154,14 +164,14 @@ def fit(found: Sequence[Masses], config: SelectorConfig, origin: Origin, out: Pa
     count = len(found) // HELD_BACK
     learned, others = found[: len(found) - count], found[len(found) - count :]
     with seeded_weights(config.seed):
-        head = Head(found[0].tokens.shape[-1], origin, channels=config.channels)
+        head = Head(found[0].tokens.shape[-1], origin, text=found[0].prompt.shape[-1], channels=config.channels)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=0.01)
     order = torch.randint(len(learned), (config.updates,), generator=seeded(config.seed))
     log, bar = Log(out, 0), progress(0, config.updates)
     for update, number in enumerate(order.tolist()):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * _rate(update, config.updates)
-        loss = _loss(head, learned[number])
+        loss = _loss(head, learned[number], blocks)
         if not math.isfinite(loss.item()):
             raise NonFiniteError(f"the loss must be finite, got {loss.item()} at update {update + 1}")
         optimizer.zero_grad()
@@ -172,27 +182,31 @@ def fit(found: Sequence[Masses], config: SelectorConfig, origin: Origin, out: Pa
         bar.update()
     bar.close()
     head.eval().requires_grad_(False)
-    head.origin = Origin(origin.model, origin.weights, {**origin.trained, "rank_correlation": likeness(head, others)})
+    head.origin = Origin(
+        origin.model, origin.weights, {**origin.trained, "rank_correlation": likeness(head, others, blocks)}
+    )
     if tell:
         log.write()
         head.save(out / SELECTOR)
     return head
 
 
-def likeness(head: Head, measured: Sequence[Masses]) -> float | None:
+def likeness(head: Head, measured: Sequence[Masses], blocks: Collection[int]) -> float | None:
     """Mean rank correlation of a head's shares with measured masses, over items and references; None without any."""
     found: list[float] = []
     with torch.no_grad():
         for masses in measured:
             sizes = [rows.shape[1] for rows in masses.rows]
-            for ours, theirs in zip(head.shares(masses.rows, masses.grids), masses.mass, strict=True):
+            for ours, theirs in zip(
+                head.shares(masses.rows, masses.grids, masses.prompt), masses.share(blocks), strict=True
+            ):
                 found += spearman(ours.split(sizes), theirs.split(sizes))
     return sum(found) / len(found) if found else None
 
 
-def _loss(head: Head, masses: Masses) -> Tensor:
-    share = masses.mass / masses.mass.sum(-1, keepdim=True)
-    lost = torch.special.xlogy(share, share) - share * head.shares(masses.rows, masses.grids)
+def _loss(head: Head, masses: Masses, blocks: Collection[int]) -> Tensor:
+    share = masses.share(blocks)
+    lost = torch.special.xlogy(share, share) - share * head.shares(masses.rows, masses.grids, masses.prompt)
     return lost.sum(-1).mean()
 
 

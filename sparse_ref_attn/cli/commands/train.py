@@ -86,7 +86,8 @@ def add(commands: Commands) -> None:
         "--blocks",
         type=values.blocks,
         metavar="B",
-        help="with --selector: whose attention is learned, single, double, all or numbers such as 2,4 (default: single)",
+        help="with --selector: whose attention is learned: single, double, all or numbers such as 2,4 "
+        "(default: single)",
     )
     how.add_argument(
         "--updates", type=values.above(1), metavar="N", help="of the head, with --selector (default: 3000)"
