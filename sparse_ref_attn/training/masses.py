@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter, Kwargs
+from ..adapters.prompt import prompt_of
 from ..adapters.stream import reference_tokens
 from ..errors import ConfigError
 from ..files import replacing
@@ -85,11 +86,13 @@ def measure(transformer: nn.Module, adapter: Adapter, kwargs: Kwargs) -> Masses:
         if view is not None and view.generation is not None:
             masses[block] = torch.cat(probed_mass(Probe(), view.generation, view), -1).mean(1)
 
-    with torch.no_grad(), adapter.listen(transformer, tap):
+    tokens, dtype = reference_tokens(adapter, kwargs, layout), next(transformer.parameters()).dtype
+    half = torch.autocast(tokens.device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16))
+    with torch.no_grad(), half, adapter.listen(transformer, tap):
         transformer(**kwargs)
-    tokens, prompt = reference_tokens(adapter, kwargs, layout).float(), prompt_of(adapter, kwargs, layout)
+    prompt = prompt_of(adapter, kwargs, layout)
     mass = torch.stack([masses[block] for block in sorted(masses)], 1)
-    return Masses(tokens, mass, tokens.new_empty(len(tokens), 0) if prompt is None else prompt, grids)
+    return Masses(tokens.float(), mass, mass.new_empty(len(mass), 0) if prompt is None else prompt, grids)
 
 
 class MassStore:

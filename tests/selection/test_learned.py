@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,22 @@ def test_references_compete_and_each_item_counts_for_itself(saved: str) -> None:
     torch.testing.assert_close(alone, kept / kept.sum())  # beside others its tokens rank as without them
 
 
+def test_the_prompt_is_told_of_each_item_that_is_scored(tmp_path: Path) -> None:
+    """With guidance in one batch the conditional items alone count; another prompt ranks the same tokens otherwise."""
+    torch.manual_seed(0)
+    Head(8, Origin(MODEL), text=6, channels=4).save(tmp_path / "head.safetensors")
+    select, prompt = Learned(str(tmp_path / "head.safetensors")), torch.randn(2, 6)
+    one, other = (references([(3, 5)], prompt=x[None]) for x in prompt)
+    assert not torch.equal(*(select.score(refs)[0].argsort() for refs in (one, other)))
+    torch.testing.assert_close(select.score(references([(3, 5)], prompt=9 * prompt[:1] + 3))[0], select.score(one)[0])
+    guided = references([(3, 5)], tokens=torch.cat([torch.zeros(1, 15, 8), one.tokens]), prompt=prompt[:1])
+    guided.layout = replace(guided.layout, conditional=slice(1, 2))
+    assert torch.equal(select.score(guided)[0], select.score(one)[0])
+    for given, got in ((None, "none"), (torch.ones(1, 5), "5")):
+        with pytest.raises(sra.LayoutError, match=f"a prompt of 6 channels, as it was trained on, got {got}"):
+            select.score(references([(3, 5)], prompt=given))
+
+
 def test_it_travels_as_its_path(saved: str) -> None:
     config = sra.SparseRef(Mix({Learned(saved): 2.0, Learned(): 1.0}), 0.25, "both")
     assert sra.SparseRef.from_json(json.dumps(config.to_dict())) == config
@@ -103,7 +120,10 @@ def test_what_is_no_head_is_refused(saved: str, tmp_path: Path) -> None:
         other.write_bytes(content)
         with pytest.raises(sra.ConfigError, match="must be a file that sra train --selector writes"):
             Learned.load(other)
-    for tensors, about in (({"x": torch.zeros(1)}, {"width": 8, "channels": 4, "origin": {"model": "M"}}), ({}, {})):
+    for tensors, about in (
+        ({"x": torch.zeros(1)}, {"width": 8, "text": 0, "channels": 4, "origin": {"model": "M"}}),
+        ({}, {}),
+    ):
         save_file(tensors, other, {"format": "sparse_ref_attn selector 1", "about": json.dumps(about)})
         with pytest.raises(sra.ConfigError, match="must be a file that sra train --selector writes"):
             Learned.load(other)

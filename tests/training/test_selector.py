@@ -25,8 +25,9 @@ from sparse_ref_attn.toy.scenes import scene
 from sparse_ref_attn.toy.sprites import SUBJECTS, load_sprites
 from sparse_ref_attn.toy.words import LENGTH
 from sparse_ref_attn.training.batches import encode, seeded
+from sparse_ref_attn.training.folder import FolderBatches
 from sparse_ref_attn.training.masses import Masses, measure
-from sparse_ref_attn.training.selector import SelectorConfig, fit, likeness
+from sparse_ref_attn.training.selector import SelectorConfig, fit, likeness, train_selector
 from sparse_ref_attn.types import TokenLayout
 
 KINDS = ["double"] * 2 + ["single"] * 4
@@ -160,6 +161,10 @@ def test_a_pipeline_and_a_folder_of_pairs(tmp_path: Path) -> None:
     assert main(["train", "--selector", "--model", str(model), "--data", str(data), "--out", str(out), *more]) == 0
     select = sra.Learned.load(out / "selector.safetensors")
     sra.patch(kontext_pipeline("tiny"), sra.SparseRef(select, 0.5, execute="both"))
+    half = kontext_pipeline("tiny").to(torch.bfloat16)
+    batches = FolderBatches(str(data), 2, side=32, text_tokens=32)
+    head = train_selector(half, batches, SelectorConfig(1, updates=1, blocks="all"), tmp_path / "half")
+    assert head.origin.weights != select.head().origin.weights
     with pytest.raises(sra.ConfigError, match="must be used with the model that it was trained for"):
         sra.patch(toy_pipeline(), sra.SparseRef(select, 0.5))
 
