@@ -16,6 +16,8 @@ PRESETS = (*CHOSEN_PRESETS, *PAPERS)
 DEFAULT_PRESET = "balanced"
 TASKS = ("auto", "edit", "subject", "style")
 SELECTORS = ("random", "grid", "edges", "saliency", "cosine", "self-attention", "mass", "learned")
+TRAINED = ".safetensors"
+"""End of a file that a trained selector is in, which may stand where a selector's name does."""
 FAMILIES: dict[str, tuple[str, ...]] = {
     "flux": ("kontext",),
     "flux2": ("flux2-dev", "klein-9b", "klein-9b-kv", "klein-4b"),

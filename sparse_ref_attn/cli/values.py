@@ -13,7 +13,7 @@ from .. import refresh as refreshing
 from ..checks import is_int
 from ..errors import ConfigError
 from ..refresh import Refresh
-from ..vocabulary import chosen
+from ..vocabulary import SELECTORS, TRAINED, chosen
 
 __all__ = [
     "above",
@@ -28,6 +28,7 @@ __all__ = [
     "port",
     "refresh",
     "seed",
+    "selector",
     "setting",
     "share",
     "shares",
@@ -144,6 +145,12 @@ def size(text: str) -> tuple[int, int]:
     if not (cross and width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT in pixels, got {text!r}")
     return int(width), int(height)
+
+
+def selector(text: str) -> str:
+    """A selector's name, or the file of a trained one."""
+    name: str = text if text.endswith(TRAINED) else one_of(SELECTORS)["type"](text)
+    return name
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -148,7 +148,7 @@ class MassStore:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})["about"])
-                tensors = [file.get_tensor(name) for name in _TENSORS]
+                tokens, mass, prompt = (file.get_tensor(name) for name in _TENSORS)
             found, grids = about["settings"], tuple((int(height), int(width)) for height, width in about["grids"])
         except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
             raise ConfigError(f"{path} must be masses that sra train --selector measured, got: {error}") from error
@@ -158,4 +158,4 @@ class MassStore:
                     f"a run must go on as it began: the masses in {self._folder} were measured with {name} "
                     f"{found.get(name)}, and this run has {self._settings.get(name)}. Use another folder"
                 )
-        return Masses(*tensors, grids)
+        return Masses(tokens, mass, prompt, grids)

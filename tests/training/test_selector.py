@@ -137,7 +137,7 @@ def test_a_run_that_was_stopped_gives_the_same_head(
     pipe.set_progress_bar_config(disable=True)
     handle = sra.patch(pipe, sra.SparseRef(select, 0.25))
     call = {"height": 64, "width": 64, "max_area": 64 * 64, "_auto_resize": False, "max_sequence_length": LENGTH}
-    pipe("swap rows red to-blue", Image.new("RGB", (64, 64), "green"), num_inference_steps=2, **call)
+    pipe(prompt="swap rows red to-blue", image=Image.new("RGB", (64, 64), "green"), num_inference_steps=2, **call)
     assert [(step.kind, step.kept) for step in handle.record.steps] == [("sparse", 16)] * 2  # no dense step
     handle.remove()
 
