@@ -20,7 +20,7 @@ from ..files import replacing
 
 __all__ = ["Head", "Origin"]
 
-FORMAT = "sparse_ref_attn selector 1"
+KEY, FORMAT = "sparse_ref_attn", "selector 1"
 DILATIONS = (1, 2, 4, 1)
 """Of the blocks' convolutions: a token sees eight to each side, and through the means the whole reference."""
 
@@ -115,10 +115,16 @@ class Head(nn.Module):
         """
         from safetensors.torch import save_file
 
-        about = {"width": self.width, "text": self.text, "channels": self.channels, "origin": asdict(self.origin)}
+        about = {
+            "format": FORMAT,
+            "width": self.width,
+            "text": self.text,
+            "channels": self.channels,
+            "origin": asdict(self.origin),
+        }
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         with replacing(path) as draft:
-            save_file(tensors, draft, {"format": FORMAT, "about": json.dumps(about)})
+            save_file(tensors, draft, {KEY: json.dumps(about)})  # one key: their order in a file is not fixed
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Head:
@@ -140,11 +146,10 @@ class Head(nn.Module):
             raise ConfigError(f"a learned selector must be a file, got {os.fspath(path)!r}, which is none")
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                header = file.metadata() or {}
-                if header.get("format") != FORMAT:
-                    raise ValueError(f"format {header.get('format')!r}")
+                about = json.loads((file.metadata() or {}).get(KEY, "{}"))
+                if about.get("format") != FORMAT:
+                    raise ValueError(f"format {about.get('format')!r}")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
-            about = json.loads(header["about"])
             with torch.device("meta"):
                 head = cls(about["width"], Origin(**about["origin"]), text=about["text"], channels=about["channels"])
             head.load_state_dict(tensors, assign=True)

@@ -124,7 +124,7 @@ def test_what_is_no_head_is_refused(saved: str, tmp_path: Path) -> None:
         ({"x": torch.zeros(1)}, {"width": 8, "text": 0, "channels": 4, "origin": {"model": "M"}}),
         ({}, {}),
     ):
-        save_file(tensors, other, {"format": "sparse_ref_attn selector 1", "about": json.dumps(about)})
+        save_file(tensors, other, {"sparse_ref_attn": json.dumps({"format": "selector 1", **about})})
         with pytest.raises(sra.ConfigError, match="must be a file that sra train --selector writes"):
             Learned.load(other)
     with pytest.raises(sra.ConfigError, match="path must be that of a file"):

@@ -39,10 +39,10 @@ def pipe():
     return toy_pipeline()
 
 
-def pictures(count: int, task: str) -> tuple[Tensor, Tensor, list[str]]:
+def pictures(count: int, task: str, grid: int) -> tuple[Tensor, Tensor, list[str]]:
     """Answers, references (B, 3, H, W) from -1 to 1, and prompts of held-out subjects."""
     sprites = load_sprites(SUBJECTS, "held-out")
-    drawn = [scene(sprites, (3, i), grid=8, task=task, subjects=(i,), split="held-out") for i in range(count)]
+    drawn = [scene(sprites, (3, i), grid=grid, task=task, subjects=(i,), split="held-out") for i in range(count)]
     targets, references = (
         torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).contiguous() * 2 - 1
         for x in ([s.target for s in drawn], [s.references[0] for s in drawn])
@@ -52,7 +52,7 @@ def pictures(count: int, task: str) -> tuple[Tensor, Tensor, list[str]]:
 
 def test_each_item_has_the_mass_that_recast_measures(pipe) -> None:
     """Of a batch of two, against a patched call of each alone."""
-    batch = encode(pipe, *pictures(2, "place"), LENGTH)
+    batch = encode(pipe, *pictures(2, "place", 8), LENGTH)
     arguments, level, _ = batch.noised(seeded(1), 0.7, 1.3, None)
     found = measure(pipe.transformer, adapter_for(pipe.transformer), arguments)
     assert found.grids == ((8, 8),)
@@ -76,12 +76,12 @@ def test_each_item_has_the_mass_that_recast_measures(pipe) -> None:
 
 def test_the_shipped_head_ranks_held_out_subjects_better_than_saliency(pipe) -> None:
     """By rank correlation with what the dense model looks at."""
-    targets, references, prompts = pictures(12, "place")
+    targets, references, prompts = pictures(8, "place", 16)
     batch = encode(pipe, targets, references, prompts, LENGTH)
     arguments, _, _ = batch.noised(seeded(2), 0.7, 1.3, None)
     found = measure(pipe.transformer, adapter_for(pipe.transformer), arguments)
     blocks = block_indices(sra.Learned().head().origin.trained["config"]["blocks"], KINDS)
-    layout = TokenLayout(128, 0, (0, 64), (sra.Reference(64, 64, (8, 8)),))
+    layout = TokenLayout(512, 0, (0, 256), (sra.Reference(256, 256, (16, 16)),))
     likenesses = {
         type(select).__name__: np.mean(
             [
