@@ -47,7 +47,7 @@ class Learned(Selector):
 
     Notes
     -----
-    It travels to JSON as its path. A head takes about 0.1 ms a reference of 256 tokens.
+    It travels to JSON as its path. No host sync.
 
     References
     ----------
