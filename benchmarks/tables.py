@@ -137,6 +137,17 @@ FINDINGS_STORED = tuple(
 )
 """The same of the page about stored references; their share is that of the steps in which the references run."""
 
+FINDINGS_LEARNED = tuple(
+    (family, ("dense", "learned", keep), ("dense", rule, other))
+    for family in (PLACED, ALIGNED)
+    for keep, rule, other in (
+        *((keep, rule, keep) for keep in ("0.25", "0.1") for rule in ("saliency", "edges", "grid", "ReCAST flat")),
+        ("0.25", "ReCAST flat", "0.15"),
+    )
+)
+"""The learned selector against rules that cost nothing, and against ReCAST at its share and at as many tokens used."""
+FOUND = {"findings": FINDINGS, "findings_stored": FINDINGS_STORED, "findings_learned": FINDINGS_LEARNED}
+
 
 def findings(folder: Path, of: Sequence[tuple[str, Run, Run]] = FINDINGS) -> str:
     """Markdown of `of`, from the rows of an evaluation."""
@@ -196,10 +207,8 @@ def insert(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
-        if name == "findings":
-            made = findings(RESULTS / "eval")
-        elif name == "findings_stored":
-            made = findings(RESULTS / "eval", FINDINGS_STORED)
+        if name in FOUND:
+            made = findings(RESULTS / "eval", FOUND[name])
         elif name == "frontier":
             made = frontier()
         elif name == "presets":

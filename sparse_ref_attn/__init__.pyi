@@ -57,6 +57,7 @@ from .selection import Cosine as Cosine
 from .selection import Edges as Edges
 from .selection import FromFunction as FromFunction
 from .selection import Grid as Grid
+from .selection import Learned as Learned
 from .selection import Mix as Mix
 from .selection import Random as Random
 from .selection import Ranking as Ranking

@@ -15,7 +15,9 @@ PRESETS = (*CHOSEN_PRESETS, *PAPERS)
 """Those that were chosen on the frontier, which keep every token, and those that drop tokens."""
 DEFAULT_PRESET = "balanced"
 TASKS = ("auto", "edit", "subject", "style")
-SELECTORS = ("random", "grid", "edges", "saliency", "cosine", "self-attention", "mass")
+SELECTORS = ("random", "grid", "edges", "saliency", "cosine", "self-attention", "mass", "learned")
+TRAINED = ".safetensors"
+"""End of a file that a trained selector is in, which may stand where a selector's name does."""
 FAMILIES: dict[str, tuple[str, ...]] = {
     "flux": ("kontext",),
     "flux2": ("flux2-dev", "klein-9b", "klein-9b-kv", "klein-4b"),
@@ -35,7 +37,7 @@ SCHEDULES: tuple[str, ...] = ("flat", "rising", "falling", "dense-first")
 """Ways to spread the same tokens over the steps; "dense-first" spends one dense step more, as ReCAST does."""
 RULES: tuple[str, ...] = (
     "downscaled", "ReCAST", "edges", "saliency", "mass x values", "self-attention", "cosine", "grid", "random", "ToMe",
-    "cache", "tiles", "subject mask",
+    "cache", "tiles", "subject mask", "learned",
 )  # fmt: skip
 """Ways to spend tokens on a reference, the user's real alternative first; "cache" computes them in that share of the
 steps and reads all that it stored, "tiles" an eighth of it, each tile its own, and the means of the rest."""
@@ -43,7 +45,7 @@ METHODS: tuple[str, ...] = (
     "downscaled", "ReCAST rising", "ReCAST flat", "edges", "saliency", "mass x values", "self-attention", "cosine",
     "grid", "random", "ToMe", "cache", "tiles",
 )  # fmt: skip
-"""The rules that need no mask, by `eval.methods.method_name`."""
+"""The rules that need no mask and no training, by `eval.methods.method_name`."""
 FEWER = "fewer steps"
 """The dense run in fewer steps: what a user would do without this library."""
 STEP_CACHES: tuple[str, ...] = ("TaylorSeer", "TaylorSeer lite", "FirstBlockCache", "cache-dit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,6 +25,8 @@ from sparse_ref_attn.hooks.diffusers import attention_sites
 from sparse_ref_attn.models import named_model
 from sparse_ref_attn.selection import References, Selector
 from sparse_ref_attn.selection.cells import area_pool
+from sparse_ref_attn.selection.learned import SHIPPED
+from sparse_ref_attn.toy.pipeline import toy_pipeline
 from sparse_ref_attn.types import Reference, TokenLayout
 from tests.pictures import picture
 from tests.pipelines import CASES
@@ -141,6 +144,13 @@ def test_the_pages_fine_tuning_runs() -> None:
     names |= {"generator": torch.Generator(), "reference": torch.randn(2, 64, 3), "reference_ids": torch.zeros(64, 3)}
     exec(function, names)
     assert names["reference"].shape[1] == len(names["reference_ids"]) < 64
+
+
+def test_the_pages_learned_selector_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(SHIPPED, "selector.safetensors")
+    pipe = toy_pipeline()
+    exec(next(block for block in blocks("docs/training.md") if "Learned" in block), {"pipe": pipe, "sra": sra})
 
 
 def test_the_pages_reference_cache_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

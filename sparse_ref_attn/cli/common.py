@@ -88,8 +88,10 @@ def add_config(parser: argparse.ArgumentParser, keep: str = OWN, default: str = 
     group.add_argument(
         "--select",
         "--rule",
-        **values.one_of(vocabulary.SELECTORS) | {"metavar": "RULE"},
-        help=f"what ranks the tokens: {', '.join(vocabulary.SELECTORS)} (default: the preset's)",
+        type=values.selector,
+        metavar="RULE",
+        help=f"what ranks the tokens: {', '.join(vocabulary.SELECTORS)}, or the .safetensors file of sra train "
+        "--selector; learned alone is the small model's (default: the preset's)",
     )
     execution.add_arguments(parser)
 

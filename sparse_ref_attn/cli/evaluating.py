@@ -59,7 +59,8 @@ def evaluate(options: argparse.Namespace) -> None:
         )
     else:
         data = load_examples(options.data, options.layout)
-    rules = [rule for rule in (*RULES, FEWER) if rule != "subject mask" or data.reference_masks]
+    fits = {"subject mask": data.reference_masks, "learned": options.models is None}
+    rules = [rule for rule in (*RULES, FEWER) if fits.get(rule, True)]
     if options.rules is not None:
         rules = options.rules
         if "subject mask" in rules and not data.reference_masks:

@@ -20,7 +20,7 @@ _ARGUMENTS = ("model", "quantize", "dtype", "set", "preset", "keep", "task", "se
 
 
 def fingerprints(edits: Sequence[Edit], options: argparse.Namespace) -> list[str]:
-    """One of each edit: settings, and the content of every reference and LoRA; a model counts by its path.
+    """One of each edit: settings, and the content of references, LoRAs and a selector; a model counts by its path.
 
     Parameters
     ----------
@@ -36,6 +36,8 @@ def fingerprints(edits: Sequence[Edit], options: argparse.Namespace) -> list[str
     common: dict[str, Any] = {name: getattr(options, name) for name in _ARGUMENTS}
     if options.model is not None and Path(options.model).is_dir():
         common["model"] = str(Path(options.model).resolve())
+    if options.select is not None and Path(options.select).is_file():
+        common["select"] = _digest(Path(options.select))
     common["loras"] = [_lora(Lora(path, scale)) for path, scale in options.lora or ()]
     contents = {path: _digest(path) for path in {path for edit in edits for path in edit.images}}
     found = []

@@ -114,6 +114,9 @@ def shareable(record: dict[str, Any]) -> dict[str, Any]:
     """The record that goes into the picture's file: names of files in place of their paths."""
     found = record | {"images": [Path(path).name for path in record["images"]]}
     found["loras"] = [lora | {"path": Path(lora["path"]).name} for lora in record["loras"]]
+    select = record["config"]["select"]
+    if select.get("path") is not None:
+        found["config"] = record["config"] | {"select": select | {"path": Path(select["path"]).name}}
     if record["model"] is not None and Path(record["model"]).is_dir():
         found["model"] = Path(record["model"]).resolve().name
     return found

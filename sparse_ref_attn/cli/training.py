@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..eval import loading
 from ..eval.outputs import check_name
 from ..patching.trained import BESIDE
-from ..toy.pipeline import build_vae, toy_pipeline
+from ..toy.pipeline import TRAINED, build_vae, toy_pipeline
 from ..training import IsolateReferences, RandomDrop, checkpoint, patch_for_training
 from ..training.batches import ToyBatches, training_of
 from ..training.folder import FolderBatches
@@ -22,6 +22,7 @@ from ..training.isolate_references import said_of
 from ..training.loop import TrainConfig
 from ..training.loop import train as loop
 from ..training.lora import add_lora, save_lora
+from ..training.selector import SELECTOR, SelectorConfig, train_selector
 from ..training.vae import toy_crops, train_vae
 from .values import typed
 
@@ -40,10 +41,20 @@ def train(options: argparse.Namespace) -> None:
     for name in ("init", "reference_loss", "open_scenery"):
         if getattr(options, name) is not None and options.sprites is None:
             raise ConfigError(f"--{name.replace('_', '-')} must come with --sprites, got --data")
-    if options.vae and options.isolate is not None:
-        raise ConfigError("--isolate trains a transformer, got --vae")
+    for name in ("vae", "selector"):
+        if getattr(options, name) and options.isolate is not None:
+            raise ConfigError(f"--isolate trains a transformer, got --{name}")
+    for name in ("vae", "keep"):
+        if options.selector and getattr(options, name):
+            raise ConfigError(f"--selector trains a selector alone, got --{name}")
+    for name in ("blocks", "updates"):
+        if getattr(options, name) is not None and not options.selector:
+            raise ConfigError(f"--{name} must come with --selector, got none")
     if options.vae:
         _vae(options)
+        return
+    if options.selector:
+        _selector(options)
         return
     small = options.sprites is not None
     pipe, batches = _small(options) if small else _real(options)
@@ -79,9 +90,13 @@ def _setting(options: argparse.Namespace) -> RandomDrop | IsolateReferences | No
     return drop if options.isolate is None else IsolateReferences(options.isolate, drop=drop)
 
 
-def _small(options: argparse.Namespace) -> tuple[Any, Any]:
+def _toy_batches(options: argparse.Namespace) -> ToyBatches:
     left_open = 0.0 if options.open_scenery is None else options.open_scenery
-    batches = ToyBatches(options.sprites, options.batch, grid=options.grid, seed=options.seed, open_scenery=left_open)
+    return ToyBatches(options.sprites, options.batch, grid=options.grid, seed=options.seed, open_scenery=left_open)
+
+
+def _small(options: argparse.Namespace) -> tuple[Any, Any]:
+    batches = _toy_batches(options)
     pipe = toy_pipeline(None, seed=options.seed)
     pipe.transformer.requires_grad_(True)
     if options.init is not None:
@@ -102,17 +117,44 @@ def _vae(options: argparse.Namespace) -> None:
     print(f"Autoencoder written to {out / 'vae'}")
 
 
-def _real(options: argparse.Namespace) -> tuple[Any, Any]:
+def _selector(options: argparse.Namespace) -> None:
+    small, given = options.sprites is not None, {"blocks": options.blocks, "updates": options.updates, "lr": options.lr}
+    config = SelectorConfig(
+        options.steps, seed=options.seed, **{name: value for name, value in given.items() if value is not None}
+    )
+    if small:
+        batches: Any = _toy_batches(options)
+        pipe = toy_pipeline(TRAINED)
+        if options.init is not None:
+            checkpoint.begin_from(Path(options.init), dict(pipe.transformer.named_parameters()))
+    else:
+        pipe, batches = _folder(options)
+    names = ("batch", "grid", "open_scenery") if small else ("batch", "side", "text_tokens")
+    out, about = Path(options.out), {name: getattr(options, name) for name in names}
+    head = train_selector(pipe, batches, config, out, about=about)
+    told = head.origin.trained["rank_correlation"]
+    if told is not None:
+        print(f"Rank correlation with the attention of pairs that were held back: {told:.3f}")
+    print(f"Selector written to {out / SELECTOR}")
+
+
+def _folder(options: argparse.Namespace) -> tuple[Any, FolderBatches]:
+    """A real pipeline, and pairs that fit it."""
     batches = FolderBatches(
         options.data, options.batch, side=options.side, text_tokens=options.text_tokens, seed=options.seed
     )
     pipe, _ = loading.load_pipeline(options.model)
     try:
-        hooks = training_of(pipe)
+        training_of(pipe)
     except ConfigError as error:
         raise ConfigError(f"{error} from {options.model}") from error
     batches.check(pipe)
-    add_lora(pipe.transformer, options.lora_rank, hooks.lora)
+    return pipe, batches
+
+
+def _real(options: argparse.Namespace) -> tuple[Any, Any]:
+    pipe, batches = _folder(options)
+    add_lora(pipe.transformer, options.lora_rank, training_of(pipe).lora)
     return pipe, batches
 
 

@@ -14,12 +14,13 @@ from ..checks import is_int
 from ..errors import ConfigError
 from ..isolation import PERS, Isolation
 from ..refresh import Refresh
-from ..vocabulary import chosen
+from ..vocabulary import SELECTORS, TRAINED, chosen
 
 __all__ = [
     "above",
     "at_least_one",
     "at_least_zero",
+    "blocks",
     "factors",
     "isolated",
     "keep",
@@ -29,6 +30,7 @@ __all__ = [
     "port",
     "refresh",
     "seed",
+    "selector",
     "setting",
     "share",
     "shares",
@@ -147,6 +149,12 @@ def size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def selector(text: str) -> str:
+    """A selector's name, or the file of a trained one."""
+    name: str = text if text.endswith(TRAINED) else one_of(SELECTORS)["type"](text)
+    return name
+
+
 def setting(text: str) -> tuple[str, Any]:
     """NAME=VALUE, the value JSON or a string."""
     name, equals, value = text.partition("=")
@@ -194,6 +202,16 @@ def factors(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(
             f"must be factors in (0, 1], one a layer, such as 1,0.5,0.5; got {text!r}"
         ) from None
+
+
+def blocks(text: str) -> str | tuple[int, ...]:
+    """ "single", "double" or "all", or the blocks' numbers with commas between."""
+    if text in ("single", "double", "all"):
+        return text
+    numbers = text.split(",")
+    if not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"must be single, double, all or blocks' numbers such as 2,4; got {text!r}")
+    return tuple(int(number) for number in numbers)
 
 
 def typed(options: argparse.Namespace) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.base import Adapter, Kwargs
+from ..adapters.prompt import prompt_of
 from ..adapters.stream import reference_tokens, stream_rows
 from ..config import SparseRef
 from ..errors import HandleRemovedError, IncompatibleError, SparseRefError
@@ -24,9 +25,9 @@ from .attendance import Attendance
 from .call import Execution, GenerationCall
 from .execution.cache import ReferenceStore, reuse_of
 from .execution.depth import ByDepth, check_call
-from .execution.joint import check_cache
 from .execution.model_tiles import keeper_of
 from .execution.tokens import AtInput
+from .fitting import check_fits
 from .lengths import Lengths, shape_of
 from .ownership import Generation, Ownership, Where
 from .pixels import PixelTap, encoder
@@ -62,13 +63,8 @@ class Generations:
     def __init__(self, transformer: nn.Module, pipe: Any, config: SparseRef, adapter: Adapter) -> None:
         self.adapter, self.config = adapter, config
         self._pipe = None if pipe is None else weakref.ref(pipe)
-        if config.from_block or config.profile == "in_flight":
-            adapter.check_depth(transformer)
-        sites = adapter.sites(transformer)
-        self._probing = Probing.of(config, [site.kind for site in sites])
-        if self._probing.probes:
-            adapter.check_measurable(transformer)
-        check_cache(config, adapter, transformer)
+        self._probing = Probing.of(config, [site.kind for site in adapter.sites(transformer)])
+        check_fits(config, self._probing, adapter, transformer)
         self._isolation = isolation_of(config.execute, transformer, adapter)
         self.cache = keeper_of(adapter, config)
         self.store = ReferenceStore(adapter, config, self._isolation) if isinstance(config.execute, Cache) else None
@@ -283,7 +279,8 @@ class Generations:
         keeper = self.cache if extracts else None
         reuse = reuse_of(keeper, self.store)
         scores = None if reuse is None else reuse.ranked(module, kwargs, layout, tokens)
-        run = Run(self.config, self._probing, layout, tokens, pixels, at.total, at.clock, encode, scores, refreshing)
+        prompt, own = prompt_of(self.adapter, kwargs, layout), (at.total, at.clock, encode, scores, refreshing)
+        run = Run(self.config, self._probing, layout, tokens, pixels, *own, prompt)
         run.record.notes += self.adapter.notes(kwargs)
         if extracts or refreshing is not None:
             run.record.exactness = "exact" if extracts or self.isolates else self.adapter.exactness(module)

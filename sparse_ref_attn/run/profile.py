@@ -16,7 +16,7 @@ from ..ops.attention_mass.masked import attention_mass_masked
 from ..record import BlockAttention, RunRecord
 from ..selection import Probe
 
-__all__ = ["AttentionView", "Probing", "Profile", "block_indices", "first_blocks", "top_quarter"]
+__all__ = ["AttentionView", "Probing", "Profile", "block_indices", "first_blocks", "probed_mass", "top_quarter"]
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Profile:
                 continue
             key = (probe.queries, probe.query_stride)
             if key not in measured:
-                measured[key] = _measure(probe, queries, view)
+                measured[key] = probed_mass(probe, queries, view)
                 record.scoring_flops += _work(probe, queries, view)
                 if probe.queries == "generation":
                     record.attention.append(_statistics(step, block, [part.mean(dim=0) for part in measured[key]]))
@@ -241,7 +241,7 @@ def _early(probe: Probe, found: frozenset[int], first: int) -> frozenset[int]:
     return early
 
 
-def _measure(probe: Probe, queries: Tensor, view: AttentionView) -> list[Tensor]:
+def probed_mass(probe: Probe, queries: Tensor, view: AttentionView) -> list[Tensor]:
     """Mass (B, H, R_i) that the probe's queries pay to each reference."""
     first, last = view.spans[0][0], view.spans[-1][1]
     if probe.queries == "generation":
@@ -261,7 +261,7 @@ def _mass(probe: Probe, rows: slice, queries: Tensor, view: AttentionView, span:
 
 
 def _work(probe: Probe, queries: Tensor, view: AttentionView) -> float:
-    """FLOPs of `_measure`: products with the references' own keys; with every key where the LSE had to be computed."""
+    """FLOPs of `probed_mass`: products with the references' own keys; with every key where the LSE was computed too."""
     batch, _, heads, channels = queries.shape
     first, last = view.spans[0][0], view.spans[-1][1]
     parts = [(b - a, b - a) for a, b in view.spans]

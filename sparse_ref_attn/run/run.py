@@ -52,6 +52,8 @@ class Run:
         Of an earlier run, in place of the selector's.
     refreshing : Refreshing, optional
         The full steps, where the library stores keys and values in them for the others to read.
+    prompt : Tensor, shape (B, E), optional
+        As in `References`.
 
     Raises
     ------
@@ -73,6 +75,7 @@ class Run:
         encode: Callable[[Tensor], tuple[Tensor, tuple[int, int]]] | None = None,
         scores: Sequence[Tensor] | None = None,
         refreshing: Refreshing | None = None,
+        prompt: Tensor | None = None,
     ) -> None:
         if not bool(torch.isfinite(tokens).all()):
             raise NonFiniteError("the references' latents must be finite, got NaN or infinity")
@@ -84,7 +87,7 @@ class Run:
         self.refreshing = refreshing
         self.budgeting = Budgeting.of(config, layout, clock(0))
         generator = torch.Generator().manual_seed(config.seed)
-        self.references = References(layout, tokens.detach(), list(pixels), {}, generator, encode)
+        self.references = References(layout, tokens.detach(), list(pixels), {}, generator, encode, prompt)
         try:
             data: dict[str, Any] = config.to_dict()
         except ConfigError:

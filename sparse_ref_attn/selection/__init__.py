@@ -11,6 +11,7 @@ from .attention import AttentionMass, SelfAttention
 from .base import FromFunction, Probe, Reduced, Reducer, References, Selector
 from .combine import Mix, Union
 from .edges import Edges, canny
+from .learned import Learned
 from .masks import Boxes, SubjectMask
 from .names import selector
 from .ranking import fingerprint, order, per_reference, prefix
@@ -26,6 +27,7 @@ __all__ = [
     "Edges",
     "FromFunction",
     "Grid",
+    "Learned",
     "Mix",
     "Probe",
     "Random",

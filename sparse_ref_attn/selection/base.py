@@ -61,6 +61,8 @@ class References:
     encode : callable, optional
         From pixels (b, 3, H, W) in [-1, 1] to reference tokens (b, R', D) and their grid, by the
         pipeline's own VAE; draws no random numbers. None for a bare transformer.
+    prompt : Tensor, shape (B, E), float32, optional
+        Mean of the text rows that the transformer is given, of the conditional items; None where it has none.
     """
 
     layout: TokenLayout
@@ -69,6 +71,7 @@ class References:
     attention: Mapping[Probe, Tensor] = field(default_factory=dict)
     generator: torch.Generator = field(default_factory=torch.Generator)
     encode: Callable[[Tensor], tuple[Tensor, tuple[int, int]]] | None = None
+    prompt: Tensor | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -122,6 +125,10 @@ class Selector:
     def probes(self) -> tuple[Probe, ...]:
         """Attention this selector needs measured in a profiling step; none for most."""
         return ()
+
+    def check(self, model: str) -> None:
+        """Raise ConfigError where it cannot rank the references of a model, given as its class and its blocks.
+        Asked once, when a pipeline is patched."""
 
     def score(self, references: References) -> list[Tensor]:
         """Scores of each reference's tokens, shapes (R_i,), float32, on the tokens' device."""

@@ -69,6 +69,10 @@ class Mix(Selector):
     def probes(self) -> tuple[Probe, ...]:
         return _probes([selector for selector, _ in self._pairs()])
 
+    def check(self, model: str) -> None:
+        for selector, _ in self._pairs():
+            selector.check(model)
+
     def score(self, references: References) -> list[Tensor]:
         mixed = torch.zeros(references.layout.reference_tokens, dtype=torch.float64, device=references.tokens.device)
         for selector, weight in self._pairs():
@@ -118,6 +122,10 @@ class Union(Selector):
 
     def probes(self) -> tuple[Probe, ...]:
         return _probes(self.selectors)
+
+    def check(self, model: str) -> None:
+        for selector in self.selectors:
+            selector.check(model)
 
     def score(self, references: References) -> list[Tensor]:
         count = len(self.selectors)

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
-from ..vocabulary import chosen
+from ..vocabulary import TRAINED, chosen
 from .attention import AttentionMass, SelfAttention
 from .base import FromFunction, Selector
 from .combine import Mix, Union
 from .edges import Edges
+from .learned import Learned
 from .masks import Boxes, SubjectMask
 from .saliency import Saliency
 from .saved_ranking import SavedRanking
@@ -28,6 +29,7 @@ NAMES: Mapping[str, type[Selector]] = {
     "cosine": Cosine,
     "self-attention": SelfAttention,
     "mass": AttentionMass,
+    "learned": Learned,
 }
 _KINDS: Mapping[str, type[Selector]] = {**NAMES, "boxes": Boxes, "mix": Mix, "union": Union}
 _NO_JSON: Mapping[type[Selector], str] = {
@@ -38,12 +40,13 @@ _NO_JSON: Mapping[type[Selector], str] = {
 
 
 def selector(choice: str | Selector) -> Selector:
-    """A selector from its name, with default settings; a selector is returned as it is.
+    """A selector from its name, with default settings, or `Learned` from a ``.safetensors`` file; a selector is
+    returned as it is.
 
     Raises
     ------
     ConfigError
-        For an unknown name or another type.
+        For an unknown name or another type, and as `Learned.load`.
 
     Examples
     --------
@@ -54,6 +57,8 @@ def selector(choice: str | Selector) -> Selector:
         return choice
     if not isinstance(choice, str):
         raise ConfigError(f"a selector must be a Selector or one of {', '.join(NAMES)}, got {choice!r}")
+    if choice.endswith(TRAINED):
+        return Learned.load(choice)
     return NAMES[chosen("a selector's name", choice, NAMES)]()
 
 

@@ -50,6 +50,39 @@ class Batch:
         """B (N + R)."""
         return len(self.target) * (self.target.shape[1] + self.references.shape[1])
 
+    def noised(
+        self, random: torch.Generator, mean: float, std: float, guidance: float | None
+    ) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """A call of the model at noise levels that are drawn for each pair.
+
+        Parameters
+        ----------
+        random : torch.Generator
+            On the CPU.
+        mean, std : float
+            A level is the sigmoid of a normal variable with these.
+        guidance : float, optional
+            Given to a model with an embedding of it.
+
+        Returns
+        -------
+        arguments : dict
+        level : Tensor, shape (B,)
+        noise : Tensor, shape (B, N, D)
+        """
+        b, device = len(self.target), self.target.device
+        level = torch.sigmoid(torch.randn(b, generator=random) * std + mean).to(device)
+        noise = torch.randn(self.target.shape, generator=random).to(device)
+        share = level[:, None, None]
+        noisy = (1 - share) * self.target + share * noise
+        arguments = {
+            "hidden_states": torch.cat([noisy, self.references], 1), "timestep": level, **self.arguments,
+            "return_dict": False,
+        }  # fmt: skip
+        if guidance is not None:
+            arguments["guidance"] = level.new_full((b,), guidance)
+        return arguments, level, noise
+
 
 def seeded(*numbers: int) -> torch.Generator:
     """A CPU generator that depends on the numbers alone."""

@@ -272,18 +272,10 @@ def _loss(
     model: Any, batch: Batch, config: TrainConfig, random: torch.Generator, guided: bool
 ) -> tuple[Tensor, dict[str, float]]:
     """Weighted squared error of the velocity, noise minus target."""
-    b, n, _ = batch.target.shape
-    device = batch.target.device
-    sigma = torch.sigmoid(torch.randn(b, generator=random) * config.sigma_std + config.sigma_mean).to(device)
-    noise = torch.randn(batch.target.shape, generator=random).to(device)
-    level = sigma[:, None, None]
-    out = model(
-        hidden_states=torch.cat([(1 - level) * batch.target + level * noise, batch.references], 1),
-        timestep=sigma,
-        **({"guidance": sigma.new_full((b,), config.guidance)} if guided else {}),
-        **batch.arguments,
-        return_dict=False,
-    )[0].float()
+    guidance = config.guidance if guided else None
+    arguments, sigma, noise = batch.noised(random, config.sigma_mean, config.sigma_std, guidance)
+    n, level = batch.target.shape[1], sigma[:, None, None]
+    out = model(**arguments)[0].float()
     error = (out[:, :n] - (noise - batch.target)).square()
     loss = (error if batch.weight is None else error * batch.weight).mean()
     parts = {"velocity": error.detach().mean().item()}

@@ -160,7 +160,7 @@ def test_help_and_the_version_import_nothing_that_runs() -> None:
     ("name", "known"),
     [
         ("SELECTORS", NAMES),
-        ("RULES", {rule_of(name)[0] for name in METHODS} | {"subject mask"}),
+        ("RULES", {rule_of(name)[0] for name in METHODS} | {"subject mask", "learned"}),
         ("BUILTIN", ("small", *SIZES)),
         ("LAYOUTS", LAYOUTS),
         ("METRICS", MEASURES),

@@ -387,3 +387,9 @@ def test_a_grid_is_checked() -> None:
         Grid(("edges",), (0.5,), seeds=0)
     grid = Grid(("edges", "edges", "subject mask"), (1.0, 0.5, 0.5))
     assert grid.cells() == [("dense", 1.0), ("edges", 0.5), ("subject mask", 0.5)]
+
+
+def test_the_learned_selector_is_a_rule_without_a_dense_step(tmp_path: Path) -> None:
+    arguments = ["--families", "aligned", "--subjects", "1", "--rules", "learned", "--keep", "50%"]
+    assert main(["eval", "--out", str(tmp_path), *SMALL, *arguments]) == 0
+    assert [(row["method"], float(row["share"])) for row in rows(tmp_path)] == [("dense", 1.0), ("learned", 0.5)]

@@ -15,6 +15,7 @@ from sparse_ref_attn.selection import (
     Edges,
     FromFunction,
     Grid,
+    Learned,
     Mix,
     Random,
     Ranking,
@@ -36,6 +37,8 @@ EVERY = [
     Cosine("similar"),
     SelfAttention((1, 2), (0, 3)),
     AttentionMass("all", (1,), 4, True),
+    Learned(),
+    Learned("head.safetensors"),
     Boxes([[(0, 0, 0.5, 1), (0.2, 0.2, 1, 1)], None]),
 ]
 EVERY += [Mix({s: i + 1 for i, s in enumerate(EVERY)}), Union([Mix({Union([Edges()]): 0.5, Grid(): 1})])]
@@ -47,7 +50,7 @@ def test_json_round_trip(choice):
 
 
 def test_names_give_defaults():
-    assert set(NAMES) == {"random", "grid", "edges", "saliency", "cosine", "self-attention", "mass"}
+    assert set(NAMES) == {"random", "grid", "edges", "saliency", "cosine", "self-attention", "mass", "learned"}
     for name, cls in NAMES.items():
         assert selector(name) == cls()
         assert to_dict(selector(name))["kind"] == name

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
+from sparse_ref_attn.toy.sprites import SUBJECTS, held_out, load_sprites
+
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -19,3 +21,13 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def sprites(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of shipped subjects under names that the split gives to training."""
+    folder = tmp_path_factory.mktemp("sprites")
+    for name in load_sprites(SUBJECTS, "held-out").names[:8]:
+        trained = next(f"{name}-{i}" for i in range(100) if not held_out(f"{name}-{i}"))
+        (folder / f"{trained}.webp").symlink_to(f"{SUBJECTS}/{name}.webp")
+    return str(folder)

@@ -12,19 +12,9 @@ from safetensors.torch import load_file
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.eval.embedded import kontext_pipeline
 from sparse_ref_attn.toy.pipeline import knows_open_scenery, toy_pipeline
-from sparse_ref_attn.toy.sprites import SUBJECTS, held_out, load_sprites
+from sparse_ref_attn.toy.sprites import SUBJECTS
 
 FEW = ["--steps", "2", "--batch", "2", "--checkpoint-every", "1"]
-
-
-@pytest.fixture(scope="module")
-def sprites(tmp_path_factory):
-    """Shipped subjects under names that the split gives to training."""
-    folder = tmp_path_factory.mktemp("sprites")
-    for name in load_sprites(SUBJECTS, "held-out").names[:8]:
-        trained = next(f"{name}-{i}" for i in range(100) if not held_out(f"{name}-{i}"))
-        (folder / f"{trained}.webp").symlink_to(f"{SUBJECTS}/{name}.webp")
-    return str(folder)
 
 
 def test_the_small_model(sprites, tmp_path):

@@ -17,22 +17,11 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.eval.embedded import kontext_pipeline
 from sparse_ref_attn.toy.pipeline import toy_pipeline
-from sparse_ref_attn.toy.sprites import SUBJECTS, held_out, load_sprites
 from tests.contract.state import kinds
 from tests.pipelines import CASES
 
 SMALL = ["--grid", "8", "--batch", "2", "--checkpoint-every", "1"]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def sprites(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Shipped subjects under names that the split gives to training."""
-    folder = tmp_path_factory.mktemp("sprites")
-    for name in load_sprites(SUBJECTS, "held-out").names[:8]:
-        own = next(f"{name}-{i}" for i in range(100) if not held_out(f"{name}-{i}"))
-        (folder / f"{own}.webp").symlink_to(f"{SUBJECTS}/{name}.webp")
-    return str(folder)
 
 
 def test_the_small_model(sprites: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

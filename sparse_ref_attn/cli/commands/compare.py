@@ -10,8 +10,8 @@ from ..parsing import Commands, later
 __all__ = ["add"]
 
 
-OTHERS = (*vocabulary.STEP_CACHES, *vocabulary.COMBINED)
-"""Beside the methods: fewer steps are always there."""
+OTHERS = ("learned", *vocabulary.STEP_CACHES, *vocabulary.COMBINED)
+"""Beside the methods: a rule that was trained for one model, and rivals. Fewer steps are always there."""
 
 
 def add(commands: Commands) -> None:

@@ -42,7 +42,8 @@ def add(commands: Commands) -> None:
         "--rules",
         nargs="+",
         **values.one_of((*vocabulary.RULES, *OTHERS), vocabulary.SAME) | {"metavar": "RULE"},
-        help=f"{', '.join(vocabulary.RULES)} (default: all of these and {vocabulary.FEWER}); {', '.join(OTHERS)}: "
+        help=f"{', '.join(vocabulary.RULES)} (default: all of these and {vocabulary.FEWER}; learned, which "
+        f"fits the small model alone, without --models); {', '.join(OTHERS)}: "
         "--keep is then the share of the steps",
     )
     part.add_argument(

@@ -14,7 +14,7 @@ def add(commands: Commands) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "train",
-        help="train the small model, or a LoRA of a real one, with or without dropping reference tokens",
+        help="train the small model, a LoRA of a real one, with or without dropping reference tokens, or a selector",
         description="Flow matching on (reference, prompt, target), resumable bit for bit; several processes under "
         "accelerate launch. A LoRA of FLUX.1 Kontext on a folder of pairs, or the small model on its procedural task.",
     )
@@ -23,6 +23,13 @@ def add(commands: Commands) -> None:
     data = parser.add_argument_group("data, one of")
     data.add_argument("--sprites", metavar="DIR", help="transparent pictures: the small model on the procedural task")
     data.add_argument("--data", metavar="DIR", help="pictures and metadata.jsonl, for --model")
+    data.add_argument(
+        "--selector",
+        action="store_true",
+        help="train a selector instead: it tells from a reference alone which of its tokens the model will look at. "
+        "--steps are then the batches whose attention is measured; --init names the small model's weights (default: "
+        "those that ship)",
+    )
     data.add_argument("--vae", action="store_true", help="with --sprites: the small model's autoencoder instead")
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -74,6 +81,16 @@ def add(commands: Commands) -> None:
         type=float,
         metavar="P",
         help="share of the placed subjects whose scenery the prompt leaves open, with --sprites (default: 0)",
+    )
+    how.add_argument(
+        "--blocks",
+        type=values.blocks,
+        metavar="B",
+        help="with --selector: whose attention is learned: single, double, all or numbers such as 2,4 "
+        "(default: single)",
+    )
+    how.add_argument(
+        "--updates", type=values.above(1), metavar="N", help="of the head, with --selector (default: 3000)"
     )
     how.add_argument("--precision", **values.one_of(("bf16", "no")), default="bf16", help="default: %(default)s")
     how.add_argument("--checkpoint-every", type=values.above(1), default=200, metavar="N", help="default: %(default)s")

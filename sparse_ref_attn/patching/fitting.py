@@ -1,0 +1,26 @@
+"""Whether a configuration fits a model, told before anything is patched."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..adapters.base import Adapter
+from ..adapters.model_words import model_words
+from ..config import SparseRef
+from ..run import Probing
+from ..selection import Selector
+from .execution.joint import check_cache
+
+__all__ = ["check_fits"]
+
+
+def check_fits(config: SparseRef, probing: Probing, adapter: Adapter, transformer: nn.Module) -> None:
+    """Raise IncompatibleError where the model cannot do what the configuration asks for, ConfigError where its selector
+    was trained for another model."""
+    if config.from_block or config.profile == "in_flight":
+        adapter.check_depth(transformer)
+    if probing.probes:
+        adapter.check_measurable(transformer)
+    check_cache(config, adapter, transformer)
+    if isinstance(config.select, Selector):
+        config.select.check(model_words(adapter, transformer))
