@@ -17,6 +17,7 @@ from sparse_ref_attn.kernels.cpu_abi import TARGETS, AttendTilesArgs
 from sparse_ref_attn.kernels.cpu_library import CpuLibrary
 from sparse_ref_attn.ops.gather_attention import backends
 from sparse_ref_attn.ops.gather_attention.backends import Call, reasons
+from sparse_ref_attn.ops.gather_attention.registered import forward_op
 from tests.cpu_kernels import library_at, used
 
 from .problems import Problem, truth
@@ -240,5 +241,4 @@ def test_opcheck(cpp: CpuLibrary) -> None:
     tensors = [problem.operands.get(n) for n in ("q", "k", "v", "k2", "v2", "k_ref", "v_ref")]
     layout = [problem.layout.get(n) for n in ("cu_seqlens_q", "cu_seqlens_k", "ref_indices", "ref_offsets")]
     tiles = problem.layout["cu_tiles"], problem.layout["bias"]
-    op = torch.ops.sparse_ref_attn.gather_attention.default
-    torch.library.opcheck(op, (*tensors, *layout, 0.25, False, None, *tiles, "cpp", False))
+    torch.library.opcheck(forward_op, (*tensors, *layout, 0.25, False, None, *tiles, "cpp", False))
