@@ -119,7 +119,7 @@ def qwen(pipeline: type, zero_cond_t: bool = False) -> Callable[..., Any]:
             axes_dims_rope=_rope_axes(head_dim, 3), zero_cond_t=zero_cond_t,
         )  # fmt: skip
         vae = diffusers.AutoencoderKLQwenImage(
-            base_dim=8, z_dim=LATENT_CHANNELS, dim_mult=[1, 1, 1], num_res_blocks=0,
+            base_dim=8, z_dim=LATENT_CHANNELS, dim_mult=[1, 1, 1], num_res_blocks=1,
             temperal_downsample=[False, True], latents_mean=[0.0] * LATENT_CHANNELS,
             latents_std=[1.0] * LATENT_CHANNELS,
         )  # fmt: skip

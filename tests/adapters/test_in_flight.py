@@ -90,7 +90,7 @@ def test_equals_explicit_attention(case: Case, later: int) -> None:
         assert not call.sample[:, ~rows].any()
     with masked(unpatched.transformer, plan):
         np.testing.assert_allclose(image, case.call(unpatched, **request), atol=1e-4)
-    assert np.abs(image - case.call(unpatched, **request)).max() > 1e-3  # ten times what is allowed above
+    assert np.abs(image - case.call(unpatched, **request)).max() > 5e-3
 
 
 FLUX, QWEN = BUILT["layers"] + BUILT["single"], BUILT["layers"]
