@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when a library loads, and by the programs that tests start
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or each worker starts a pool of processes that import torch
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # or it compiles a program for each kind of vectors that a CPU may have
 
 import pytest
 import torch

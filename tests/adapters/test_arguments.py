@@ -25,6 +25,7 @@ IP_KEYS = {4: torch.ones(4, dtype=torch.bool)}
 """Attention to an IP-Adapter's tokens, of which none is hidden."""
 
 
+@cache
 def parameters(name: str) -> list[str]:
     """Names of the arguments of a case's pipeline."""
     pipeline = type(PIPELINES[name].build())

@@ -94,6 +94,7 @@ def test_every_picture_has_one_row(done: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_share_counts_the_dense_step_and_what_cannot_be_is_left_out(
     models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -165,6 +166,7 @@ def test_a_row_is_what_the_pipeline_makes(done: Path, models: list[str]) -> None
     assert kept == sorted(["dense 1.png", "random 0.5.png", "ReCAST flat 0.5.png", "subject mask 0.5.png"] * 2)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_random_draws_differ_by_example(models: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One draw for all would make one accident look like a result."""
     kept = []
@@ -183,6 +185,7 @@ def test_random_draws_differ_by_example(models: list[str], monkeypatch: pytest.M
     assert kept[0] == kept[1]  # both models are given the same tokens
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_stopped_run_goes_on(done: Path, models: list[str], tmp_path: Path) -> None:
     """What a killed run leaves: some rows of two processes, one of them twice, and a line cut short."""
     out = tmp_path / "out"
@@ -197,6 +200,7 @@ def test_a_stopped_run_goes_on(done: Path, models: list[str], tmp_path: Path) ->
     assert len(json.loads((out / "eval.json").read_text())["runs"]) == before + 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_later_runs_add_to_a_folder(done: Path, models: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = ["--subjects", "1", "--rules", "random"]
@@ -312,6 +316,7 @@ def test_results_of_other_settings_are_refused(
     assert len(found) == 32
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_folder_without_answers(models: list[str], tmp_path: Path) -> None:
     """Any data set runs: here without masks and targets, so against the dense picture alone."""
     Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
@@ -328,6 +333,7 @@ def test_a_folder_without_answers(models: list[str], tmp_path: Path) -> None:
     assert main(["eval", "--out", str(tmp_path / "x"), "--models", models[0], *arguments]) == 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_clip_and_dino_of_local_folders(models: list[str], tmp_path: Path) -> None:
     """Their columns are what the metrics say of the pictures that the run kept."""
     save_clip(tmp_path / "vit")

@@ -137,6 +137,7 @@ def test_the_sets_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @needs_inception
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_measures_the_pictures_it_keeps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
     arguments = ["eval", "--out", str(out), "--subjects", "2", "--families", "subject-driven", "--steps", "2", "--rfid",

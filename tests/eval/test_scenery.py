@@ -156,6 +156,7 @@ def test_a_data_set_without_open_scenery_has_no_such_column() -> None:
             Scorer(procedural(), [name])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_eval_asks_models_what_they_were_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Open scenery is evaluated by itself where all models know it, and of others where it is asked for."""
     for name in ("old", "new"):

@@ -125,7 +125,7 @@ def fibo() -> Any:
         joint_attention_dim=32, axes_dims_rope=[4, 6, 6], text_encoder_dim=16,
     )  # fmt: skip
     vae = diffusers.AutoencoderKLWan(
-        base_dim=4, decoder_base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, in_channels=12,
+        base_dim=4, decoder_base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=0, in_channels=12,
         out_channels=12, patch_size=2, is_residual=True, scale_factor_spatial=16, latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4, temperal_downsample=[False, True, True],
     )  # fmt: skip
@@ -153,7 +153,7 @@ def layered() -> Any:
         use_layer3d_rope=True,
     )  # fmt: skip
     vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=channels, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
+        base_dim=8, z_dim=channels, dim_mult=[1, 1, 1], num_res_blocks=0, temperal_downsample=[False, True],
         latents_mean=[0.0] * channels, latents_std=[1.0] * channels, input_channels=4,
     )  # fmt: skip
     tokenizer, processor, encoder = text_encoders.qwen_vl()
@@ -173,7 +173,7 @@ def joyimage(transformer: type, pipeline: type) -> Callable[[], Any]:
             in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=16, num_layers=3, rope_dim_list=[4, 6, 6]
         )
         vae = diffusers.AutoencoderKLWan(
-            base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
+            base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=0, temperal_downsample=[False, True],
             latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scale_factor_spatial=4,
         )  # fmt: skip
         with torch.no_grad():  # JoyImage-Edit samples what it encodes: a trained VAE is as good as sure of it

@@ -5,7 +5,9 @@ arithmetic too, and float32 -> bf16 truncates. `mend_bf16` makes the dot and the
 round to nearest even, as the hardware does. fp16 and fp32 are right as they are.
 
 It also replaces all of ``tl`` anew at each call of a function by a kernel, which takes longer than what the function
-does. `patch_once` makes it do so once a launch.
+does: `patch_once` makes it do so once a launch. And it computes at each integer operation whether it overflows, for an
+assertion that it then leaves out (there is one under ``debug`` alone), and finds numpy's dtype in a table that it makes
+each time: `spare` has it do neither.
 
 The interpreter is chosen when ``@triton.jit`` decorates, so one process is either interpreted or not: tests that launch
 kernels live in ``tests/ops/interpreted`` (collected only under ``TRITON_INTERPRET=1``; `tests/ops/test_interpreted.py`
@@ -16,6 +18,7 @@ runs its files in processes of their own). Beside this file: `guards` (canary bo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,7 +26,24 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-__all__ = ["mend_bf16", "patch_once"]
+__all__ = ["mend_bf16", "patch_once", "spare"]
+
+
+def spare() -> None:
+    """No condition for an assertion that is not made, and each dtype of numpy looked up once."""
+    builder, find = interpreter.interpreter_builder, interpreter._get_np_dtype
+    if not builder.options.sanitize_overflow:
+        return
+    builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
+    found: dict[str, np.dtype] = {}
+
+    def get_np_dtype(dtype: tl.dtype) -> np.dtype:
+        name = dtype.scalar.name
+        if name not in found:
+            found[name] = find(dtype.scalar)
+        return found[name]
+
+    interpreter._get_np_dtype = get_np_dtype
 
 
 def patch_once() -> None:

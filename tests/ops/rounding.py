@@ -58,7 +58,8 @@ class Rounding:
 
     def off(self, size: Tensor) -> Tensor:
         """A random number of standard deviation `unit` x size for each element."""
-        return self.unit * size * torch.randn(size.shape, generator=self.generator, dtype=torch.float64)
+        drawn = torch.randn(size.shape, generator=self.generator, dtype=torch.float32)  # a quarter of float64's time
+        return self.unit * size * drawn
 
     def once(self, x: Tensor, times: float = 1.0) -> Tensor:
         return x + self.off(times * x.abs())

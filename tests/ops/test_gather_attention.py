@@ -11,6 +11,7 @@ from sparse_ref_attn.ops.gather_attention.arguments import Arguments
 from sparse_ref_attn.ops.gather_attention.gradients import Wanted
 from sparse_ref_attn.ops.gather_attention.impl import flash
 from sparse_ref_attn.ops.gather_attention.impl.packed import pack, unpack_gradients
+from sparse_ref_attn.ops.gather_attention.registered import backward_op, forward_op
 
 from .problems import NAMES, Problem, grad_out, gradients, make, truth
 
@@ -119,14 +120,11 @@ def test_opcheck() -> None:
         tensors = [problem.operands.get(n) for n in ("q", "k", "v", "k2", "v2", "k_ref", "v_ref")]
         offsets = ("cu_seqlens_q", "cu_seqlens_k", "ref_indices", "ref_offsets")
         layout = [problem.layout.get(n) for n in offsets]
-        op = torch.ops.sparse_ref_attn
-        torch.library.opcheck(
-            op.gather_attention.default, (*tensors, *layout, 0.25, False, None, None, None, "sdpa", False)
-        )
+        torch.library.opcheck(forward_op, (*tensors, *layout, 0.25, False, None, None, None, "sdpa", False))
         plain = [None if t is None else t.detach() for t in tensors]
-        out, lse = op.gather_attention(*plain, *layout, 0.25, False, None, None, None, "sdpa", False)
+        out, lse = forward_op(*plain, *layout, 0.25, False, None, None, None, "sdpa", False)
         arguments = (out, lse, out, lse, *plain, *layout, 0.25, False, None, "sdpa", [True, False, True])
-        torch.library.opcheck(op.gather_attention_backward.default, arguments)
+        torch.library.opcheck(backward_op, arguments)
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])

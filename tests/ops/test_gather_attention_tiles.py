@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from sparse_ref_attn.errors import ConfigError, LayoutError
 from sparse_ref_attn.functional import HostOffsets, gather_attention
 from sparse_ref_attn.ops.gather_attention.impl import sdpa_tiles
+from sparse_ref_attn.ops.gather_attention.registered import forward_op
 from tests.device_reads import device_reads
 
 from .problems import Problem, gradients, truth
@@ -156,9 +157,8 @@ def test_gradients_are_refused_but_by_the_definition(operand: str) -> None:
     assert problem.run("reference")[0].requires_grad
     a = [problem.operands.get(n) for n in ("q", "k", "v", "k2", "v2", "k_ref", "v_ref")]
     a += [problem.layout[n] for n in ("cu_seqlens_q", "cu_seqlens_k", "ref_indices", "ref_offsets")]
-    op = torch.ops.sparse_ref_attn.gather_attention
     with pytest.raises(ConfigError, match="through cu_tiles"):
-        op(*a, 0.25, False, None, problem.layout["cu_tiles"], problem.layout["bias"], "sdpa", False)
+        forward_op(*a, 0.25, False, None, problem.layout["cu_tiles"], problem.layout["bias"], "sdpa", False)
 
 
 @pytest.mark.parametrize("backend", ["flash", "flex", "cuda"])
@@ -173,8 +173,7 @@ def test_opcheck() -> None:
         tensors = [problem.operands.get(n) for n in ("q", "k", "v", "k2", "v2", "k_ref", "v_ref")]
         layout = [problem.layout.get(n) for n in ("cu_seqlens_q", "cu_seqlens_k", "ref_indices", "ref_offsets")]
         tiles = problem.layout["cu_tiles"], problem.layout.get("bias")
-        op = torch.ops.sparse_ref_attn.gather_attention.default
-        torch.library.opcheck(op, (*tensors, *layout, 0.25, False, None, *tiles, "sdpa", False))
+        torch.library.opcheck(forward_op, (*tensors, *layout, 0.25, False, None, *tiles, "sdpa", False))
 
 
 def test_compiles_as_one_graph() -> None:

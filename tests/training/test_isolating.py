@@ -213,8 +213,9 @@ def test_compiled_blocks_run_uncompiled(name: str, checkpoints: bool, caplog: py
     assert not graphs
     assert "compiled blocks run uncompiled" in caplog.text
     handle.remove()
-    batch.predict(model)
-    assert graphs
+    if not checkpoints:  # which have no part in what is taken off
+        batch.predict(model)
+        assert graphs
     torch._dynamo.reset()
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from ..interp import mend_bf16, patch_once
+    from ..interp import mend_bf16, patch_once, spare
 
     mend_bf16()
     patch_once()
+    spare()
 else:
     collect_ignore_glob = ["*"]
