@@ -25,6 +25,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "fibo": ("fibo-edit",),
     "joyimage": ("joyimage-edit",),
     "joyimage_plus": ("joyimage-edit-plus",),
+    "glm_image": ("glm-image",),
 }
 """The model families, one line each: the module in `models`, and the published models that it describes."""
 MODELS = tuple(name for names in FAMILIES.values() for name in names)

@@ -64,6 +64,8 @@ class Adapter:
     """ModuleLists of blocks, in order of execution -> kind of their blocks ("double" or "single")."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Arguments of the forward, besides the two streams, that tell where the tokens lie."""
+    attention: ClassVar[str] = "attn"
+    """Name of the attention in each block of `stacks`."""
     parts: ClassVar[tuple[str, ...]] = ()
     """Dotted names of attributes of the transformer that the adapter and its hooks rely on; checked at patch time."""
     tokens: str = "hidden_states"
@@ -255,13 +257,12 @@ class Adapter:
 
     def sites(self, transformer: nn.Module) -> list[AttentionSite]:
         """Attention of each block, in order of execution; empty when it cannot be measured."""
-        attention = [(block.module.get_submodule("attn"), block.kind) for block in self.blocks(transformer)]
+        attention = [(block.module.get_submodule(self.attention), block.kind) for block in self.blocks(transformer)]
         return attention_sites(attention)
 
     def shape(self, transformer: nn.Module) -> ModelShape:
         """The model's sizes, from which its work is counted."""
-        names = [block.name for block in self.blocks(transformer)]
-        return ModelShape.from_module(transformer, self.streams, blocks=names)
+        return ModelShape.from_module(transformer, self.streams, blocks=[b.name for b in self.blocks(transformer)])
 
     def check_measurable(self, transformer: nn.Module) -> None:
         """Raise IncompatibleError when attention cannot be measured on this instance."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -26,10 +26,13 @@ class CacheHooks:
     """How one family computes, brings and returns its cache.
 
     An *extract* call has the reference rows and fills a cache, a *cached* call has none and attends to
-    it. The cache is an object of the model's own class, which can be referred to weakly; every row of
-    it is a reference token, in the references' order. A family whose cache holds other rows too (text)
-    gives `layers` that show the reference rows alone, and brings the others in `alone`.
+    it. Where references run before the steps, in calls of their own (`before_steps`), there are cached calls alone, and
+    the adapter finds in each what its cache holds. The cache is an object which can be referred to weakly; every row
+    of it is a reference token, in the references' order. A family whose cache holds other rows too (text) gives `layers` that show the reference rows alone, and brings the others in `alone`.
     """
+
+    before_steps: ClassVar[bool] = False
+    """Whether references run in calls of their own before the first step."""
 
     def kept_by(self, transformer: nn.Module) -> bool:
         """Whether this instance keeps a cache: a class may serve pipelines that do and pipelines that do not."""
@@ -50,6 +53,14 @@ class CacheHooks:
     def layers(self, cache: Any) -> Sequence[LayerCache]:
         """The cache's layers in order of execution."""
         raise NotImplementedError
+
+    def passes(self, cache: Any) -> tuple[int, ...]:
+        """Reference tokens of each call before the steps that filled the cache."""
+        return ()
+
+    def span(self, layout: TokenLayout) -> tuple[int, int]:
+        """Where the references' keys lie in the model's own attention to a cache, (first, end)."""
+        return layout.text, layout.text + layout.reference_tokens
 
     def make(self, transformer: nn.Module, layers: Sequence[tuple[Tensor, Tensor]]) -> Any:
         """A cache of the model's own class that holds k and v of each layer."""

@@ -98,7 +98,8 @@ def estimate(
     neither their work nor their memory.
     On a transformer whose processors keep the references' keys and values (that of a Klein-KV pipeline)
     ``execute="cache"`` and "both" mean that cache; the dense work is then still that of the pipeline without one
-    (plain Klein).
+    (plain Klein). One that runs its references before the steps (GLM-Image) is counted with these calls, and its dense
+    steps as reading every token; calls of guidance that see no reference are not among `calls_per_step`.
 
     Examples
     --------
@@ -135,15 +136,19 @@ def estimate(
     sites = adapter.sites(transformer)
     kept_by_model = adapter.cache is not None and adapter.cache.kept_by(transformer)
     isolation = isolation_of(config.execute, transformer, adapter)
-    run = PlannedRun.of(config, sites, layout, steps, kept_by_model, isolation is not None)
+    before = adapter.cache is not None and adapter.cache.before_steps
+    run = PlannedRun.of(config, sites, layout, steps, kept_by_model, isolation is not None, before)
     passes = [] if isolation is None else [StepTokens(0, 0, len(own)) for own in isolation.passes(layout.sizes)]
+    passes += [StepTokens(0, 0, size) for size in layout.sizes if before]
     probing, kinds, tokens = run.probing, run.kinds, run.tokens
     if probing.probes:
         adapter.check_measurable(transformer)
-    full = StepTokens.of(layout)
+    full, total = StepTokens.of(layout), layout.reference_tokens
+    if before:
+        full = replace(full, references=0, cached=total)
     lse_given = all(gives_lse(site.processor) for site in sites)
     scoring = scoring_of(shape, run, layout, batch, calls_per_step, lse_given)
-    cached = isinstance(config.execute, Cache)
+    cached = before or isinstance(config.execute, Cache)
     sparse_steps = [t for t, kind in zip(tokens, kinds, strict=True) if kind in ("sparse", "cached")]
     most = max(sparse_steps, key=lambda t: t.joint + t.dropped, default=full)
     # each branch of guidance stores its own, but references that run by themselves are the same for all
@@ -153,11 +158,11 @@ def estimate(
     room = 0
     if cached and run.stored and tiles is None:
         room = branches * room_bytes(shape, text_tokens + full.generation, batch)
-    kept_kv = branches * reference_kv_bytes(shape, max(run.stored, default=full.references), batch)
+    kept_kv = branches * reference_kv_bytes(shape, max(run.stored, default=total), batch)
     held_kv = kept_kv
-    whole = config.per == "tile" or (run.line.stores and (probing.probes or config.cache_rows == "all"))
+    whole = before or config.per == "tile" or (run.line.stores and (probing.probes or config.cache_rows == "all"))
     if whole:  # every row, at least before the ranking is known
-        held_kv = branches * reference_kv_bytes(shape, full.references, batch)
+        held_kv = branches * reference_kv_bytes(shape, total, batch)
 
     def peak(step: StepTokens) -> Memory:
         memory = step_memory(shape, step, batch)
@@ -173,14 +178,15 @@ def estimate(
         tokens=tuple(run.kept),
         from_block=tuple(run.from_block),
         blocks=len(shape.leading),
-        dense=run_flops(shape, [full] * steps, batch, calls_per_step),
+        dense=run_flops(shape, [full] * steps, batch, calls_per_step)
+        + run_flops(shape, passes if before else [], batch),
         sparse=run_work(config, shape, tokens, batch, calls_per_step, scoring) + run_flops(shape, passes, batch),
         scoring=scoring,
         memory=RunMemory(
             dense=step_memory(shape, full, batch),
             sparse=peak(max([*tokens, *passes], key=lambda t: t.joint + t.dropped)),
             sparse_step=peak(most),
-            dense_reference_kv=branches * reference_kv_bytes(shape, full.references, batch),
+            dense_reference_kv=branches * reference_kv_bytes(shape, total, batch),
             sparse_reference_kv=kept_kv,
             room=room,
             tiles=tiles,

@@ -65,7 +65,8 @@ def at_share(transformer: nn.Module, family: Callable[[float], SparseRef], share
     adapter = adapter_for(transformer)
     check_cache(family(share), adapter, transformer)
     kept_by_model = adapter.cache is not None and adapter.cache.kept_by(transformer)
-    return at_share_of_sites(adapter.sites(transformer), family, share, steps, kept_by_model)
+    before = adapter.cache is not None and adapter.cache.before_steps
+    return at_share_of_sites(adapter.sites(transformer), family, share, steps, kept_by_model, before)
 
 
 def at_share_of_sites(
@@ -74,6 +75,7 @@ def at_share_of_sites(
     share: float,
     steps: int,
     kept_by_model: bool = False,
+    before_steps: bool = False,
 ) -> SparseRef:
     """As `at_share`, of a model that is known by the attention of its blocks alone.
 
@@ -83,6 +85,8 @@ def at_share_of_sites(
         In the order of the blocks.
     kept_by_model : bool
         Whether the model keeps its references' keys and values itself.
+    before_steps : bool
+        Whether it fills them before the first step.
 
     Examples
     --------
@@ -93,7 +97,7 @@ def at_share_of_sites(
     """
 
     def planned(config: SparseRef) -> PlannedRun:
-        return PlannedRun.of(config, sites, _LAYOUT, steps, kept_by_model)
+        return PlannedRun.of(config, sites, _LAYOUT, steps, kept_by_model, before_steps=before_steps)
 
     def mean(config: SparseRef) -> float:
         return planned(config).mean(_SIDE**2, len(sites)) / _SIDE**2

@@ -13,10 +13,6 @@ REFUSED: Mapping[str, str] = {
         "Qwen-Image-2.1 puts its references between the words of the prompt, each piece seeing what comes before it, "
         "and keeps the keys of all of it at once: references cannot leave without the words"
     ),
-    f"{_AT}glm_image.GlmImageTransformer2DModel": (
-        "GLM-Image runs each reference in a call of its own before the steps and keeps its keys: no call has rows of "
-        "references beside those of a generation"
-    ),
     f"{_AT}z_image.ZImageTransformer2DModel": (
         "Z-Image-Omni takes lists of pictures and cuts them into tokens in its forward, which then run through blocks "
         "of their own: no argument has a row for each token"

@@ -61,6 +61,9 @@ class RankedKeeper(CacheKeeper[HeldRows]):
         tokens = None if given.complete else given.tokens
         return HeldRows(run, len(given.layers), tokens, limit, foreign=not given.complete)
 
+    def _found(self, call: GenerationCall, cache: Any) -> HeldRows:
+        return HeldRows(call.run, len(self.hooks.layers(cache)), None, call.run.budgeting.full)
+
     # -- the calls that read it ----------------------------------------------------------------
 
     def _read(self, call: GenerationCall, kwargs: Kwargs, held: HeldRows, cache: Any) -> Kwargs:
@@ -98,9 +101,8 @@ class RankedKeeper(CacheKeeper[HeldRows]):
         return self.hooks.alone(kwargs)
 
     def _heard(self, call: GenerationCall, text: int) -> Route:
-        """The model's own cached attention, text | references | generation, listened to."""
-        layout = call.run.layout
-        span = (text, text + layout.reference_tokens)
+        """The model's own cached attention, listened to."""
+        layout, span = call.run.layout, self.hooks.span(call.run.layout)
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
             every = torch.arange(span[1] - span[0], device=k.device)

@@ -8,8 +8,9 @@ from torch import nn
 
 from ...adapters.base import Adapter, Kwargs
 from ...config import SparseRef
-from ...run import Run
+from ...run import Probing, Run
 from ..call import GenerationCall
+from .before_steps import check_before_steps
 from .by_tile import ByTile, computed
 from .held_tiles import HeldTiles
 from .joint import UNCOMPILED, LookedAt
@@ -64,6 +65,9 @@ class TiledKeeper(CacheKeeper[HeldTiles]):
         self._filled(held, cache)
         return held
 
+    def _found(self, call: GenerationCall, cache: Any) -> HeldTiles:
+        return self._resumed(call, cache)
+
     def _read(self, call: GenerationCall, kwargs: Kwargs, held: HeldTiles, cache: Any) -> Kwargs:
         call.contexts.callback(self._account, call, held, cache)  # what the tiles read is listed in the call
         if call.plan.selection is not None and self._form.reads_a_part(call):
@@ -87,8 +91,16 @@ class TiledKeeper(CacheKeeper[HeldTiles]):
         return held.nbytes
 
 
-def keeper_of(adapter: Adapter, config: SparseRef) -> CacheKeeper[Any] | None:
-    """Who follows the caches of a model that keeps its references' keys and values itself; None for other families."""
+def keeper_of(adapter: Adapter, config: SparseRef, probing: Probing) -> CacheKeeper[Any] | None:
+    """Who follows the caches of a model that keeps its references' keys and values itself; None for other families.
+
+    Raises
+    ------
+    IncompatibleError
+        If references that run before the steps, in calls of their own, would have to be there in a step.
+    """
     if adapter.cache is None:
         return None
+    if adapter.cache.before_steps:
+        check_before_steps(adapter, config, probing)
     return TiledKeeper(adapter, config) if config.per == "tile" else RankedKeeper(adapter, config)
