@@ -9,10 +9,6 @@ __all__ = ["REFUSED"]
 _AT = "diffusers.models.transformers.transformer_"
 
 REFUSED: Mapping[str, str] = {
-    f"{_AT}qwenimage21.QwenImage21Transformer2DModel": (
-        "Qwen-Image-2.1 puts its references between the words of the prompt, each piece seeing what comes before it, "
-        "and keeps the keys of all of it at once: references cannot leave without the words"
-    ),
     f"{_AT}z_image.ZImageTransformer2DModel": (
         "Z-Image-Omni takes lists of pictures and cuts them into tokens in its forward, which then run through blocks "
         "of their own: no argument has a row for each token"

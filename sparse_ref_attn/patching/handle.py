@@ -249,10 +249,9 @@ class PatchHandle:
         if self._generations.removed:
             raise HandleRemovedError("a handle must not be used after remove(); patch again")
         transformer, cache = self._transformer(), self._generations.cache
-        if cache is not None and cache.hooks.before_steps:
+        if cache is not None and cache.hooks.whole:
             raise IncompatibleError(
-                f"{self._name} computes its references' keys and values itself, before the first step, in calls that "
-                "this library leaves alone: those of an earlier run cannot stand in for them"
+                f"{self._name}: {cache.hooks.whole}, and keys and values of an earlier run cannot stand in for them"
             )
         kept = cache is not None and transformer is not None and cache.hooks.kept_by(transformer)
         reuse = reuse_of(cache if kept else None, self._generations.store)

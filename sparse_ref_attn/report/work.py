@@ -55,5 +55,7 @@ def _before(shape: ModelShape, record: RunRecord) -> Flops:
 def _tokens(record: RunRecord, step: StepRecord) -> StepTokens:
     layout = record.layout
     if step.kind == "cached":
-        return StepTokens(layout.text, layout.generation[1], 0, cached=step.kept + step.means)
-    return replace(StepTokens.of(layout, step.kept, step.from_block), split=layout.generation[0] > 0)
+        return StepTokens.reading(layout, step.kept + step.means)
+    if layout.generation[0] > 0:
+        return StepTokens.storing(layout, step.kept)
+    return StepTokens.of(layout, step.kept, step.from_block)

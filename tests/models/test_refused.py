@@ -26,7 +26,6 @@ def test_it_is_refused_with_its_reason(name: str) -> None:
 
 
 TAKEN = {
-    "QwenImage21Transformer2DModel": ("img_mask", "kv_cache", "kv_cache_mode"),
     "ZImageTransformer2DModel": ("x", "cap_feats", "image_noise_mask"),
     "OmniGenTransformer2DModel": ("input_ids", "input_img_latents", "input_image_sizes"),
     "LTX2VideoTransformer3DModel": ("audio_hidden_states", "video_self_attention_mask", "video_keyframes_mask"),

@@ -156,8 +156,8 @@ class GlmImageAdapter(Adapter):
 
     def check_depth(self, transformer: nn.Module) -> None:
         raise IncompatibleError(
-            f"{self.name} runs its references before the steps, none of which has their rows, and by depth they would "
-            'leave at a block: take them out at the input, from_block=0, profile="step"'
+            f"{self.name}: {self.cache.whole}, and by depth they would leave at a block. Take them out of what "
+            'is read: from_block=0, profile="step"'
         )
 
 

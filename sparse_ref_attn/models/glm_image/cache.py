@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -97,6 +98,7 @@ def filled(layers: Sequence[tuple[Tensor, Tensor]]) -> Any:
 class GlmCacheHooks(CacheHooks):
     """A reference looks at itself alone, without a prompt and at time 0. The guided call without one reads none."""
 
+    whole = "its references run before the steps, none of which has their rows"
     before_steps = True
 
     def __init__(self) -> None:
@@ -124,8 +126,8 @@ class GlmCacheHooks(CacheHooks):
     def passes(self, cache: KeptReferences) -> tuple[int, ...]:
         return tuple(h * w for h, w in cache.grids) * cache.prompts
 
-    def span(self, layout: TokenLayout) -> tuple[int, int]:
-        return 0, layout.reference_tokens
+    def spans(self, layout: TokenLayout) -> tuple[tuple[int, int], ...]:
+        return tuple(pairwise(accumulate(layout.sizes, initial=0)))
 
     def make(self, transformer: nn.Module, layers: Sequence[tuple[Tensor, Tensor]]) -> Any:
         return filled(layers)

@@ -97,7 +97,8 @@ class CacheKeeper(ABC, Generic[H]):
     def plan(self, run: Run, at: RunStep, plan: Plan, reads: bool) -> tuple[Plan, int]:
         """What a call of a step with `plan` does that reads a cache, or stores; and the reference tokens in it."""
         if not reads and plan.kind == "sparse":
-            whole = isinstance(self._config.execute, Cache) and self._config.execute.first == "all"
+            first = isinstance(self._config.execute, Cache) and self._config.execute.first == "all"
+            whole = first or bool(self.hooks.whole)
             plan = Plan("dense") if whole else run.largest(range(at.step, at.total))
             self._stored = (run, plan)
         if reads and plan.reduced is not None:  # the rows of the step that stored; changed tokens have no fewer
@@ -148,7 +149,7 @@ class CacheKeeper(ABC, Generic[H]):
 
     def take_charge(self, call: GenerationCall, held: H, output: Any) -> None:
         """After a call that stores: follow its cache."""
-        cache = self.hooks.of_output(output)
+        cache = self.hooks.of_output(call.kwargs, call.layout, output)
         if cache is not None:
             self._held[cache] = held
             self._filled(held, cache)
@@ -224,7 +225,3 @@ class CacheKeeper(ABC, Generic[H]):
         self._sizes[cache] = self._bytes(held, cache)
         mine = [size for each, size in self._sizes.items() if self._held[each].are_of(call.run)]
         call.step.cache_bytes = sum(mine)
-
-    def _text(self, kwargs: Kwargs) -> int:
-        given = None if self._adapter.text_tokens is None else kwargs.get(self._adapter.text_tokens)
-        return 0 if given is None else given.shape[1]

@@ -10,12 +10,12 @@ from ...adapters.base import Adapter, Kwargs
 from ...config import SparseRef
 from ...run import Probing, Run
 from ..call import GenerationCall
-from .before_steps import check_before_steps
 from .by_tile import ByTile, computed
 from .held_tiles import HeldTiles
 from .joint import UNCOMPILED, LookedAt
 from .model_cache import CacheKeeper
 from .model_rows import RankedKeeper
+from .whole import check_whole
 
 __all__ = ["TiledKeeper", "keeper_of"]
 
@@ -97,10 +97,10 @@ def keeper_of(adapter: Adapter, config: SparseRef, probing: Probing) -> CacheKee
     Raises
     ------
     IncompatibleError
-        If references that run before the steps, in calls of their own, would have to be there in a step.
+        If a configuration needs other rows than those of a model whose references always run whole.
     """
     if adapter.cache is None:
         return None
-    if adapter.cache.before_steps:
-        check_before_steps(adapter, config, probing)
+    if adapter.cache.whole:
+        check_whole(adapter, config, probing)
     return TiledKeeper(adapter, config) if config.per == "tile" else RankedKeeper(adapter, config)
