@@ -15,10 +15,10 @@ from ..hooks.diffusers import (
     AttentionSite,
     Route,
     Tap,
+    answerable,
     attention_sites,
     check_measurable,
     check_parts,
-    dispatches,
     routed_attention,
     tapped,
 )  # fmt: skip
@@ -270,8 +270,7 @@ class Adapter:
 
     def routable(self, transformer: nn.Module) -> bool:
         """Whether every attention of this instance can be answered (see `route`)."""
-        sites = self.sites(transformer)
-        return bool(sites) and all(dispatches(site.processor) for site in sites)
+        return answerable(self.sites(transformer))
 
     def route(self, transformer: nn.Module, attend: Route) -> Any:
         """Context in which `attend` answers every attention call (see `hooks.diffusers.routed_attention`)."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21AttnProcessor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -251,6 +252,19 @@ def test_calls_that_keep_nothing_and_keys_of_an_earlier_run_are_refused() -> Non
     with pytest.raises(sra.IncompatibleError, match="single tokens of them cannot be dropped there"):
         pipe.transformer(**steps[0].given)
     drop.remove()
+
+
+@torch.no_grad()
+def test_with_one_processor_for_all_layers_the_models_own_attention_reads_the_kept_rows() -> None:
+    """As diffusers' page sets the one that is compiled; a rule that looks at attention must be able to tell layers."""
+    pipe = qwen21.build()
+    pipe.transformer.set_attn_processor(QwenImage21AttnProcessor())
+    with sra.patched(pipe, sra.SparseRef(NOISE, KEEP)) as handle, steps_of(pipe.transformer) as steps:
+        qwen21.call(pipe)
+    kept = handle.record.steps[1].selection.indices
+    assert error(steps[1].sample, by_hand(pipe.transformer, steps[1], kept)) < ROUNDING
+    with pytest.raises(sra.IncompatibleError, match="a processor of its own, got one QwenImage21AttnProcessor for"):
+        sra.patch(pipe, sra.SparseRef("mass", KEEP))
 
 
 def test_the_rows_are_given_back_and_the_cache_is_smaller() -> None:

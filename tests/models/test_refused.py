@@ -45,7 +45,7 @@ def test_its_call_is_as_the_reason_says(name: str) -> None:
 
 
 def test_an_adapter_of_somebodys_own_serves_it() -> None:
-    name = next(iter(REFUSED))
+    name = next(name for name in REFUSED if name.endswith("OmniGenTransformer2DModel"))
     own = sra.PlainAdapter("hidden_states", lambda kwargs: None)
     try:
         sra.register_adapter(name, own)

@@ -48,7 +48,10 @@ class Slots:
     @classmethod
     def of(cls, mask: Tensor, shapes: Sequence[Shape]) -> Slots:
         """Of the mask (b, prompt) of the slots of pictures, of `shapes`, the generation last (one sync)."""
-        starts, words, text, row, first = [], [], [], 0, 0
+        starts: list[int] = []
+        words: list[int] = []
+        text: list[int] = []
+        row = first = 0
         sizes = [prod(shape) for shape in shapes]
         for position, picture in enumerate(mask[0].tolist()):
             if not picture:

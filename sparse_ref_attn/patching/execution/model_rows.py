@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...adapters.base import Kwargs
 from ...adapters.masks import viewed
 from ...hooks.compiled import compiled_blocks, eager_blocks
-from ...hooks.diffusers import Attention, Route, dispatches, routed_attention
+from ...hooks.diffusers import Attention, Route, answerable, routed_attention
 from ...hooks.instance import InstanceHook
 from ...ops.with_lse import attention_with_lse
 from ...run import AttentionView, Run, covering
@@ -78,7 +78,7 @@ class RankedKeeper(CacheKeeper[HeldRows]):
         if plan.reduced is not None:
             return kwargs
         sites = self._adapter.sites(module)
-        routable = all(dispatches(site.processor) for site in sites)
+        routable = answerable(sites)
         untouched = held.ranked is None and held.tokens is None
         measures_all = plan.kind == "profile" and plan.selection is None and routable and untouched
         if measures_all or (plan.kind == "dense" and not held.released):
