@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparse_ref_attn as sra
 from sparse_ref_attn.hooks.diffusers import attention_sites, tapped_attention
 from tests.adapters.test_dropping import ROUNDING, error, noise, scores
+from tests.contract.test_offload import by_model, sequential
 from tests.models import glm_image
 
 KEEP = 0.25
@@ -291,3 +292,14 @@ def test_the_work_is_what_the_counter_counts(which: dict[str, Any]) -> None:
             e = sra.estimate(pipe.transformer, setting, text_tokens=handle.record.layout.text, **sizes)
             assert (e.kinds, e.tokens) == (("cached",) * 3, (14,) * 3)
             assert (e.dense.total / 1e12, e.sparse.total / 1e12) == pytest.approx(work, rel=1e-6)
+
+
+@pytest.mark.parametrize("offload", [by_model, sequential])
+def test_through_offload(offload: Callable[[Any], None]) -> None:
+    wanted = []
+    for prepare in (lambda pipe: None, offload):
+        pipe = glm_image.build()
+        prepare(pipe)
+        with sra.patched(pipe, sra.SparseRef("mass", KEEP)):
+            wanted.append(glm_image.call(pipe))
+    assert np.array_equal(*wanted)

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparse_ref_attn as sra
 from sparse_ref_attn.hooks.diffusers import attention_sites, tapped_attention
 from tests.adapters.test_dropping import ROUNDING, error, noise, scores
+from tests.contract.test_offload import by_model, sequential
 from tests.models import qwen21
 
 KEEP = 0.25
@@ -272,3 +273,14 @@ def test_the_rows_are_given_back_and_the_cache_is_smaller() -> None:
     held = [step.cache_bytes for step in record.steps]
     assert held[1] < held[0]
     assert prod((2, 3, 124, 2, 16, 4)) == record.dense_cache_bytes
+
+
+@pytest.mark.parametrize("offload", [by_model, sequential])
+def test_through_offload(offload: Callable[[Any], None]) -> None:
+    wanted = []
+    for prepare in (lambda pipe: None, offload):
+        pipe = qwen21.build()
+        prepare(pipe)
+        with sra.patched(pipe, sra.SparseRef("mass", KEEP)):
+            wanted.append(qwen21.call(pipe))
+    assert np.array_equal(*wanted)

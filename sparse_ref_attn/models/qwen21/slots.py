@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserList
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -65,20 +66,20 @@ class Slots:
         return cls(tuple(starts[:-1]), *found)
 
 
-class _Whole(list[Shape]):
-    """The pictures of the call that a shorter one was made of; `prefix`: rows of the shorter one before the last."""
+class _Whole(UserList[Shape]):
+    """The pictures of the call that a shorter one was made of; `prefix`: rows of the shorter one before the last.
 
-    def __init__(self, shapes: Sequence[Shape], prefix: int) -> None:
-        super().__init__(shapes)
-        self.prefix = prefix
+    Neither it nor `_Last` is a list: offloading makes lists anew, without what they know.
+    """
+
+    prefix: int = 0
 
 
-class _Last(list[Shape]):
+class _Last(UserList[Shape]):
     """The generation's shape alone; the call that it was taken of has `whole` and the mask `slots`."""
 
-    def __init__(self, whole: _Whole, slots: Tensor) -> None:
-        super().__init__(whole[-1:])
-        self.whole, self.slots = whole, slots
+    whole: _Whole
+    slots: Tensor
 
 
 def without_references(kwargs: Kwargs, slots: Slots, stored: int) -> Kwargs:
@@ -88,7 +89,9 @@ def without_references(kwargs: Kwargs, slots: Slots, stored: int) -> Kwargs:
     """
     shapes, text, mask = kwargs["img_shapes"], kwargs["encoder_hidden_states"], kwargs["encoder_hidden_states_mask"]
     generation, words, prefix = prod(shapes[0][-1]), slots.words, len(slots.words) + stored
-    last = _Last(_Whole(shapes[0], prefix), kwargs["img_mask"])
+    last = _Last(shapes[0][-1:])
+    last.whole, last.slots = _Whole(shapes[0]), kwargs["img_mask"]
+    last.whole.prefix = prefix
     text = text.index_select(1, words)
     if mask is not None:
         mask = torch.cat([mask[:, words].bool(), mask.new_ones(mask.shape[0], stored, dtype=torch.bool)], 1)
@@ -110,7 +113,7 @@ def kept_positions(module: nn.Module) -> list[Callable[[], None]]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Any:
         if not isinstance(args[0], _Last):
             return None
-        mask = args[0].slots[0]
+        mask = args[0].slots[0].to(args[1].device)
         return (args[0].whole, mask.repeat_interleave(torch.where(mask, _CELLS, 1))), kwargs
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
