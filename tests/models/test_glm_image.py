@@ -76,6 +76,25 @@ def by_hand(model: torch.nn.Module, step: Step, *kept: torch.Tensor) -> torch.Te
     return model(**step.given | {"kv_caches": cache})[0]
 
 
+def masses(model: torch.nn.Module, step: Step) -> list[torch.Tensor]:
+    """Mean attention (B, R) of the generation to each reference token, in each layer."""
+    found = []
+
+    def tap(i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> None:
+        weights = (torch.einsum("bqhc,bkhc->bhqk", q[:, -GENERATION:], k) / q.shape[-1] ** 0.5).softmax(-1)
+        found.append(weights[..., :TOKENS].mean((1, 2)))
+
+    with tapped_attention(attention_sites([(b.attn1, "double") for b in model.transformer_blocks]), tap):
+        model(**step.given)
+    return found
+
+
+def kept_of(mass: torch.Tensor) -> torch.Tensor:
+    """A quarter of each reference's tokens, those with the most mass (R,)."""
+    parts = [part.topk(n // 4).indices.sort().values for part, n in zip(mass.split(SIZES), SIZES, strict=True)]
+    return torch.cat([parts[0], SIZES[0] + parts[1]])
+
+
 def run(setting: sra.SparseRef, **which: Any) -> tuple[Any, sra.RunRecord, list[Step]]:
     """The model without the patch, what the run with it recorded, and its calls."""
     pipe = glm_image.build()
@@ -133,20 +152,10 @@ def test_the_first_step_reads_everything_and_ranks_by_the_mass_of_its_attention(
     model, record, steps = run(sra.SparseRef(sra.AttentionMass("all"), KEEP))
     assert [made.kept for made in record.steps] == [TOKENS, 14, 14]
     assert torch.equal(steps[0].sample, model(**steps[0].given)[0])
-    masses = []
-
-    def tap(i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> None:
-        weights = (torch.einsum("bqhc,bkhc->bhqk", q[:, -GENERATION:], k) / q.shape[-1] ** 0.5).softmax(-1)
-        masses.append(weights[..., :TOKENS].mean((0, 1, 2)))
-
-    with tapped_attention(attention_sites([(b.attn1, "double") for b in model.transformer_blocks]), tap):
-        model(**steps[0].given)
-    wanted = torch.stack(masses).mean(0)
+    wanted = torch.stack(masses(model, steps[0])).mean(0)[0]
     got = torch.cat([part.flatten() for part in record.mass])
     assert torch.allclose(got / got.sum(), wanted / wanted.sum(), atol=1e-5)
-    kept = torch.cat([SIZES[0] * i + part.topk(n // 4).indices.sort().values
-                      for i, (part, n) in enumerate(zip(wanted.split(SIZES), SIZES, strict=True))])  # fmt: skip
-    assert error(steps[1].sample, by_hand(model, steps[1], kept)) < ROUNDING
+    assert error(steps[1].sample, by_hand(model, steps[1], kept_of(wanted))) < ROUNDING
 
 
 @pytest.mark.parametrize("which", [CALLS["one"], CALLS["batch"]], ids=["one", "batch"])
@@ -158,6 +167,7 @@ def test_a_tile_reads_its_own_tokens_in_each_layer(which: dict[str, Any]) -> Non
     assert torch.equal(steps[0].sample, model(**steps[0].given)[0])
     layers = [record.tiles.reads[i][0].long()[:14].sort().values for i in range(3)]
     assert len({tuple(layer.tolist()) for layer in layers}) == 3
+    assert all(torch.equal(a, kept_of(mass[0])) for a, mass in zip(layers, masses(model, steps[0]), strict=True))
     assert error(steps[-1].sample[:1], by_hand(model, steps[-1], *layers)[:1]) < ROUNDING
 
 
