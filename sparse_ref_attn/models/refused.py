@@ -11,7 +11,7 @@ _AT = "diffusers.models.transformers.transformer_"
 REFUSED: Mapping[str, str] = {
     f"{_AT}z_image.ZImageTransformer2DModel": (
         "Z-Image-Omni takes lists of pictures and cuts them into tokens in its forward, pads each picture's to a "
-        "multiple of 32 and counts them again to find the generation in its output: no argument has a row for each token"
+        "multiple of 32 and counts them again to find the generation: no argument has a row for each token"
     ),
     f"{_AT}omnigen.OmniGenTransformer2DModel": (
         "OmniGen takes pictures, cuts them into tokens in its forward and puts them between the words, where its mask "
