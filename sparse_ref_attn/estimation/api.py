@@ -72,8 +72,8 @@ def estimate(
     calls_per_step : int
         Transformer calls a step (2 with sequential classifier-free guidance).
     pixels_per_token : int, optional
-        Pixels of a token's side. Default that of the pipeline: 16 for every published model (8 in the VAE, 2 in
-        packing), and of a transformer.
+        Pixels of a token's side. Default that of the pipeline: 16 for every published model (8 in the VAE and 2 in
+        packing, or 16 in the VAE), and of a transformer.
 
     Returns
     -------
@@ -117,7 +117,7 @@ def estimate(
     if steps is None:
         steps = 28 if facts is None else facts.steps(getattr(pipe.config, "is_distilled", None))
     if pixels_per_token is None:
-        pixels_per_token = 2 * getattr(pipe, "vae_scale_factor", 8)
+        pixels_per_token = (2 if facts is None else facts.packed) * getattr(pipe, "vae_scale_factor", 8)
     counts = {"steps": steps, "batch": batch, "calls_per_step": calls_per_step, "pixels_per_token": pixels_per_token}
     for name, value in (counts | {"text_tokens": text_tokens}).items():
         least = 0 if name == "text_tokens" else 1

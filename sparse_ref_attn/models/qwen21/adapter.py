@@ -30,7 +30,7 @@ from .slots import kept_positions
 
 __all__ = ["Qwen21Adapter"]
 
-EDIT = PipelineFacts("diffusers.QwenImage21Pipeline", references=(0, None), shaped_by=-1)
+EDIT = PipelineFacts("diffusers.QwenImage21Pipeline", references=(0, None), shaped_by=-1, packed=1)
 
 _UNKEPT = (
     "Qwen-Image-2.1 reads a part of its references from the keys and values that it keeps of them, and a call must "
