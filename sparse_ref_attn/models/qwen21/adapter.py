@@ -45,7 +45,7 @@ class Qwen21Adapter(Adapter):
     classes = ("diffusers.models.transformers.transformer_qwenimage21.QwenImage21Transformer2DModel",)
     needs = ("img_shapes", "img_mask", "kv_cache", "kv_cache_mode")
     pipelines = (EDIT,)
-    published: ClassVar[Mapping[str, PublishedSize]] = {"qwen-image-2.1": PublishedSize(EDIT, 7.0)}
+    published: ClassVar[Mapping[str, PublishedSize]] = {"qwen-image-2.1": PublishedSize(EDIT, 7.1)}
     streams: ClassVar[Mapping[str, str]] = {
         r"img_in": "image",
         r"txt_in\..+": "text",
