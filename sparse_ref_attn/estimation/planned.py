@@ -96,7 +96,7 @@ class PlannedRun:
                 full[0], kept[0] = True, layout.reference_tokens
                 tokens[0] = StepTokens.storing(layout, kept[0])
             kinds = ["cached" if i or before_steps else first for i in range(steps)]
-            stored = kept
+            stored = [n for n, own in zip(kept, full, strict=True) if not own]
         elif cached and kept_by_model:
             full = [i == 0 or kind == "profile" for i, kind in enumerate(kinds)]
             kinds, kept, tokens = with_cache(config, layout, kinds, kept, means)

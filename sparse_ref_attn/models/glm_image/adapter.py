@@ -72,7 +72,7 @@ class GlmImageAdapter(Adapter):
     needs = ("prior_token_id", "kv_caches")
     pipelines = (PIPELINE,)
     published: ClassVar[Mapping[str, PublishedSize]] = {
-        "glm-image": PublishedSize(PIPELINE, 7.0, {"num_attention_heads": 32, "attention_head_dim": 128})
+        "glm-image": PublishedSize(PIPELINE, 6.9, {"num_attention_heads": 32, "attention_head_dim": 128})
     }
     streams: ClassVar[Mapping[str, str]] = {
         r"image_projector\.proj|prior_projector\..+": "image",
