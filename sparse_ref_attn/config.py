@@ -43,7 +43,7 @@ class SparseRef:
         and then and stores their keys and values, of which the steps between read the ranked ones that the
         budget keeps (all of them with a budget of 1.0); "both", ``Cache(first="kept")``, drops rows from
         the steps that compute them, too. On a model that keeps its references' keys and values itself
-        (FLUX.2 Klein-KV) "tokens" does what "both" does.
+        (FLUX.2 Klein-KV) "tokens" does what "both" does; of GLM-Image and Qwen-Image-2.1 all always run.
     from_block, profile, profile_blocks, cache_rows, layers, rerank_every, refresh, per, tile, rest, cell, isolated
         Fields of the execution, said beside it: ``execute="cache", cache_rows="all"`` is
         ``Cache(rows="all")``, and ``profile="in_flight", profile_blocks=n`` is ``Tokens(in_flight=n)``;

@@ -186,6 +186,8 @@ class RunRecord:
     isolated : tuple of int, optional
         Reference tokens of each call by which the references ran by themselves, none where an earlier run's keys and
         values were read; None where they run with the picture.
+    passes : tuple of int
+        Reference tokens of each call by which the model itself runs its references before the steps, one item each.
     tiles : TileRecord, optional
         Where each tile of the generation reads by its own ranking, what they read last.
     """
@@ -206,6 +208,7 @@ class RunRecord:
     exactness: str = ""
     blocks: int = 0
     isolated: tuple[int, ...] | None = None
+    passes: tuple[int, ...] = ()
     tiles: TileRecord | None = field(default=None, repr=False)
 
     @property

@@ -58,6 +58,9 @@ class TokenLayout:
     conditional : slice, optional
         Batch items whose attention is scored: the conditional half when a model batches
         classifier-free guidance. Default all.
+    places : tuple of int
+        Where each reference begins among the words of the prompt, of a model that keeps keys and values of both;
+        its generation looks at all, and the words and references at what stands before them. Empty of other models.
     """
 
     rows: int
@@ -65,6 +68,7 @@ class TokenLayout:
     generation: tuple[int, int]
     references: tuple[Reference, ...]
     conditional: slice | None = None
+    places: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         end = 0

@@ -18,6 +18,7 @@ from tests import text_encoders
 from tests.copies import copies
 
 LATENT_CHANNELS = 4
+_GAINS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
 
 def scheduler() -> diffusers.FlowMatchEulerDiscreteScheduler:
@@ -40,7 +41,7 @@ def enliven(transformer: torch.nn.Module, seed: int) -> None:
                 module.weight.normal_(0, module.in_features**-0.5, generator=random)
                 if module.bias is not None:
                     module.bias.normal_(0, 0.1, generator=random)
-            elif name.rsplit(".", 1)[-1] in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            elif name.rsplit(".", 1)[-1] in _GAINS and module.weight is not None:  # GLM-Image's norms have none
                 module.weight.mul_(1.5)
 
 

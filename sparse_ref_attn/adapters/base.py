@@ -15,10 +15,10 @@ from ..hooks.diffusers import (
     AttentionSite,
     Route,
     Tap,
+    answerable,
     attention_sites,
     check_measurable,
     check_parts,
-    dispatches,
     routed_attention,
     tapped,
 )  # fmt: skip
@@ -64,6 +64,8 @@ class Adapter:
     """ModuleLists of blocks, in order of execution -> kind of their blocks ("double" or "single")."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Arguments of the forward, besides the two streams, that tell where the tokens lie."""
+    attention: ClassVar[str] = "attn"
+    """Name of the attention in each block of `stacks`."""
     parts: ClassVar[tuple[str, ...]] = ()
     """Dotted names of attributes of the transformer that the adapter and its hooks rely on; checked at patch time."""
     tokens: str = "hidden_states"
@@ -119,7 +121,7 @@ class Adapter:
             If rows of its attention mask cannot be taken.
         """
         check_found(self, kwargs, found)
-        rows, text = stream_rows(self, kwargs), self._text(kwargs)
+        rows, text = stream_rows(self, kwargs), self.text_rows(kwargs)
         masks.check_mask(self.mask(kwargs), kwargs[self.tokens].shape[0], text + rows)
         return TokenLayout(rows, text, *found)
 
@@ -127,7 +129,7 @@ class Adapter:
         """Height and width of the generation, whose rows run as a reference's, or None. Asked once a run; may sync."""
         return None
 
-    def _text(self, kwargs: Kwargs) -> int:
+    def text_rows(self, kwargs: Kwargs) -> int:
         """Text rows of a call's joint sequence."""
         given = None if self.text_tokens is None else kwargs.get(self.text_tokens)
         return 0 if given is None else given.shape[1]
@@ -145,7 +147,7 @@ class Adapter:
             If the call's mask says more than that.
         """
         batch = kwargs[self.tokens].shape[0]
-        return masks.joint_keys(self.mask(kwargs), batch, self._text(kwargs) + stream_rows(self, kwargs))
+        return masks.joint_keys(self.mask(kwargs), batch, self.text_rows(kwargs) + stream_rows(self, kwargs))
 
     def notes(self, kwargs: Kwargs) -> list[str]:
         """What a run's record says of a call that begins it, in words."""
@@ -171,7 +173,7 @@ class Adapter:
     def _not_of_keys(self, kwargs: Kwargs) -> str | None:
         """Why the call's mask cannot be honoured in calls that run together, in words (see `masks.not_of_keys`)."""
         batch, rows = kwargs[self.tokens].shape[0], stream_rows(self, kwargs)
-        return unpadded(kwargs, rows) or masks.not_of_keys(self.mask(kwargs), batch, self._text(kwargs) + rows)
+        return unpadded(kwargs, rows) or masks.not_of_keys(self.mask(kwargs), batch, self.text_rows(kwargs) + rows)
 
     def cached(self, kwargs: Kwargs) -> bool:
         """Whether this call attends to reference K/V of an earlier call and has no reference rows."""
@@ -214,7 +216,7 @@ class Adapter:
 
     def key_masks(self, items: Sequence[Kwargs]) -> list[Tensor | None]:
         """Of each item's rows (text first), those that may be attended to, (rows,) bool; None for all (may sync)."""
-        sizes = [self._text(item) + stream_rows(self, item) for item in items]
+        sizes = [self.text_rows(item) + stream_rows(self, item) for item in items]
         return [masks.item_keys(self.mask(item), rows) for item, rows in zip(items, sizes, strict=True)]
 
     def rotary(self, transformer: nn.Module, kwargs: Kwargs) -> tuple[Tensor, ...]:
@@ -255,13 +257,12 @@ class Adapter:
 
     def sites(self, transformer: nn.Module) -> list[AttentionSite]:
         """Attention of each block, in order of execution; empty when it cannot be measured."""
-        attention = [(block.module.get_submodule("attn"), block.kind) for block in self.blocks(transformer)]
+        attention = [(block.module.get_submodule(self.attention), block.kind) for block in self.blocks(transformer)]
         return attention_sites(attention)
 
     def shape(self, transformer: nn.Module) -> ModelShape:
         """The model's sizes, from which its work is counted."""
-        names = [block.name for block in self.blocks(transformer)]
-        return ModelShape.from_module(transformer, self.streams, blocks=names)
+        return ModelShape.from_module(transformer, self.streams, blocks=[b.name for b in self.blocks(transformer)])
 
     def check_measurable(self, transformer: nn.Module) -> None:
         """Raise IncompatibleError when attention cannot be measured on this instance."""
@@ -269,8 +270,7 @@ class Adapter:
 
     def routable(self, transformer: nn.Module) -> bool:
         """Whether every attention of this instance can be answered (see `route`)."""
-        sites = self.sites(transformer)
-        return bool(sites) and all(dispatches(site.processor) for site in sites)
+        return answerable(self.sites(transformer))
 
     def route(self, transformer: nn.Module, attend: Route) -> Any:
         """Context in which `attend` answers every attention call (see `hooks.diffusers.routed_attention`)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -26,10 +27,18 @@ class CacheHooks:
     """How one family computes, brings and returns its cache.
 
     An *extract* call has the reference rows and fills a cache, a *cached* call has none and attends to
-    it. The cache is an object of the model's own class, which can be referred to weakly; every row of
-    it is a reference token, in the references' order. A family whose cache holds other rows too (text)
-    gives `layers` that show the reference rows alone, and brings the others in `alone`.
+    it. Where references run before the steps, in calls of their own (`before_steps`), there are cached calls alone, and
+    the adapter finds in each what its cache holds. The cache is an object which can be referred to weakly; every row
+    of it is a reference token, in the references' order. A family whose cache holds other rows too (`text`) gives
+    `layers` that show the reference rows alone, and brings the others in `alone` and `reading`.
     """
+
+    whole: ClassVar[str] = ""
+    """Where references always run whole, how they do, in words; empty where some of their rows can leave before."""
+    before_steps: ClassVar[bool] = False
+    """Whether references run in calls of their own before the first step."""
+    text: ClassVar[bool] = False
+    """Whether text rows are kept beside those of the references, and cached calls run the generation alone."""
 
     def kept_by(self, transformer: nn.Module) -> bool:
         """Whether this instance keeps a cache: a class may serve pipelines that do and pipelines that do not."""
@@ -39,8 +48,8 @@ class CacheHooks:
         """The cache that a cached call brings."""
         raise NotImplementedError
 
-    def of_output(self, output: Any) -> Any:
-        """The cache that an extract call filled, given its output."""
+    def of_output(self, kwargs: Kwargs, layout: TokenLayout, output: Any) -> Any:
+        """The cache that an extract call filled."""
         raise NotImplementedError
 
     def of_attention(self, kwargs: Kwargs) -> LayerCache | None:
@@ -50,6 +59,14 @@ class CacheHooks:
     def layers(self, cache: Any) -> Sequence[LayerCache]:
         """The cache's layers in order of execution."""
         raise NotImplementedError
+
+    def passes(self, cache: Any) -> tuple[int, ...]:
+        """Reference tokens of each call before the steps that filled the cache."""
+        return ()
+
+    def spans(self, layout: TokenLayout) -> tuple[tuple[int, int], ...]:
+        """Where each reference's keys lie in the model's own attention to a cache, (first, end)."""
+        return tuple(pairwise(accumulate(layout.sizes, initial=layout.text)))
 
     def make(self, transformer: nn.Module, layers: Sequence[tuple[Tensor, Tensor]]) -> Any:
         """A cache of the model's own class that holds k and v of each layer."""

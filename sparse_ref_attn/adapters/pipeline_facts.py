@@ -32,6 +32,8 @@ class PipelineFacts:
         Which reference gives the output its shape where nobody says a size, as an index. Default: the first.
     distilled : bool
         Whether all of its models are distilled to few steps. Default: those whose config says ``is_distilled``.
+    packed : int
+        Side of a token in the VAE's cells.
     default_steps : int, optional
         Steps of a call where nobody says how many; default what its class's signature says, which a modular pipeline's
         does not.
@@ -45,6 +47,7 @@ class PipelineFacts:
     area: str | None = None
     shaped_by: int = 0
     distilled: bool = False
+    packed: int = 2
     default_steps: int | None = None
     training: TrainingHooks | None = None
 

@@ -39,8 +39,8 @@ def check_serves(adapter: Adapter, transformer: nn.Module) -> None:
             stack = getattr(transformer, path, None)
             if not isinstance(stack, nn.ModuleList):
                 missing.append(f"{path} (a ModuleList)")
-            elif not all(isinstance(getattr(block, "attn", None), nn.Module) for block in stack):
-                missing.append(f"attn in each of {path}")
+            elif not all(isinstance(getattr(block, adapter.attention, None), nn.Module) for block in stack):
+                missing.append(f"{adapter.attention} in each of {path}")
         if missing:
             raise UnsupportedModelError(
                 f"a transformer that the {adapter.name} adapter serves must have {', '.join(missing)}; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ def token_form_hooks(
     latents: Callable[[Tensor, Any], Tensor],
     tokens: Callable[[Tensor, Any], Tensor],
     whole: Callable[[Tensor, Any], Tensor],
+    told: Sequence[str] = (),
 ) -> list[Callable[[], None]]:
     """Hooks, as removers, for calls whose argument `name` is tokens (B, rows, D) and which have a `FORM`.
 
@@ -38,6 +39,8 @@ def token_form_hooks(
         From tokens, kept ones too, and the form to what the transformer takes, and from its output to tokens.
     whole : callable
         From tokens of every row and the form to the output that the caller expects.
+    told : sequence of str
+        Further arguments of such a call that the transformer does not have.
     """
     here = threading.local()
 
@@ -45,7 +48,7 @@ def token_form_hooks(
         here.form = kwargs.get(FORM)
         if here.form is None:
             return None
-        given = {key: value for key, value in kwargs.items() if key != FORM}
+        given = {key: value for key, value in kwargs.items() if key not in (FORM, *told)}
         return args, {**given, name: latents(given[name], here.form)}
 
     def inside(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

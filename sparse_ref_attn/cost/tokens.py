@@ -27,6 +27,8 @@ class StepTokens:
     split : bool
         References attend to themselves only, text and generation to everything: the extract step of a reference
         K/V cache.
+    before : int, optional
+        On a split step, query-key pairs of text and references where these look at what stands before them.
     dropped, from_block : int
         Further reference rows that take part in the blocks before `from_block` alone.
 
@@ -41,6 +43,7 @@ class StepTokens:
     references: int
     cached: int = 0
     split: bool = False
+    before: int | None = None
     dropped: int = 0
     from_block: int = 0
 
@@ -61,6 +64,22 @@ class StepTokens:
             layout.text, layout.rows - references, kept, dropped=dropped, from_block=from_block if dropped else 0
         )
 
+    @classmethod
+    def storing(cls, layout: TokenLayout, kept: int) -> StepTokens:
+        """A call that runs `kept` reference tokens for later ones to read."""
+        before, end, words = 0, 0, layout.text
+        for place, size in zip(layout.places, layout.sizes, strict=False):
+            text = place - end
+            before, end, words = before + text * place + size * (place + size), place + size, words - text
+        before += words * (layout.text + layout.reference_tokens)
+        return cls(layout.text, layout.generation[1], kept, split=True, before=before if layout.places else None)
+
+    @classmethod
+    def reading(cls, layout: TokenLayout, stored: int) -> StepTokens:
+        """A call that reads `stored` reference tokens, and the text's where these are stored too."""
+        text = 0 if layout.places else layout.text
+        return cls(text, layout.generation[1], 0, cached=stored + layout.text - text)
+
     @property
     def joint(self) -> int:
         """Rows of the joint sequence (S), in the last block."""
@@ -73,6 +92,8 @@ class StepTokens:
 
     def pairs(self, layers: int) -> int:
         """Query-key pairs of one head over `layers` attention layers."""
+        if self.before is not None:
+            return layers * (self.generation * self.joint + self.before)
         if self.split:
             return layers * ((self.text + self.generation) * self.joint + self.references**2)
         leading = self.from_block * (self.joint + self.dropped) ** 2

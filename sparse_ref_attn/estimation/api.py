@@ -27,7 +27,7 @@ from ..patching.trained import isolation_of
 from ..presets import configuration
 from ..refresh import Drift
 from ..types import Reference, TokenLayout
-from .cache import run_work
+from .cache import kept_whole, run_work
 from .planned import PlannedRun
 from .result import Estimate, RunMemory
 from .scoring import scoring_of
@@ -72,8 +72,8 @@ def estimate(
     calls_per_step : int
         Transformer calls a step (2 with sequential classifier-free guidance).
     pixels_per_token : int, optional
-        Pixels of a token's side. Default that of the pipeline: 16 for every published model (8 in the VAE, 2 in
-        packing), and of a transformer.
+        Pixels of a token's side. Default that of the pipeline: 16 for every published model (8 in the VAE and 2 in
+        packing, or 16 in the VAE), and of a transformer.
 
     Returns
     -------
@@ -98,7 +98,9 @@ def estimate(
     neither their work nor their memory.
     On a transformer whose processors keep the references' keys and values (that of a Klein-KV pipeline)
     ``execute="cache"`` and "both" mean that cache; the dense work is then still that of the pipeline without one
-    (plain Klein).
+    (plain Klein). The dense work of models that always run their references whole is that of their own cache:
+    of GLM-Image with the calls before the steps, whose guided calls see no reference and are not among
+    `calls_per_step`, of Qwen-Image-2.1 with the first step, its references counted as standing before the words.
 
     Examples
     --------
@@ -115,7 +117,7 @@ def estimate(
     if steps is None:
         steps = 28 if facts is None else facts.steps(getattr(pipe.config, "is_distilled", None))
     if pixels_per_token is None:
-        pixels_per_token = 2 * getattr(pipe, "vae_scale_factor", 8)
+        pixels_per_token = (2 if facts is None else facts.packed) * getattr(pipe, "vae_scale_factor", 8)
     counts = {"steps": steps, "batch": batch, "calls_per_step": calls_per_step, "pixels_per_token": pixels_per_token}
     for name, value in (counts | {"text_tokens": text_tokens}).items():
         least = 0 if name == "text_tokens" else 1
@@ -135,15 +137,20 @@ def estimate(
     sites = adapter.sites(transformer)
     kept_by_model = adapter.cache is not None and adapter.cache.kept_by(transformer)
     isolation = isolation_of(config.execute, transformer, adapter)
-    run = PlannedRun.of(config, sites, layout, steps, kept_by_model, isolation is not None)
+    before, whole, layout = kept_whole(adapter, transformer, layout)
+    run = PlannedRun.of(config, sites, layout, steps, kept_by_model, isolation is not None, whole, before)
     passes = [] if isolation is None else [StepTokens(0, 0, len(own)) for own in isolation.passes(layout.sizes)]
+    passes += [StepTokens(0, 0, size) for size in layout.sizes if before]
     probing, kinds, tokens = run.probing, run.kinds, run.tokens
     if probing.probes:
         adapter.check_measurable(transformer)
-    full = StepTokens.of(layout)
+    full, total = StepTokens.of(layout), layout.reference_tokens
+    dense = [StepTokens.reading(layout, total) if whole else full] * steps
+    if whole and not before:
+        dense[0] = StepTokens.storing(layout, total)
     lse_given = all(gives_lse(site.processor) for site in sites)
     scoring = scoring_of(shape, run, layout, batch, calls_per_step, lse_given)
-    cached = isinstance(config.execute, Cache)
+    cached = whole or isinstance(config.execute, Cache)
     sparse_steps = [t for t, kind in zip(tokens, kinds, strict=True) if kind in ("sparse", "cached")]
     most = max(sparse_steps, key=lambda t: t.joint + t.dropped, default=full)
     # each branch of guidance stores its own, but references that run by themselves are the same for all
@@ -153,11 +160,11 @@ def estimate(
     room = 0
     if cached and run.stored and tiles is None:
         room = branches * room_bytes(shape, text_tokens + full.generation, batch)
-    kept_kv = branches * reference_kv_bytes(shape, max(run.stored, default=full.references), batch)
+    kept_kv = branches * reference_kv_bytes(shape, max(run.stored, default=total), batch)
     held_kv = kept_kv
-    whole = config.per == "tile" or (run.line.stores and (probing.probes or config.cache_rows == "all"))
-    if whole:  # every row, at least before the ranking is known
-        held_kv = branches * reference_kv_bytes(shape, full.references, batch)
+    every = whole or config.per == "tile" or (run.line.stores and (probing.probes or config.cache_rows == "all"))
+    if every:  # every row, at least before the ranking is known
+        held_kv = branches * reference_kv_bytes(shape, total, batch)
 
     def peak(step: StepTokens) -> Memory:
         memory = step_memory(shape, step, batch)
@@ -173,14 +180,14 @@ def estimate(
         tokens=tuple(run.kept),
         from_block=tuple(run.from_block),
         blocks=len(shape.leading),
-        dense=run_flops(shape, [full] * steps, batch, calls_per_step),
+        dense=run_flops(shape, dense, batch, calls_per_step) + run_flops(shape, passes if before else [], batch),
         sparse=run_work(config, shape, tokens, batch, calls_per_step, scoring) + run_flops(shape, passes, batch),
         scoring=scoring,
         memory=RunMemory(
-            dense=step_memory(shape, full, batch),
+            dense=step_memory(shape, dense[0], batch),
             sparse=peak(max([*tokens, *passes], key=lambda t: t.joint + t.dropped)),
             sparse_step=peak(most),
-            dense_reference_kv=branches * reference_kv_bytes(shape, full.references, batch),
+            dense_reference_kv=branches * reference_kv_bytes(shape, total, batch),
             sparse_reference_kv=kept_kv,
             room=room,
             tiles=tiles,

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 
+from torch import nn
+
+from ..adapters import Adapter
 from ..config import SparseRef
 from ..cost import Flops, ModelShape, StepTokens, layered_flops, run_flops
 from ..types import TokenLayout
 
-__all__ = ["run_work", "with_cache"]
+__all__ = ["kept_whole", "run_work", "with_cache"]
+
+
+def kept_whole(adapter: Adapter, transformer: nn.Module, layout: TokenLayout) -> tuple[bool, bool, TokenLayout]:
+    """Whether the model fills its own cache before the steps; whether with all tokens; and the layout as it has it."""
+    hooks = adapter.cache
+    if hooks is None or not hooks.whole or not hooks.kept_by(transformer):
+        return False, False, layout
+    places = tuple(accumulate(layout.sizes, initial=0))[:-1] if hooks.text else ()
+    return hooks.before_steps, True, replace(layout, places=places)
 
 
 def with_cache(

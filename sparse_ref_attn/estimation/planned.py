@@ -64,9 +64,11 @@ class PlannedRun:
         steps: int,
         kept_by_model: bool,
         isolated: bool = False,
+        whole: bool = False,
+        before_steps: bool = False,
     ) -> PlannedRun:
         """Of a model with these attention sites; `kept_by_model`: it keeps its references' keys and values itself;
-        `isolated`: these run by themselves.
+        `whole`: of all tokens, in the first step or `before_steps`; `isolated`: references run by themselves.
 
         Raises
         ------
@@ -86,7 +88,16 @@ class PlannedRun:
         cells = cells_of(config.execute, layout) if isinstance(config.execute, Cache) and tiled else None
         means = 0 if cells is None else cells.count
         tokens, full = [_rows(layout, step, means) for step in planned], [not step.reads for step in planned]
-        if cached and kept_by_model:
+        if whole:
+            full = [kind == "profile" for kind in kinds]
+            tokens = [_read(layout, n, means) for n in kept]
+            first = "profile" if full[0] else "dense"
+            if not before_steps:
+                full[0], kept[0] = True, layout.reference_tokens
+                tokens[0] = StepTokens.storing(layout, kept[0])
+            kinds = ["cached" if i or before_steps else first for i in range(steps)]
+            stored = [n for n, own in zip(kept, full, strict=True) if not own]
+        elif cached and kept_by_model:
             full = [i == 0 or kind == "profile" for i, kind in enumerate(kinds)]
             kinds, kept, tokens = with_cache(config, layout, kinds, kept, means)
         parts = [kind == "cached" and n < layout.reference_tokens for kind, n in zip(kinds, kept, strict=True)]
@@ -113,7 +124,10 @@ class PlannedRun:
 
 def _rows(layout: TokenLayout, step: PlannedStep, means: int) -> StepTokens:
     """The rows of a planned step; with a part of the tokens it reads `means` besides."""
-    if step.reads:
-        read = step.kept + (means if step.kept < layout.reference_tokens else 0)
-        return StepTokens(layout.text, layout.generation[1], 0, cached=read)
-    return StepTokens.of(layout, step.kept, step.from_block)
+    return _read(layout, step.kept, means) if step.reads else StepTokens.of(layout, step.kept, step.from_block)
+
+
+def _read(layout: TokenLayout, kept: int, means: int) -> StepTokens:
+    """The rows of a step that reads `kept` stored tokens."""
+    read = kept + (means if kept < layout.reference_tokens else 0)
+    return StepTokens.reading(layout, read)

@@ -12,6 +12,7 @@ from ..hooks.diffusers import AttentionSite
 from ..models import adapter_for
 from ..patching.execution.joint import check_cache
 from ..types import Reference, TokenLayout
+from .cache import kept_whole
 from .planned import PlannedRun
 
 __all__ = ["at_share", "at_share_of_sites"]
@@ -65,7 +66,8 @@ def at_share(transformer: nn.Module, family: Callable[[float], SparseRef], share
     adapter = adapter_for(transformer)
     check_cache(family(share), adapter, transformer)
     kept_by_model = adapter.cache is not None and adapter.cache.kept_by(transformer)
-    return at_share_of_sites(adapter.sites(transformer), family, share, steps, kept_by_model)
+    before, whole, _ = kept_whole(adapter, transformer, _LAYOUT)
+    return at_share_of_sites(adapter.sites(transformer), family, share, steps, kept_by_model, whole, before)
 
 
 def at_share_of_sites(
@@ -74,6 +76,8 @@ def at_share_of_sites(
     share: float,
     steps: int,
     kept_by_model: bool = False,
+    whole: bool = False,
+    before_steps: bool = False,
 ) -> SparseRef:
     """As `at_share`, of a model that is known by the attention of its blocks alone.
 
@@ -83,6 +87,8 @@ def at_share_of_sites(
         In the order of the blocks.
     kept_by_model : bool
         Whether the model keeps its references' keys and values itself.
+    whole, before_steps : bool
+        Whether of all tokens, and before the first step.
 
     Examples
     --------
@@ -93,7 +99,7 @@ def at_share_of_sites(
     """
 
     def planned(config: SparseRef) -> PlannedRun:
-        return PlannedRun.of(config, sites, _LAYOUT, steps, kept_by_model)
+        return PlannedRun.of(config, sites, _LAYOUT, steps, kept_by_model, whole=whole, before_steps=before_steps)
 
     def mean(config: SparseRef) -> float:
         return planned(config).mean(_SIDE**2, len(sites)) / _SIDE**2

@@ -9,17 +9,9 @@ __all__ = ["REFUSED"]
 _AT = "diffusers.models.transformers.transformer_"
 
 REFUSED: Mapping[str, str] = {
-    f"{_AT}qwenimage21.QwenImage21Transformer2DModel": (
-        "Qwen-Image-2.1 puts its references between the words of the prompt, each piece seeing what comes before it, "
-        "and keeps the keys of all of it at once: references cannot leave without the words"
-    ),
-    f"{_AT}glm_image.GlmImageTransformer2DModel": (
-        "GLM-Image runs each reference in a call of its own before the steps and keeps its keys: no call has rows of "
-        "references beside those of a generation"
-    ),
     f"{_AT}z_image.ZImageTransformer2DModel": (
-        "Z-Image-Omni takes lists of pictures and cuts them into tokens in its forward, which then run through blocks "
-        "of their own: no argument has a row for each token"
+        "Z-Image-Omni takes lists of pictures and cuts them into tokens in its forward, pads each picture's to a "
+        "multiple of 32 and counts them again to find the generation: no argument has a row for each token"
     ),
     f"{_AT}omnigen.OmniGenTransformer2DModel": (
         "OmniGen takes pictures, cuts them into tokens in its forward and puts them between the words, where its mask "

@@ -10,6 +10,7 @@ from ..config import SparseRef
 from ..run import Probing
 from ..selection import Selector
 from .execution.joint import check_cache
+from .execution.whole import check_whole
 
 __all__ = ["check_fits"]
 
@@ -22,5 +23,7 @@ def check_fits(config: SparseRef, probing: Probing, adapter: Adapter, transforme
     if probing.probes:
         adapter.check_measurable(transformer)
     check_cache(config, adapter, transformer)
+    if adapter.cache is not None and adapter.cache.whole:
+        check_whole(config, probing, adapter)
     if isinstance(config.select, Selector):
         config.select.check(model_words(adapter, transformer))

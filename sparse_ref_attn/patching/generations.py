@@ -208,8 +208,9 @@ class Generations:
             return None
         self.attendance.came()
         reads = self.adapter.cached(kwargs)
-        layout = None if reads else self._owners.layout(kwargs)
-        if not reads and (layout is None or not layout.references):
+        told = not reads or (self.cache is not None and self.cache.hooks.before_steps)
+        layout = self._owners.layout(kwargs) if told else None
+        if told and (layout is None or not layout.references):
             if layout is None:
                 self.attendance.passed = f"the layout of its calls was not known: {self._owners.unknown}"
                 self._outdate()
@@ -246,7 +247,7 @@ class Generations:
         measures = plan.kind in ("profile", "in_flight") and run.calls(at.step) == 0
         rows = stream_rows(self.adapter, kwargs)
         if layout is not None and not plan.from_block:
-            rows += (0 if plan.reads else kept) - layout.reference_tokens
+            rows += (0 if plan.reads or self.adapter.cached(kwargs) else kept) - layout.reference_tokens
         around = self._lengths.enter(module, (rows, kept), measures)
         if not eager and (self.store is None or self.store.stays_compiled(run)):
             shape, own = shape_of(self.adapter, run, kwargs), 0 if plan.reads else kept
@@ -274,16 +275,16 @@ class Generations:
         at, tokens = where.at, reference_tokens(self.adapter, kwargs, layout)
         pixels = [None] * len(layout.references) if self.pixels is None else self.pixels.take(layout, tokens)
         encode = None if self._pipe is None or self.pixels is None else encoder(self._pipe, self.adapter.encode)
-        extracts = self.adapter.extracts(kwargs)
-        refreshing = None if self.store is None or extracts else self.store.begin(module, at, layout, kwargs)
-        keeper = self.cache if extracts else None
+        own = self.adapter.extracts(kwargs) or self.adapter.cached(kwargs)  # the model keeps them itself
+        refreshing = None if self.store is None or own else self.store.begin(module, at, layout, kwargs)
+        keeper = self.cache if own else None
         reuse = reuse_of(keeper, self.store)
         scores = None if reuse is None else reuse.ranked(module, kwargs, layout, tokens)
-        prompt, own = prompt_of(self.adapter, kwargs, layout), (at.total, at.clock, encode, scores, refreshing)
-        run = Run(self.config, self._probing, layout, tokens, pixels, *own, prompt)
+        prompt, more = prompt_of(self.adapter, kwargs, layout), (at.total, at.clock, encode, scores, refreshing)
+        run = Run(self.config, self._probing, layout, tokens, pixels, *more, prompt)
         run.record.notes += self.adapter.notes(kwargs)
-        if extracts or refreshing is not None:
-            run.record.exactness = "exact" if extracts or self.isolates else self.adapter.exactness(module)
+        if own or refreshing is not None:
+            run.record.exactness = "exact" if own or self.isolates else self.adapter.exactness(module)
         if keeper is not None:
             keeper.begin(module, run, kwargs)
         if self.store is not None and refreshing is not None:

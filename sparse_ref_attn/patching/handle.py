@@ -249,6 +249,10 @@ class PatchHandle:
         if self._generations.removed:
             raise HandleRemovedError("a handle must not be used after remove(); patch again")
         transformer, cache = self._transformer(), self._generations.cache
+        if cache is not None and cache.hooks.whole:
+            raise IncompatibleError(
+                f"{self._name}: {cache.hooks.whole}, and keys and values of an earlier run cannot stand in for them"
+            )
         kept = cache is not None and transformer is not None and cache.hooks.kept_by(transformer)
         reuse = reuse_of(cache if kept else None, self._generations.store)
         if reuse is None:

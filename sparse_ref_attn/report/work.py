@@ -16,6 +16,7 @@ def recorded_flops(shape: ModelShape, record: RunRecord) -> Flops:
     total = Flops(0, int(record.scoring_flops))
     for count in record.isolated or ():
         total = total + step_flops(shape, StepTokens(0, 0, count), record.batch)
+    total = total + _before(shape, record)
     for step in record.steps:
         tokens = _tokens(record, step)
         if step.layers is not None:
@@ -32,10 +33,10 @@ def dense_flops(shape: ModelShape, record: RunRecord) -> Flops:
     A run on reference K/V of an earlier one is compared with one that computes them in its first step, and one on a
     model that does not keep them itself with one whose references run in every step.
     """
-    total = Flops(0, 0)
+    total = _before(shape, record)
     for step in record.steps:
-        everything = replace(step, kept=record.layout.reference_tokens, from_block=0)
-        if step is record.steps[0] or record.with_the_picture:
+        everything = replace(step, kept=record.layout.reference_tokens, from_block=0, means=0)
+        if (step is record.steps[0] and not record.passes) or record.with_the_picture:
             everything.kind = "dense"
         total = total + step_flops(shape, _tokens(record, everything), record.batch) * step.calls
     return total
@@ -46,8 +47,15 @@ def summarise(shape: ModelShape, record: RunRecord) -> FlopSummary:
     return FlopSummary(dense_flops(shape, record).total / 1e12, recorded_flops(shape, record).total / 1e12)
 
 
+def _before(shape: ModelShape, record: RunRecord) -> Flops:
+    """Of the calls in which the model itself runs its references before the steps."""
+    return sum((step_flops(shape, StepTokens(0, 0, count)) for count in record.passes), Flops(0, 0))
+
+
 def _tokens(record: RunRecord, step: StepRecord) -> StepTokens:
     layout = record.layout
     if step.kind == "cached":
-        return StepTokens(layout.text, layout.generation[1], 0, cached=step.kept + step.means)
-    return replace(StepTokens.of(layout, step.kept, step.from_block), split=layout.generation[0] > 0)
+        return StepTokens.reading(layout, step.kept + step.means)
+    if layout.generation[0] > 0:
+        return StepTokens.storing(layout, step.kept)
+    return StepTokens.of(layout, step.kept, step.from_block)

@@ -143,7 +143,8 @@ class Draws:
         return Call(self.adapter, module, kwargs, layout, Plan("sparse"), self._per_item(module, layout, here))
 
     def _layout(self, kwargs: Kwargs) -> TokenLayout | None:
-        return None if self.adapter.cached(kwargs) else self._layouts.of(kwargs)
+        told = self.adapter.cache is not None and self.adapter.cache.before_steps
+        return self._layouts.of(kwargs) if told or not self.adapter.cached(kwargs) else None
 
     def _isolated(
         self, module: nn.Module, kwargs: Kwargs, layout: TokenLayout | None, kept: RefSelection | None

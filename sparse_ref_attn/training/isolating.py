@@ -40,7 +40,7 @@ class Isolator:
         if adapter.cache is not None and adapter.cache.kept_by(transformer):
             raise IncompatibleError(
                 f"there is nothing to do: the references of this {adapter.name} run by themselves already, and its "
-                "pipeline keeps their keys and values (Klein-KV). Train it as it is"
+                "pipeline keeps their keys and values, as Klein-KV's does. Train it as it is"
             )
         self._adapter, self._isolation = adapter, isolation
         self._attention = JointAttention(adapter, transformer)

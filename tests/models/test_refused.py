@@ -26,8 +26,6 @@ def test_it_is_refused_with_its_reason(name: str) -> None:
 
 
 TAKEN = {
-    "QwenImage21Transformer2DModel": ("img_mask", "kv_cache", "kv_cache_mode"),
-    "GlmImageTransformer2DModel": ("kv_caches", "prior_token_id"),
     "ZImageTransformer2DModel": ("x", "cap_feats", "image_noise_mask"),
     "OmniGenTransformer2DModel": ("input_ids", "input_img_latents", "input_image_sizes"),
     "LTX2VideoTransformer3DModel": ("audio_hidden_states", "video_self_attention_mask", "video_keyframes_mask"),
@@ -47,7 +45,7 @@ def test_its_call_is_as_the_reason_says(name: str) -> None:
 
 
 def test_an_adapter_of_somebodys_own_serves_it() -> None:
-    name = next(iter(REFUSED))
+    name = next(name for name in REFUSED if name.endswith("OmniGenTransformer2DModel"))
     own = sra.PlainAdapter("hidden_states", lambda kwargs: None)
     try:
         sra.register_adapter(name, own)

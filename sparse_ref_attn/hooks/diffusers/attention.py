@@ -22,6 +22,7 @@ __all__ = [
     "KeptRoute",
     "Route",
     "Tap",
+    "answerable",
     "answered_layer",
     "attention_sites",
     "check_measurable",
@@ -105,6 +106,15 @@ def dispatches(processor: object) -> bool:
     return hasattr(processor, "_attention_backend")
 
 
+def answerable(sites: Sequence[AttentionSite]) -> bool:
+    """Whether every attention can be answered by itself: its processor dispatches, and is no other layer's too."""
+    return bool(sites) and all(dispatches(site.processor) for site in sites) and not _shared(sites)
+
+
+def _shared(sites: Sequence[AttentionSite]) -> bool:
+    return len({id(site.processor) for site in sites}) < len(sites)
+
+
 def chosen_backend(processor: object) -> object:
     """The attention backend that a processor was set to, None where it goes by diffusers' default."""
     return getattr(processor, "_attention_backend", None)
@@ -123,6 +133,11 @@ def check_measurable(sites: Sequence[AttentionSite], model: str) -> None:
         raise IncompatibleError(
             f"this selector looks at attention, so {model}'s attention must go through processors that dispatch to "
             f"attention backends; got {sorted(set(blind)) or 'no attention sites'}. Use a selector that does not"
+        )
+    if _shared(sites):
+        raise IncompatibleError(
+            f"this selector looks at attention, so each attention of {model} must have a processor of its own, got one "
+            f"{type(sites[0].processor).__name__} for several: set_attn_processor with a dictionary sets one each"
         )
 
 

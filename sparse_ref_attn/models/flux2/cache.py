@@ -37,7 +37,7 @@ class Flux2CacheHooks(CacheHooks):
     def of_call(self, kwargs: Kwargs) -> Any:
         return kwargs["kv_cache"]
 
-    def of_output(self, output: Any) -> Any:
+    def of_output(self, kwargs: Kwargs, layout: TokenLayout, output: Any) -> Any:
         return output[1] if isinstance(output, tuple) else output.kv_cache
 
     def of_attention(self, kwargs: Kwargs) -> LayerCache | None:

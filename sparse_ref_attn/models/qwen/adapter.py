@@ -217,7 +217,10 @@ class QwenImageAdapter(Adapter):
         return [self._text_keys(item) for item in items]
 
     def _text_keys(self, item: Kwargs) -> Tensor | None:
-        mask, (text, rows) = item.get("encoder_hidden_states_mask"), (self._text(item), item["hidden_states"].shape[1])
+        mask, (text, rows) = (
+            item.get("encoder_hidden_states_mask"),
+            (self.text_rows(item), item["hidden_states"].shape[1]),
+        )
         if mask is None:
             return None
         if tuple(mask.shape) != (1, text):

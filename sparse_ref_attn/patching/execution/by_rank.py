@@ -99,7 +99,7 @@ class ByRank:
         by_bank = _by_bank(attention, held.ranked, own, reads)
         mask, batch = self._adapter.mask(call.kwargs), call.kwargs[self._adapter.tokens].shape[0]
         columns = None if mask is None else reference_columns(mask, batch, call.layout)
-        return to_stored(call, held.ranked, reads, by_bank, call.layout.text, columns)
+        return to_stored(call, held.ranked, reads, by_bank, columns)
 
 
 def _by_bank(attention: JointAttention, ranked: RankedCache, own: int, reads: Sequence[int]) -> list[bool]:

@@ -20,8 +20,8 @@ from ...hooks.diffusers import (
     Attention,
     KeptRoute,
     Route,
+    answerable,
     around_reruns,
-    dispatches,
     routed_attention,
 )
 from ..call import Call
@@ -85,7 +85,7 @@ class JointAttention:
 
     def keep(self) -> None:
         """Hold on to what answers the calls of this thread, to be removed."""
-        if all(dispatches(site.processor) for site in self.sites):
+        if answerable(self.sites):
             self._kept = KeptRoute(self.sites)
             self._off.append(weakref.finalize(self, self._kept.remove))
         if self._once:

@@ -6,9 +6,11 @@ import weakref
 from abc import ABC, abstractmethod
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ...adapters.base import Adapter, Kwargs
+from ...adapters.stream import reference_tokens
 from ...config import SparseRef
 from ...errors import IncompatibleError, LayoutError
 from ...execution import Cache
@@ -95,7 +97,8 @@ class CacheKeeper(ABC, Generic[H]):
     def plan(self, run: Run, at: RunStep, plan: Plan, reads: bool) -> tuple[Plan, int]:
         """What a call of a step with `plan` does that reads a cache, or stores; and the reference tokens in it."""
         if not reads and plan.kind == "sparse":
-            whole = isinstance(self._config.execute, Cache) and self._config.execute.first == "all"
+            first = isinstance(self._config.execute, Cache) and self._config.execute.first == "all"
+            whole = first or bool(self.hooks.whole)
             plan = Plan("dense") if whole else run.largest(range(at.step, at.total))
             self._stored = (run, plan)
         if reads and plan.reduced is not None:  # the rows of the step that stored; changed tokens have no fewer
@@ -146,7 +149,7 @@ class CacheKeeper(ABC, Generic[H]):
 
     def take_charge(self, call: GenerationCall, held: H, output: Any) -> None:
         """After a call that stores: follow its cache."""
-        cache = self.hooks.of_output(output)
+        cache = self.hooks.of_output(call.kwargs, call.layout, output)
         if cache is not None:
             self._held[cache] = held
             self._filled(held, cache)
@@ -161,6 +164,10 @@ class CacheKeeper(ABC, Generic[H]):
     @abstractmethod
     def _resumed(self, call: GenerationCall, cache: Any) -> H:
         """What is held of a cache with the K/V of an earlier run."""
+
+    @abstractmethod
+    def _found(self, call: GenerationCall, cache: Any) -> H:
+        """What is held of a cache with the K/V of every token that the model filled before the steps."""
 
     def _filled(self, held: H, cache: Any) -> None:
         """A call has filled the model's cache."""
@@ -179,12 +186,28 @@ class CacheKeeper(ABC, Generic[H]):
         """
         cache = self.hooks.of_call(kwargs)
         held = self._held.get(cache)
+        if self.hooks.before_steps and (held is None or not held.are_of(call.run)):
+            held = self._adopted(call, kwargs, cache)
         if held is None or not held.are_of(call.run):
             raise LayoutError(
                 "a cached call must bring the reference keys and values that this run's first step stored, got others: "
                 "the tokens kept were chosen for this run's references"
             )
         return self._read(call, kwargs, held, cache)
+
+    def _adopted(self, call: GenerationCall, kwargs: Kwargs, cache: Any) -> H | None:
+        """What is held of a cache that was filled before the steps; None where it is of other references (syncs)."""
+        run, rows = call.run, self.hooks.layers(cache)[0].get()[0].shape[1]
+        if not torch.equal(reference_tokens(self._adapter, kwargs, run.layout), run.references.tokens):
+            return None
+        if rows != run.layout.reference_tokens:
+            raise LayoutError(
+                f"a run must begin on the keys and values of all {run.layout.reference_tokens} reference tokens, got "
+                f"{rows}: an earlier run gave the others up. Fill the cache anew"
+            )
+        run.record.passes = self.hooks.passes(cache)
+        self._held[cache] = self._found(call, cache)
+        return self._held[cache]
 
     @abstractmethod
     def _read(self, call: GenerationCall, kwargs: Kwargs, held: H, cache: Any) -> Kwargs:
@@ -202,7 +225,3 @@ class CacheKeeper(ABC, Generic[H]):
         self._sizes[cache] = self._bytes(held, cache)
         mine = [size for each, size in self._sizes.items() if self._held[each].are_of(call.run)]
         call.step.cache_bytes = sum(mine)
-
-    def _text(self, kwargs: Kwargs) -> int:
-        given = None if self._adapter.text_tokens is None else kwargs.get(self._adapter.text_tokens)
-        return 0 if given is None else given.shape[1]

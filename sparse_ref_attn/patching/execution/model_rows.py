@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.base import Kwargs
+from ...adapters.masks import viewed
 from ...hooks.compiled import compiled_blocks, eager_blocks
-from ...hooks.diffusers import Attention, Route, dispatches, routed_attention
+from ...hooks.diffusers import Attention, Route, answerable, routed_attention
 from ...hooks.instance import InstanceHook
 from ...ops.with_lse import attention_with_lse
 from ...run import AttentionView, Run, covering
@@ -37,7 +38,13 @@ class RankedKeeper(CacheKeeper[HeldRows]):
         else:
             held = HeldRows(run, len(sites), dropped.indices, covering(run.needed([at.step, *later])))
         eager = not torch.is_grad_enabled() and not compiled_blocks(call.module) and all(s.module for s in sites)
-        early = run.ranking.known and not isinstance(self._config.select, Reducer) and not at.observed and bool(later)
+        early = (
+            not self.hooks.whole
+            and run.ranking.known
+            and not isinstance(self._config.select, Reducer)
+            and not at.observed
+            and bool(later)
+        )
         if whole or not early or not eager or _needs_all(run, later):
             return held
         held.prepare(run.needed(later), run.layout.text + run.layout.generation[1])
@@ -61,6 +68,9 @@ class RankedKeeper(CacheKeeper[HeldRows]):
         tokens = None if given.complete else given.tokens
         return HeldRows(run, len(given.layers), tokens, limit, foreign=not given.complete)
 
+    def _found(self, call: GenerationCall, cache: Any) -> HeldRows:
+        return HeldRows(call.run, len(self.hooks.layers(cache)), None, call.run.budgeting.full)
+
     # -- the calls that read it ----------------------------------------------------------------
 
     def _read(self, call: GenerationCall, kwargs: Kwargs, held: HeldRows, cache: Any) -> Kwargs:
@@ -68,7 +78,7 @@ class RankedKeeper(CacheKeeper[HeldRows]):
         if plan.reduced is not None:
             return kwargs
         sites = self._adapter.sites(module)
-        routable = all(dispatches(site.processor) for site in sites)
+        routable = answerable(sites)
         untouched = held.ranked is None and held.tokens is None
         measures_all = plan.kind == "profile" and plan.selection is None and routable and untouched
         if measures_all or (plan.kind == "dense" and not held.released):
@@ -76,7 +86,7 @@ class RankedKeeper(CacheKeeper[HeldRows]):
             self._account(call, held, cache)
             if measures_all and call.measures:
                 call.contexts.enter_context(eager_blocks(module))
-                call.contexts.enter_context(routed_attention(sites, self._heard(call, self._text(kwargs))))
+                call.contexts.enter_context(routed_attention(sites, self._heard(call)))
             return kwargs
         self._arrange(call, held, cache, kwargs)
         self._account(call, held, cache)
@@ -90,28 +100,29 @@ class RankedKeeper(CacheKeeper[HeldRows]):
             return self.hooks.reading(kwargs, self.hooks.make(module, views))
         if call.measures:
             call.contexts.enter_context(eager_blocks(module))
-        text = self._text(kwargs)
-        own = text + kwargs[self._adapter.tokens].shape[1]
+        own = self._own(call, kwargs)
         by_bank = [prefers_bank(site.processor, held.ranked, i, own, reads[i]) for i, site in enumerate(sites)]
-        route = to_stored(call, held.ranked, reads, by_bank, text)
+        route = to_stored(call, held.ranked, reads, by_bank)
         call.contexts.enter_context(routed_attention(sites, route))
         return self.hooks.alone(kwargs)
 
-    def _heard(self, call: GenerationCall, text: int) -> Route:
-        """The model's own cached attention, text | references | generation, listened to."""
-        layout = call.run.layout
-        span = (text, text + layout.reference_tokens)
+    def _heard(self, call: GenerationCall) -> Route:
+        """The model's own cached attention, listened to."""
+        rows, spans = call.run.layout.generation[1], self.hooks.spans(call.run.layout)
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
-            every = torch.arange(span[1] - span[0], device=k.device)
             measured = call.run.profile.measures(call.at.step, i)
             out, lse = attention_with_lse(own, q, k, mask) if measured else (own(), None)
-            lse = None if lse is None else lse[..., text:]
-            view = AttentionView(k, v, q[:, text:], None, (span,), order=every, sizes=layout.sizes, lse=lse)
-            call.run.observe(call.at.step, i, view)
+            lse = None if lse is None else lse[..., -rows:]
+            seen = viewed(mask, q.shape[0], k.shape[1], {"generation": slice(-rows, None)}, slice(None))
+            call.run.observe(call.at.step, i, AttentionView(k, v, q[:, -rows:], None, spans, lse=lse, **seen))
             return out
 
         return attend
+
+    def _own(self, call: GenerationCall, kwargs: Kwargs) -> int:
+        """Rows of a cached call's own keys, and of the text's where these are kept beside the references'."""
+        return self._adapter.text_rows(kwargs) + call.run.layout.generation[1]
 
     def _arrange(self, call: GenerationCall, held: HeldRows, cache: Any, kwargs: Kwargs) -> None:
         run, at = call.run, call.at
@@ -119,7 +130,7 @@ class RankedKeeper(CacheKeeper[HeldRows]):
         needs = run.needed(steps)
         if at.observed or self._config.cache_rows == "all":
             needs.append(held.limit)
-        room = self._text(kwargs) + kwargs[self._adapter.tokens].shape[1]
+        room = self._own(call, kwargs)
         held.arrange(self.hooks.layers(cache), needs, room, at.observed or not _needs_all(run, steps))
 
     def _bytes(self, held: HeldRows, cache: Any) -> int:

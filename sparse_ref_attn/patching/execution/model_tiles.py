@@ -64,6 +64,9 @@ class TiledKeeper(CacheKeeper[HeldTiles]):
         self._filled(held, cache)
         return held
 
+    def _found(self, call: GenerationCall, cache: Any) -> HeldTiles:
+        return self._resumed(call, cache)
+
     def _read(self, call: GenerationCall, kwargs: Kwargs, held: HeldTiles, cache: Any) -> Kwargs:
         call.contexts.callback(self._account, call, held, cache)  # what the tiles read is listed in the call
         if call.plan.selection is not None and self._form.reads_a_part(call):

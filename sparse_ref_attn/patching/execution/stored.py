@@ -24,7 +24,6 @@ def to_stored(
     ranked: RankedCache,
     reads: Sequence[int],
     by_bank: Sequence[bool],
-    text: int,
     columns: Tensor | None = None,
 ) -> Route:
     """Attention in which layer i reads the best ``reads[i]`` rows; where the call measures, it is that to every row.
@@ -36,8 +35,6 @@ def to_stored(
     reads : sequence of int
     by_bank : sequence of bool
         Whether a layer's rows are read where they lie, by a kernel that gathers.
-    text : int
-        Text rows of the call, which stand before those of the generation.
     columns : Tensor, shape (B or 1, H or 1, N or 1, R), optional
         The caller's mask of the reference tokens, in order.
     """
@@ -50,7 +47,7 @@ def to_stored(
             ranked.join(i, k.detach(), v.detach(), reads[i])
             stored, vectors, span, order = ranked.all_of(i, rows)
             masked = _masked(mask, columns, ranked, i, ranked.rows[i], q, rows)
-            call.run.observe(call.at.step, i, _view(call, q.detach(), stored, vectors, span, order, masked, text))
+            call.run.observe(call.at.step, i, _view(call, q.detach(), stored, vectors, span, order, masked))
         masked = _masked(mask, columns, ranked, i, reads[i], q, rows)
         if torch.is_grad_enabled():  # the room is not a part of any graph
             return own(*joined(ranked.prefix(i, reads[i]), (k, v), ranked.before(i)), masked)
@@ -75,19 +72,18 @@ def _view(
     span: tuple[int, int],
     order: Tensor,
     mask: Tensor | None,
-    text: int,
 ) -> AttentionView:
-    """The generation's queries over own and stored keys, of the items that are scored."""
-    items, heads = call.layout.conditional or slice(None), q.shape[2]
+    """The generation's queries, the last ones, over own and stored keys, of the items that are scored."""
+    items, heads, rows = call.layout.conditional or slice(None), q.shape[2], call.run.layout.generation[1]
     seen: dict[str, Any] = {}
     if mask is not None and mask.shape[2] > 1:
         mask = mask if mask.shape[0] == 1 else mask[items]
-        seen = {"masks": {"generation": mask[:, :, text:]}}
+        seen = {"masks": {"generation": mask[:, :, -rows:]}}
     elif mask is not None:
         seen = masks.viewed(mask, q.shape[0], k.shape[1], {"generation": slice(None)}, items)
     k, v = (of_heads(x[items], heads) for x in (k, v))
     sizes = call.run.layout.sizes
-    return AttentionView(k, v, q[items, text:], None, (span,), order=order, sizes=sizes, **seen)
+    return AttentionView(k, v, q[items, -rows:], None, (span,), order=order, sizes=sizes, **seen)
 
 
 def _masked(
