@@ -114,9 +114,20 @@ def shareable(record: dict[str, Any]) -> dict[str, Any]:
     """The record that goes into the picture's file: names of files in place of their paths."""
     found = record | {"images": [Path(path).name for path in record["images"]]}
     found["loras"] = [lora | {"path": Path(lora["path"]).name} for lora in record["loras"]]
-    select = record["config"]["select"]
-    if select.get("path") is not None:
-        found["config"] = record["config"] | {"select": select | {"path": Path(select["path"]).name}}
+    if record["config"] is not None:
+        found["config"] = record["config"] | {"select": _by_name(record["config"]["select"])}
     if record["model"] is not None and Path(record["model"]).is_dir():
         found["model"] = Path(record["model"]).resolve().name
     return found
+
+
+def _by_name(select: Any) -> Any:
+    """A selector's JSON with names of files in place of their paths, those of selectors inside it too."""
+    if isinstance(select, list):
+        return [_by_name(each) for each in select]
+    if not isinstance(select, dict):
+        return select
+    return {
+        key: Path(value).name if key == "path" and value is not None else _by_name(value)
+        for key, value in select.items()
+    }

@@ -19,7 +19,7 @@ from ..config import SparseRef
 from ..errors import HandleRemovedError, IncompatibleError, SparseRefError
 from ..execution import Cache
 from ..record import RunRecord
-from ..run import Probing, Run
+from ..run import Run
 from ..types import TokenLayout
 from .attendance import Attendance
 from .call import Execution, GenerationCall
@@ -27,7 +27,7 @@ from .execution.cache import ReferenceStore, reuse_of
 from .execution.depth import ByDepth, check_call
 from .execution.model_tiles import keeper_of
 from .execution.tokens import AtInput
-from .fitting import check_fits
+from .fitting import fit
 from .lengths import Lengths, shape_of
 from .ownership import Generation, Ownership, Where
 from .pixels import PixelTap, encoder
@@ -63,8 +63,7 @@ class Generations:
     def __init__(self, transformer: nn.Module, pipe: Any, config: SparseRef, adapter: Adapter) -> None:
         self.adapter, self.config = adapter, config
         self._pipe = None if pipe is None else weakref.ref(pipe)
-        self._probing = Probing.of(config, [site.kind for site in adapter.sites(transformer)])
-        check_fits(config, self._probing, adapter, transformer)
+        self._probing = fit(config, adapter, transformer)
         self._isolation = isolation_of(config.execute, transformer, adapter)
         self.cache = keeper_of(adapter, config)
         self.store = ReferenceStore(adapter, config, self._isolation) if isinstance(config.execute, Cache) else None

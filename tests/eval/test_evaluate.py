@@ -32,19 +32,8 @@ from tests import programs
 from tests.vision_models import save_clip, save_dino
 
 SMALL = ["--side", "64", "--steps", "2", "--metrics", "psnr", "subject-psnr", "--pictures", "1"]
-PART = [
-    "--subjects",
-    "2",
-    "--rules",
-    "random",
-    "ReCAST",
-    "subject mask",
-    "--keep",
-    "100%",
-    "50%",
-    "--mean-over",
-    "dropping",
-]
+PART = ["--subjects", "2", "--rules", "random", "ReCAST", "subject mask", "--keep", "100%", "50%",
+        "--mean-over", "dropping"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
