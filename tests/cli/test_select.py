@@ -12,6 +12,7 @@ import pytest
 import sparse_ref_attn as sra
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.cli.recorded import record_of
+from sparse_ref_attn.cli.session import shareable
 from sparse_ref_attn.selection.head import Head, Origin
 from sparse_ref_attn.selection.learned import SHIPPED
 from tests.cli.commands import KONTEXT, pixels, run
@@ -47,3 +48,12 @@ def test_another_model_is_refused(
         assert main([*command, "--model", str(models / "kontext"), "--select", name]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "o.png").exists()
+
+
+def test_a_picture_names_files_and_no_folders() -> None:
+    select = sra.Union((sra.Learned("/home/me/head.safetensors"), sra.Edges()))
+    config = sra.SparseRef(select, 0.5).to_dict()
+    found = shareable({"images": ["/home/me/cup.png"], "loras": [], "config": config, "model": None})
+    assert "/home" not in json.dumps(found)
+    assert "head.safetensors" in json.dumps(found["config"]["select"])
+    assert "/home" in json.dumps(config)
