@@ -23,7 +23,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_demo_writes_what_it_says(demo: tuple[Path, str]) -> None:
     directory, text = demo
-    assert {p.name for p in directory.iterdir()} == {"dense.png", "sparse.png", "kept.png", "report.json"}
+    names = {p.name for p in directory.iterdir()} - {"fewer steps.png"}  # there where one step takes no longer
+    assert names == {"dense.png", "sparse.png", "kept.png", "report.json"}
     assert all(name in text for name in ("dense.png", "sparse.png", "kept.png", "report.json", str(directory)))
     assert pixels(directory / "dense.png").shape == pixels(directory / "sparse.png").shape == (32, 32, 3)
     assert pixels(directory / "kept.png").shape[1] == 1400

@@ -95,7 +95,7 @@ def test_a_second_run_leaves_nothing_of_the_first(tmp_path: Path) -> None:
     first = {path.name for path in tmp_path.iterdir()}
     assert {"answer.png", "row.png", "references.png", "dense.png"} < first
     run(*TINY, "--out", tmp_path)
-    second = {path.name for path in tmp_path.iterdir()}
+    second = {path.name for path in tmp_path.iterdir()} - {"fewer steps.png"}  # there where one step takes no longer
     assert second == {"mine.png", "dense.png", "sparse.png", "kept.png", "report.json"}
     assert sparse_run(tmp_path)["references"][0]["tokens"] == 64
 
