@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from ..errors import IncompatibleError
 from ..types import TokenLayout
 
 __all__ = ["CacheHooks", "LayerCache"]
@@ -39,6 +40,13 @@ class CacheHooks:
     """Whether references run in calls of their own before the first step."""
     text: ClassVar[bool] = False
     """Whether text rows are kept beside those of the references, and cached calls run the generation alone."""
+
+    def check_depth(self, name: str) -> None:
+        """Raise IncompatibleError for a model called `name` whose references always run `whole`."""
+        raise IncompatibleError(
+            f"{name}: {self.whole}, and by depth some of their rows would leave at a block. Take them out of what is "
+            'read: from_block=0, profile="step"'
+        )
 
     def kept_by(self, transformer: nn.Module) -> bool:
         """Whether this instance keeps a cache: a class may serve pipelines that do and pipelines that do not."""

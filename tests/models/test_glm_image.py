@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from sparse_ref_attn.hooks.diffusers import attention_sites, tapped_attention
 from tests.adapters.test_dropping import ROUNDING, error, noise, scores
 from tests.contract.test_offload import by_model, sequential
 from tests.models import glm_image
+from tests.models.own_caches import Step, heard
 
 KEEP = 0.25
 SIZES = (32, 24)
@@ -28,43 +28,19 @@ CALLS: dict[str, dict[str, Any]] = {"one": {}, "batch": {"batch": 2, "images": 2
 called = pytest.mark.parametrize("which", CALLS.values(), ids=list(CALLS))
 
 
-@dataclass
-class Step:
-    """A call of a step as the pipeline made it, with a copy of the whole cache, and what it was given back."""
-
-    given: dict[str, Any]
-    mode: str
-    sample: torch.Tensor
-
-
-@contextmanager
-def steps_of(model: torch.nn.Module) -> Iterator[list[Step]]:
-    """The calls of the steps inside, with hooks around those of a patch that is there."""
-    found: list[Step] = []
+def steps_of(model: torch.nn.Module) -> AbstractContextManager[list[Step]]:
+    """The calls of the steps inside."""
     whole: list[Any] = []
-    running: list[str] = []
 
-    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def step(kwargs: dict[str, Any]) -> Step | None:
         mode = kwargs["kv_caches"][0].mode
-        running[:] = [mode]
-        if mode != "write":
-            whole.append(copy.deepcopy(whole[0] if whole else kwargs["kv_caches"]))
-            whole[-1].set_mode(mode)
-            found.append(Step({**kwargs, "kv_caches": whole[-1]}, mode, torch.empty(0)))
+        if mode == "write":
+            return None
+        whole.append(copy.deepcopy(whole[0] if whole else kwargs["kv_caches"]))
+        whole[-1].set_mode(mode)
+        return Step({**kwargs, "kv_caches": whole[-1]}, mode, torch.empty(0))
 
-    def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if running != ["write"]:
-            found[-1].sample = output[0].clone()
-
-    hooks = [
-        model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-        model.register_forward_hook(after, with_kwargs=True),
-    ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return heard(model, step)
 
 
 def by_hand(model: torch.nn.Module, step: Step, *kept: torch.Tensor) -> torch.Tensor:
@@ -242,8 +218,11 @@ REFUSED: dict[str, tuple[Callable[[], sra.SparseRef], str]] = {
         lambda: sra.SparseRef("self-attention", KEEP),
         "SelfAttention.* measures their own attention",
     ),
-    "by depth": (lambda: sra.SparseRef("grid", KEEP, from_block=1), "by depth they would leave at a block"),
-    "in flight": (lambda: sra.SparseRef("mass", KEEP, profile="in_flight"), "by depth they would leave"),
+    "by depth": (
+        lambda: sra.SparseRef("grid", KEEP, from_block=1),
+        "by depth some of their rows would leave at a block",
+    ),
+    "in flight": (lambda: sra.SparseRef("mass", KEEP, profile="in_flight"), "by depth some of their rows would leave"),
 }
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from math import prod
 from typing import Any
 
@@ -21,6 +20,7 @@ from sparse_ref_attn.hooks.diffusers import attention_sites, tapped_attention
 from tests.adapters.test_dropping import ROUNDING, error, noise, scores
 from tests.contract.test_offload import by_model, sequential
 from tests.models import qwen21
+from tests.models.own_caches import Step, heard
 
 KEEP = 0.25
 SIZES = (60, 64)
@@ -30,39 +30,17 @@ CALLS: dict[str, dict[str, Any]] = {"one": {}, "padded": {"batch": 2, "images": 
 called = pytest.mark.parametrize("which", CALLS.values(), ids=list(CALLS))
 
 
-@dataclass
-class Step:
-    """A call of the pipeline, with a copy of the whole cache where it reads one, and what it was given back."""
-
-    given: dict[str, Any]
-    mode: str
-    sample: torch.Tensor
-
-
-@contextmanager
-def steps_of(model: torch.nn.Module) -> Iterator[list[Step]]:
-    """The calls inside, with hooks around those of a patch that is there."""
-    found: list[Step] = []
+def steps_of(model: torch.nn.Module) -> AbstractContextManager[list[Step]]:
+    """The calls inside."""
     whole: dict[int, Any] = {}
 
-    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def step(kwargs: dict[str, Any]) -> Step:
         given, cache = dict(kwargs), kwargs["kv_cache"]
         if kwargs["kv_cache_mode"] == "cached":
             given["kv_cache"] = whole.setdefault(id(cache), copy.deepcopy(cache))
-        found.append(Step(given, kwargs["kv_cache_mode"], torch.empty(0)))
+        return Step(given, kwargs["kv_cache_mode"], torch.empty(0))
 
-    def after(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        found[-1].sample = output[0].clone()
-
-    hooks = [
-        model.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-        model.register_forward_hook(after, with_kwargs=True),
-    ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return heard(model, step)
 
 
 def by_hand(model: torch.nn.Module, step: Step, *kept: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,6 @@ from ...adapters.row_arguments import take_rows
 from ...adapters.shortened import Shortened
 from ...adapters.stream import own_rows
 from ...adapters.token_form import FORM, token_form_hooks
-from ...errors import IncompatibleError
 from ...functional import pack_rows
 from ...hooks.diffusers import Attention, Route
 from ...hooks.instance import InstanceHook
@@ -155,10 +154,7 @@ class GlmImageAdapter(Adapter):
         return last
 
     def check_depth(self, transformer: nn.Module) -> None:
-        raise IncompatibleError(
-            f"{self.name}: {self.cache.whole}, and by depth they would leave at a block. Take them out of what "
-            'is read: from_block=0, profile="step"'
-        )
+        self.cache.check_depth(self.name)
 
 
 def _reads(kwargs: Kwargs) -> bool:

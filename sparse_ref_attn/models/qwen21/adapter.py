@@ -116,10 +116,7 @@ class Qwen21Adapter(Adapter):
         return heard_generation(self.sites(transformer), tap)
 
     def check_depth(self, transformer: nn.Module) -> None:
-        raise IncompatibleError(
-            f"{self.name}: {self.cache.whole}, and by depth some of their rows would leave at a block. Take them out "
-            'of what is read: from_block=0, profile="step"'
-        )
+        self.cache.check_depth(self.name)
 
     def shape(self, transformer: nn.Module) -> ModelShape:
         names = [block.name for block in self.blocks(transformer)]
