@@ -59,6 +59,8 @@ COMBINED: tuple[str, ...] = tuple(
 """A rule and a rival in one run."""
 SAME = {"mass": "ReCAST", "mass rising": "ReCAST rising", "mass flat": "ReCAST flat"}
 """The selector's name of a rule, by which `RULES` and `METHODS` may be called too."""
+OPEN_SCENERY = "open scenery"
+"""The kind of edit whose answer is a distribution: subjects go where the prompt says, what is behind them is open."""
 BUILTIN = ("small", "large", "tiny")
 EDITS = ("place", "pair", "swap", "local", "global")
 LAYOUTS = ("folder", "kontext-bench", "dreambench++", "pie-bench")
