@@ -23,7 +23,7 @@ from sparse_ref_attn.eval.frontier.listed import STEP_CACHES, all_settings, sett
 from sparse_ref_attn.eval.frontier.points import Losses, Lost, losses_of
 from sparse_ref_attn.eval.frontier.sweep import survivors
 from sparse_ref_attn.eval.frontier.table import markdown, speed
-from sparse_ref_attn.eval.metrics import Interval
+from sparse_ref_attn.eval.metrics import Interval, SceneryContrast, SceneryPsnr
 from sparse_ref_attn.frontier import Point, read_points
 from sparse_ref_attn.models import named_model
 from sparse_ref_attn.toy.pipeline import build_transformer
@@ -98,7 +98,7 @@ def test_points_are_paired_differences(done: Path) -> None:
     for (key, steps, references), point in points.items():
         own = {tuple(name): row for (method, ran, *name), row in values.items() if (method, ran) == (key, steps)}
         own = {name: row for name, row in own.items() if name[0].startswith("pair/" if references == 2 else "place/")}
-        lost = [float(row[SUBJECT]) - float(values[DENSE, 4, *name][SUBJECT]) for name, row in own.items()]
+        lost = [float(row[SUBJECT]) - float(values[(DENSE, 4, *name)][SUBJECT]) for name, row in own.items()]
         assert point.loss_db == pytest.approx(np.mean(lost), abs=6e-4)
         assert point.dense_db == pytest.approx(np.mean([float(row[PICTURE]) for row in own.values()]), abs=6e-3)
         assert (point.examples, point.seeds) == (len({name for name, _ in own}), len({seed for _, seed in own}))
@@ -142,13 +142,8 @@ def test_what_of_open_scenery_is_not_drawn() -> None:
     other = next(key for key, _ in data.keys if key.startswith("open/") and key != name)
 
     def row(example: str, keep: float, contrast: float) -> dict[str, str]:
-        values = {
-            SUBJECT: "20.0",
-            PICTURE: "15.0",
-            "scenery PSNR (dB) vs nearest": "13",
-            "scenery contrast": f"{contrast}",
-        }
         about = {"model": "m", "family": OPEN_SCENERY, "example": example, "seed": "0", "method": DENSE}
+        values = {SUBJECT: "20", PICTURE: "15", SceneryPsnr.name: "13", SceneryContrast.name: str(contrast)}
         return about | values | {"keep": str(keep)}
 
     rows = [row(name, 1.0, 0.2), row(other, 1.0, 0.1), row(name, 0.5, 0.02), row(other, 0.5, 0.1)]
