@@ -9,10 +9,6 @@ __all__ = ["REFUSED"]
 _AT = "diffusers.models.transformers.transformer_"
 
 REFUSED: Mapping[str, str] = {
-    f"{_AT}z_image.ZImageTransformer2DModel": (
-        "Z-Image-Omni takes lists of pictures and cuts them into tokens in its forward, pads each picture's to a "
-        "multiple of 32 and counts them again to find the generation: no argument has a row for each token"
-    ),
     f"{_AT}omnigen.OmniGenTransformer2DModel": (
         "OmniGen takes pictures, cuts them into tokens in its forward and puts them between the words, where its mask "
         "of all rows and its positions count them, at other places in each of the guidance's three calls, which are "
