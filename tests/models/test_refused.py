@@ -26,7 +26,6 @@ def test_it_is_refused_with_its_reason(name: str) -> None:
 
 
 TAKEN = {
-    "ZImageTransformer2DModel": ("x", "cap_feats", "image_noise_mask"),
     "OmniGenTransformer2DModel": ("input_ids", "input_img_latents", "input_image_sizes"),
     "LTX2VideoTransformer3DModel": ("audio_hidden_states", "video_self_attention_mask", "video_keyframes_mask"),
     "WanAnimate2Transformer3DModel": ("condition_latents", "kv_cache", "kv_cache_mode"),
@@ -40,7 +39,7 @@ def test_its_call_is_as_the_reason_says(name: str) -> None:
     cls = load_class(name)
     parameters = inspect.signature(cls.forward).parameters
     assert set(TAKEN[cls.__name__]) <= set(parameters)
-    if cls.__name__ in ("ZImageTransformer2DModel", "OmniGenTransformer2DModel"):
+    if cls.__name__ == "OmniGenTransformer2DModel":
         assert not {"img_ids", "img_shapes", "shape_list"} & set(parameters)
 
 
