@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
+from diffusers.models.transformers import transformer_omnigen
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.adapters.classes import load_class
@@ -41,6 +43,15 @@ def test_its_call_is_as_the_reason_says(name: str) -> None:
     assert set(TAKEN[cls.__name__]) <= set(parameters)
     if cls.__name__ == "OmniGenTransformer2DModel":
         assert not {"img_ids", "img_shapes", "shape_list"} & set(parameters)
+
+
+def test_omnigen_turns_all_rows_by_the_positions_of_the_first_item() -> None:
+    """With a table for each item, its rows could leave at places of their own."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+    rope = transformer_omnigen.OmniGenSuScaledRotaryEmbedding(8, rope_scaling=factors)
+    cos, sin = rope(torch.zeros(2, 3, 8), torch.tensor([[0, 1, 2], [0, 0, 1]]))
+    assert cos.shape == sin.shape == (3, 8)
+    assert torch.equal(sin[:, 0], torch.tensor([0.0, 1.0, 2.0]).sin() * (sin[1, 0] / torch.tensor(1.0).sin()))
 
 
 def test_an_adapter_of_somebodys_own_serves_it() -> None:

@@ -243,7 +243,7 @@ def test_gradients_of_dropped_tokens_are_zero_under_training() -> None:
 def test_what_cannot_be_served_is_refused() -> None:
     pipe = OMNI.build()
     (call,) = calls_of(pipe)
-    with pytest.raises(IncompatibleError, match="the Z-Image-Omni adapter cannot put calls together"):
+    with pytest.raises(IncompatibleError, match="to run calls together, the attention of Z-Image-Omni"):
         sra.patch_for_training(pipe.transformer, sra.RandomDrop((0.25, 0.5), per_sample=True))
     with pytest.raises(IncompatibleError, match=r"\(alone\), and that of Z-Image-Omni does not"):
         sra.patch(pipe, sra.SparseRef("edges", 1.0, sra.Cache(isolated=True)))

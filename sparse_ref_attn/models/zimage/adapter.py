@@ -7,6 +7,7 @@ Guidance runs both prompts in one call, and the words of each item have a length
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.weak import WeakIdKeyDictionary, ref
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ...adapters.base import Adapter, Found, Kwargs
 from ...adapters.depth import DepthCut
@@ -89,7 +90,7 @@ class ZImageAdapter(Adapter):
             if len(parts) == len(flat) and all(held() is part for held, part in zip(parts, flat, strict=True)):
                 return text
         text = pad_sequence([torch.cat(item).detach() for item in items], batch_first=True)
-        known.append(([ref(part) for part in flat], text))
+        known.append(([weakref.ref(part) for part in flat], text))
         return text
 
     def layout_key(self, kwargs: Kwargs) -> object:
