@@ -23,10 +23,12 @@ from tests.pictures import picture
 
 KEEP = 0.3
 OMNI = OTHERS["z-image omni"]
-TWO = {
-    "prompt": ["a cat", "two dogs beside a red kite"], "negative_prompt": ["dark and blurry " * 4, "rain"],
-    "guidance_scale": 3.0,
-}  # fmt: skip
+
+
+def two() -> dict[str, Any]:
+    """Two guided items; the pipeline writes into its lists of prompts."""
+    prompts = {"prompt": ["a cat", "two dogs beside a red kite"], "negative_prompt": ["dark and blurry " * 4, "rain"]}
+    return {**prompts, "guidance_scale": 3.0}
 
 
 class ByHand(diffusers.ZImageTransformer2DModel):
@@ -65,15 +67,15 @@ def calls_of(pipe: Any, **more: Any) -> list[Call]:
     return calls
 
 
-@pytest.mark.parametrize("more", [{}, OMNI.guided, TWO], ids=["alone", "guided", "two guided"])
+@pytest.mark.parametrize(("more", "items"), [({}, 1), (OMNI.guided, 2), (two(), 4)])
 @torch.no_grad()
-def test_dropping_is_the_forward_without_these_rows_bit_for_bit(more: dict[str, Any]) -> None:
+def test_dropping_is_the_forward_without_these_rows_bit_for_bit(more: dict[str, Any], items: int) -> None:
     pipe = OMNI.build()
     with sra.patched(pipe, sra.SparseRef(sra.FromFunction(noise), KEEP)) as handle:
         calls = calls_of(pipe, steps=2, **more)
         sizes = handle.record.layout.sizes
     kept = best(scores(sizes), sizes, KEEP)
-    assert [len(call.given["x"]) for call in calls] == [4 if more is TWO else 2 if more else 1] * 2
+    assert [len(call.given["x"]) for call in calls] == [items] * 2
     for call in calls:
         assert torch.equal(call.sample, by_hand(call.given, kept))
         assert error(call.sample, sample_of(pipe.transformer(**call.given))) > 100 * ROUNDING
@@ -85,7 +87,7 @@ def test_guided_items_leave_by_depth_where_each_has_words_of_its_own(first: int)
     """All leave at a block: the keys that are hidden from there on, after the blocks of words and features."""
     pipe = OMNI.build()
     with sra.patched(pipe, sra.SparseRef(sra.FromFunction(noise), KEEP, from_block=first)) as handle:
-        (call,) = calls_of(pipe, **TWO)
+        (call,) = calls_of(pipe, **two())
         sizes = handle.record.layout.sizes
     kept = best(scores(sizes), sizes, KEEP)
     with HiddenKeys(zimage.seen(call.given, kept), 2 + first):
@@ -96,7 +98,7 @@ def test_guided_items_leave_by_depth_where_each_has_words_of_its_own(first: int)
 @torch.no_grad()
 def test_what_guided_items_store_is_what_their_full_call_computed() -> None:
     pipe = OMNI.build()
-    (call,) = calls_of(pipe, **TWO)
+    (call,) = calls_of(pipe, **two())
     assert len({zimage.words(call.given, item) for item in range(4)}) > 1
     with sra.patched(pipe.transformer, sra.SparseRef("mass", 1.0, sra.Cache(refresh=sra.Never()))) as handle:
         handle.begin(steps=2)
@@ -113,7 +115,7 @@ def test_mass_is_what_the_generation_pays_in_the_blocks_asked_for(blocks: Any) -
     """Of the whole softmax in float64, of items with words of their own; the first block sees no words."""
     pipe = OMNI.build()
     with sra.patched(pipe, sra.SparseRef(sra.AttentionMass(blocks), KEEP)) as handle:
-        (call,) = calls_of(pipe, **TWO)
+        call = calls_of(pipe, steps=2, **two())[0]
         found, size = torch.cat(handle.record.mass or []), handle.record.layout.reference_tokens
     rows = torch.tensor([at for at, (_, token) in enumerate(zimage.pictures_rows(call.given, 0)) if token])
     layers = call.attention[3:] if blocks == "single" else call.attention[:1]
@@ -136,9 +138,9 @@ class Same(Reducer):
 @torch.no_grad()
 def test_tokens_placed_at_their_own_cells_are_the_references_bit_for_bit() -> None:
     pipe = OMNI.build()
-    (call,) = calls_of(pipe, **TWO)
+    (call,) = calls_of(pipe, **two())
     with sra.patched(pipe, sra.SparseRef(Same(), 0.5)):
-        (same,) = calls_of(pipe, **TWO)
+        (same,) = calls_of(pipe, **two())
     assert torch.equal(same.sample, call.sample)
 
 
@@ -182,16 +184,17 @@ def test_a_model_without_features_is_served() -> None:
 
 
 def test_guidance_that_ends_within_a_run() -> None:
-    """The calls after it have the conditional items alone, and begin a run of their own."""
+    """The calls after it have the conditional items alone, whose references are stored anew."""
     pipe = OMNI.build()
     given = {"guidance_scale": 3.0, "cfg_truncation": 0.5, "steps": 4}
-    for config in (sra.SparseRef("mass", KEEP), sra.SparseRef("mass", 1.0, sra.Cache(refresh=sra.Never()))):
-        with sra.patched(pipe, config) as handle:
-            calls = calls_of(pipe, **given)
-        sizes = [len(call.given["x"]) for call in calls]
-        assert sizes[0] == 2
-        assert sizes[-1] == 1
-        assert handle.record.steps[-1].kept == round(config.budget.keep * 80) + round(config.budget.keep * 81)
+    dense = OMNI.call(pipe, **given)
+    with sra.patched(pipe, sra.SparseRef("mass", 1.0)):
+        assert (OMNI.call(pipe, **given) == dense).all()
+    with sra.patched(pipe, sra.SparseRef("edges", KEEP, sra.Cache(refresh=sra.Never()))) as handle:
+        sizes = [len(call.given["x"]) for call in calls_of(pipe, **given)]
+        assert (sizes[0], sizes[-1]) == (2, 1)
+        assert [step.kept for step in handle.record.steps] == [24 + 24] * 4
+        assert [step.kind for step in handle.record.steps].count("cached") == 2
 
 
 @torch.no_grad()
@@ -243,7 +246,7 @@ def test_gradients_of_dropped_tokens_are_zero_under_training() -> None:
 def test_what_cannot_be_served_is_refused() -> None:
     pipe = OMNI.build()
     (call,) = calls_of(pipe)
-    with pytest.raises(IncompatibleError, match="to run calls together, the attention of Z-Image-Omni"):
+    with pytest.raises(IncompatibleError, match="to run calls together, the attention of ZImage"):
         sra.patch_for_training(pipe.transformer, sra.RandomDrop((0.25, 0.5), per_sample=True))
     with pytest.raises(IncompatibleError, match=r"\(alone\), and that of Z-Image-Omni does not"):
         sra.patch(pipe, sra.SparseRef("edges", 1.0, sra.Cache(isolated=True)))
