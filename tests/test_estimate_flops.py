@@ -43,6 +43,10 @@ def call(name, model, text, generation, references):
         patches = empty(1, rows, model.config.in_channels, *model.config.patch_size)
         shapes = [[(1, 64, generation // 64), (1, 1, references)]]
         model(patches, inputs["timestep"], inputs["encoder_hidden_states"], None, shapes)
+    elif name == "z-image-omni":
+        pictures = [empty(16, 1, 2, 2 * tokens) for tokens in (references, generation)]
+        words = [empty(text // 2, 2560)] * 2
+        model([pictures], inputs["timestep"], [words], siglip_feats=[None], image_noise_mask=[[0, 1]])
     elif name == "longcat-image-edit":
         model(**inputs, img_ids=empty(rows, 3), txt_ids=empty(text, 3))
     elif name == "flux3":
@@ -85,17 +89,21 @@ def counted(function, *args):
 
 @pytest.mark.parametrize(
     "name",
-    ["kontext", "klein-9b", "qwen-image-edit-2511", "longcat-image-edit", "flux3", "fibo-edit", "joyimage-edit-plus"],
-)
+    [
+        "kontext", "klein-9b", "qwen-image-edit-2511", "longcat-image-edit", "flux3", "fibo-edit",
+        "joyimage-edit-plus", "z-image-omni",
+    ],
+)  # fmt: skip
 def test_a_whole_run_is_within_one_percent_of_the_flop_counter(name):
     model = named_model(name)
     e = estimate(model, "recast", references=[(1024, 1024), (768, 1024)], steps=3, text_tokens=300)
     steps = [counted(call, name, model, 300, 4096, kept) for kept in e.tokens]
     assert e.kinds == ("profile", "sparse", "sparse")
     assert e.tokens[0] == sum(e.references) == 4096 + 3072
-    heads, channels = model.config.num_attention_heads, getattr(model.config, "attention_head_dim", 128)
+    shape = adapter_for(model).shape(model)
+    heads, channels = shape.heads, shape.head_dim
     scored = {"kontext": 38, "klein-9b": 24, "qwen-image-edit-2511": 40, "longcat-image-edit": 20, "flux3": 28}
-    scored |= {"joyimage-edit-plus": 27}
+    scored |= {"joyimage-edit-plus": 27, "z-image-omni": 30}
     scored = scored.get(name, 38)
     q, k = empty(1, 4096, heads, channels), empty(1, 300 + 4096 + e.tokens[0], heads, channels)
     # the model's own attention gives the LSE: the references' own keys alone are multiplied

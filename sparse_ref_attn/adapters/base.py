@@ -140,12 +140,7 @@ class Adapter:
 
     def keys(self, kwargs: Kwargs) -> Tensor | None:
         """Joint rows of a call, text first, that may be attended to, (B, rows) bool; None for all (may sync).
-
-        Raises
-        ------
-        IncompatibleError
-            If the call's mask says more than that.
-        """
+        Raises IncompatibleError if the call's mask says more than that."""
         batch = kwargs[self.tokens].shape[0]
         return masks.joint_keys(self.mask(kwargs), batch, self.text_rows(kwargs) + stream_rows(self, kwargs))
 
@@ -279,6 +274,11 @@ class Adapter:
     def ordered(self, attend: Route, text: int) -> Route:
         """`attend`, which has `text` rows before those of the image stream, for attention as the model does it."""
         return attend
+
+    def order(self, kwargs: Kwargs, layout: TokenLayout, kind: str) -> Tensor | None:
+        """Where a full call's attention at sites of `kind` has its rows, (B or 1, S) int64, the image stream's last;
+        None: text first, then the image stream, in the model too."""
+        return None
 
     def listen(self, transformer: nn.Module, tap: Tap) -> Any:
         """Context in which `tap` sees every attention call (see `hooks.diffusers.tapped`)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import LayoutError
 from ..functional import pack_rows
 from ..types import TokenLayout
+from .joint_order import pick
 
 __all__ = ["Block", "DepthCut", "blocks_of"]
 
@@ -55,10 +56,18 @@ class DepthCut:
         Of the whole call.
     choose : callable returning Tensor or None
         The kept rows of the image stream (ascending), or None to keep all; asked at the first block that cuts.
+    order : callable, optional
+        From a kind of blocks to `Adapter.order` of the call.
     """
 
-    def __init__(self, layout: TokenLayout, choose: Callable[[], Tensor | None]) -> None:
-        self._layout, self.full = layout, layout.rows
+    def __init__(
+        self,
+        layout: TokenLayout,
+        choose: Callable[[], Tensor | None],
+        order: Callable[[str], Tensor | None] = lambda kind: None,
+    ) -> None:
+        self._layout, self.full, self._order = layout, layout.rows, order
+        self._places: dict[str, tuple[Tensor, int]] = {}
         self._choose: Callable[[], Tensor | None] | None = choose
         self._joint: Tensor | None = None
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
@@ -99,6 +108,29 @@ class DepthCut:
                 f"ones, got {x.shape[axis]}"
             )
         return pack_rows(x, self._stream_rows(joint).to(x.device), axis)
+
+    def joint(self, x: Tensor, kind: str) -> Tensor:
+        """As `rows`, of joint rows (B, S, ...) that lie as the model has them, of a block of `kind`."""
+        places, full = self.places(kind)
+        if x.shape[1] == places.shape[1]:
+            return x
+        if x.shape[1] != full:
+            raise LayoutError(
+                f"where references leave by depth, a block must get all {full} joint rows or the {places.shape[1]} "
+                f"kept ones, got {x.shape[1]}"
+            )
+        return pick(x, places)
+
+    def places(self, kind: str) -> tuple[Tensor, int]:
+        """Where the kept joint rows lie as the model has them, (B or 1, rows) ascending, and how many there were."""
+        if kind not in self._places:
+            order = self._order(kind)
+            assert order is not None
+            assert self.kept is not None
+            text = order.shape[1] - self.full
+            kept = torch.cat([order[:, :text], order[:, text + self.kept.to(order.device)]], 1)
+            self._places[kind] = (kept.sort(1).values, order.shape[1])
+        return self._places[kind]
 
     def table(self, x: Tensor, axis: int = 0, joint: bool = False) -> Tensor:
         """As `rows`, of a tensor that every block gets anew: cut once a call."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from ..hooks.diffusers import Attention, Route
+from ..hooks.diffusers import Route
+from .joint_order import reordered
 
 __all__ = ["text_first", "text_first_mask", "with_text_first"]
 
@@ -38,22 +37,4 @@ def with_text_first(attend: Route, text: int) -> Route:
     text : int
         Text rows of the call.
     """
-
-    def turned(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
-        given = text_first_mask(mask, text)
-        user = _turned(own, q.shape[1], given, text)
-        out = attend(i, text_first(q, text), text_first(k, text), text_first(v, text), given, user)
-        return out.roll(-text, 1)
-
-    return turned
-
-
-def _turned(own: Attention, rows: int, mask: Tensor | None, text: int) -> Callable[..., Tensor]:
-    def user(k: Tensor | None = None, v: Tensor | None = None, given: Tensor | None = mask) -> Tensor:
-        if k is None:
-            return text_first(own(), text)
-        if given is not None and given.shape[-2] == rows:  # its queries are those of the caller's order
-            given = given.roll(-text, -2)
-        return text_first(own(k, v, given), text)
-
-    return user
+    return reordered(attend, lambda x, axis: x.roll(text, axis), lambda x, axis: x.roll(-text, axis))

@@ -9,14 +9,10 @@ __all__ = ["REFUSED"]
 _AT = "diffusers.models.transformers.transformer_"
 
 REFUSED: Mapping[str, str] = {
-    f"{_AT}z_image.ZImageTransformer2DModel": (
-        "Z-Image-Omni takes lists of pictures and cuts them into tokens in its forward, pads each picture's to a "
-        "multiple of 32 and counts them again to find the generation: no argument has a row for each token"
-    ),
     f"{_AT}omnigen.OmniGenTransformer2DModel": (
-        "OmniGen takes pictures, cuts them into tokens in its forward and puts them between the words, where its mask "
-        "of all rows and its positions count them, at other places in each of the guidance's three calls, which are "
-        "one batch: no argument has a row for each token"
+        "OmniGen takes pictures, cuts them into tokens in its forward and puts them between the words, at other places "
+        "in each of the guidance's three calls, which are one batch: one of the three has no references, and one table "
+        "of positions, the first call's, turns the rows of all, so that none can leave at a place of its own"
     ),
     f"{_AT}ltx2.LTX2VideoTransformer3DModel": (
         "LTX-2's references are frames of a video whose blocks look at sound too, with times by row and masks between "

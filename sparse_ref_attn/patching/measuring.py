@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..adapters.base import Adapter
+from ..adapters.joint_order import ordered_view
 from ..errors import IncompatibleError, LayoutError
 from ..hooks.compiled import eager_blocks
 from ..hooks.diffusers import splits_the_sequence
@@ -27,6 +28,9 @@ class _Listener:
         self._call = call
         self._joint: set[int] = set()
         self._others: dict[int, LayoutError] = {}
+        sites = call.adapter.sites(call.module)
+        orders = {kind: call.adapter.order(call.kwargs, call.layout, kind) for kind in {site.kind for site in sites}}
+        self._orders = [orders[site.kind] for site in sites]
 
     def wants_lse(self, block: int) -> bool:
         """Whether the call of `block` is measured, so that its LSE is worth asking for."""
@@ -39,7 +43,8 @@ class _Listener:
         if not self.wants_lse(block):
             return
         try:
-            view = view_with_lse(call.adapter, call.layout, q.detach(), k.detach(), v.detach(), mask, lse)
+            q, k, v = (x.detach() for x in (q, k, v))
+            view = view_with_lse(call.adapter, call.layout, q, k, v, mask, lse, self._orders[block])
         except LayoutError as error:
             if block not in self._joint and q.shape[1] == k.shape[1]:
                 raise
@@ -79,16 +84,23 @@ def listen(call: GenerationCall) -> None:
 
 
 def view_with_lse(
-    adapter: Adapter, layout: TokenLayout, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, lse: Tensor | None
+    adapter: Adapter,
+    layout: TokenLayout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    lse: Tensor | None,
+    order: Tensor | None = None,
 ) -> AttentionView | None:
-    """The adapter's view of a call (B, S, H, C), with each query's LSE (B, H, S) where there is one.
+    """The adapter's view of a call (B, S, H, C) in `order`, with each query's LSE (B, H, S) where there is one.
 
     The rows of the LSE are found as those of the queries are: it stands in their place with one channel.
     """
-    view = adapter.view(layout, q, k, v, mask)
+    view = ordered_view(adapter, order, layout, q, k, v, mask)
     if view is None or lse is None:
         return view
-    rows = adapter.view(layout, lse.detach().transpose(1, 2)[..., None], k, v, mask)
+    rows = ordered_view(adapter, order, layout, lse.detach().transpose(1, 2)[..., None], k, v, mask)
     assert rows is not None
     generation, reference = (
         None if x is None else x[..., 0].transpose(1, 2) for x in (rows.generation, rows.reference)

@@ -261,10 +261,12 @@ class Ownership:
         return None if self._adapter.text_tokens is None else kwargs.get(self._adapter.text_tokens)
 
     def _same_references(self, run: Run, kwargs: Kwargs, layout: TokenLayout) -> bool:
-        """Whether the call's reference rows are the run's (syncs)."""
+        """Whether the call's reference rows are the run's (syncs); of a guided run, once its guidance ended, a part."""
         if self._adapter.guided_apart:
             return True
         rows, known = reference_tokens(self._adapter, kwargs, layout), run.references.tokens
+        if len(rows) and len(known) % len(rows) == 0:
+            rows = rows.repeat(len(known) // len(rows), 1, 1)
         return rows.shape == known.shape and torch.equal(rows, known)
 
     def _unknown(self, what: str) -> None:

@@ -53,7 +53,13 @@ class Call:
 
     @property
     def sample(self) -> Tensor:
-        return self.output[0] if isinstance(self.output, tuple) else self.output
+        return sample_of(self.output)
+
+
+def sample_of(output: Any) -> Tensor:
+    """What a transformer gave, (B, ...); Z-Image gives a list of pictures."""
+    sample = output[0] if isinstance(output, tuple) else output
+    return torch.stack(sample) if isinstance(sample, list) else sample
 
 
 def _copied(values: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +112,8 @@ def witnessed(transformer: torch.nn.Module) -> Iterator[list[Call]]:
 
 
 class HiddenKeys(TorchFunctionMode):
-    """Inside, an attention over n keys, from call `first` on, sees only those that ``seen[n]``, (n,) bool, allows."""
+    """Inside, an attention over n keys, from call `first` on, sees only those that ``seen[n]`` allows, (n,) or (B, n)
+    bool."""
 
     def __init__(self, seen: dict[int, Tensor], first: int = 0) -> None:
         super().__init__()
@@ -120,11 +127,12 @@ class HiddenKeys(TorchFunctionMode):
                 return func(*args, **kwargs)
             kwargs = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
             args, seen = (), self.seen[kwargs["key"].shape[-2]]
+            seen = seen.view(-1, 1, 1, seen.shape[-1])
             mask = kwargs.get("attn_mask")
             if mask is not None and mask.dtype != torch.bool:
                 kwargs["attn_mask"] = mask.masked_fill(~seen, -torch.inf)
             else:
-                kwargs["attn_mask"] = seen.expand(1, 1, 1, -1) if mask is None else mask & seen
+                kwargs["attn_mask"] = seen if mask is None else mask & seen
         return func(*args, **kwargs)
 
 

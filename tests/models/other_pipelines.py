@@ -21,6 +21,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from tests import text_encoders, tiny_models
+from tests.models import zimage
 from tests.pictures import generator, picture
 from tests.pipelines import CASES
 
@@ -68,6 +69,11 @@ class Other:
         Whether attention has the text's rows behind the others.
     generated : callable
         From what the transformer gives to the rows (B, rows, ...) or the picture of the generation.
+    tiles : bool
+        Whether tiles may read reference tokens of their own.
+    seen : callable, optional
+        From a call's arguments and the kept tokens (R,) to what its attentions over n keys see of these, by n, where
+        the model's rows lie otherwise than the others'.
     """
 
     name: str
@@ -79,6 +85,8 @@ class Other:
     guided: dict[str, Any] = field(default_factory=dict)
     text_behind: bool = False
     generated: Callable[[torch.Tensor, int], torch.Tensor] = lambda sample, rows: sample[:, :rows]
+    tiles: bool = True
+    seen: Callable[[dict[str, Any], torch.Tensor], dict[int, torch.Tensor]] | None = None
 
     def call(self, pipe: Any, steps: int = 3, seed: int = 3, **more: Any) -> np.ndarray:
         """Its pictures, one above another, of the references that `seed` draws."""
@@ -259,5 +267,9 @@ OTHERS = {
               joyimage(diffusers.JoyImageEditPlusTransformer3DModel, diffusers.JoyImageEditPlusPipeline),
               _joyimage_plus, references=((8, 12), (8, 8)), modular=False, text_behind=True,
               guided={"guidance_scale": 2.0, "negative_prompt": "dark"}),
+        Other("z-image omni", zimage.build, zimage.arguments, references=((8, 10), (9, 9)), modular=False,
+              guided={"guidance_scale": 3.0, "negative_prompt": "dark and blurry " * 4}, tiles=False,
+              generated=lambda sample, rows: torch.stack(sample) if isinstance(sample, list) else sample,
+              seen=zimage.seen),
     )
 }  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
+from diffusers.models.transformers import transformer_omnigen
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.adapters.classes import load_class
@@ -26,7 +28,6 @@ def test_it_is_refused_with_its_reason(name: str) -> None:
 
 
 TAKEN = {
-    "ZImageTransformer2DModel": ("x", "cap_feats", "image_noise_mask"),
     "OmniGenTransformer2DModel": ("input_ids", "input_img_latents", "input_image_sizes"),
     "LTX2VideoTransformer3DModel": ("audio_hidden_states", "video_self_attention_mask", "video_keyframes_mask"),
     "WanAnimate2Transformer3DModel": ("condition_latents", "kv_cache", "kv_cache_mode"),
@@ -40,8 +41,17 @@ def test_its_call_is_as_the_reason_says(name: str) -> None:
     cls = load_class(name)
     parameters = inspect.signature(cls.forward).parameters
     assert set(TAKEN[cls.__name__]) <= set(parameters)
-    if cls.__name__ in ("ZImageTransformer2DModel", "OmniGenTransformer2DModel"):
+    if cls.__name__ == "OmniGenTransformer2DModel":
         assert not {"img_ids", "img_shapes", "shape_list"} & set(parameters)
+
+
+def test_omnigen_turns_all_rows_by_the_positions_of_the_first_item() -> None:
+    """With a table for each item, its rows could leave at places of their own."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+    rope = transformer_omnigen.OmniGenSuScaledRotaryEmbedding(8, rope_scaling=factors)
+    cos, sin = rope(torch.zeros(2, 3, 8), torch.tensor([[0, 1, 2], [0, 0, 1]]))
+    assert cos.shape == sin.shape == (3, 8)
+    assert torch.equal(sin[:, 0], torch.tensor([0.0, 1.0, 2.0]).sin() * (sin[1, 0] / torch.tensor(1.0).sin()))
 
 
 def test_an_adapter_of_somebodys_own_serves_it() -> None:

@@ -11,7 +11,7 @@ import torch
 import sparse_ref_attn as sra
 from sparse_ref_attn.models import adapter_for
 from sparse_ref_attn.selection import Reducer
-from tests.adapters.witnesses import Call, HiddenKeys, witnessed
+from tests.adapters.witnesses import Call, HiddenKeys, sample_of, witnessed
 from tests.contract.state import state
 from tests.models.other_pipelines import OTHERS, Other
 from tests.models.test_other_pipelines import seen_keys
@@ -92,7 +92,9 @@ class OtherTrial(Trial):
             if record is not None:
                 self._check_others(pipe.transformer, config, record, calls, outputs)
         assert state(pipe) == before
-        assert same(pipe.transformer(**calls[0].given)[0], calls[0].sample), "the dense model must be what it was"
+        assert same(sample_of(pipe.transformer(**calls[0].given)), calls[0].sample), (
+            "the dense model must be what it was"
+        )
         return found[0]
 
     def _told(self, model: Any, handle: Any, calls: list[Call], steps: int) -> list[torch.Tensor]:
@@ -100,7 +102,7 @@ class OtherTrial(Trial):
         outputs = []
         for i, call in enumerate(calls):
             handle.step(i * steps // len(calls))
-            outputs.append(model(**call.given)[0])
+            outputs.append(sample_of(model(**call.given)))
         return outputs
 
     def _check_others(self, model: Any, config: Any, record: Any, calls: list[Call], outputs: list[Any]) -> None:

@@ -48,7 +48,11 @@ Route = Callable[[int, Tensor, Tensor, Tensor, "Tensor | None", Attention], Tens
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One attention of the transformer: its processor, the kind of its block, its module if it has one."""
+    """One attention of the transformer: its processor, the kind of its block, its module if it has one.
+
+    Kinds are "double" and "single" for joint attention, a family's own where blocks see another part of the rows (see
+    `Adapter.order`), and "other", which is passed over.
+    """
 
     processor: Any
     kind: str

@@ -76,10 +76,11 @@ class ByRank:
         return held
 
     def storing(self, call: GenerationCall, held: HeldRows, attention: JointAttention) -> Route:
-        whole = _reference_keys(call, held)
+        whole, joint = _reference_keys(call, held), call.layout.text + _stream_rows(call)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
-            held.take(layer, LayerRows(k.detach()[:, whole], v.detach()[:, whole]))
+            at = _moved(whole, k.shape[1] - joint)  # a layer may see less than the text before the image stream
+            held.take(layer, LayerRows(k.detach()[:, at], v.detach()[:, at]))
             return own()
 
         return attend
@@ -122,6 +123,14 @@ def _reference_keys(call: GenerationCall, held: HeldRows) -> slice | Tensor:
         rows = layout.reference_rows(call.device)[held.tokens]
         return layout.text + torch.searchsorted(call.shortened.rows, rows)
     return reference_keys(layout, call.device)
+
+
+def _stream_rows(call: GenerationCall) -> int:
+    return call.layout.rows if call.shortened is None else call.shortened.rows.shape[0]
+
+
+def _moved(rows: slice | Tensor, by: int) -> slice | Tensor:
+    return slice(rows.start + by, rows.stop + by) if isinstance(rows, slice) else rows + by if by else rows
 
 
 def reference_keys(layout: TokenLayout, device: torch.device) -> slice | Tensor:

@@ -45,7 +45,7 @@ class ByDepth:
             call.listening.close()
             return None if rest.selection is None else kept_rows(call.layout, rest.selection)
 
-        self._cut = cut = DepthCut(call.layout, choose)
+        self._cut = cut = DepthCut(call.layout, choose, lambda kind: adapter.order(call.kwargs, call.layout, kind))
 
         def shorten(kind: str, block: nn.Module, args: tuple[Any, ...], kwargs: Kwargs) -> Kwargs:
             kwargs = adapter.bind(block, args, kwargs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.base import Adapter
+from ...adapters.joint_order import in_order, order_of_kept
 from ...config import SparseRef
 from ...errors import ConfigError, IncompatibleError
 from ...execution import Cache
@@ -127,11 +128,16 @@ class JointAttention:
             does otherwise.
         """
         keys = rows if keys is None else keys
-        attend = self._adapter.ordered(attend, call.layout.text)
+        asked = self._adapter.ordered(attend, call.layout.text)
+        ways: dict[str, tuple[tuple[int, int], Route]] = {}
+        for kind in {site.kind for site in self.sites}:
+            order = self._order(call, kind)
+            ways[kind] = ((rows, keys), asked) if order is None else ((order.shape[1],) * 2, in_order(attend, order))
 
         def route(i: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
-            joint = i in self._places and (q.shape[1], k.shape[1]) == (rows, keys)
-            return attend(self._places[i], q, k, v, mask, own) if joint else own()
+            wanted, answer = ways[self.sites[i].kind]
+            joint = i in self._places and (q.shape[1], k.shape[1]) == wanted
+            return answer(self._places[i], q, k, v, mask, own) if joint else own()
 
         if self.stays_compiled and not eager:
             assert self._shared is not None
@@ -144,6 +150,13 @@ class JointAttention:
             call.contexts.enter_context(self._kept.route(route))
         else:
             call.contexts.enter_context(self._adapter.route(call.module, route))
+
+    def _order(self, call: Call, kind: str) -> Tensor | None:
+        """As `Adapter.order`, of the rows that the call runs."""
+        order = self._adapter.order(call.kwargs, call.layout, kind)
+        if order is None or call.shortened is None:
+            return order
+        return order_of_kept(order, call.shortened.rows, call.shortened.size)
 
     def _rerun(
         self, module: nn.Module, route: Route | None

@@ -1,0 +1,7 @@
+"""Z-Image-Omni."""
+
+from .adapter import ZImageAdapter
+
+__all__ = ["FAMILY", "ZImageAdapter"]
+
+FAMILY = ZImageAdapter()
