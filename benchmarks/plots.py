@@ -34,7 +34,7 @@ NAMES = {
     "qwen-image-edit-2511": "Qwen-Image-Edit-Plus 2511", "qwen-image-layered": "Qwen-Image-Layered",
     "longcat-image-edit": "LongCat-Image-Edit", "flux3": "FLUX.3", "fibo-edit": "FIBO-Edit",
     "joyimage-edit": "JoyImage-Edit", "joyimage-edit-plus": "JoyImage-Edit-Plus",
-    "glm-image": "GLM-Image", "qwen-image-2.1": "Qwen-Image-2.1",
+    "glm-image": "GLM-Image", "qwen-image-2.1": "Qwen-Image-2.1", "ltx-2": "LTX-2",
 }  # fmt: skip
 """Of `vocabulary.MODELS`, in words."""
 
