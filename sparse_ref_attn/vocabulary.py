@@ -30,6 +30,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "glm_image": ("glm-image",),
     "qwen21": ("qwen-image-2.1",),
     "zimage": ("z-image-omni",),
+    "ltx2": ("ltx-2",),
 }
 """The model families, one line each: the module in `models`, and the published models that it describes."""
 MODELS = tuple(name for names in FAMILIES.values() for name in names)
