@@ -63,8 +63,8 @@ class StepTokens:
         references = layout.reference_tokens
         kept = references if kept is None else kept
         dropped = references - kept if from_block else 0
-        by_depth = {"dropped": dropped, "from_block": from_block} if dropped else {}
-        return cls(layout.text, layout.rows - references, kept, apart=layout.apart, **by_depth)
+        first, others = from_block if dropped else 0, layout.rows - references
+        return cls(layout.text, others, kept, dropped=dropped, from_block=first, apart=layout.apart)
 
     @classmethod
     def storing(cls, layout: TokenLayout, kept: int) -> StepTokens:

@@ -154,7 +154,8 @@ class LTX2Adapter(Adapter):
 
     def onlookers(self, transformer: nn.Module) -> list[AttentionSite]:
         """The sound."""
-        return attention_sites([(block.module.video_to_audio_attn, "other") for block in self.blocks(transformer)])  # type: ignore[arg-type]
+        blocks = [block.module for block in self.blocks(transformer)]
+        return attention_sites([(block.get_submodule("video_to_audio_attn"), "other") for block in blocks])
 
     def idle(self, kwargs: Kwargs) -> frozenset[int]:
         """Blocks of spatio-temporal guidance, unless it is of some items alone."""

@@ -272,9 +272,10 @@ class ReferenceStore:
         """Write down the bytes that are held."""
         branches, tokens = list(self._branches[call.run]), call.layout.reference_tokens
         held = [branch.held for branch in branches if branch.held is not None]
-        call.step.cache_bytes = sum(each.nbytes for each in (*held, *(b.onlookers for b in branches)))
+        seen = [branch.onlookers for branch in branches]
+        call.step.cache_bytes = sum(each.nbytes for each in held) + sum(each.nbytes for each in seen)
         whole = sum(each.bytes_of_all for each in held)
-        call.run.record.dense_cache_bytes = whole + sum(b.onlookers.bytes_of(tokens) for b in branches)
+        call.run.record.dense_cache_bytes = whole + sum(each.bytes_of(tokens) for each in seen)
 
 
 def _fits(held: Held, plan: Plan) -> bool:
