@@ -16,6 +16,7 @@ from sparse_ref_attn.eval.frontier.figure import figure
 from sparse_ref_attn.eval.frontier.table import speed
 from sparse_ref_attn.frontier import FRONTIER, Point, read_points, write_points
 
+from .evaluated_points import evaluated_points
 from .results import RESULTS
 
 __all__ = ["FIGURE", "SHOWN", "frontier", "take"]
@@ -33,7 +34,7 @@ SHOWN: tuple[tuple[str, str, float], ...] = (
     ("attention keeps 10 %", "mass-10", 1),
     ("reference made smaller, 25 %", "downscaled-25", 1),
 )
-"""Of the table: words, key, and share of the steps; the points of the most steps that were measured are shown."""
+"""Of the table: words, key, and share of the steps; the points of the most examples and seeds are shown."""
 FAMILIES = (("subject-driven", 1), ("aligned", 1))
 
 
@@ -52,7 +53,7 @@ def frontier(points: Sequence[Point] | None = None) -> str:
     ]
     for words, key, share in SHOWN:
         own = [p for p in points if p.setting == key and abs(p.steps / p.base_steps - share) < 1e-6]
-        base = max((p.base_steps for p in own), default=0)
+        base = max(own, key=lambda p: (p.seeds, p.examples, p.base_steps)).base_steps if own else 0
         by = {(p.family, p.references): p for p in own if p.base_steps == base}
         if all(by.get(family) is not None for family in FAMILIES):
             steps = by[FAMILIES[0]].steps
@@ -63,8 +64,9 @@ def frontier(points: Sequence[Point] | None = None) -> str:
 
 
 def take(folders: Sequence[Path], to: Path = FRONTIER, drawn: Path = FIGURE) -> list[Point]:
-    """Put the points of sweeps, of different numbers of steps or on different weights, into one file, and draw them."""
+    """Put the points of sweeps, of different numbers of steps, and of the evaluation into one file, and draw them."""
     points = [point for folder in folders for point in read_points(folder / "frontier.csv")]
+    points += evaluated_points()
     write_points(points, to)
     figure(points, drawn)
     return points

@@ -35,6 +35,7 @@ NAMES = {
     "longcat-image-edit": "LongCat-Image-Edit", "flux3": "FLUX.3", "fibo-edit": "FIBO-Edit",
     "joyimage-edit": "JoyImage-Edit", "joyimage-edit-plus": "JoyImage-Edit-Plus",
     "glm-image": "GLM-Image", "qwen-image-2.1": "Qwen-Image-2.1", "z-image-omni": "Z-Image-Omni",
+    "ltx-2": "LTX-2",
 }  # fmt: skip
 """Of `vocabulary.MODELS`, in words."""
 

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from .errors import ConfigError
+from .vocabulary import OPEN_SCENERY
 
 __all__ = ["FRONTIER", "Loss", "Point", "loss_of", "read_points", "write_points"]
 
@@ -34,7 +35,8 @@ class Point:
         Of the dense run that it is compared with, and its own.
     loss_db, low, high : float or None
         Subject's PSNR against the right answer, less that of the base, and its paired 95 % interval, in dB: below 0
-        where something was lost. None where there is no one right answer.
+        where something was lost. In the family "open scenery" the same of the scenery's contrast. None where neither
+        was measured.
     dense_db : float or None
         PSNR of the picture against the base's, in dB.
     examples, seeds : int
@@ -60,7 +62,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a setting loses in the worst of its families.
+    """What a setting loses in the worst of the families with one right answer, and of open scenery beside them.
 
     Parameters
     ----------
@@ -70,6 +72,9 @@ class Loss:
         As in `Point`, the lowest of the families.
     base_steps, steps : int
         Of the rows that it comes from.
+    open_db : float, optional
+        Contrast of open scenery, less that of the base: below 0 where less of it was drawn. None where it was not
+        measured.
 
     Examples
     --------
@@ -83,12 +88,14 @@ class Loss:
     dense_db: float | None
     base_steps: int
     steps: int
+    open_db: float | None = None
 
     @property
     def words(self) -> str:
         """For tables and summaries."""
         picture = "" if self.dense_db is None else f", {self.dense_db:.1f} dB to the dense picture"
-        return f"{self.db:+.1f} dB [{self.low:+.1f}, {self.high:+.1f}]{picture}"
+        scenery = "" if self.open_db is None else f", contrast of open scenery {self.open_db:+.1f} dB"
+        return f"{self.db:+.1f} dB [{self.low:+.1f}, {self.high:+.1f}]{picture}{scenery}"
 
 
 @cache
@@ -161,16 +168,28 @@ def loss_of(points: Iterable[Point], setting: str, steps: int, own_steps: int | 
     >>> found.steps, found.base_steps
     (4, 12)
     """
+    own = [p for p in points if p.setting == setting and p.loss_db is not None]
+    rows = _rows_for([p for p in own if p.family != OPEN_SCENERY], steps, own_steps)
+    if not rows:
+        return None
+    scenery = _rows_for([p for p in own if p.family == OPEN_SCENERY], steps, own_steps)
+    return Loss(
+        *(min(getattr(p, name) for p in rows) for name in ("loss_db", "low", "high")),
+        dense_db=min((p.dense_db for p in rows if p.dense_db is not None), default=None),
+        base_steps=rows[0].base_steps,
+        steps=rows[0].steps,
+        open_db=min((p.loss_db for p in scenery if p.loss_db is not None), default=None),
+    )
+
+
+def _rows_for(points: Iterable[Point], steps: int, own_steps: int | None) -> list[Point]:
+    """Those nearest to a run of `steps` steps, or of `own_steps` of them."""
     fewer = own_steps is not None and own_steps < steps
-    rows = [p for p in points if p.setting == setting and p.loss_db is not None and (p.steps < p.base_steps) == fewer]
+    rows = [p for p in points if (p.steps < p.base_steps) == fewer]
     rows = _nearest(rows, [p.base_steps / steps for p in rows])
     if own_steps is not None and fewer:
         rows = _nearest(rows, [p.steps / p.base_steps * steps / own_steps for p in rows])
-    if not rows:
-        return None
-    db, low, high = (min(getattr(p, name) for p in rows) for name in ("loss_db", "low", "high"))
-    pictures = [p.dense_db for p in rows if p.dense_db is not None]
-    return Loss(db, low, high, min(pictures, default=None), rows[0].base_steps, rows[0].steps)
+    return rows
 
 
 def _nearest(rows: list[Point], ratios: list[float]) -> list[Point]:

@@ -61,6 +61,8 @@ class TokenLayout:
     places : tuple of int
         Where each reference begins among the words of the prompt, of a model that keeps keys and values of both;
         its generation looks at all, and the words and references at what stands before them. Empty of other models.
+    apart : int
+        Text tokens that the image stream looks at in attention of their own, which are not among `text`.
     """
 
     rows: int
@@ -69,6 +71,7 @@ class TokenLayout:
     references: tuple[Reference, ...]
     conditional: slice | None = None
     places: tuple[int, ...] = ()
+    apart: int = 0
 
     def __post_init__(self) -> None:
         end = 0

@@ -30,6 +30,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "glm_image": ("glm-image",),
     "qwen21": ("qwen-image-2.1",),
     "zimage": ("z-image-omni",),
+    "ltx2": ("ltx-2",),
 }
 """The model families, one line each: the module in `models`, and the published models that it describes."""
 MODELS = tuple(name for names in FAMILIES.values() for name in names)
@@ -60,6 +61,8 @@ COMBINED: tuple[str, ...] = tuple(
 """A rule and a rival in one run."""
 SAME = {"mass": "ReCAST", "mass rising": "ReCAST rising", "mass flat": "ReCAST flat"}
 """The selector's name of a rule, by which `RULES` and `METHODS` may be called too."""
+OPEN_SCENERY = "open scenery"
+"""The kind of edit whose answer is a distribution: subjects go where the prompt says, what is behind them is open."""
 BUILTIN = ("small", "large", "tiny")
 EDITS = ("place", "pair", "swap", "local", "global")
 LAYOUTS = ("folder", "kontext-bench", "dreambench++", "pie-bench")

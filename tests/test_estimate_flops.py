@@ -47,6 +47,14 @@ def call(name, model, text, generation, references):
         pictures = [empty(16, 1, 2, 2 * tokens) for tokens in (references, generation)]
         words = [empty(text // 2, 2560)] * 2
         model([pictures], inputs["timestep"], [words], siglip_feats=[None], image_noise_mask=[[0, 1]])
+    elif name == "ltx-2":  # without sound, whose work is not counted
+        text_and_sound = {
+            "encoder_hidden_states": empty(1, text, 3840),
+            "audio_encoder_hidden_states": empty(1, 0, 3840),
+        }
+        places = {"video_coords": empty(1, 3, rows, 2), "audio_coords": empty(1, 1, 0, 2), "use_cross_timestep": True}
+        times = {"timestep": empty(1, rows), "audio_timestep": empty(1), "sigma": empty(1), "audio_sigma": empty(1)}
+        model(inputs["hidden_states"], empty(1, 0, 128), **text_and_sound, **places, **times)
     elif name == "longcat-image-edit":
         model(**inputs, img_ids=empty(rows, 3), txt_ids=empty(text, 3))
     elif name == "flux3":
@@ -91,7 +99,7 @@ def counted(function, *args):
     "name",
     [
         "kontext", "klein-9b", "qwen-image-edit-2511", "longcat-image-edit", "flux3", "fibo-edit",
-        "joyimage-edit-plus", "z-image-omni",
+        "joyimage-edit-plus", "z-image-omni", "ltx-2",
     ],
 )  # fmt: skip
 def test_a_whole_run_is_within_one_percent_of_the_flop_counter(name):
@@ -103,7 +111,7 @@ def test_a_whole_run_is_within_one_percent_of_the_flop_counter(name):
     shape = adapter_for(model).shape(model)
     heads, channels = shape.heads, shape.head_dim
     scored = {"kontext": 38, "klein-9b": 24, "qwen-image-edit-2511": 40, "longcat-image-edit": 20, "flux3": 28}
-    scored |= {"joyimage-edit-plus": 27, "z-image-omni": 30}
+    scored |= {"joyimage-edit-plus": 27, "z-image-omni": 30, "ltx-2": 32}
     scored = scored.get(name, 38)
     q, k = empty(1, 4096, heads, channels), empty(1, 300 + 4096 + e.tokens[0], heads, channels)
     # the model's own attention gives the LSE: the references' own keys alone are multiplied

@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 
 import sparse_ref_attn as sra
-from benchmarks.frontier_points import EVALUATED, READ
-from sparse_ref_attn.candidates import CANDIDATES, DENSE, held_back
+from benchmarks.evaluated_points import EVALUATED, evaluated_points
+from sparse_ref_attn.candidates import CANDIDATES, held_back
+from sparse_ref_attn.eval.frontier.listed import setting_of
 from sparse_ref_attn.eval.methods import methods
-from sparse_ref_attn.execution import Cache
 from sparse_ref_attn.frontier import FRONTIER, loss_of, read_points, write_points
 from sparse_ref_attn.models import named_model
 from sparse_ref_attn.planning import fastest_within, known
 from sparse_ref_attn.presets import CHOSEN
-from sparse_ref_attn.refresh import standard
 from sparse_ref_attn.source import source
 
 POINTS = read_points()
@@ -69,10 +68,10 @@ def test_a_preset_that_is_beaten_is_found_out(model: Any) -> None:
     assert fastest_within(replace(CHOSEN["balanced"], picture_db=99.0), found, losses) is None
 
 
-def test_every_row_is_of_a_candidate_and_says_how_to_make_it() -> None:
+def test_every_row_is_of_a_setting_and_says_how_to_make_it() -> None:
     for point in POINTS:
-        assert point.setting in (DENSE, *CANDIDATES)
-        if point.setting != DENSE:
+        assert setting_of(point.setting) is not None
+        if point.setting in CANDIDATES:
             assert f"sra.patch(pipe, {source(CANDIDATES[point.setting])})" in point.code
         assert point.low <= point.loss_db <= point.high
         assert (point.steps < point.base_steps) == ("num_inference_steps" in point.code)
@@ -83,22 +82,14 @@ def test_the_source_of_a_candidate_makes_it_again(key: str) -> None:
     assert eval(source(CANDIDATES[key]), {"sra": sra}) == CANDIDATES[key]
 
 
-@pytest.mark.parametrize("key", READ)
-def test_the_rows_of_the_study_are_of_runs_that_the_candidates_make(key: str) -> None:
-    config, reading = CANDIDATES[key], READ[key]
-    way = config.execute
-    assert isinstance(way, Cache)
-    assert (way.refresh or standard(12)).steps(12) == set(reading.at)
-    assert config.budget.keep == reading.share
-    assert (way.per == "tile") == (reading.per == "tile")
-    if way.per == "tile":
-        assert (way.tile, way.cell if way.rest else 0) == (reading.tile, reading.cell)
-
-
 @pytest.mark.parametrize("key", EVALUATED)
 def test_the_rows_of_the_evaluation_are_of_the_candidates(key: str) -> None:
     method, keep = EVALUATED[key]
     assert methods(float(keep), [method])[method] == CANDIDATES[key]
+
+
+def test_the_file_holds_the_rows_of_the_evaluation() -> None:
+    assert set(evaluated_points()) <= set(POINTS)
 
 
 def test_what_has_not_been_timed_is_measured_and_not_chosen() -> None:
@@ -122,6 +113,26 @@ def test_a_loss_is_that_of_the_worst_family_at_the_nearest_number_of_steps() -> 
     assert [loss_of(rows, "a", 28, own).db for own in (15, 8, 27)] == [-3.0, -4.0, -3.0]
     assert loss_of(rows, "a", 28, 28).db == -2.0
     assert loss_of([open_ended], "a", 28) is None
+
+
+def test_open_scenery_has_a_loss_of_its_own() -> None:
+    """Contrast that is not drawn is no PSNR that is lost."""
+    own = replace(POINTS[0], setting="a", base_steps=12, steps=12, loss_db=-1.0, low=-1.2, high=-0.8, dense_db=30.0)
+    scenery = replace(own, family="open scenery", loss_db=-6.0, low=-7.0, high=-5.0, dense_db=15.0)
+    fewer = [replace(point, steps=6, loss_db=point.loss_db - 1) for point in (own, scenery)]
+    found = loss_of([scenery, own, *fewer], "a", 28)
+    assert (found.db, found.dense_db, found.open_db) == (-1.0, 30.0, -6.0)
+    assert found.words == "-1.0 dB [-1.2, -0.8], 30.0 dB to the dense picture, contrast of open scenery -6.0 dB"
+    assert loss_of([scenery, own, *fewer], "a", 28, 14).open_db == -7.0
+    assert loss_of([own], "a", 28).open_db is None
+    assert loss_of([scenery], "a", 28) is None
+
+
+def test_only_what_was_measured_to_the_end_is_chosen() -> None:
+    whole = replace(POINTS[0], setting="stored-once", base_steps=12, steps=12, seeds=3)
+    rows = [whole, replace(whole, setting="stored-halves", seeds=1)]
+    assert set(known(12, rows)) == {"stored-once"}
+    assert set(known(12, rows[1:])) == {"stored-halves"}
 
 
 def test_rows_are_read_as_they_were_written_and_a_wrong_file_is_named(tmp_path: Path) -> None:

@@ -11,22 +11,13 @@ from torch import Tensor, nn
 from ..cost import ModelShape
 from ..errors import IncompatibleError
 from ..functional import unpack_rows
-from ..hooks.diffusers import (
-    AttentionSite,
-    Route,
-    Tap,
-    answerable,
-    attention_sites,
-    check_measurable,
-    check_parts,
-    routed_attention,
-    tapped,
-)  # fmt: skip
+from ..hooks.diffusers import AttentionSite, attention_sites, check_parts
 from ..run import AttentionView
 from ..selection import Reduced
 from ..types import Reference, TokenLayout
 from . import masks
 from .alone import ReferencesAlone
+from .attending import Attending
 from .cache_hooks import CacheHooks
 from .collate import sample_of, split_items, with_sample
 from .depth import Block, DepthCut, blocks_of
@@ -43,7 +34,7 @@ Kwargs = dict[str, Any]
 Found = tuple[tuple[int, int], tuple[Reference, ...]]
 
 
-class Adapter:
+class Adapter(Attending):
     """One model family. A subclass says where tokens lie; the defaults fit joint-attention DiTs.
 
     Subclasses set the class attributes and implement `find`, `drop` and `replace`; the rest has
@@ -73,7 +64,9 @@ class Adapter:
     references: str | None = None
     """Argument that holds the references (B, R, D), where these stand apart: rows of the stream behind `tokens`."""
     text_tokens: str | None = "encoder_hidden_states"
-    """Argument that holds the text stream (B, text, D); None without text in joint attention."""
+    """Argument that holds the text stream (B, text, D); None without text."""
+    text_apart: ClassVar[bool] = False
+    """Whether the image stream looks at the text in attention of its own, and joint attention has none."""
     attention_arguments: str = "joint_attention_kwargs"
     """Argument whose entries the blocks hand on to their attention."""
     per_item: ClassVar[tuple[str, ...]] = ()
@@ -123,7 +116,7 @@ class Adapter:
         check_found(self, kwargs, found)
         rows, text = stream_rows(self, kwargs), self.text_rows(kwargs)
         masks.check_mask(self.mask(kwargs), kwargs[self.tokens].shape[0], text + rows)
-        return TokenLayout(rows, text, *found)
+        return TokenLayout(rows, text, *found, apart=self._text(kwargs) if self.text_apart else 0)
 
     def grid(self, kwargs: Kwargs, layout: TokenLayout) -> tuple[int, int] | None:
         """Height and width of the generation, whose rows run as a reference's, or None. Asked once a run; may sync."""
@@ -131,6 +124,9 @@ class Adapter:
 
     def text_rows(self, kwargs: Kwargs) -> int:
         """Text rows of a call's joint sequence."""
+        return 0 if self.text_apart else self._text(kwargs)
+
+    def _text(self, kwargs: Kwargs) -> int:
         given = None if self.text_tokens is None else kwargs.get(self.text_tokens)
         return 0 if given is None else given.shape[1]
 
@@ -140,7 +136,12 @@ class Adapter:
 
     def keys(self, kwargs: Kwargs) -> Tensor | None:
         """Joint rows of a call, text first, that may be attended to, (B, rows) bool; None for all (may sync).
-        Raises IncompatibleError if the call's mask says more than that."""
+
+        Raises
+        ------
+        IncompatibleError
+            If the call's mask says more than that.
+        """
         batch = kwargs[self.tokens].shape[0]
         return masks.joint_keys(self.mask(kwargs), batch, self.text_rows(kwargs) + stream_rows(self, kwargs))
 
@@ -258,31 +259,6 @@ class Adapter:
     def shape(self, transformer: nn.Module) -> ModelShape:
         """The model's sizes, from which its work is counted."""
         return ModelShape.from_module(transformer, self.streams, blocks=[b.name for b in self.blocks(transformer)])
-
-    def check_measurable(self, transformer: nn.Module) -> None:
-        """Raise IncompatibleError when attention cannot be measured on this instance."""
-        check_measurable(self.sites(transformer), type(transformer).__name__)
-
-    def routable(self, transformer: nn.Module) -> bool:
-        """Whether every attention of this instance can be answered (see `route`)."""
-        return answerable(self.sites(transformer))
-
-    def route(self, transformer: nn.Module, attend: Route) -> Any:
-        """Context in which `attend` answers every attention call (see `hooks.diffusers.routed_attention`)."""
-        return routed_attention(self.sites(transformer), attend)
-
-    def ordered(self, attend: Route, text: int) -> Route:
-        """`attend`, which has `text` rows before those of the image stream, for attention as the model does it."""
-        return attend
-
-    def order(self, kwargs: Kwargs, layout: TokenLayout, kind: str) -> Tensor | None:
-        """Where a full call's attention at sites of `kind` has its rows, (B or 1, S) int64, the image stream's last;
-        None: text first, then the image stream, in the model too."""
-        return None
-
-    def listen(self, transformer: nn.Module, tap: Tap) -> Any:
-        """Context in which `tap` sees every attention call (see `hooks.diffusers.tapped`)."""
-        return self.route(transformer, tapped(tap))
 
     def exactness(self, transformer: nn.Module) -> str:
         """What stored keys and values of references in joint attention are later: "fixed time" where these have a time

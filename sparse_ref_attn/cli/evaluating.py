@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from ..eval.checked_arguments import check_reserved
 from ..eval.datasets import load_examples
 from ..eval.evaluate import evaluate as run_grid
-from ..eval.examples import FAMILIES, OPEN_SCENERY, procedural
+from ..eval.examples import FAMILIES, procedural
 from ..eval.grid import Grid
 from ..eval.methods import RULES, method_name
 from ..eval.metrics import InceptionFeatures
@@ -20,7 +20,7 @@ from ..eval.rival_settings import is_rival
 from ..eval.scores import Scorer
 from ..eval.tables import write_results
 from ..toy.pipeline import TRAINED, knows_open_scenery
-from ..vocabulary import FEWER
+from ..vocabulary import FEWER, OPEN_SCENERY
 from .commands.evaluate import KEEPS
 from .frontier import check as check_frontier
 from .frontier import frontier
@@ -31,7 +31,7 @@ from .values import typed
 __all__ = ["evaluate"]
 
 
-FRONTIER_METRICS = ("psnr", "subject-psnr", "scenery-psnr")
+FRONTIER_METRICS = ("psnr", "subject-psnr", "scenery-contrast")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -76,7 +76,7 @@ def evaluate(options: argparse.Namespace) -> None:
     data.chosen(grid.families, grid.count)  # a family that is not there is told before anything is loaded
     names = options.metrics
     if options.frontier and names is None:
-        needs = {"subject-psnr": data.masks, "scenery-psnr": data.open_scenery}
+        needs = {"subject-psnr": data.masks, "scenery-contrast": data.open_scenery}
         names = [name for name in FRONTIER_METRICS if needs.get(name, True)]
     scorer = Scorer(data, names, clip=options.clip, dino=options.dino, auraface=options.auraface)
     steps = options.steps or (12 if options.frontier else 8)

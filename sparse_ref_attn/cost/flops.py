@@ -49,7 +49,8 @@ def step_flops(shape: ModelShape, tokens: StepTokens, batch: int = 1) -> Flops:
     """FLOPs of one transformer call.
 
     Attention takes ``4 H C`` FLOPs for each query-key pair of each layer: S x (S + cached) pairs, or on a split step
-    (T + G) x (T + G + R) + R x R; layers before the joint ones add T x T + G x G + R x R.
+    (T + G) x (T + G + R) + R x R; layers before the joint ones add T x T + G x G + R x R, and text that is looked at
+    in attention of its own (G + R) x T in each layer.
     Rows that leave by depth count in the embedder and the blocks before they leave.
 
     Parameters
@@ -77,7 +78,7 @@ def step_flops(shape: ModelShape, tokens: StepTokens, batch: int = 1) -> Flops:
     own_timestep = tokens.split or shape.reference_timestep
     macs = (
         shape.image * image
-        + shape.text * tokens.text
+        + shape.text * (tokens.text + tokens.apart)
         + shape.joint * tokens.joint
         + shape.output * output
         + shape.item

@@ -16,7 +16,7 @@ from ..errors import ConfigError, UnsupportedModelError
 
 __all__ = ["ModelShape"]
 
-STREAMS = ("image", "text", "joint", "item", "reference_item", "output", "twin")
+STREAMS = ("image", "text", "joint", "item", "reference_item", "output", "twin", "beside")
 
 # Wrappers that torch.compile, FSDP and peft put into a module's path.
 _WRAPPED = re.compile(r"(_orig_mod\.|_fsdp_wrapped_module\.|\.base_layer$|\.lora_[AB]\.[^.]+$)")
@@ -107,8 +107,8 @@ class ModelShape:
         streams : mapping of str to str
             Regular expression over a Linear layer's whole name -> "image", "text", "joint", "item", "reference_item"
             (once an item, and once more for references with a timestep of their own), "output", or "twin": runs on the
-            references alone, where an equal layer of the "image" stream runs on the generation alone. The first match
-            counts.
+            references alone, where an equal layer of the "image" stream runs on the generation alone. Those "beside"
+            run on other rows, such as sound, and are not counted. The first match counts.
         attention_layers, heads, head_dim : int, optional
             By default read from ``module.config`` as diffusers names them.
         output_rows, reference_timestep, own_attention_layers
@@ -135,13 +135,13 @@ class ModelShape:
         if unknown:
             raise ConfigError(f"a stream must be one of {STREAMS}, got {unknown}")
         patterns = [(re.compile(pattern), stream) for pattern, stream in streams.items()]
-        macs, widest, unmatched = dict.fromkeys(STREAMS[:-1], 0), 0, []
+        macs, widest, unmatched = dict.fromkeys(STREAMS[:-2], 0), 0, []
         by_block: Counter[str | None] = Counter()
         for name, inputs, outputs in _linears(module):
             stream = next((stream for pattern, stream in patterns if pattern.fullmatch(name)), None)
             if stream is None:
                 unmatched.append(name)
-            if stream in (None, "twin"):
+            if stream in (None, "twin", "beside"):
                 continue
             macs[stream] += inputs * outputs
             if stream in ("image", "joint"):

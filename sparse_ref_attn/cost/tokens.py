@@ -31,6 +31,8 @@ class StepTokens:
         On a split step, query-key pairs of text and references where these look at what stands before them.
     dropped, from_block : int
         Further reference rows that take part in the blocks before `from_block` alone.
+    apart : int
+        Text tokens at which the image stream looks in attention of their own, in each layer.
 
     Raises
     ------
@@ -46,9 +48,10 @@ class StepTokens:
     before: int | None = None
     dropped: int = 0
     from_block: int = 0
+    apart: int = 0
 
     def __post_init__(self) -> None:
-        counts = (self.text, self.generation, self.references, self.cached, self.dropped, self.from_block)
+        counts = (self.text, self.generation, self.references, self.cached, self.dropped, self.from_block, self.apart)
         if min(counts) < 0 or (self.split and self.cached):
             raise ConfigError(f"token counts must be >= 0, and a split step has no cached tokens, got {self}")
         if bool(self.dropped) != bool(self.from_block) or (self.dropped and (self.split or self.cached)):
@@ -60,9 +63,8 @@ class StepTokens:
         references = layout.reference_tokens
         kept = references if kept is None else kept
         dropped = references - kept if from_block else 0
-        return cls(
-            layout.text, layout.rows - references, kept, dropped=dropped, from_block=from_block if dropped else 0
-        )
+        by_depth = {"dropped": dropped, "from_block": from_block} if dropped else {}
+        return cls(layout.text, layout.rows - references, kept, apart=layout.apart, **by_depth)
 
     @classmethod
     def storing(cls, layout: TokenLayout, kept: int) -> StepTokens:
@@ -78,7 +80,7 @@ class StepTokens:
     def reading(cls, layout: TokenLayout, stored: int) -> StepTokens:
         """A call that reads `stored` reference tokens, and the text's where these are stored too."""
         text = 0 if layout.places else layout.text
-        return cls(text, layout.generation[1], 0, cached=stored + layout.text - text)
+        return cls(text, layout.generation[1], 0, cached=stored + layout.text - text, apart=layout.apart)
 
     @property
     def joint(self) -> int:
@@ -91,10 +93,12 @@ class StepTokens:
         return self.text**2 + self.generation**2 + (self.references + self.dropped) ** 2
 
     def pairs(self, layers: int) -> int:
-        """Query-key pairs of one head over `layers` attention layers."""
+        """Query-key pairs of one head over `layers` attention layers, those with text apart among them."""
+        image = self.generation + self.references
+        apart = self.apart * (layers * image + self.from_block * self.dropped)
         if self.before is not None:
             return layers * (self.generation * self.joint + self.before)
         if self.split:
             return layers * ((self.text + self.generation) * self.joint + self.references**2)
         leading = self.from_block * (self.joint + self.dropped) ** 2
-        return leading + (layers - self.from_block) * self.joint * (self.joint + self.cached)
+        return apart + leading + (layers - self.from_block) * self.joint * (self.joint + self.cached)

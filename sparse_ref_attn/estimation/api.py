@@ -64,7 +64,7 @@ def estimate(
     output : (int, int)
         (width, height) of the image being made, in pixels.
     text_tokens : int
-        Tokens of the prompt in joint attention, padding included.
+        Tokens of the prompt, padding included.
     steps : int, optional
         Denoising steps, >= 1. Default those of the pipeline's call (4 of a distilled model); 28 of a transformer.
     batch : int
@@ -72,8 +72,8 @@ def estimate(
     calls_per_step : int
         Transformer calls a step (2 with sequential classifier-free guidance).
     pixels_per_token : int, optional
-        Pixels of a token's side. Default that of the pipeline: 16 for every published model (8 in the VAE and 2 in
-        packing, or 16 in the VAE), and of a transformer.
+        Pixels of a token's side. Default that of the pipeline: 16 for most published models (8 in the VAE and 2 in
+        packing, or 16 in the VAE), and of a transformer; LTX-2's is 32.
 
     Returns
     -------
@@ -132,6 +132,8 @@ def estimate(
     shape = adapter.shape(transformer)
     check_cache(config, adapter, transformer)
     layout = _layout(references, output, text_tokens, pixels_per_token)
+    if adapter.text_apart:
+        layout = replace(layout, text=0, apart=text_tokens)
     if config.from_block or config.profile == "in_flight":
         adapter.check_depth(transformer)
     sites = adapter.sites(transformer)
@@ -159,7 +161,7 @@ def estimate(
     tiles = None if tiles is None else branches * tiles
     room = 0
     if cached and run.stored and tiles is None:
-        room = branches * room_bytes(shape, text_tokens + full.generation, batch)
+        room = branches * room_bytes(shape, layout.text + full.generation, batch)
     kept_kv = branches * reference_kv_bytes(shape, max(run.stored, default=total), batch)
     held_kv = kept_kv
     every = whole or config.per == "tile" or (run.line.stores and (probing.probes or config.cache_rows == "all"))

@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError
-from ..vocabulary import chosen
+from ..vocabulary import OPEN_SCENERY, chosen
 
 if TYPE_CHECKING:
     from ..toy.scenes import Scene
 
-__all__ = ["FAMILIES", "OPEN_SCENERY", "Example", "Examples", "of_scene", "procedural"]
+__all__ = ["FAMILIES", "Example", "Examples", "of_scene", "procedural"]
 
-OPEN_SCENERY = "open scenery"
 FAMILIES = {
     "subject-driven": ("place", "pair"), "aligned": ("swap", "local", "global"), OPEN_SCENERY: ("open", "open-pair"),
 }  # fmt: skip

@@ -141,10 +141,8 @@ class PixelTap:
         for x in own:
             latents = _latents(x.encoded)
             if latents is not None and len(latents) == len(x.pixels):
-                pixels = x.pixels[:, :, 0] if x.pixels.ndim == 5 else x.pixels
-                latents = latents[:, :, 0] if latents.ndim == 5 else latents
-                pixels = _on_white(pixels) if pixels.shape[1] == 4 else pixels
-                pictures += zip(pixels.split(1), latents.split(1), strict=True)
+                pixels = _on_white(x.pixels) if x.pixels.shape[1] == 4 else x.pixels
+                pictures += _frames(pixels, latents)
         return pictures
 
     def handed_over(self) -> PixelTap:
@@ -209,6 +207,15 @@ def _pipeline_call(vae: nn.Module) -> int | None:
                 return id(frame)
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _frames(pixels: Tensor, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Each frame of the latents (b, channels, [f], h, w) with the last frame of the pixels that it is made of."""
+    pixels, latents = (x if x.ndim == 5 else x[:, :, None] for x in (pixels, latents))
+    count = latents.shape[2]
+    every = (pixels.shape[2] - 1) // max(1, count - 1)
+    times = [(pixels[:, :, t * every].split(1), latents[:, :, t].split(1)) for t in range(count)]
+    return [pair for each in times for pair in zip(*each, strict=True)]
 
 
 def _on_white(pixels: Tensor) -> Tensor:

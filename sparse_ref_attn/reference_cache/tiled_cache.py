@@ -27,7 +27,7 @@ class TiledCache:
     >>> cache = TiledCache(1, TileRanking(Tiling(0, (1, 2), 1), (4,), Cells(((1, 4),), 2)))
     >>> k = torch.arange(4.0).view(1, 4, 1, 1)
     >>> cache.store(0, k, -k)
-    >>> cache.means(0)[0].flatten(), cache.complete
+    >>> cache.means(0)[0].flatten(), cache.holds(0)
     (tensor([0.5000, 2.5000]), True)
     """
 
@@ -37,11 +37,6 @@ class TiledCache:
         self._rows: dict[int, tuple[Tensor, Tensor]] = {}
         self._means: dict[int, tuple[Tensor, Tensor]] = {}
         self._weights: dict[int, Tensor] = {}
-
-    @property
-    def complete(self) -> bool:
-        """Whether every layer's rows were stored."""
-        return len(self._rows) == self.layers
 
     @property
     def nbytes(self) -> int:
@@ -57,6 +52,10 @@ class TiledCache:
     def seen(self) -> Tensor | None:
         """Tokens that may be attended to, (B, R) bool; None for all."""
         return self._seen
+
+    def holds(self, layer: int) -> bool:
+        """Whether the layer's rows were stored."""
+        return layer in self._rows
 
     def hide(self, seen: Tensor | None) -> None:
         """Say which tokens may be attended to, before layers are stored (a sync where `seen` is given)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,19 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.candidates import CANDIDATES, DENSE
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.errors import ConfigError
+from sparse_ref_attn.eval.examples import procedural
 from sparse_ref_attn.eval.frontier import sweep as module
 from sparse_ref_attn.eval.frontier.figure import best_of, figure
 from sparse_ref_attn.eval.frontier.listed import STEP_CACHES, all_settings, setting_of
-from sparse_ref_attn.eval.frontier.points import Losses, Lost
+from sparse_ref_attn.eval.frontier.points import Losses, Lost, losses_of
 from sparse_ref_attn.eval.frontier.sweep import survivors
 from sparse_ref_attn.eval.frontier.table import markdown, speed
-from sparse_ref_attn.eval.metrics import Interval
+from sparse_ref_attn.eval.metrics import Interval, SceneryContrast, SceneryPsnr
 from sparse_ref_attn.frontier import Point, read_points
 from sparse_ref_attn.models import named_model
 from sparse_ref_attn.toy.pipeline import build_transformer
 from sparse_ref_attn.toy.words import seeded
+from sparse_ref_attn.vocabulary import OPEN_SCENERY
 
 SUBJECT, PICTURE = "subject PSNR (dB) vs target", "PSNR (dB) vs dense"
 KEYS = ["stored-once", "edges-25", "taylorseer-lite-2"]
@@ -47,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(out: Path, model: Path) -> list[str]:
     return [
         "eval", "--frontier", "--out", str(out), "--models", f"one={model}", "--side", "64", "--steps", "4",
-        "--families", "subject-driven", "--subjects", "2", "--first", "1", "--candidates", *KEYS,
+        "--families", "subject-driven", "--subjects", "2", "--seeds", "2", "--first", "1", "--candidates", *KEYS,
     ]  # fmt: skip
 
 
@@ -69,10 +72,12 @@ def test_every_setting_is_run_and_the_better_half_goes_on(done: Path) -> None:
     settings = all_settings(4, KEYS)
     counts = Counter((row["method"], round(4 * float(row["keep"]))) for row in rows(done))
     assert set(counts) == {*settings, (DENSE, 4)}
-    others = [key for key in settings if key[0] != DENSE]
-    assert sum(counts[key] == 2 for key in others) == -(-len(others) // 2)
-    assert all(counts[key] == 2 for key in counts if key[0] == DENSE)
-    assert all(counts[key] in (1, 2) for key in others)
+    assert all(count in (1, 4) for count in counts.values())  # one seed, then two
+    on = {key for key in settings if counts[key] == 4}
+    assert len(on) == -(-len(settings) // 2)
+    assert {key for key in counts if key[0] == DENSE} - {(DENSE, 4)} < on
+    assert ("stored-once", 4) in on
+    assert counts[DENSE, 4] == 4
 
 
 def test_a_stopped_sweep_goes_on(done: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,14 +94,14 @@ def test_a_stopped_sweep_goes_on(done: Path, model: Path, monkeypatch: pytest.Mo
 def test_points_are_paired_differences(done: Path) -> None:
     points = {(p.setting, p.steps, p.references): p for p in read_points(done / "frontier.csv")}
     assert {p.base_steps for p in points.values()} == {4}
-    values = {(row["method"], round(4 * float(row["keep"])), row["example"]): row for row in rows(done)}
+    values = {(row["method"], round(4 * float(row["keep"])), row["example"], row["seed"]): row for row in rows(done)}
     for (key, steps, references), point in points.items():
-        own = {example: row for (method, ran, example), row in values.items() if (method, ran) == (key, steps)}
-        own = {name: row for name, row in own.items() if name.startswith("pair/" if references == 2 else "place/")}
-        lost = [float(row[SUBJECT]) - float(values[DENSE, 4, name][SUBJECT]) for name, row in own.items()]
+        own = {tuple(name): row for (method, ran, *name), row in values.items() if (method, ran) == (key, steps)}
+        own = {name: row for name, row in own.items() if name[0].startswith("pair/" if references == 2 else "place/")}
+        lost = [float(row[SUBJECT]) - float(values[(DENSE, 4, *name)][SUBJECT]) for name, row in own.items()]
         assert point.loss_db == pytest.approx(np.mean(lost), abs=6e-4)
         assert point.dense_db == pytest.approx(np.mean([float(row[PICTURE]) for row in own.values()]), abs=6e-3)
-        assert point.examples == len(own)
+        assert (point.examples, point.seeds) == (len({name for name, _ in own}), len({seed for _, seed in own}))
     text = (done / "frontier.md").read_text()
     assert '`sra.patch(pipe, sra.SparseRef("edges", 0.25))`; `pipe(..., num_inference_steps=3)`' in text
     with Image.open(done / "frontier-kontext.png") as drawn:
@@ -104,7 +109,10 @@ def test_points_are_paired_differences(done: Path) -> None:
 
 
 def test_who_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two that are as fast the better one; what is good in one measure stays; the dense run always."""
+    """Of two that are as fast the better one; what is good in one measure stays; the dense run always.
+
+    What a patch alone can be, in all steps, is held against its like.
+    """
     monkeypatch.setattr(module, "GEOMETRIES", (("kontext", 1),))
     keys = ["stored-once", "stored-halves", "edges-25", "mass-25"]
     settings = {key: setting for key, setting in all_settings(12, keys).items() if key[1] == 12 or key == (DENSE, 2)}
@@ -122,6 +130,26 @@ def test_who_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert survivors(settings, losses, 12) == {(DENSE, 2), ("stored-once", 12), ("stored-halves", 12)}
     losses["edges-25", 12] = lost(-5.0, 40.0)
     assert ("edges-25", 12) in survivors(settings, losses, 12)
+    better = setting_of("stored-once", 6)
+    settings["stored-once", 6], losses["stored-once", 6] = better, lost(1.0, 50.0)
+    assert survivors(settings, losses, 12) >= {("stored-once", 12), ("stored-halves", 12), ("edges-25", 12)}
+
+
+def test_what_of_open_scenery_is_not_drawn() -> None:
+    """A loss is the contrast's, in dB: PSNR to the nearest texture would praise a flat grey."""
+    data = procedural(families=[OPEN_SCENERY])
+    name = next(key for key, _ in data.keys if key.startswith("open/"))
+    other = next(key for key, _ in data.keys if key.startswith("open/") and key != name)
+
+    def row(example: str, keep: float, contrast: float) -> dict[str, str]:
+        about = {"model": "m", "family": OPEN_SCENERY, "example": example, "seed": "0", "method": DENSE}
+        values = {SUBJECT: "20", PICTURE: "15", SceneryPsnr.name: "13", SceneryContrast.name: str(contrast)}
+        return about | values | {"keep": str(keep)}
+
+    rows = [row(name, 1.0, 0.2), row(other, 1.0, 0.1), row(name, 0.5, 0.02), row(other, 0.5, 0.1)]
+    found = losses_of(rows, data, "m", 12)[DENSE, 6].groups[OPEN_SCENERY, 1]
+    assert found.loss.mean == pytest.approx(-10.0)
+    assert found.picture == 15.0
 
 
 def test_what_is_listed() -> None:
@@ -147,6 +175,13 @@ def test_nothing_beats_what_is_numbered(tmp_path: Path) -> None:
         Point("another", "z", "any", 1, 12, 6, -9.0, -9.5, -8.5, 10.0, 8, 1, "w"),
     ]
     assert figure(points, tmp_path / "f.png") == ["stored-once"]
+    scenery = [
+        replace(points[1], family=OPEN_SCENERY, loss_db=0.0, dense_db=90.0),
+        replace(points[0], family=OPEN_SCENERY),
+    ]
+    assert figure([*points, *scenery], tmp_path / "g.png") == ["edges-25", "stored-once"]
+    heights = [Image.open(tmp_path / f"{name}.png").height for name in "fg"]
+    assert heights[1] > 1.4 * heights[0]
     lines = markdown(points).splitlines()
     assert len(lines) == 2 + 3  # of what can be made here
     assert speed(("stored-once", 12, 12), "kontext", 1) == pytest.approx(

@@ -13,12 +13,13 @@ from PIL import Image, ImageFilter
 
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.errors import ConfigError
-from sparse_ref_attn.eval.examples import FAMILIES, OPEN_SCENERY, procedural
+from sparse_ref_attn.eval.examples import FAMILIES, procedural
 from sparse_ref_attn.eval.metrics import SceneryContrast, SceneryPsnr
 from sparse_ref_attn.eval.metrics.scenery import grown, nearest_texture
 from sparse_ref_attn.eval.scores import Scorer
 from sparse_ref_attn.toy.pipeline import build_transformer, toy_pipeline
 from sparse_ref_attn.toy.textures import KINDS, Texture, random_texture
+from sparse_ref_attn.vocabulary import OPEN_SCENERY
 
 SIDE = 128
 WHOLE = np.ones((SIDE, SIDE), np.float32)

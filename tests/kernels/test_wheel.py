@@ -4,59 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 
-from sparse_ref_attn.kernels.places import content_key, installed_sources, source_directory
+from sparse_ref_attn.kernels.places import content_key, source_directory
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def build_wheel(home: Path, **variables: str) -> tuple[Path, str]:
-    """The wheel of a copy of the tree, and what was printed."""
-    tree = home / "tree"
-    tree.mkdir(parents=True)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copyfile(ROOT / name, tree / name)
-    for name in ("sparse_ref_attn", "csrc"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "emulator"))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-v",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(home),
-        str(tree),
-    ]
-    environment = {**os.environ, **variables}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = home.glob("*.whl")
-    return wheel, done.stdout + done.stderr
-
-
-def members(wheel: Path) -> set[str]:
-    with zipfile.ZipFile(wheel) as archive:
-        return set(archive.namelist())
-
-
-def carried() -> set[str]:
-    csrc = source_directory()
-    return {f"sparse_ref_attn/csrc/{path.relative_to(csrc)}" for path in installed_sources(csrc)}
+from .wheels import ROOT, build_wheel, carried, members, whole_wheel
 
 
 @pytest.mark.early
 def test_a_wheel_with_both_libraries(nvcc: str, tmp_path: Path) -> None:
-    wheel, said = build_wheel(tmp_path, SRA_CUDA_ARCHS="80")
+    wheel, said = whole_wheel()
     assert re.fullmatch(r"sparse_ref_attn-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     libraries = {"sparse_ref_attn/lib/libsra_kernels.so", "sparse_ref_attn/lib/libsra_cpu.so"}
     assert {*libraries, *carried()} <= members(wheel)

@@ -21,7 +21,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from tests import text_encoders, tiny_models
-from tests.models import zimage
+from tests.models import ltx2, zimage
 from tests.pictures import generator, picture
 from tests.pipelines import CASES
 
@@ -67,6 +67,10 @@ class Other:
         What turns guidance on.
     text_behind : bool
         Whether attention has the text's rows behind the others.
+    beside : tuple of int, optional
+        Of a model whose text and sound have attention of their own: how many rows these have.
+    output : str
+        What its call's output has the pictures as.
     generated : callable
         From what the transformer gives to the rows (B, rows, ...) or the picture of the generation.
     tiles : bool
@@ -84,6 +88,8 @@ class Other:
     modular: bool = True
     guided: dict[str, Any] = field(default_factory=dict)
     text_behind: bool = False
+    beside: tuple[int, ...] = ()
+    output: str = "images"
     generated: Callable[[torch.Tensor, int], torch.Tensor] = lambda sample, rows: sample[:, :rows]
     tiles: bool = True
     seen: Callable[[dict[str, Any], torch.Tensor], dict[int, torch.Tensor]] | None = None
@@ -95,7 +101,7 @@ class Other:
         with small_pictures(), torch.random.fork_rng():
             torch.manual_seed(seed)  # JoyImage-Edit draws from torch's own stream
             images = pipe(**given | self.arguments(seed) | more)
-        images = images if self.modular else images.images
+        images = images if self.modular else getattr(images, self.output)
         return np.concatenate([np.asarray(each) for each in images])
 
 
@@ -271,5 +277,7 @@ OTHERS = {
               guided={"guidance_scale": 3.0, "negative_prompt": "dark and blurry " * 4}, tiles=False,
               generated=lambda sample, rows: torch.stack(sample) if isinstance(sample, list) else sample,
               seen=zimage.seen),
+        Other("ltx2", ltx2.build, ltx2.arguments, generation=128, references=((8, 8), (4, 4), (4, 4)), modular=False,
+              beside=(24, 9), output="frames", guided=ltx2.GUIDED),
     )
 }  # fmt: skip

@@ -29,7 +29,11 @@ def seen_keys(other: Other, call: Call, kept: torch.Tensor) -> HiddenKeys:
     known = {len(kept): kept, len(rest) + len(kept): torch.cat([rest, kept])}
     if other.text_behind:
         known[len(rest) + len(kept)] = torch.cat([rest[: other.generation], kept, rest[: call.text]])
-    known |= {rows: torch.ones(rows).bool() for rows in (call.text, other.generation) if rows not in known}
+    if other.beside:  # a generation without text, and without references where it looks at those itself
+        known = {other.generation + len(kept): torch.cat([rest[: other.generation], kept])}
+    known |= {
+        rows: torch.ones(rows).bool() for rows in (call.text, other.generation, *other.beside) if rows not in known
+    }
     return HiddenKeys(known)
 
 
@@ -165,7 +169,7 @@ def test_tokens_placed_at_their_own_cells_are_the_references(other: Other) -> No
     cells = [torch.cartesian_prod(torch.arange(h), torch.arange(w)).float() for h, w in other.references]
     reduced = [Reduced(tokens, positions) for tokens, positions in zip(parts, cells, strict=True)]
     placed = adapter.replace(given, layout, reduced)
-    for name in ("hidden_states", "img_ids", "image_cond_hidden_states", "image_cond_ids"):
+    for name in ("hidden_states", "img_ids", "image_cond_hidden_states", "image_cond_ids", "video_coords", "timestep"):
         if given.get(name) is not None:
             assert torch.allclose(placed[name].float(), given[name].float(), atol=1e-6)
 

@@ -29,7 +29,6 @@ def test_it_is_refused_with_its_reason(name: str) -> None:
 
 TAKEN = {
     "OmniGenTransformer2DModel": ("input_ids", "input_img_latents", "input_image_sizes"),
-    "LTX2VideoTransformer3DModel": ("audio_hidden_states", "video_self_attention_mask", "video_keyframes_mask"),
     "WanAnimate2Transformer3DModel": ("condition_latents", "kv_cache", "kv_cache_mode"),
 }
 """What of a model's call its reason speaks of."""

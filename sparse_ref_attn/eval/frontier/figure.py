@@ -8,6 +8,7 @@ from typing import Any
 
 from ...candidates import DENSE
 from ...frontier import Point
+from ...vocabulary import OPEN_SCENERY
 from .listed import setting_of
 from .table import grouped, speed
 
@@ -15,9 +16,11 @@ __all__ = ["best_of", "figure"]
 
 REFERENCES = (1, 2, 4)
 MEASURES = {
-    "loss_db": "subject against the answer, dB beside\nthe dense run (below 0: lost)",
-    "dense_db": "PSNR to the dense\npicture, dB",
+    "subject": "subject against the answer, dB beside\nthe dense run (below 0: lost)",
+    "picture": "PSNR to the dense\npicture, dB",
+    "scenery": "contrast of open scenery, dB beside\nthe dense run (below 0: not drawn)",
 }
+"""The rows of panels; the last only where it was measured."""
 _INK, _QUIET, _FEWER, _OURS, _MEASURED = "#1c2430", "#b6bec9", "#1d4ed8", "#c2410c", "#15803d"
 Key = tuple[str, int, int]
 Place = tuple[float, float]
@@ -59,24 +62,25 @@ def figure(
     bases = [each for *_, each in settings]
     base = max(sorted(set(bases)), key=bases.count) if base is None else base
     own = {key: found for key, found in settings.items() if key[2] == base}
+    measures = [name for name in MEASURES if any(_value(point, name) is not None for point in points)]
     places = {
         (measure, count): {
             key: (speed(key, model, count), value)
             for key, found in own.items()
             if (value := _worst(found, measure, count)) is not None
         }
-        for measure in MEASURES
+        for measure in measures
         for count in REFERENCES
     }
     best = {panel: best_of(where) for panel, where in places.items()}
     shown = {key for keys in best.values() for key in keys if key[0] != DENSE}
     numbered = sorted(shown, key=lambda key: speed(key, model, REFERENCES[-1]))
-    drawn = Figure(figsize=(10.5, 6.6 + 0.17 * (len(numbered) // 3 + 1)), layout="constrained")
-    panels = drawn.subplots(len(MEASURES), len(REFERENCES), sharex="col", sharey="row", squeeze=False)
-    for i, measure in enumerate(MEASURES):
+    drawn = Figure(figsize=(10.5, 3.3 * len(measures) + 0.17 * (len(numbered) // 3 + 1)), layout="constrained")
+    panels = drawn.subplots(len(measures), len(REFERENCES), sharex="col", sharey="row", squeeze=False)
+    for i, measure in enumerate(measures):
         for j, count in enumerate(REFERENCES):
             _panel(panels[i][j], places[measure, count], best[measure, count], numbered)
-            if measured and measure == "dense_db":
+            if measured and measure == "picture":
                 _mark(panels[i][j], measured, count)
         panels[i][0].set_ylabel(MEASURES[measure], fontsize=9)
     for axes, count in zip(panels[0], REFERENCES, strict=True):
@@ -152,11 +156,18 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
     return low - 0.08 * (ordered[-1] - low) - 0.05, ordered[-1] + 0.1 * (ordered[-1] - low) + 0.05
 
 
+def _value(point: Point, measure: str) -> float | None:
+    """One of `MEASURES`; scenery that is open is a picture of its own, which nothing else is compared with."""
+    if (point.family == OPEN_SCENERY) != (measure == "scenery"):
+        return None
+    return point.dense_db if measure == "picture" else point.loss_db
+
+
 def _worst(points: Sequence[Point], measure: str, references: int) -> float | None:
     """The lowest of the kinds of edit with so many references, or the most that there are below it."""
-    there = [p for p in points if p.references <= references and getattr(p, measure) is not None]
+    there = {p: value for p in points if p.references <= references and (value := _value(p, measure)) is not None}
     most = max((p.references for p in there), default=0)
-    return min((getattr(p, measure) for p in there if p.references == most), default=None)
+    return min((value for p, value in there.items() if p.references == most), default=None)
 
 
 def _name(key: Key) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from ...candidates import CANDIDATES, DENSE
 from ...frontier import Point
+from ...vocabulary import OPEN_SCENERY
 from ..aggregate import Values, combined, interval
 from ..examples import Examples
-from ..metrics import Interval
+from ..metrics import Interval, SceneryContrast
 from .listed import Key, setting_of
 
 __all__ = ["Group", "Losses", "Lost", "losses_of", "points_of"]
@@ -19,8 +22,6 @@ Group = tuple[str, int]
 """Kind of edit, and how many references it has."""
 
 SUBJECT, PICTURE = "subject PSNR (dB) vs target", "PSNR (dB) vs dense"
-OPEN = "scenery PSNR (dB)"
-"""How the column begins that is measured where the scenery was left open, and nowhere else."""
 Row = Mapping[str, str]
 
 
@@ -31,8 +32,8 @@ class Lost:
     Parameters
     ----------
     loss : Interval, optional
-        Paired difference to the dense run in dB, below 0 where something is lost: of the subject against the right
-        answer, or of scenery that was left open against the nearest right one.
+        Paired difference to the dense run in dB, below 0 where something is lost: of the subject's PSNR against the
+        right answer, or of the contrast of scenery that was left open.
     picture : float, optional
         PSNR of the picture against the dense one, mean over pictures, in dB.
     examples, seeds : int
@@ -96,8 +97,8 @@ def losses_of(rows: Sequence[Row], data: Examples, model: str, base: int) -> dic
 
 
 def _lost(rows: Sequence[Row], dense: Sequence[Row]) -> Lost:
-    measure = next((name for row in rows for name in row if name.startswith(OPEN) and row[name]), SUBJECT)
-    both = combined([(1.0, _values(rows, measure)), (-1.0, _values(dense, measure))])
+    of = _contrast if rows[0]["family"] == OPEN_SCENERY else partial(_values, measure=SUBJECT)
+    both = combined([(1.0, of(rows)), (-1.0, of(dense))])
     pictures = _values(rows, PICTURE)
     seeds = len({row["seed"] for row in rows})
     return Lost(
@@ -106,6 +107,11 @@ def _lost(rows: Sequence[Row], dense: Sequence[Row]) -> Lost:
         len({row["example"] for row in rows}),
         seeds,
     )
+
+
+def _contrast(rows: Sequence[Row]) -> Values:
+    """In dB."""
+    return {key: 20 * math.log10(value) for key, value in _values(rows, SceneryContrast.name).items() if value > 0}
 
 
 def _values(rows: Sequence[Row], measure: str) -> Values:

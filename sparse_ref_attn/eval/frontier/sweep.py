@@ -1,13 +1,14 @@
-"""Successive halving: all settings on a few examples, then the better half of them on twice as many."""
+"""Successive halving: all settings on a few pictures, then the better half of them on at least twice as many."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from ...candidates import DENSE
+from ...candidates import CANDIDATES, DENSE
 from ..evaluate import evaluate
 from ..examples import Examples, Mask
 from ..grid import BASE
@@ -52,19 +53,20 @@ class Sweep:
         return self.settings[name, round(keep * self.base)]
 
 
-def rungs(first: int, last: int) -> list[int]:
-    """Examples of each rung: doubled from `first` on, `last` at the end.
+def rungs(first: int, last: int, seeds: int = 1) -> list[tuple[int, int]]:
+    """Examples and seeds of each rung: examples doubled from `first` to `last`, seeds halved from the last rung down.
 
     Examples
     --------
-    >>> rungs(8, 64), rungs(8, 20), rungs(8, 4)
-    ([8, 16, 32, 64], [8, 16, 20], [4])
+    >>> rungs(8, 64, seeds=3), rungs(8, 20), rungs(8, 4)
+    ([(8, 1), (16, 1), (32, 1), (64, 3)], [(8, 1), (16, 1), (20, 1)], [(4, 1)])
     """
-    found = []
+    counts = []
     while first < last:
-        found.append(first)
+        counts.append(first)
         first *= 2
-    return [*found, last]
+    counts.append(last)
+    return [(count, max(1, seeds >> left)) for left, count in zip(reversed(range(len(counts))), counts, strict=True)]
 
 
 def sweep(
@@ -94,7 +96,9 @@ def sweep(
         Its steps are those of the dense run.
     first, last : int
         Examples of each family, on the first and the last rung (`rungs`).
-    seeds, families
+    seeds : int
+        On the last rung.
+    families
         As in `Grid`.
     keys : sequence of str, optional
         As for `all_settings`.
@@ -109,21 +113,24 @@ def sweep(
     base, left = model.steps, all_settings(model.steps, keys)
     data.chosen(families, last)
     losses: dict[Key, Losses] = {}
-    for number, count in enumerate(counts := rungs(first, last), 1):
-        told(f"rung {number} of {len(counts)}: {len(left)} settings on {count} examples of each family, {seeds} seeds")
-        evaluate(out, data, [model], Sweep(left, base, seeds, families, count), scorer, about=about)
+    for number, (count, drawn) in enumerate(rising := rungs(first, last, seeds), 1):
+        words = f"{len(left)} settings on {count} examples of each family, {drawn} seed{'s' * (drawn > 1)}"
+        told(f"rung {number} of {len(rising)}: {words}")
+        evaluate(out, data, [model], Sweep(left, base, drawn, families, count), scorer, about=about)
         losses |= losses_of(read_rows(Path(out))[1], data, model.name, base)
-        if number < len(counts):
+        if number < len(rising):
             kept = survivors(left, losses, base)
             left = {key: setting for key, setting in left.items() if key in kept}
     return losses
 
 
 def survivors(settings: Mapping[Key, Setting], losses: Mapping[Key, Losses], base: int) -> set[Key]:
-    """The better half of some settings, and the dense run in fewer steps, which is always measured to the end.
+    """Half of some settings: those that are always measured to the end, and the better ones of the others.
 
     A setting is the better the less it loses beyond the best that is as fast: at the sizes at which it looks best, in
-    the subject or in the picture, whichever speaks for it.
+    the subject or in the picture, whichever speaks for it, and of those that are alike there, over all of it. To the
+    end go the dense run in fewer steps, and the candidates in all steps that no other of them beats everywhere, since
+    a patch does not choose the number of steps.
 
     Parameters
     ----------
@@ -133,15 +140,22 @@ def survivors(settings: Mapping[Key, Setting], losses: Mapping[Key, Losses], bas
     base : int
         Steps of the dense run.
     """
-    known = [key for key in settings if key in losses]
-    behind = {key: [0.0] if key[0] == DENSE else [] for key in known}
+    behind = _behind({key: setting for key, setting in settings.items() if key in losses}, losses, base)
+    patched = {key: settings[key] for key in behind if key[1] == base and key[0] in CANDIDATES}
+    always = {key for key, lost in _behind(patched, losses, base).items() if min(lost) <= 0}
+    always |= {key for key in behind if key[0] == DENSE}
+    others = sorted(behind.keys() - always, key=lambda key: (min(behind[key]), fmean(behind[key]), key))
+    return {*always, *others[: max(0, -(-len(behind) // 2) - len(always))]}
+
+
+def _behind(settings: Mapping[Key, Setting], losses: Mapping[Key, Losses], base: int) -> dict[Key, list[float]]:
+    """How far each setting is behind the best of them that is as fast, in dB, at all sizes and in both measures."""
+    behind: dict[Key, list[float]] = {}
     for model, references in GEOMETRIES:
-        speed = {key: settings[key].flop_ratio(base, model, references) for key in known}
+        speed = {key: setting.flop_ratio(base, model, references) for key, setting in settings.items()}
         for measure in ("subject", "picture"):
-            worst = {key: value for key in known if (value := losses[key].worst(measure, references)) is not None}
+            worst = {key: value for key in settings if (value := losses[key].worst(measure, references)) is not None}
             for key, value in worst.items():
                 best = max(other for each, other in worst.items() if speed[each] >= speed[key] - 1e-9)
-                behind[key].append(best - value)
-    others = [key for key in known if key[0] != DENSE]
-    ordered = sorted(others, key=lambda key: (min(behind[key], default=float("inf")), key))
-    return {*ordered[: -(-len(ordered) // 2)], *(key for key in known if key[0] == DENSE)}
+                behind.setdefault(key, []).append(best - value)
+    return behind

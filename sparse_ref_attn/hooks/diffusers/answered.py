@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import IncompatibleError
+from ...ops.shared.namespace import NAMESPACE
 from .attention import AttentionSite, Route
 from .private_backend import list_backend, unlist
 from .versions import dispatcher
@@ -61,13 +62,13 @@ class _Backend:
                 raise IncompatibleError("attention is answered with a mask and nothing else, got other settings")
             return _answered(query, key, value, attn_mask)
 
-        self.member = list_backend("sparse_ref_attn_answered", backend)
+        self.member = list_backend(f"{NAMESPACE}_answered", backend)
 
 
 _BACKEND = _Backend()
 
 
-@torch.library.custom_op("sparse_ref_attn::answered", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op(f"{NAMESPACE}::answered", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _answered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return _HERE.answer(q, k, v, mask).contiguous()
 

@@ -34,7 +34,8 @@ EDIT = PipelineFacts("diffusers.QwenImage21Pipeline", references=(0, None), shap
 
 _UNKEPT = (
     "Qwen-Image-2.1 reads a part of its references from the keys and values that it keeps of them, and a call must "
-    "keep them, got one that does not: leave use_kv_cache=True in the pipeline's call, with a model of causal_condition"
+    "keep them, got one that does not: leave use_kv_cache=True in the pipeline's call, with a model of "
+    "causal_condition; the call of a training script keeps none, and loses no tokens of them"
 )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LayoutError
+from ..shared.namespace import NAMESPACE
 from .backends import choose
 from .compute import PLAIN, compute, compute_tiles, lse_then_mass
 from .offsets import check_offsets, check_tiles, split_offsets
@@ -17,7 +18,7 @@ from .ragged import Ragged
 
 __all__ = ["mass_op", "mass_tiles_op", "mass_varlen_op"]
 
-library: torch.library.Library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
+library: torch.library.Library = torch.library.Library(NAMESPACE, "FRAGMENT")
 library.define(
     "attention_mass(Tensor q, Tensor k, SymInt start, SymInt stop, float scale, Tensor? key_mask, Tensor? lse, "
     "SymInt query_stride, str backend) -> Tensor"
@@ -137,7 +138,7 @@ library.impl("attention_mass_varlen", _mass_varlen, "CompositeExplicitAutograd")
 library.impl("attention_mass_tiles", _mass_tiles, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("sparse_ref_attn::attention_mass", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::attention_mass", lib=library)
 def _(
     q: Tensor,
     k: Tensor,
@@ -152,14 +153,14 @@ def _(
     return q.new_empty((q.shape[0], q.shape[2], stop - start), dtype=torch.float32)
 
 
-@torch.library.register_fake("sparse_ref_attn::attention_mass_varlen", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::attention_mass_varlen", lib=library)
 def _(
     q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, cu_ref: Tensor, ref_starts: Tensor, total_ref: int, *rest: object
 ) -> Tensor:
     return q.new_empty((q.shape[1], total_ref), dtype=torch.float32)
 
 
-@torch.library.register_fake("sparse_ref_attn::attention_mass_tiles", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::attention_mass_tiles", lib=library)
 def _(
     q: Tensor,
     k: Tensor,
@@ -177,6 +178,6 @@ def _(
     return q.new_empty((q.shape[0], *rows) if reduce_heads else (q.shape[0], q.shape[2], *rows), dtype=torch.float32)
 
 
-mass_op = torch.ops.sparse_ref_attn.attention_mass.default
-mass_varlen_op = torch.ops.sparse_ref_attn.attention_mass_varlen.default
-mass_tiles_op = torch.ops.sparse_ref_attn.attention_mass_tiles.default
+mass_op = getattr(torch.ops, NAMESPACE).attention_mass.default
+mass_varlen_op = getattr(torch.ops, NAMESPACE).attention_mass_varlen.default
+mass_tiles_op = getattr(torch.ops, NAMESPACE).attention_mass_tiles.default

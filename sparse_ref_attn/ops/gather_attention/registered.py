@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LayoutError
+from ..shared.namespace import NAMESPACE
 from .arguments import Arguments, HostLayout, check_ranges, check_values
 from .backends import BACKWARD, ON_THE_HOST, call_of, choose, implementation, refuse_gradients
 from .gradients import Gradients, Wanted
@@ -25,7 +26,7 @@ TENSORS = (
 )
 DIFFERENTIABLE = 7  # q, k, v, k2, v2, k_ref, v_ref come first
 
-library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
 library.define(
     f"gather_attention({TENSORS}, float scale, bool distinct, SymInt[]? host, Tensor? cu_tiles, Tensor? bias, "
     "str backend, bool check) -> (Tensor out, Tensor lse)"
@@ -68,17 +69,17 @@ def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tenso
 
 library.impl("gather_attention", _forward, "CompositeExplicitAutograd")
 library.impl("gather_attention_backward", _backward, "CompositeExplicitAutograd")
-forward_op = torch.ops.sparse_ref_attn.gather_attention.default
-backward_op = torch.ops.sparse_ref_attn.gather_attention_backward.default
+forward_op = getattr(torch.ops, NAMESPACE).gather_attention.default
+backward_op = getattr(torch.ops, NAMESPACE).gather_attention_backward.default
 
 
-@torch.library.register_fake("sparse_ref_attn::gather_attention", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::gather_attention", lib=library)
 def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(q.shape), lse
 
 
-@torch.library.register_fake("sparse_ref_attn::gather_attention_backward", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::gather_attention_backward", lib=library)
 def _(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any) -> list[Tensor]:
     wanted = _each(arguments[-1])
     given = arguments[:DIFFERENTIABLE]
@@ -111,4 +112,4 @@ def _formula(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tupl
     return (*asked, *[None] * (ctx.inputs - DIFFERENTIABLE))
 
 
-torch.library.register_autograd("sparse_ref_attn::gather_attention", _formula, setup_context=_setup, lib=library)
+torch.library.register_autograd(f"{NAMESPACE}::gather_attention", _formula, setup_context=_setup, lib=library)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..shared.namespace import NAMESPACE
 from .backends import choose, kernels
 from .reference import pack_reference, unpack_reference
 
 __all__ = ["pack_by", "pack_op", "unpack_by", "unpack_op"]
 
-library = torch.library.Library("sparse_ref_attn", "FRAGMENT")
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
 library.define("pack_rows(Tensor[] x, Tensor rows, int dim, str backend) -> Tensor[]")
 library.define("unpack_rows(Tensor[] y, Tensor rows, SymInt size, int dim, str backend) -> Tensor[]")
 
@@ -47,18 +48,18 @@ library.impl("pack_rows", _pack, "CompositeExplicitAutograd")
 library.impl("unpack_rows", _unpack, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("sparse_ref_attn::pack_rows", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::pack_rows", lib=library)
 def _(x: Sequence[Tensor], rows: Tensor, dim: int, backend: str) -> list[Tensor]:
     return [t.new_empty((*t.shape[:dim], rows.shape[0], *t.shape[dim + 1 :])) for t in x]
 
 
-@torch.library.register_fake("sparse_ref_attn::unpack_rows", lib=library)
+@torch.library.register_fake(f"{NAMESPACE}::unpack_rows", lib=library)
 def _(y: Sequence[Tensor], rows: Tensor, size: int, dim: int, backend: str) -> list[Tensor]:
     return [t.new_empty((*t.shape[:dim], size, *t.shape[dim + 1 :])) for t in y]
 
 
-pack_op = torch.ops.sparse_ref_attn.pack_rows.default
-unpack_op = torch.ops.sparse_ref_attn.unpack_rows.default
+pack_op = getattr(torch.ops, NAMESPACE).pack_rows.default
+unpack_op = getattr(torch.ops, NAMESPACE).unpack_rows.default
 
 
 class _PackRows(torch.autograd.Function):

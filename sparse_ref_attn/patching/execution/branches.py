@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .onlookers import Onlookers
+
 __all__ = ["Branch", "Branches", "Held"]
 
 
@@ -18,12 +20,14 @@ class Held(Protocol):
     layers: int
     tokens: Tensor | None
     """Reference tokens that are held, ascending; None for all."""
+    idle: frozenset[int]
+    """Layers that do not attend in the branch's calls."""
     moved: dict[int, Tensor]
     """How far the rows of each layer moved when they were last taken anew."""
 
     @property
     def complete(self) -> bool:
-        """Whether every layer's rows were taken."""
+        """Whether the rows of every layer that attends were taken."""
 
     @property
     def nbytes(self) -> int:
@@ -39,6 +43,12 @@ class Branch:
 
     def __init__(self) -> None:
         self.held: Held | None = None
+        self.onlookers = Onlookers()
+
+    def forget(self) -> None:
+        """Hold nothing."""
+        self.held = None
+        self.onlookers.clear()
 
 
 class _Text:

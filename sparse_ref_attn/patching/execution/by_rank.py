@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .held_rows import HeldRows
 from .joint import JointAttention
 from .stored import to_stored
 
-__all__ = ["ByRank", "LayerRows"]
+__all__ = ["ByRank", "LayerRows", "held_keys", "reference_keys"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ByRank:
         return held
 
     def storing(self, call: GenerationCall, held: HeldRows, attention: JointAttention) -> Route:
-        whole, joint = _reference_keys(call, held), call.layout.text + _stream_rows(call)
+        whole, joint = held_keys(call, held.tokens, call.layout.text), call.layout.text + _stream_rows(call)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, own: Attention) -> Tensor:
             at = _moved(whole, k.shape[1] - joint)  # a layer may see less than the text before the image stream
@@ -110,18 +110,22 @@ def _by_bank(attention: JointAttention, ranked: RankedCache, own: int, reads: Se
     for i, (site, count) in enumerate(zip(attention.layers, reads, strict=True)):
         processor = attention.sites[site].processor
         key = (chosen_backend(processor), count)
+        if not ranked.holds(i):
+            found.append(False)
+            continue
         if key not in known:
             known[key] = processor is not None and prefers_bank(processor, ranked, i, own, count)
         found.append(known[key])
     return found
 
 
-def _reference_keys(call: GenerationCall, held: HeldRows) -> slice | Tensor:
-    """Where the keys of the held tokens lie in a full call's joint attention, in order."""
-    layout = call.layout
+def held_keys(call: GenerationCall, tokens: Tensor | None, before: int) -> slice | Tensor:
+    """Where the keys of the held `tokens` (None: all) lie in attention of a full call to its image stream, with rows
+    `before` that, in order."""
+    layout = replace(call.layout, text=before)
     if call.shortened is not None:
-        rows = layout.reference_rows(call.device)[held.tokens]
-        return layout.text + torch.searchsorted(call.shortened.rows, rows)
+        rows = layout.reference_rows(call.device)[tokens]
+        return before + torch.searchsorted(call.shortened.rows, rows)
     return reference_keys(layout, call.device)
 
 

@@ -13,7 +13,7 @@ from ...adapters.stream import restored, stream_rows
 from ...config import SparseRef
 from ...cost import ModelShape
 from ...errors import ConfigError, IncompatibleError, UnsupportedModelError
-from ...hooks.diffusers import Route, splits_the_sequence, step_cache_active
+from ...hooks.diffusers import Route, routed_attention, splits_the_sequence, step_cache_active
 from ...isolation import Isolation
 from ...refresh import Never
 from ...run import Plan, Refreshing, Run
@@ -24,7 +24,7 @@ from ..reuse import CacheReuse
 from ..steps import RunStep
 from . import room
 from .branches import Branch, Branches, Held
-from .by_rank import ByRank, LayerRows
+from .by_rank import ByRank, LayerRows, held_keys
 from .by_tile import ByTile
 from .held_rows import HeldRows
 from .isolated import OwnPass, check_isolates, without_references
@@ -69,7 +69,7 @@ class Computing:
         self._held = (
             held if held is not None and _fits(held, call.plan) else self._store.form.empty(call, self._store.attention)
         )
-        self._store.listen(call, self._held, kwargs)
+        self._store.listen(call, self._branch, self._held, kwargs)
         return kwargs
 
     def after(self, call: GenerationCall, output: Any) -> Any:
@@ -92,7 +92,7 @@ class Reading:
             self._store.isolate(call, self._branch)
         assert self._branch.held is not None
         kwargs = without_references(call)
-        self._store.read(call, self._branch.held)
+        self._store.read(call, self._branch, self._branch.held)
         return kwargs
 
     def after(self, call: GenerationCall, output: Any) -> Any:
@@ -204,10 +204,13 @@ class ReferenceStore:
 
     # -- full calls ----------------------------------------------------------------------------
 
-    def listen(self, call: GenerationCall, held: Held, kwargs: Kwargs) -> None:
+    def listen(self, call: GenerationCall, branch: Branch, held: Held, kwargs: Kwargs) -> None:
         """Store what the joint attention of each layer is given as the references' keys and values."""
         joint = call.layout.text + stream_rows(self._adapter, kwargs)
         held.moved.clear()
+        held.idle = frozenset(map(self.attention.layers.index, self._adapter.idle(kwargs)))
+        branch.onlookers.clear()
+        self._look_on(call, branch.onlookers.storing(held_keys(call, held.tokens, 0)))
         attend = self.form.storing(call, held, self.attention)
         self.attention.answer(call, joint, attend, eager=call.measures or self.form.measures)
 
@@ -215,9 +218,10 @@ class ReferenceStore:
         """A full call has come to its end: what it stored counts from now on."""
         run, step = call.run, call.step
         if not held.complete:
+            own = held.layers - len(held.idle)
             raise IncompatibleError(
-                f"each of the {held.layers} attention layers must attend over all rows in a full step, for its keys "
-                "and values to be stored; got a step in which some did not"
+                f"each of the {own} attention layers must attend over all rows in a full step, for its keys and values "
+                "to be stored; got a step in which some did not"
             )
         assert run.refreshing is not None
         branch.held = held
@@ -241,10 +245,20 @@ class ReferenceStore:
 
     # -- cached calls --------------------------------------------------------------------------
 
-    def read(self, call: GenerationCall, held: Held) -> None:
-        """Let every joint attention of a call read the rows of its plan."""
-        own = call.layout.text + call.layout.generation[1]
+    def read(self, call: GenerationCall, branch: Branch, held: Held) -> None:
+        """Let every joint attention of a call read the rows of its plan, and what looks at these too."""
+        own, selection = call.layout.text + call.layout.generation[1], call.plan.selection
+        kept = None if selection is None or self._config.per == "tile" else selection.indices
+        if kept is not None and held.tokens is not None:
+            kept = torch.searchsorted(held.tokens, kept)
+        self._look_on(call, branch.onlookers.reading(kept))
         self.attention.answer(call, own, self.form.reading(call, held, self.attention), eager=call.measures)
+
+    def _look_on(self, call: GenerationCall, attend: Route) -> None:
+        """Let `attend` answer what looks at the image stream from elsewhere, until the call is over."""
+        sites = self._adapter.onlookers(call.module)
+        if sites:
+            call.contexts.enter_context(routed_attention(sites, attend))
 
     def over(self, call: GenerationCall, branch: Branch) -> None:
         """A call has come to its end: after the last step nothing is kept."""
@@ -252,13 +266,15 @@ class ReferenceStore:
         steps = call.run.record.steps
         others = branch is self._branches[call.run].shared and call.step.calls < max(step.calls for step in steps)
         if not call.at.observed and call.at.step == call.at.total - 1 and not others:
-            branch.held = None
+            branch.forget()
 
     def _account(self, call: GenerationCall) -> None:
         """Write down the bytes that are held."""
-        held = [branch.held for branch in self._branches[call.run] if branch.held is not None]
-        call.step.cache_bytes = sum(each.nbytes for each in held)
-        call.run.record.dense_cache_bytes = sum(each.bytes_of_all for each in held)
+        branches, tokens = list(self._branches[call.run]), call.layout.reference_tokens
+        held = [branch.held for branch in branches if branch.held is not None]
+        call.step.cache_bytes = sum(each.nbytes for each in (*held, *(b.onlookers for b in branches)))
+        whole = sum(each.bytes_of_all for each in held)
+        call.run.record.dense_cache_bytes = whole + sum(b.onlookers.bytes_of(tokens) for b in branches)
 
 
 def _fits(held: Held, plan: Plan) -> bool:

@@ -39,6 +39,7 @@ class HeldRows:
         self.released = False
         """Whether the model's own cache gave its rows up, and holds views of the ranked ones."""
         self.layers, self._foreign, self._factors = layers, foreign, run.config.layers
+        self.idle: frozenset[int] = frozenset()
         self.moved: dict[int, Tensor] = {}
         """How far the rows of each layer moved when they were last taken anew (see `RankedCache.renew`)."""
         self._orders: dict[float, Tensor] = {}
@@ -64,8 +65,8 @@ class HeldRows:
 
     @property
     def complete(self) -> bool:
-        """Whether every layer's rows were taken."""
-        return self.ranked is not None and all(self.ranked.holds(i) for i in range(self.layers))
+        """Whether the rows of every layer that attends were taken."""
+        return self.ranked is not None and all(self.ranked.holds(i) for i in range(self.layers) if i not in self.idle)
 
     @property
     def nbytes(self) -> int:
@@ -129,7 +130,7 @@ class HeldRows:
             self._order([*needs, held])
             if now not in self._nested:
                 self._order([now, most, held])
-            for i in range(self.layers):
+            for i in filter(self.ranked.holds, range(self.layers)):
                 self.ranked.rearrange(i, self._positions(i))
         if shrinks:
             self._most = most

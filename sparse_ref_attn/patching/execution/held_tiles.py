@@ -56,6 +56,7 @@ class HeldTiles:
     """
 
     tokens: Tensor | None = None
+    idle: frozenset[int] = frozenset()
 
     def __init__(
         self, run: Run, layers: int, grid: tuple[int, int], layout: TokenLayout, batch: int, device: torch.device
@@ -80,8 +81,8 @@ class HeldTiles:
 
     @property
     def complete(self) -> bool:
-        """Whether every layer's rows were taken."""
-        return self.cache.complete
+        """Whether the rows of every layer that attends were taken."""
+        return all(self.cache.holds(i) for i in range(self.layers) if i not in self.idle)
 
     @property
     def nbytes(self) -> int:

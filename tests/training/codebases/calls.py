@@ -150,15 +150,19 @@ def diffusers_flux2(guidance: bool = True) -> Step:
     return Step(kwargs, {"hidden_states": 1, "img_ids": 1}, noisy.shape[1], batch.references, loss)
 
 
-def fibo_edit() -> Step:
-    """``scripts/finetune_fibo_edit.py`` of Bria's Fibo-Edit: a mask of pairs, one item without its context."""
+def fibo_edit(hidden: bool = True) -> Step:
+    """``scripts/finetune_fibo_edit.py`` of Bria's Fibo-Edit: a mask of pairs, one item without its context.
+
+    diffusers' ``train_dreambooth_fibo_edit.py`` is the same without `hidden`: it shows the context to every item.
+    """
     batch = Batch(4, 32, (NOISY,))
     pack, ids = BriaFiboEditPipeline._pack_latents_no_patch, BriaFiboEditPipeline._prepare_latent_image_ids
     noisy, context = (pack(x, ITEMS, 4, *NOISY) for x in (batch.noisy, batch.references[0]))
     own, theirs = (ids(ITEMS, *NOISY, "cpu", torch.float32) for _ in range(2))
     theirs[..., 0] = 1
     shown = torch.ones(context.shape[:2])
-    shown[-1] = 0  # dropped for guidance
+    if hidden:
+        shown[-1] = 0  # dropped for guidance
     seen = torch.cat([batch.masks.float(), torch.ones(noisy.shape[:2]), shown], 1)
     pairs = torch.where(torch.einsum("bi,bj->bij", seen, seen) == 1, 0.0, -torch.inf)
     kwargs = {
@@ -173,6 +177,24 @@ def fibo_edit() -> Step:
         return _per_item(prediction, batch.target) * ITEMS
 
     return _WithMask(kwargs, {"hidden_states": 1, "img_ids": 0}, noisy.shape[1], batch.references, loss)
+
+
+def diffusers_qwen21(references: bool = True) -> dict[str, Any]:
+    """The call of ``train_dreambooth_lora_qwenimage21_img2img.py``, or of the script without references.
+
+    The reference comes first, and has a slot of the prompt for each 2 x 2 of its tokens.
+    """
+    batch = Batch(8, 16, SHAPES[:1])
+    pictures = [*(x.detach() for x in batch.references if references), batch.noisy]
+    slots = [x.shape[2] * x.shape[3] // 4 for x in pictures]
+    words = [torch.zeros(ITEMS, 3), torch.ones(ITEMS, sum(slots[:-1])), torch.zeros(ITEMS, 4)]  # the picture in them
+    prompt = torch.cat(words, 1).bool()
+    return {
+        "hidden_states": torch.cat([x.flatten(2).transpose(1, 2) for x in pictures], 1),
+        "encoder_hidden_states": batch.normal(*prompt.shape, 16), "encoder_hidden_states_mask": None,
+        "timestep": batch.times / 1000, "img_shapes": [[(1, *x.shape[2:]) for x in pictures]] * ITEMS,
+        "img_mask": torch.cat([prompt, torch.ones(ITEMS, slots[-1], dtype=torch.bool)], 1), "return_dict": False,
+    }  # fmt: skip
 
 
 class _WithMask(Step):

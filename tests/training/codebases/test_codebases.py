@@ -15,6 +15,7 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.adapters.classes import full_name
 from sparse_ref_attn.models import supported
 from sparse_ref_attn.models.codebases import CODEBASES
+from tests.models import qwen21
 from tests.models.other_pipelines import OTHERS
 from tests.training.batches import positions, rows_of
 from tests.training.codebases import calls, functions, models
@@ -62,6 +63,7 @@ TRAINERS = {
         Trainer("diffusers kontext", lambda: transformer("kontext"), calls.diffusers_kontext),
         Trainer("diffusers flux2", lambda: transformer("flux2"), calls.diffusers_flux2),
         Trainer("diffusers klein", lambda: transformer("klein"), lambda: calls.diffusers_flux2(guidance=False)),
+        Trainer("diffusers fibo", fibo, lambda: calls.fibo_edit(hidden=False)),
         Trainer("fibo-edit", fibo, calls.fibo_edit),
         Trainer("ai-toolkit kontext", lambda: transformer("kontext"), calls.ai_toolkit_kontext),
         Trainer("ai-toolkit flux2", models.AiToolkitFlux2, calls.black_forest_flux2),
@@ -169,6 +171,21 @@ def test_diffusers_qwen_image_script_has_no_references(caplog: pytest.LogCapture
     assert all(torch.equal(out, dense) for out in outputs)
     assert "the first 8 training calls had no reference tokens" in caplog.text
     handle.remove()
+
+
+def test_diffusers_qwen21_script_is_refused_with_references() -> None:
+    """They run among the words of the prompt, in the call that is trained."""
+    model, kwargs = qwen21.build().transformer.train(), calls.diffusers_qwen21()
+    dense = model(**kwargs)[0]
+    handle = sra.patch_for_training(model, DROP)
+    with pytest.raises(sra.IncompatibleError, match=r"Qwen-Image-2\.1 reads.*the call of a training script keeps none"):
+        model(**kwargs)
+    alone = calls.diffusers_qwen21(references=False)
+    without = model(**alone)[0]
+    handle.remove()
+    assert torch.equal(model(**alone)[0], without)
+    assert torch.equal(model(**kwargs)[0], dense)
+    assert bool(dense.isfinite().all())
 
 
 @pytest.mark.parametrize("name", ["simpletuner flux2", "simpletuner qwen"])
