@@ -59,8 +59,8 @@ class ZImageAdapter(Adapter):
     stacks: ClassVar[Mapping[str, str]] = {"noise_refiner": "image", "layers": "single"}
     attention = "attention"
     parts = (
-        "patchify_and_embed_omni", "unpatchify", "rope_embedder.axes_dims", "rope_embedder.theta",
-        "_build_unified_sequence", "all_final_layer", "siglip_embedder",
+        "patchify_and_embed_omni", "unpatchify", "rope_embedder", "config.axes_dims",
+        "config.rope_theta", "_build_unified_sequence", "all_final_layer", "siglip_embedder",
     )  # fmt: skip
     tokens = "x"
     text_tokens = "cap_feats"

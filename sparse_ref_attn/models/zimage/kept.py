@@ -26,6 +26,8 @@ _ROWS, _POSITIONS, _PADDING, _OFFSETS, _NOISE = 0, 4, 7, 10, 11
 def kept_tokens(transformer: nn.Module, shortened: Callable[[], Shortened | None]) -> list[Callable[[], None]]:
     """Hooks, as removers, by which the model's forward has the tokens of a shortened call."""
 
+    config: Any = transformer.config
+
     def as_given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         parts = kwargs.get(FORM)
         if parts is None:
@@ -45,14 +47,14 @@ def kept_tokens(transformer: nn.Module, shortened: Callable[[], Shortened | None
         made[_OFFSETS] = [(first, first + len(x)) for (first, _), x in zip(out[_OFFSETS], made[_ROWS], strict=True)]
         return tuple(made)
 
-    def turned(own: Any, ids: Tensor) -> Tensor:
+    def turned(own: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
         """At fractional positions as the model's tables have whole ones."""
         if not ids.is_floating_point():
             return own(ids)
         found = []
-        for at, size in zip(ids.double().unbind(1), own.axes_dims, strict=True):
+        for at, size in zip(ids.double().unbind(1), config.axes_dims, strict=True):
             steps = torch.arange(0, size, 2, dtype=torch.float64, device=ids.device)
-            angles = torch.outer(at, 1.0 / own.theta ** (steps / size)).float()
+            angles = torch.outer(at, 1.0 / config.rope_theta ** (steps / size)).float()
             found.append(torch.polar(torch.ones_like(angles), angles))
         return torch.cat(found, 1)
 

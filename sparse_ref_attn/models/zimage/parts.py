@@ -83,7 +83,7 @@ class Parts:
             sum(_MULTIPLE if part is None else filled(prod(part.shape[:2])) for part in item or ())
             for item in features or [None] * len(items)
         ]
-        return cls(x, captions, patch, grids, words, tuple(own))  # type: ignore[arg-type]
+        return cls(x, captions, patch, grids, words, tuple(own))
 
     @property
     def sizes(self) -> list[int]:
