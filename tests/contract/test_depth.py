@@ -19,16 +19,18 @@ from tests.contract.state import kinds, state, steps
 from tests.contract.test_compile import DEEP, Counting, _fresh_compiler, function, method  # noqa: F401
 from tests.contract.test_offload import by_model, sequential
 from tests.contract.test_weights import add, gradients
+from tests.pairwise import pairwise
 from tests.pipelines import CASES, Case, each_case
 
-MODELS = [CASES[name] for name in ("kontext", "klein", "qwen_edit_plus_2511")]
-models = pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
+MODELS = {name: CASES[name] for name in ("kontext", "klein", "qwen_edit_plus_2511")}
+models = pytest.mark.parametrize("case", MODELS.values(), ids=list(MODELS))
 
 GRID = sra.SparseRef("grid", 0.3, from_block=1)
 MASS = sra.SparseRef("mass", schedules.Linear(0.2, 0.8), from_block=1)
 IN_FLIGHT = sra.SparseRef("mass", schedules.Linear(0.2, 0.8), profile="in_flight", profile_blocks=1)
 ALL = [sra.SparseRef("mass", 1.0, from_block=1), sra.SparseRef("mass", 1.0, profile="in_flight", profile_blocks=1)]
-configs = pytest.mark.parametrize("config", [GRID, MASS, IN_FLIGHT], ids=["grid", "mass", "in flight"])
+CONFIGS = {"grid": GRID, "mass": MASS, "in flight": IN_FLIGHT}
+configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
 
 
 @each_case(lambda case: case.name != "klein_kv")
@@ -73,10 +75,7 @@ def test_runs_repeat_and_two_pipelines_do_not_meet(case: Case, config: sra.Spars
     assert np.array_equal(case.call(pipe), case.call(case.build()))
 
 
-@models
-@configs
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-@pytest.mark.parametrize("late", [False, True])
+@pairwise(case=MODELS, config=CONFIGS, error=[ZeroDivisionError, KeyboardInterrupt], late=[False, True])
 def test_an_error_in_a_block(case: Case, config: sra.SparseRef, error: type[BaseException], late: bool) -> None:
     """Before the references have left, and after; torch runs no hook of ours after a KeyboardInterrupt."""
     pipe = case.build()
@@ -106,10 +105,7 @@ def test_an_error_in_a_block(case: Case, config: sra.SparseRef, error: type[Base
     assert np.array_equal(dense, case.call(pipe))
 
 
-@models
-@configs
-@pytest.mark.parametrize("offload", [by_model, sequential])
-@pytest.mark.parametrize("first", ["patch", "offload"])
+@pairwise(case=MODELS, config=CONFIGS, offload=[by_model, sequential], first=["patch", "offload"])
 def test_offload(case: Case, config: sra.SparseRef, offload: Callable[[Any], None], first: str) -> None:
     plain = case.build()
     sra.patch(plain, config)

@@ -7,12 +7,12 @@ from typing import Any
 
 import accelerate
 import numpy as np
-import pytest
 import torch
 from accelerate.hooks import remove_hook_from_module
 
 import sparse_ref_attn as sra
 from tests.contract.state import MASS, kinds
+from tests.pairwise import pairwise
 from tests.pipelines import CASES
 
 
@@ -29,9 +29,9 @@ def sequential(pipe: Any) -> None:
         accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
 
 
-@pytest.mark.parametrize("name", ["kontext", "klein", "klein_kv", "qwen_edit_plus"])
-@pytest.mark.parametrize("offload", [by_model, sequential])
-@pytest.mark.parametrize("first", ["patch", "offload"])
+@pairwise(
+    name=["kontext", "klein", "klein_kv", "qwen_edit_plus"], offload=[by_model, sequential], first=["patch", "offload"]
+)
 def test_sparse_through_offload(name: str, offload: Callable[[Any], None], first: str) -> None:
     case = CASES[name]
     plain = case.build()

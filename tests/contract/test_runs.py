@@ -13,7 +13,7 @@ import torch
 import sparse_ref_attn as sra
 from tests.contract.state import GRID, MASS, kinds, steps
 from tests.pictures import generator
-from tests.pipelines import CASES, Case, each_case
+from tests.pipelines import CASES, Case
 
 KLEIN = CASES["klein"]
 
@@ -24,10 +24,12 @@ def fresh(case: Case, config: sra.SparseRef, **request: Any) -> tuple[np.ndarray
     return case.call(pipe, **request), steps(handle)
 
 
-@each_case()
-@pytest.mark.parametrize("cfg", [False, True])
+@pytest.mark.parametrize(
+    ("case", "cfg"),
+    [pytest.param(case, cfg, id=f"{case.name}-{cfg}") for case in CASES.values() for cfg in sorted({False, case.cfg})],
+)
 def test_no_reference_of_the_last_image(case: Case, cfg: bool) -> None:
-    config, cfg = sra.SparseRef(sra.Edges() if case.name == "klein" else "mass", 0.3), cfg and case.cfg
+    config = sra.SparseRef(sra.Edges() if case.name == "klein" else "mass", 0.3)
     pipe = case.build()
     handle = sra.patch(pipe, config)
     first = case.call(pipe, cfg=cfg)

@@ -16,20 +16,19 @@ from sparse_ref_attn.ops.attention_mass.reference import attention_mass_referenc
 from ..ops.guards import Canaries
 from ..ops.mass_cases import RaggedBatch, draw, lse_of
 from ..ops.tolerance import assert_as_accurate
+from ..pairwise import pairwise
 from .emulated import EARLY, LATE, MIXED, emulated, shipped
 
 DTYPES = [torch.float16, torch.bfloat16]
 SCHEDULES = [(1, EARLY), (2, LATE), (3, MIXED)]
 
 
-@pytest.mark.parametrize(("seed", "copies"), SCHEDULES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("C", [64, 128])
-def test_several_tiles(C: int, dtype: torch.dtype, seed: int, copies: int) -> None:
+@pairwise(C=[64, 128], dtype=DTYPES, schedule=SCHEDULES)
+def test_several_tiles(C: int, dtype: torch.dtype, schedule: tuple[int, int]) -> None:
     q, k = draw(290, 270, C=C, dtype=dtype)
     scale, start = C**-0.5, 71  # the block of reference rows ends within a tile
     truth = lse_of(q.double(), k.double(), scale)
-    with emulated(shipped(), seed, copies) as library, Canaries():
+    with emulated(shipped(), *schedule) as library, Canaries():
         lse = launch_lse(q, k, scale, 1)
         assert library.count("bank conflict") == 0
         mass = launch_mass(q, k[:, start:], truth.float(), scale, 1)

@@ -19,6 +19,7 @@ from ..ops.guards import Canaries, in_nan
 from ..ops.problems import NAMES, Problem, grid, make, ragged, tiling, truth
 from ..ops.rounding import assert_rounded, of_attention
 from ..ops.tolerance import assert_as_accurate
+from ..pairwise import pairwise
 from .emulated import EARLY, LATE, MIXED, emulated, shipped
 
 HALF = [torch.float16, torch.bfloat16]
@@ -65,11 +66,9 @@ def rounded_lse(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return truth(low.to(torch.float64))[1], of_attention(low)["lse"]
 
 
-@pytest.mark.parametrize(("seed", "copies"), SCHEDULES)
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_errs_at_most_twice_as_much_as_pytorch(name: str, dtype: torch.dtype, seed: int, copies: int) -> None:
-    got_lse = check(PROBLEMS[name], dtype, seed, copies)
+@pairwise(name=list(PROBLEMS), dtype=HALF, schedule=SCHEDULES)
+def test_errs_at_most_twice_as_much_as_pytorch(name: str, dtype: torch.dtype, schedule: tuple[int, int]) -> None:
+    got_lse = check(PROBLEMS[name], dtype, *schedule)
     assert_rounded(got_lse, *rounded_lse(name, dtype), "lse")  # float32 all the way
 
 

@@ -23,6 +23,7 @@ from sparse_ref_attn.ops.pack_rows.impl.cuda import launch_pack
 
 from ..builds import made
 from ..ops.problems import make
+from ..pairwise import pairwise
 from . import test_attention_mass, test_gather_attention
 from .emulated import CSRC, EARLY, LATE, Emulated, compile_kernels, compile_object, emulated
 
@@ -184,9 +185,7 @@ def planted(name: str) -> Emulated:
     return Emulated(made(name, lambda folder: plant(BUGS[name], folder)) / "kernels.so")
 
 
-@pytest.mark.parametrize("copies", [EARLY, LATE])
-@pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("name", BUGS)
+@pairwise(name=list(BUGS), seed=[1, 2, 3], copies=[EARLY, LATE])
 def test_is_caught_under_every_schedule(name: str, seed: int, copies: int) -> None:
     bug = BUGS[name]
     with emulated(planted(name), seed, copies), pytest.raises((KernelError, AssertionError)) as caught:

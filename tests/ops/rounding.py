@@ -91,7 +91,8 @@ def of_product(x: Tensor, y: Tensor) -> Tensor:
 
 def of_attention(problem: Problem, grad_out: Tensor | None = None, grad_lse: Tensor | None = None) -> dict[str, Tensor]:
     """Standard deviations of "out" (T, H, C), "lse" (H, T) and, with grad_out (T, H, C), of each operand's gradient."""
-    return _spread(lambda rounding: _attention(rounding, problem, grad_out, grad_lse))
+    weight = counts(problem)
+    return _spread(lambda rounding: _attention(rounding, problem, weight, grad_out, grad_lse))
 
 
 def of_mass(q: Tensor, k: Tensor, span: tuple[int, int], scale: float) -> tuple[Tensor, Tensor]:
@@ -127,9 +128,12 @@ def _spread(draw: Callable[[Rounding], dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _attention(
-    rounding: Rounding, problem: Problem, grad_out: Tensor | None, grad_lse: Tensor | None
+    rounding: Rounding, problem: Problem, weight: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> dict[str, Tensor]:
-    """Forward and the usual backward: probabilities from the LSE, delta = <grad_out, out> - grad_lse."""
+    """Forward and the usual backward: probabilities from the LSE, delta = <grad_out, out> - grad_lse.
+
+    `weight` (T, H, K): `counts` of the problem.
+    """
     o = {name: x.detach().double() for name, x in problem.operands.items()}
     q, (queries, heads, channels) = o["q"], o["q"].shape
     scale = problem.options.get("scale") or channels**-0.5
@@ -137,7 +141,6 @@ def _attention(
     key_heads = o[parts[0][0]].shape[1]
     group = heads // key_heads
     k, v = (torch.cat([o[n] for n in names]).repeat_interleave(group, dim=1) for names in parts)
-    weight = counts(problem)
     p, lse, keys = rounding.softmax(q, k, weight, scale)
     terms = keys[..., None]
     out = rounding.once(rounding.dot("nhk,khc->nhc", p, v, terms))
