@@ -58,7 +58,7 @@ class RunIdentity:
             self.stable = not self._texts
         elif calls > self._branches:
             timed = self._timed and timestep is not None
-            if timed and not torch.equal(torch.as_tensor(timestep), torch.as_tensor(self.timestep)):
+            if timed and not torch.equal(_of_item(timestep), _of_item(self.timestep)):
                 return False
             if not same_references():
                 return False
@@ -66,3 +66,9 @@ class RunIdentity:
         if text is not None and not self.knows(text):
             self._texts = [known for known in self._texts if known() is not None] + [weakref.ref(text)]
         return True
+
+
+def _of_item(timestep: Any) -> Tensor:
+    """A timestep; of times by row those of the first item, as branches of guidance may be of one item or of two."""
+    timestep = torch.as_tensor(timestep)
+    return timestep[0] if timestep.ndim > 1 else timestep

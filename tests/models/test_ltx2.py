@@ -187,3 +187,11 @@ def test_a_model_of_larger_patches_is_refused() -> None:
     )  # fmt: skip
     with pytest.raises(sra.UnsupportedModelError, match=r"patch_size and patch_size_t 1\), got 2 and 1"):
         sra.patch(model, "sparse-context")
+
+
+def test_all_calls_of_its_guidance_are_of_one_step() -> None:
+    """The first is of two items, the others of one: their times by row have other shapes."""
+    pipe = ltx2.build()
+    with sra.patched(pipe, sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=sra.Never()))) as handle:
+        LTX2.call(pipe, steps=3, **ltx2.GUIDED)
+    assert [(step.kind, step.calls) for step in handle.record.steps] == [("dense", 3), ("cached", 3), ("cached", 3)]
