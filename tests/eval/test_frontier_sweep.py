@@ -89,6 +89,13 @@ def test_a_stopped_sweep_goes_on(done: Path, model: Path, monkeypatch: pytest.Mo
     assert main(command(done, model)) == 0
     assert (done / "rows.csv").read_bytes() == whole
     assert (done / "frontier.csv").read_bytes() == points
+    columns = rows(done)[0]
+    praised = [row | {"seed": "7", PICTURE: "99"} for row in rows(done) if row["method"] == "edges-25"]
+    with (done / "rows.csv").open("a", newline="") as file:
+        csv.DictWriter(file, columns, lineterminator="\n").writerows(praised)
+    assert main(command(done, model)) == 0
+    assert (done / "frontier.csv").read_bytes() == points  # those of another sweep change nothing
+    (done / "rows.csv").write_bytes(whole)
 
 
 def test_points_are_paired_differences(done: Path) -> None:
@@ -133,6 +140,12 @@ def test_who_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     better = setting_of("stored-once", 6)
     settings["stored-once", 6], losses["stored-once", 6] = better, lost(1.0, 50.0)
     assert survivors(settings, losses, 12) >= {("stored-once", 12), ("stored-halves", 12), ("edges-25", 12)}
+    faster = setting_of("tiles-16th-once")
+    assert faster.flop_ratio(12, "kontext", 1) > settings["stored-once", 12].flop_ratio(12, "kontext", 1)
+    settings["tiles-16th-once", 12], losses["tiles-16th-once", 12] = faster, lost(0.5, 60.0)
+    left = survivors(settings, losses, 12)
+    assert ("tiles-16th-once", 12) in left
+    assert ("stored-once", 12) in left  # the other is held back: nobody could choose it
 
 
 def test_what_of_open_scenery_is_not_drawn() -> None:

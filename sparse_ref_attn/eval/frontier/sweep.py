@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ...candidates import CANDIDATES, DENSE
+from ...candidates import CANDIDATES, DENSE, held_back
 from ..evaluate import evaluate
 from ..examples import Examples, Mask
 from ..grid import BASE
@@ -86,7 +86,7 @@ def sweep(
     """Measure what every setting loses, those that stay near the frontier on ever more examples.
 
     It goes on where it was stopped, and processes share it, as `evaluate`: which settings are left is told by the rows
-    alone.
+    alone, those of a rung's own examples and seeds.
 
     Parameters
     ----------
@@ -117,7 +117,9 @@ def sweep(
         words = f"{len(left)} settings on {count} examples of each family, {drawn} seed{'s' * (drawn > 1)}"
         told(f"rung {number} of {len(rising)}: {words}")
         evaluate(out, data, [model], Sweep(left, base, drawn, families, count), scorer, about=about)
-        losses |= losses_of(read_rows(Path(out))[1], data, model.name, base)
+        seen = {data.keys[i][0] for i in data.chosen(families, count)}
+        rows = [row for row in read_rows(Path(out))[1] if row["example"] in seen and int(row["seed"]) < drawn]
+        losses |= losses_of(rows, data, model.name, base)
         if number < len(rising):
             kept = survivors(left, losses, base)
             left = {key: setting for key, setting in left.items() if key in kept}
@@ -130,7 +132,7 @@ def survivors(settings: Mapping[Key, Setting], losses: Mapping[Key, Losses], bas
     A setting is the better the less it loses beyond the best that is as fast: at the sizes at which it looks best, in
     the subject or in the picture, whichever speaks for it, and of those that are alike there, over all of it. To the
     end go the dense run in fewer steps, and the candidates in all steps that no other of them beats everywhere, since
-    a patch does not choose the number of steps.
+    a patch does not choose the number of steps; no other that may be chosen either, of those that may.
 
     Parameters
     ----------
@@ -142,7 +144,8 @@ def survivors(settings: Mapping[Key, Setting], losses: Mapping[Key, Losses], bas
     """
     behind = _behind({key: setting for key, setting in settings.items() if key in losses}, losses, base)
     patched = {key: settings[key] for key in behind if key[1] == base and key[0] in CANDIDATES}
-    always = {key for key, lost in _behind(patched, losses, base).items() if min(lost) <= 0}
+    chosen = {key: setting for key, setting in patched.items() if not held_back(CANDIDATES[key[0]])}
+    always = {key for own in (patched, chosen) for key, lost in _behind(own, losses, base).items() if min(lost) <= 0}
     always |= {key for key in behind if key[0] == DENSE}
     others = sorted(behind.keys() - always, key=lambda key: (min(behind[key]), fmean(behind[key]), key))
     return {*always, *others[: max(0, -(-len(behind) // 2) - len(always))]}
