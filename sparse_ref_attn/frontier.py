@@ -173,8 +173,11 @@ def loss_of(points: Iterable[Point], setting: str, steps: int, own_steps: int | 
     if not rows:
         return None
     scenery = _rows_for([p for p in own if p.family == OPEN_SCENERY], steps, own_steps)
+    db, low, high = (min(getattr(p, name) for p in rows) for name in ("loss_db", "low", "high"))
     return Loss(
-        *(min(getattr(p, name) for p in rows) for name in ("loss_db", "low", "high")),
+        db,
+        low,
+        high,
         dense_db=min((p.dense_db for p in rows if p.dense_db is not None), default=None),
         base_steps=rows[0].base_steps,
         steps=rows[0].steps,

@@ -78,10 +78,10 @@ class ZImageAdapter(Adapter):
         parts = Parts.of(kwargs["x"], kwargs["cap_feats"], seen, (kwargs.get("f_patch_size", 1), side, side))
         if parts is None:
             return {**kwargs, "x": None}
-        text, time = self._text(parts.captions), 1 - kwargs["t"]
+        text, time = self._joined(parts.captions), 1 - kwargs["t"]
         return {**kwargs, "x": parts.tokens(), "cap_feats": text, "timestep": time, FORM: parts}
 
-    def _text(self, captions: list[Any]) -> Tensor:
+    def _joined(self, captions: list[Any]) -> Tensor:
         """The captions of a call as one tensor, the same one as long as the pipeline holds them."""
         items = [item if isinstance(item, list) else [item] for item in captions]
         flat = [part for item in items for part in item]

@@ -65,7 +65,7 @@ def kept_tokens(transformer: nn.Module, shortened: Callable[[], Shortened | None
         last = call.kwargs[FORM].last
         return own(x, [each[-1:] for each in size], patch, frames, [(end - last, end) for _, end in offsets])
 
-    methods = {
+    methods: dict[str, Callable[..., Any]] = {
         "patchify_and_embed_omni": patchified, "rope_embedder": turned, "unpatchify": unpatchified,
     }  # fmt: skip
     return [
