@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import LayoutError
 from ..functional import pack_rows
 from ..types import TokenLayout
-from .joint_order import pick
+from .joint_order import pick, places_of_kept
 
 __all__ = ["Block", "DepthCut", "blocks_of"]
 
@@ -127,8 +127,7 @@ class DepthCut:
             order = self._order(kind)
             assert order is not None
             assert self.kept is not None
-            text = order.shape[1] - self.full
-            kept = torch.cat([order[:, :text], order[:, text + self.kept.to(order.device)]], 1)
+            kept = places_of_kept(order, self.kept, self.full)
             self._places[kind] = (kept.sort(1).values, order.shape[1])
         return self._places[kind]
 

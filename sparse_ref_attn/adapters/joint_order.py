@@ -16,7 +16,7 @@ from ..types import TokenLayout
 if TYPE_CHECKING:
     from .base import Adapter
 
-__all__ = ["in_order", "order_of_kept", "ordered_view", "pick", "reordered", "unpick"]
+__all__ = ["in_order", "order_of_kept", "ordered_view", "pick", "places_of_kept", "reordered", "unpick"]
 
 Move = Callable[[Tensor, int], Tensor]
 
@@ -59,9 +59,19 @@ def order_of_kept(order: Tensor, rows: Tensor, before: int) -> Tensor:
     >>> order_of_kept(torch.tensor([[3, 0, 1, 2]]), torch.tensor([1, 2]), 3)  # the text row lies behind
     tensor([[2, 0, 1]])
     """
+    return places_of_kept(order, rows, before).argsort(1).argsort(1)
+
+
+def places_of_kept(order: Tensor, rows: Tensor, before: int) -> Tensor:
+    """Where a call with all `before` rows of the image stream has its text and `rows` of that stream, in this order.
+
+    Examples
+    --------
+    >>> places_of_kept(torch.tensor([[3, 0, 1, 2]]), torch.tensor([1, 2]), 3)
+    tensor([[3, 1, 2]])
+    """
     text = order.shape[1] - before
-    kept = torch.cat([order[:, :text], order[:, text + rows.to(order.device)]], 1)
-    return kept.argsort(1).argsort(1)
+    return torch.cat([order[:, :text], order[:, text + rows.to(order.device)]], 1)
 
 
 def in_order(attend: Route, order: Tensor) -> Route:

@@ -28,8 +28,8 @@ def named_model(
     name : str
         One of `MODELS`: "kontext", "flux2-dev", "klein-9b", "klein-9b-kv", "klein-4b", "qwen-image-edit",
         "qwen-image-edit-2511", "qwen-image-layered", "longcat-image-edit", "flux3", "fibo-edit",
-        "joyimage-edit", "joyimage-edit-plus", "glm-image", "qwen-image-2.1", "ltx-2". "klein-9b-kv" has the
-        processors that keep the references' keys and values, as its pipeline puts them on.
+        "joyimage-edit", "joyimage-edit-plus", "glm-image", "qwen-image-2.1", "z-image-omni", "ltx-2".
+        "klein-9b-kv" has the processors that keep the references' keys and values, as its pipeline puts them on.
     device : torch.device or str
         Default "meta": no memory is used. On a real device the weights are random.
     dtype : torch.dtype

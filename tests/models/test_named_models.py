@@ -25,3 +25,7 @@ def test_named_models_are_found_by_name_and_cut_by_field():
         named_model("flux9")
     with pytest.raises(ConfigError, match="width"):
         named_model("kontext", width=3)
+
+
+def test_the_docstring_names_them_all() -> None:
+    assert [name for name in MODELS if f'"{name}"' not in (named_model.__doc__ or "")] == []

@@ -86,6 +86,7 @@ class ZImageAdapter(Adapter):
         items = [item if isinstance(item, list) else [item] for item in captions]
         flat = [part for item in items for part in item]
         known = self._texts.setdefault(flat[0], [])
+        known[:] = [each for each in known if all(held() is not None for held in each[0])]
         for parts, text in known:
             if len(parts) == len(flat) and all(held() is part for held, part in zip(parts, flat, strict=True)):
                 return text
