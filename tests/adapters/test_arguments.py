@@ -21,6 +21,7 @@ from tests.pipelines import small_pictures
 from tests.training.test_patching import EACH, HALF
 
 FAMILIES = ("kontext", "flux2", "klein_kv", "klein", "qwen", "longcat")
+GRID = sra.SparseRef("grid", KEEP)
 IP_KEYS = {4: torch.ones(4, dtype=torch.bool)}
 """Attention to an IP-Adapter's tokens, of which none is hidden."""
 
@@ -168,16 +169,24 @@ def picture_of(output: Any) -> np.ndarray:
     return np.stack([np.asarray(image, dtype=np.float32) for image in images])
 
 
+@cache
+def picture_without(name: str) -> np.ndarray:
+    """Of an item of a batch that is given no other argument."""
+    pipe = pipeline(name)
+    with sra.patched(pipe, GRID), small_pictures():
+        return picture_of(pipe(**base_arguments(PIPELINES[name], pipe, 5)))
+
+
 @pytest.mark.parametrize(("name", "argument"), by_family(CELLS))
 def test_honoured_in_a_batch(name: str, argument: str) -> None:
     """Beside an item without it, each is what it is alone; or the batch says why it cannot be."""
-    entry, (pipe, arguments) = ARGUMENTS[argument], given(name, argument)
-    config = sra.SparseRef("grid", KEEP)
+    entry, (pipe, arguments), config = ARGUMENTS[argument], given(name, argument), GRID
     items = [base_arguments(PIPELINES[name], pipe, 5), arguments]
     if argument.endswith("attention_kwargs"):  # a LoRA has one scale in one call
         items[0][argument] = {"scale": arguments[argument]["scale"]}
-    alone = []
-    for own in items if not entry.refused else []:
+    plain = not (entry.prepare or argument.endswith("attention_kwargs"))
+    alone = [picture_without(name)] if plain else []
+    for own in items[len(alone) :] if not entry.refused else []:
         generator_state = own["generator"].get_state()
         with sra.patched(pipe, config), small_pictures():
             alone.append(picture_of(pipe(**own)))
