@@ -14,10 +14,16 @@ from torch._dynamo.utils import counters
 
 import sparse_ref_attn as sra
 from tests.contract.state import kinds, state
-from tests.contract.test_compile import DEEP, Counting
+from tests.contract.test_compile import Counting
+from tests.pairwise import pairwise
 from tests.pipelines import CASES
 from tests.reliability.test_one_transformer import beside
 
+DEEP = {  # more blocks than `four_graphs`, so that a graph a block would be an error
+    "klein": {"layers": 5, "single": 5},
+    "kontext": {"layers": 5, "single": 5},
+    "qwen_edit_plus": {"layers": 5},
+}
 SETTINGS = {
     "all read": sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=sra.Every(3))),
     "ranked": sra.SparseRef("mass", sra.Linear(0.2, 0.6), execute=sra.Cache(refresh=sra.Every(3))),
@@ -33,42 +39,43 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("first", list(SETTINGS))
-def test_repeated_blocks(first: str) -> None:
-    """Each setting comes first on another model; the others then run on what it compiled."""
-    place = list(SETTINGS).index(first)
-    name = list(DEEP)[place]
+@pytest.fixture
+def four_graphs() -> Iterator[None]:
+    """At most, of a block; torch's own limit is 8."""
+    with torch._dynamo.config.patch(recompile_limit=4):
+        yield
+
+
+@pytest.mark.usefixtures("four_graphs")
+@pairwise(name=list(DEEP), setting=list(SETTINGS), dynamic=[None, True])
+def test_repeated_blocks(name: str, setting: str, dynamic: bool | None) -> None:
     case, backend = CASES[name], Counting()
     plain, pipe = case.build(**DEEP[name]), case.build(**DEEP[name])
+    sra.patch(plain, SETTINGS[setting])
     case.call(pipe, steps=1)  # a pipeline's first call changes its parts
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
-    before, blocks, of_one_length = state(pipe), sum(DEEP[name].values()), 0
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=dynamic, backend=backend)
+    before = state(pipe)
+    handle = sra.patch(pipe, SETTINGS[setting])
+    blocks, seen = sum(DEEP[name].values()), []
 
     def note(pipe: Any, step: int, timestep: Any, values: dict) -> dict:
         seen.append((backend.graphs, backend.calls))
         return values
 
-    for setting in [*SETTINGS][place:] + [*SETTINGS][:place]:
-        with sra.patched(plain, SETTINGS[setting]):
-            wanted = {number: case.call(plain, steps=7, first=number) for number in (0, 3)}
-        seen = [(backend.graphs, backend.calls)]
-        handle = sra.patch(pipe, SETTINGS[setting])
-        for number, image in wanted.items():
-            np.testing.assert_allclose(case.call(pipe, steps=7, first=number, callback=note), image, atol=1e-5)
-            whole = "dense" if setting == "all read" else "profile"
-            assert kinds(handle) == [whole, "cached", "cached", "dense", "cached", "cached", "dense"]
-            assert not handle.notes
-        (had, called), *since = seen
-        graphs = [graph - had for graph, _ in since]
-        measures = {"all read": (), "ranked": (0,), "tiles": (0, 3, 6)}[setting]  # a step that measures runs uncompiled
-        compiled = [(calls - called) // blocks for _, calls in since]
-        assert compiled == list(accumulate(n % 7 not in measures for n in range(14)))
-        assert len(set(graphs[4:])) == 1
-        of_one_length = of_one_length or next(filter(None, graphs))
-        assert graphs[-1] <= 2 * of_one_length + 1  # those of the whole length, and of the short one
-        assert not counters["graph_break"]
-        handle.remove()
-        assert state(pipe) == before
+    for first in (0, 3):
+        got = case.call(pipe, steps=7, first=first, callback=note)
+        np.testing.assert_allclose(got, case.call(plain, steps=7, first=first), atol=1e-5)
+        whole = "dense" if setting == "all read" else "profile"
+        assert kinds(handle) == [whole, "cached", "cached", "dense", "cached", "cached", "dense"]
+        assert not handle.notes
+    graphs, calls = zip(*seen, strict=True)
+    measures = {"all read": (), "ranked": (0,), "tiles": (0, 3, 6)}[setting]  # a step that measures runs uncompiled
+    assert [n // blocks for n in calls] == list(accumulate(n % 7 not in measures for n in range(14)))
+    assert len(set(graphs[4:])) == 1
+    assert graphs[-1] <= 2 * next(filter(None, graphs)) + 1  # those of the whole length, and of the short one
+    assert not counters["graph_break"]
+    handle.remove()
+    assert state(pipe) == before
 
 
 def test_with_gradients_blocks_run_uncompiled() -> None:

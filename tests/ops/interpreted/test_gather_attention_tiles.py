@@ -20,7 +20,7 @@ from ..tile_problems import make_tiles, ragged_tiles, tile_grid
 from ..tolerance import assert_as_accurate
 
 SHARED = Config(32, 32, 4, 2)
-SMALL = Config(16, 16, 4, 2)  # so that small problems have many blocks
+SMALL = Config(16, 32, 4, 2)  # so that small problems have many blocks
 ONE_LOOP = Config(32, 32, 4, 2, split=False)
 PROBLEMS = tile_grid(32)
 

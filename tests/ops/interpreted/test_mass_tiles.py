@@ -26,7 +26,7 @@ from ..mass_cases import lse_of
 from ..rounding import assert_rounded, of_mass
 from ..tolerance import assert_as_accurate
 
-SMALL = Config(16, 16, 4, 2)
+SMALL = Config(16, 32, 4, 2)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 TILINGS = {
     "equal, two in a block": [0, 8, 16, 24, 32, 40],
