@@ -15,7 +15,6 @@ from torch._dynamo.utils import counters
 import sparse_ref_attn as sra
 from tests.contract.state import kinds, state
 from tests.contract.test_compile import Counting
-from tests.pairwise import pairwise
 from tests.pipelines import CASES
 from tests.reliability.test_one_transformer import beside
 
@@ -47,13 +46,14 @@ def four_graphs() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("four_graphs")
-@pairwise(name=list(DEEP), setting=list(SETTINGS), dynamic=[None, True])
-def test_repeated_blocks(name: str, setting: str, dynamic: bool | None) -> None:
+@pytest.mark.parametrize("setting", list(SETTINGS))
+@pytest.mark.parametrize("name", list(DEEP))
+def test_repeated_blocks(name: str, setting: str) -> None:
     case, backend = CASES[name], Counting()
     plain, pipe = case.build(**DEEP[name]), case.build(**DEEP[name])
     sra.patch(plain, SETTINGS[setting])
     case.call(pipe, steps=1)  # a pipeline's first call changes its parts
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=dynamic, backend=backend)
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
     before = state(pipe)
     handle = sra.patch(pipe, SETTINGS[setting])
     blocks, seen = sum(DEEP[name].values()), []
