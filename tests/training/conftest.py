@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from sparse_ref_attn.toy import pipeline
 from sparse_ref_attn.toy.sprites import SUBJECTS, held_out, load_sprites
-from tests.training.small_model import narrow_transformer
+from tests.small_model import narrow_transformer
 
 
 @pytest.fixture(autouse=True)

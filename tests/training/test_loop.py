@@ -22,7 +22,7 @@ from sparse_ref_attn.training.lora import add_lora, save_lora
 from sparse_ref_attn.training.vae import train_vae
 from tests import programs
 from tests.disk import largest_file
-from tests.training.small_model import narrow_transformer
+from tests.small_model import narrow_transformer
 
 SETTINGS = {"warmup": 2, "decay": 2, "checkpoint_every": 2, "precision": "no"}
 FILES = ("weights.safetensors", "ema.safetensors")
