@@ -85,6 +85,7 @@ def test_a_distilled_run_that_was_broken_off_goes_on_bit_for_bit(tmp_path):
     assert not same(whole, run("taught nothing", 4, 0.0))
 
 
+@pytest.mark.usefixtures("narrow")
 def test_the_command_distills_and_says_so(sprites, tmp_path):
     small = ["train", "--sprites", sprites, "--grid", "8", *FEW]
     assert main([*small, "--out", str(tmp_path), "--keep", "0.1-0.9", "--distill", "0.5"]) == 0
