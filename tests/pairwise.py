@@ -1,9 +1,9 @@
-"""Half of a cross product, in which every pair of values still meets."""
+"""The few combinations of a cross product in which every pair of values still meets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import product
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -12,9 +12,9 @@ __all__ = ["pairwise"]
 
 
 def pairwise(**axes: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
-    """Parametrize a test over the combinations whose places, one in each axis, have an even sum.
+    """Parametrize a test over combinations in which any two values of two axes meet.
 
-    Any two values of two axes stand in one of them, as a third axis has both an even and an odd place::
+    They are chosen one after the other, each the one in which the most pairs meet for the first time::
 
         @pairwise(case=MODELS, error=[ZeroDivisionError, KeyboardInterrupt], late=[False, True])
 
@@ -29,12 +29,25 @@ def pairwise(**axes: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
     named = [
         list(axis.items()) if isinstance(axis, Mapping) else [(_name(x), x) for x in axis] for axis in axes.values()
     ]
-    chosen = [one for one in product(*map(enumerate, named)) if sum(place for place, _ in one) % 2 == 0]
+    chosen = list(_chosen([range(len(axis)) for axis in named]))
     return pytest.mark.parametrize(
         tuple(axes),
-        [tuple(value for _, (_, value) in one) for one in chosen],
-        ids=["-".join(name for _, (name, _) in one) for one in chosen],
+        [tuple(axis[place][1] for axis, place in zip(named, one, strict=True)) for one in chosen],
+        ids=["-".join(axis[place][0] for axis, place in zip(named, one, strict=True)) for one in chosen],
     )
+
+
+def _chosen(axes: list[range]) -> Iterator[tuple[int, ...]]:
+    """Places, one in each axis."""
+    left = set().union(*(_pairs(one) for one in product(*axes)))
+    while left:
+        best = max(product(*axes), key=lambda one: len(left & _pairs(one)))
+        left -= _pairs(best)
+        yield best
+
+
+def _pairs(places: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
+    return set(combinations(enumerate(places), 2))
 
 
 def _name(value: Any) -> str:

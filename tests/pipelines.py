@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import diffusers
@@ -153,6 +154,26 @@ class Case:
         common = {name: value for name, value in common.items() if name in known}
         with small_pictures(side):
             return pipe(**common | self.arguments(pipe, request) | kwargs).images
+
+    def dense(self, **request: Any) -> np.ndarray:
+        """What `call` makes of a new pipeline, computed once for each request; arguments must be hashable."""
+        return _dense(self, tuple(request.items()))
+
+    def model(self, **build: int) -> Any:
+        """The transformer of a new pipeline, one for all that ask: to be called, and neither changed nor patched."""
+        return _model(self, tuple(build.items()))
+
+
+@cache
+def _dense(case: Case, request: tuple[tuple[str, Any], ...]) -> np.ndarray:
+    pictures = case.call(case.build(), **dict(request))
+    pictures.flags.writeable = False
+    return pictures
+
+
+@cache
+def _model(case: Case, build: tuple[tuple[str, int], ...]) -> Any:
+    return case.build(**dict(build)).transformer
 
 
 _FLUX: dict[str, Any] = {"side": 32, "sizes": ((48, 32),)}

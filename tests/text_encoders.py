@@ -59,7 +59,7 @@ def clip() -> tuple[CLIPTokenizer, CLIPTextModel]:
     tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=77)
     config = CLIPTextConfig(
         bos_token_id=0, eos_token_id=1, pad_token_id=1, hidden_size=32, intermediate_size=37, num_attention_heads=4,
-        num_hidden_layers=2, vocab_size=len(tokenizer), max_position_embeddings=77, hidden_act="gelu",
+        num_hidden_layers=1, vocab_size=len(tokenizer), max_position_embeddings=77, hidden_act="gelu",
         projection_dim=32,
     )  # fmt: skip
     return tokenizer, CLIPTextModel(config)
@@ -71,7 +71,7 @@ def t5() -> tuple[T5Tokenizer, T5EncoderModel]:
     vocabulary += [(chr(code), -3.0) for code in range(33, 127)]
     tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=512)
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4,
         relative_attention_num_buckets=8,
     )  # fmt: skip
     return tokenizer, T5EncoderModel(config)
@@ -135,19 +135,19 @@ class Qwen3VLProcessor(QwenVLProcessor):
 
 
 def qwen_vl() -> tuple[Qwen2Tokenizer, QwenVLProcessor, Qwen2_5_VLForConditionalGeneration]:
-    """Qwen2.5-VL of width 16 (two layers each for text and vision)."""
+    """Qwen2.5-VL of width 16 (a layer each for text and vision)."""
     tokenizer = byte_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     config = Qwen2_5_VLConfig(
         text_config={
-            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
             "num_key_value_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 4096,
             "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
             "rope_theta": 1e6, "initializer_range": WIDE_INIT, "bos_token_id": None, "eos_token_id": None,
         },
         vision_config={
-            "depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
-            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "fullatt_block_indexes": [1],
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "fullatt_block_indexes": [0],
             "window_size": 112, "initializer_range": WIDE_INIT,
         },
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
@@ -158,18 +158,18 @@ def qwen_vl() -> tuple[Qwen2Tokenizer, QwenVLProcessor, Qwen2_5_VLForConditional
 
 
 def qwen3_vl() -> tuple[Qwen2Tokenizer, Qwen3VLProcessor, Qwen3VLForConditionalGeneration]:
-    """Qwen3-VL of width 16 (two layers each for text and vision)."""
+    """Qwen3-VL of width 16 (a layer each for text and vision)."""
     tokenizer = byte_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     config = Qwen3VLConfig(
         text_config={
-            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
             "num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(tokenizer), "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
             "initializer_range": WIDE_INIT, "bos_token_id": None, "eos_token_id": None,
         },
         vision_config={
-            "depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
             "patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
             "initializer_range": WIDE_INIT,
         },

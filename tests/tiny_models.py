@@ -1,7 +1,8 @@
 """Tiny real diffusers pipelines with seeded random weights, built offline.
 
-Nothing is downloaded and nothing is mocked: the classes are diffusers' own, only their sizes are small. Weights are
-drawn so that the picture depends visibly on every reference (at the default initialisation it hardly does).
+Nothing is downloaded and nothing is mocked: the classes are diffusers' own, only their sizes are small. VAEs have no
+more blocks than they need, and text encoders one layer, for most of a tiny call would be theirs. Weights are drawn so
+that the picture depends visibly on every reference (at the default initialisation it hardly does).
 Each function here returns ``build(seed=0, layers=2, single=2, heads=2, head_dim=16) -> pipe``: `layers` double-stream
 and `single` single-stream blocks, `heads` of `head_dim` channels (a multiple of 16).
 """
@@ -66,10 +67,10 @@ def kontext(pipeline: type) -> Callable[..., Any]:
             pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=_rope_axes(head_dim, 3),
         )  # fmt: skip
         vae = diffusers.AutoencoderKL(
-            sample_size=32, block_out_channels=(8, 8), layers_per_block=1, latent_channels=LATENT_CHANNELS,
+            sample_size=32, block_out_channels=(4, 4), layers_per_block=0, latent_channels=LATENT_CHANNELS,
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609,
-            scaling_factor=1.5035,
+            norm_num_groups=2, mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
+            shift_factor=0.0609, scaling_factor=1.5035,
         )  # fmt: skip
         (tokenizer, clip), (tokenizer_2, t5) = text_encoders.clip(), text_encoders.t5()
         pipe = pipeline(
@@ -93,9 +94,9 @@ def flux2(pipeline: type, text_encoder: Callable[[], tuple], guidance: bool = Fa
             timestep_guidance_channels=32, axes_dims_rope=_rope_axes(head_dim, 4), guidance_embeds=guidance,
         )  # fmt: skip
         vae = diffusers.AutoencoderKLFlux2(
-            sample_size=32, block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=LATENT_CHANNELS,
+            sample_size=32, block_out_channels=(4, 4, 4), layers_per_block=0, latent_channels=LATENT_CHANNELS,
             down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-            norm_num_groups=4,
+            norm_num_groups=2, mid_block_add_attention=False,
         )  # fmt: skip
         tokenizer, encoder = text_encoder()
         pipe = pipeline(
@@ -120,13 +121,14 @@ def qwen(pipeline: type, zero_cond_t: bool = False) -> Callable[..., Any]:
             axes_dims_rope=_rope_axes(head_dim, 3), zero_cond_t=zero_cond_t,
         )  # fmt: skip
         vae = diffusers.AutoencoderKLQwenImage(
-            base_dim=8, z_dim=LATENT_CHANNELS, dim_mult=[1, 1, 1], num_res_blocks=1,
+            base_dim=4, z_dim=LATENT_CHANNELS, dim_mult=[1, 1, 1], num_res_blocks=0,
             temperal_downsample=[False, True], latents_mean=[0.0] * LATENT_CHANNELS,
             latents_std=[1.0] * LATENT_CHANNELS,
         )  # fmt: skip
         with torch.no_grad():  # inpainting samples what it encodes: a trained VAE is as good as sure of it
             vae.quant_conv.weight[LATENT_CHANNELS:] = 0
             vae.quant_conv.bias[LATENT_CHANNELS:] = -30
+            vae.decoder.conv_out.weight.mul_(5)  # or the picture is nearly grey, and hides differences
         tokenizer, processor, encoder = text_encoders.qwen_vl()
         pipe = pipeline(
             scheduler=scheduler(), vae=vae, text_encoder=encoder, tokenizer=tokenizer, processor=processor,
@@ -153,9 +155,10 @@ def longcat(pipeline: type) -> Callable[..., Any]:
             axes_dims_rope=_rope_axes(head_dim, 3),
         )  # fmt: skip
         vae = diffusers.AutoencoderKL(
-            sample_size=32, block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=16,
-            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4,
-            use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035,
+            sample_size=32, block_out_channels=(4, 4, 4), layers_per_block=0, latent_channels=16,
+            down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=2,
+            mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609,
+            scaling_factor=1.5035,
         )  # fmt: skip
         tokenizer, processor, encoder = text_encoders.qwen_vl()
         pipe = pipeline(

@@ -47,7 +47,7 @@ class Argument:
     inert : tuple of str
         Cases (beginnings of their names) whose calls stay as they are.
     prepare : callable, optional
-        What is done to the pipeline first.
+        What is done to a new pipeline first.
     fails : tuple of str
         Cases in which diffusers' own pipeline cannot be given the argument.
     refused : str
@@ -57,7 +57,7 @@ class Argument:
     make: Make
     changes: frozenset[str]
     inert: tuple[str, ...] = ()
-    prepare: Callable[[Any], None] = lambda pipe: None
+    prepare: Callable[[Any], None] | None = None
     fails: tuple[str, ...] = ()
     refused: str = ""
 

@@ -16,20 +16,26 @@ from sparse_ref_attn.models import adapter_for
 from sparse_ref_attn.types import TokenLayout
 from tests.adapters.pipeline_calls import ARGUMENTS, CALLS, PIPELINES, base_arguments
 from tests.adapters.test_dropping import KEEP, ROUNDING, error, noise, scores
-from tests.adapters.witnesses import Call, HiddenKeys, best, witnessed
+from tests.adapters.witnesses import LATENT, Call, HiddenKeys, best, witnessed
 from tests.pipelines import small_pictures
 from tests.training.test_patching import EACH, HALF
 
 FAMILIES = ("kontext", "flux2", "klein_kv", "klein", "qwen", "longcat")
+GRID = sra.SparseRef("grid", KEEP)
 IP_KEYS = {4: torch.ones(4, dtype=torch.bool)}
 """Attention to an IP-Adapter's tokens, of which none is hidden."""
 
 
 @cache
+def pipeline(name: str) -> Any:
+    """One for all tests that leave it as it is."""
+    return PIPELINES[name].build()
+
+
+@cache
 def parameters(name: str) -> list[str]:
     """Names of the arguments of a case's pipeline."""
-    pipeline = type(PIPELINES[name].build())
-    return [p for p in inspect.signature(pipeline.__call__).parameters if p != "self"]
+    return [p for p in inspect.signature(type(pipeline(name)).__call__).parameters if p != "self"]
 
 
 ALL = [(name, argument) for name in PIPELINES for argument in parameters(name)]
@@ -51,11 +57,12 @@ def test_the_table_has_every_argument_and_no_other() -> None:
     assert {argument for _, argument in ALL} == set(ARGUMENTS)
 
 
-def given(name: str, argument: str) -> tuple[Any, dict[str, Any]]:
-    """A new pipeline, and what is given to it with another value of the argument."""
+def given(name: str, argument: str, new: bool = False) -> tuple[Any, dict[str, Any]]:
+    """A pipeline, and what is given to it with another value of the argument."""
     case, entry = PIPELINES[name], ARGUMENTS[argument]
-    pipe = case.build()
-    entry.prepare(pipe)
+    pipe = case.build() if new or entry.prepare else pipeline(name)
+    if entry.prepare:
+        entry.prepare(pipe)
     known = set(parameters(name))
     with torch.no_grad(), small_pictures():
         own = {key: value for key, value in entry.make(case, pipe).items() if key in known}
@@ -63,6 +70,8 @@ def given(name: str, argument: str) -> tuple[Any, dict[str, Any]]:
 
 
 def run(pipe: Any, arguments: dict[str, Any]) -> list[Call]:
+    if arguments["output_type"] == "np":  # nobody looks at the picture
+        arguments = arguments | LATENT
     with witnessed(pipe.transformer) as calls, small_pictures():
         pipe(**arguments)
     return calls
@@ -70,8 +79,7 @@ def run(pipe: Any, arguments: dict[str, Any]) -> list[Call]:
 
 @cache
 def plain_calls(name: str) -> list[Call]:
-    pipe = PIPELINES[name].build()
-    return run(pipe, base_arguments(PIPELINES[name], pipe))
+    return run(pipeline(name), base_arguments(PIPELINES[name], pipeline(name)))
 
 
 def same(a: Any, b: Any) -> bool:
@@ -161,16 +169,24 @@ def picture_of(output: Any) -> np.ndarray:
     return np.stack([np.asarray(image, dtype=np.float32) for image in images])
 
 
+@cache
+def picture_without(name: str) -> np.ndarray:
+    """Of an item of a batch that is given no other argument."""
+    pipe = pipeline(name)
+    with sra.patched(pipe, GRID), small_pictures():
+        return picture_of(pipe(**base_arguments(PIPELINES[name], pipe, 5)))
+
+
 @pytest.mark.parametrize(("name", "argument"), by_family(CELLS))
 def test_honoured_in_a_batch(name: str, argument: str) -> None:
     """Beside an item without it, each is what it is alone; or the batch says why it cannot be."""
-    entry, (pipe, arguments) = ARGUMENTS[argument], given(name, argument)
-    config = sra.SparseRef("grid", KEEP)
+    entry, (pipe, arguments), config = ARGUMENTS[argument], given(name, argument), GRID
     items = [base_arguments(PIPELINES[name], pipe, 5), arguments]
     if argument.endswith("attention_kwargs"):  # a LoRA has one scale in one call
         items[0][argument] = {"scale": arguments[argument]["scale"]}
-    alone = []
-    for own in items if not entry.refused else []:
+    plain = not (entry.prepare or argument.endswith("attention_kwargs"))
+    alone = [picture_without(name)] if plain else []
+    for own in items[len(alone) :] if not entry.refused else []:
         generator_state = own["generator"].get_state()
         with sra.patched(pipe, config), small_pictures():
             alone.append(picture_of(pipe(**own)))
@@ -195,11 +211,16 @@ TRAINED = by_family([cell for cell in REACHING if cell[0] != "klein_kv"])
 @pytest.mark.parametrize(("name", "argument"), TRAINED)
 @torch.no_grad()
 def test_honoured_in_training(name: str, argument: str) -> None:
-    """The pipeline's own calls as a training batch of two: one draw for both, and one for each."""
-    entry, (pipe, arguments) = ARGUMENTS[argument], given(name, argument)
+    """The pipeline's own calls as a training batch of two: one draw for both, and one for each.
+
+    What is in every call is trained in the first by the one draw and in the last by the other; what is in further
+    calls alone, or cannot be drawn for each, in the last by both.
+    """
+    entry, (pipe, arguments) = ARGUMENTS[argument], given(name, argument, new=True)
     calls = run(pipe, arguments)
     model, adapter = pipe.transformer.train(), adapter_for(pipe.transformer)
-    for call in calls[:: max(1, len(calls) - 1)]:
+    both = CALLS in entry.changes or entry.refused
+    for call, drops in ((calls[0], (HALF,)), (calls[-1], (HALF, EACH) if both else (EACH,))):
         layout = adapter.layout(call.given, adapter.find(call.given))
         items = 1 if entry.refused or call.given["hidden_states"].shape[0] > 1 else 2
         double = {
@@ -207,7 +228,7 @@ def test_honoured_in_training(name: str, argument: str) -> None:
             for key, value in call.given.items()
             if key in adapter.per_item and value is not None
         }
-        for drop in (HALF, EACH):
+        for drop in drops:
             if drop is EACH and entry.refused:
                 with pytest.raises(sra.IncompatibleError, match=entry.refused):
                     sra.patch_for_training(model, drop)

@@ -154,7 +154,7 @@ def test_refused_at_the_first_step(name: str) -> None:
     CASE.call(pipe, references=2)
     assert {step.kept for step in other.record.steps} == {80}
     other.remove()
-    assert np.array_equal(CASE.call(pipe, references=2), CASE.call(CASE.build(), references=2))
+    assert np.array_equal(CASE.call(pipe, references=2), CASE.dense(references=2))
 
 
 @pytest.mark.parametrize("select", ["grid", "mass", "cosine"])

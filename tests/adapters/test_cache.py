@@ -16,7 +16,7 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.errors import ConfigError, LayoutError
 from sparse_ref_attn.schedules import Budget
 from tests.adapters.test_dropping import ROUNDING, error, noise, scores
-from tests.adapters.witnesses import GENERATION, best, hidden_keys, witnessed
+from tests.adapters.witnesses import GENERATION, LATENT, best, hidden_keys, witnessed
 from tests.pipelines import CASES
 
 CASE = CASES["klein_kv"]
@@ -32,7 +32,7 @@ def run(setting: sra.SparseRef, **request: Any) -> tuple[list, Any]:
     """Calls and record of one run."""
     pipe = CASE.build()
     with sra.patched(pipe, setting) as handle, witnessed(pipe.transformer) as calls:
-        CASE.call(pipe, **request)
+        CASE.call(pipe, **LATENT, **request)
     return calls, handle.record
 
 
@@ -51,7 +51,7 @@ def test_each_step_attends_to_its_own_budget_of_exact_keys(name: str, references
     """The first step is the dense one bit for bit; each later one is the dense model that does not see dropped keys."""
     budget, shares = BUDGETS[name]
     calls, record = run(config(budget), references=references, steps=4, batch=2)
-    fresh, sizes = CASE.build().transformer, record.layout.sizes
+    fresh, sizes = CASE.model(), record.layout.sizes
     extract, *later = calls
     wanted, cache = fresh(**extract.given)
     assert torch.equal(extract.sample, wanted)
@@ -102,7 +102,7 @@ def test_keeping_all_is_the_pipelines_own_cache_bit_for_bit() -> None:
 def test_a_step_that_keeps_all_between_others_is_bit_identical_to_the_dense_model() -> None:
     calls, record = run(config(sra.Pieces((0.2, 0.3, 1.0, 0.4), (0.2, 0.5, 0.8))), steps=4)
     assert [step.kept for step in record.steps] == [96, 29, 96, 38]
-    fresh = CASE.build().transformer
+    fresh = CASE.model()
     _, cache = fresh(**calls[0].given)
     assert torch.equal(calls[2].sample, fresh(**calls[2].given | {"kv_cache": cache})[0])
     held = [step.cache_bytes for step in record.steps]
@@ -124,7 +124,7 @@ def test_measured_rankings(profile: int) -> None:
         columns = [w[:, :, at:, at : at + sum(sizes)] for w in blocks]
         wanted = torch.stack([c.mean((0, 1, 2)) for c in columns]).mean(0)
         torch.testing.assert_close(torch.cat(handle.record.mass).double(), wanted, rtol=1e-4, atol=1e-7)
-    fresh = CASE.build().transformer
+    fresh = CASE.model()
     _, cache = fresh(**calls[0].given)
     with witnessed(fresh) as dense:
         fresh(**calls[profile].given | ({"kv_cache": cache} if profile else {}))

@@ -35,8 +35,9 @@ def check(case: Case, pipe: object, keep: float = 0.25, **request: object) -> sr
 
 @each_case()
 def test_numbers_of_references(case: Case) -> None:
+    pipe = case.build()
     for count in case.references:
-        layout = check(case, case.build(), references=count).record.layout
+        layout = check(case, pipe, references=count).record.layout
         assert len(layout.references) == count
         for reference, (width, height) in zip(layout.references, case.sizes, strict=False):
             assert reference.grid is not None
@@ -48,8 +49,9 @@ def test_numbers_of_references(case: Case) -> None:
 @each_case(lambda case: case.free)
 def test_sizes_of_references(case: Case) -> None:
     """Taller than wide, wider than tall, and smaller than the output."""
+    pipe = case.build()
     for sizes in ((64, 64),), ((64, 128),), ((128, 64),):
-        (reference,) = check(case, case.build(), references=1, sizes=sizes).record.layout.references
+        (reference,) = check(case, pipe, references=1, sizes=sizes).record.layout.references
         assert reference.grid is not None
         ratio = reference.grid[0] / reference.grid[1]
         assert ratio == pytest.approx(sizes[0][1] / sizes[0][0], rel=0.25)
@@ -58,8 +60,9 @@ def test_sizes_of_references(case: Case) -> None:
 @each_case(lambda case: len(case.references) > 1 and case.name != "klein_inpaint")
 def test_references_of_different_sizes_and_order(case: Case) -> None:
     """The second reference is found where the pipeline puts it, whichever size comes first."""
+    pipe = case.build()
     for sizes in (SIZES, SIZES[::-1]):
-        layout = check(case, case.build(), references=3, sizes=sizes).record.layout
+        layout = check(case, pipe, references=3, sizes=sizes).record.layout
         shapes = [r.grid[0] > r.grid[1] for r in layout.references if r.grid is not None]
         assert shapes == [height > width for width, height in sizes]
 
@@ -102,7 +105,7 @@ def test_an_item_of_a_batch_keeps_the_same_tokens_as_the_others(case: Case) -> N
 @pytest.mark.parametrize("select", [sra.Edges(), sra.Saliency()], ids=lambda select: type(select).__name__)
 def test_latents_have_no_pixels(case: Case, select: sra.Edges | sra.Saliency) -> None:
     """The selector says so, and the pipeline is as good as new; other selectors do not mind."""
-    plain = case.call(case.build(), latents=True)
+    plain = case.dense(latents=True)
     pipe = case.build()
     handle = sra.patch(pipe, sra.SparseRef(select, 0.5))
     with pytest.raises(sra.PixelsUnavailableError, match=r"looks at pixels, and reference 0 has none.*on_latents"):
@@ -122,7 +125,7 @@ def test_latents_have_no_pixels(case: Case, select: sra.Edges | sra.Saliency) ->
 
 @each_case(lambda case: case.text_to_image)
 def test_without_references_the_pipeline_passes_through_bit_for_bit(case: Case) -> None:
-    plain = case.call(case.build(), references=0)
+    plain = case.dense(references=0)
     pipe = case.build()
     handle = sra.patch(pipe, sra.ReCAST(task="subject"))
     assert np.array_equal(case.call(pipe, references=0), plain)
@@ -136,8 +139,8 @@ def test_without_references_the_pipeline_passes_through_bit_for_bit(case: Case) 
 
 @each_case()
 def test_every_token_kept_is_bit_for_bit_the_unpatched_pipeline(case: Case) -> None:
-    for request in ({}, {"cfg": case.cfg, "references": max(case.references)}):
-        plain = case.call(case.build(), **request)
+    for request in ({"steps": 2}, {"steps": 2, "cfg": case.cfg, "references": max(case.references)}):
+        plain = case.dense(**request)
         pipe = case.build()
         for config in (sra.SparseRef("grid", 1.0), sra.SparseRef("mass", 1.0), sra.SparseRef("edges", 0.3, floor=1.0)):
             with sra.patched(pipe, config):

@@ -11,7 +11,7 @@ from diffusers import ContextParallelConfig, ParallelConfig
 import sparse_ref_attn as sra
 from sparse_ref_attn.models.flux2 import Flux2Adapter
 from tests.adapters.test_dropping import KEEP, ROUNDING, error, noise, scores
-from tests.adapters.witnesses import GENERATION, best, hidden_keys, witnessed
+from tests.adapters.witnesses import GENERATION, LATENT, best, hidden_keys, witnessed
 from tests.pipelines import CASES, Case, each_case
 
 BUILT = {"layers": 3, "single": 2}
@@ -30,10 +30,10 @@ def test_equals_the_dense_model_with_keys_masked_from_that_block_on(case: Case, 
     pipe = case.build(**BUILT)
     handle = sra.patch(pipe, sra.SparseRef(sra.FromFunction(noise), KEEP, from_block=block))
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, references=max(case.references), cfg=case.cfg, batch=max(case.batch), steps=2)
+        case.call(pipe, references=max(case.references), cfg=case.cfg, batch=max(case.batch), steps=2, **LATENT)
     sizes = handle.record.layout.sizes
     handle.remove()
-    fresh = case.build(**BUILT).transformer
+    fresh = case.model(**BUILT)
     kept = best(scores(sizes), sizes, KEEP)
     rows = torch.cat([torch.ones(GENERATION).bool(), kept])
     assert len(calls) == 2 * (1 + case.cfg)
@@ -47,10 +47,10 @@ def test_equals_the_dense_model_with_keys_masked_from_that_block_on(case: Case, 
         assert call.sample.shape == wanted.shape
         assert error(call.sample[:, rows], wanted[:, rows]) < ROUNDING
         assert not call.sample[:, ~rows].any()
-        for other in (0, block + 1):  # neither at the input nor a block later
-            with hidden_keys(call, kept, from_block=other):
-                elsewhere = fresh(**call.given)[0][:, :GENERATION]
-            assert error(call.sample[:, :GENERATION], elsewhere) > 10 * ROUNDING
+    for other in (0, block + 1):  # neither at the input nor a block later
+        with hidden_keys(calls[0], kept, from_block=other):
+            elsewhere = fresh(**calls[0].given)[0][:, :GENERATION]
+        assert error(calls[0].sample[:, :GENERATION], elsewhere) > 10 * ROUNDING
 
 
 def test_block_0_is_the_input() -> None:
@@ -69,12 +69,12 @@ def test_attention_is_measured_before_the_references_leave(case: Case) -> None:
     config = sra.SparseRef("mass", sra.Linear(0.2, 0.6), from_block=2)
     handle = sra.patch(pipe, config)
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, steps=3)
+        case.call(pipe, steps=3, **LATENT)
     record = handle.record
     assert [(step.kind, step.from_block) for step in record.steps] == [("profile", 0), ("sparse", 2), ("sparse", 2)]
     assert record.scores is not None
     ranked = torch.cat(record.scores).numpy()
-    fresh = case.build(**BUILT).transformer
+    fresh = case.model(**BUILT)
     for call, share in zip(calls[1:], (0.4, 0.6), strict=True):
         kept = best(ranked, record.layout.sizes, share)
         with hidden_keys(call, kept, from_block=2), torch.no_grad():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.selection import References
-from tests.adapters.witnesses import GENERATION, Call, best, hidden_keys, witnessed
+from tests.adapters.witnesses import GENERATION, LATENT, Call, best, hidden_keys, witnessed
 from tests.pipelines import CASES, Case, each_case
 
 KEEP = 0.3
@@ -34,7 +34,7 @@ def run(case: Case, budget: sra.Constant | sra.Linear | sra.Descending, **reques
     pipe = case.build()
     handle = sra.patch(pipe, sra.SparseRef(sra.FromFunction(noise), budget))
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, references=max(case.references), **request)
+        case.call(pipe, references=max(case.references), **LATENT, **request)
     sizes = handle.record.layout.sizes
     handle.remove()
     return calls, sizes
@@ -44,7 +44,7 @@ def run(case: Case, budget: sra.Constant | sra.Linear | sra.Descending, **reques
 @torch.no_grad()
 def test_equals_the_dense_model_with_the_dropped_keys_masked(case: Case) -> None:
     calls, sizes = run(case, sra.Constant(KEEP), cfg=case.cfg, batch=max(case.batch), steps=2)
-    fresh = case.build().transformer
+    fresh = case.model()
     kept = best(scores(sizes), sizes, KEEP)
     # Klein inpainting gives each sample its own where there are as many further pictures as samples.
     assert len(sizes) == (2 if case.name == "klein_inpaint" else max(case.references))
@@ -65,7 +65,7 @@ def test_equals_the_dense_model_with_the_dropped_keys_masked(case: Case) -> None
 @torch.no_grad()
 def test_equals_the_model_called_on_the_kept_rows_bit_for_bit(case: Case) -> None:
     calls, sizes = run(case, sra.Constant(KEEP), steps=2)
-    fresh = case.build().transformer
+    fresh = case.model()
     rows = np.flatnonzero(np.r_[np.ones(GENERATION, bool), best(scores(sizes), sizes, KEEP).numpy()])
     for call in calls:
         given = dict(call.given)
@@ -81,10 +81,10 @@ def test_klein_kv_extracts_the_largest_budget_and_reads_each_steps_own(
     budget: sra.Constant | sra.Linear | sra.Descending, references: int
 ) -> None:
     case = CASES["klein_kv"]
-    pipe, fresh = case.build(), case.build().transformer
+    pipe, fresh = case.build(), case.model()
     handle = sra.patch(pipe, sra.SparseRef(sra.FromFunction(noise), budget))
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, references=references, steps=3)
+        case.call(pipe, references=references, steps=3, **LATENT)
     sizes = handle.record.layout.sizes
     low, high = (budget.low, budget.high) if not isinstance(budget, sra.Constant) else (KEEP, KEEP)
     shares = [low + (high - low) * progress for progress in (0, 0.5, 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -58,15 +59,21 @@ MEASURING = {
 TOKENS = [(4,), (4, 16), (IMAGE_ROWS,), (JOINT_ROWS,)]
 
 
+@cache
+def without(name: str) -> tuple[np.ndarray, Any, list, list]:
+    """Picture, mass, steps and tokens of a run without an IP-Adapter."""
+    plain = CASE.build()
+    with sra.patched(plain, MEASURING[name]) as handle:
+        want, steps = CASE.call(plain), handle.record.steps
+        kept = [s.selection and s.selection.indices.tolist() for s in steps]
+        return want, handle.record.mass, [(s.kind, s.kept) for s in steps], kept
+
+
 @pytest.mark.parametrize("tokens", TOKENS, ids=str)
 @pytest.mark.parametrize("name", MEASURING)
 def test_what_is_measured_is_the_joint_attention(name: str, tokens: tuple[int, ...]) -> None:
     """At scale 0 the image prompt changes nothing: the same mass, tokens and picture as without it."""
-    plain, pipe = CASE.build(), build(tokens, scale=0.0)
-    with sra.patched(plain, MEASURING[name]) as handle:
-        want = CASE.call(plain)
-        mass, kinds = handle.record.mass, [(s.kind, s.kept) for s in handle.record.steps]
-        tokens_kept = [s.selection and s.selection.indices.tolist() for s in handle.record.steps]
+    pipe, (want, mass, kinds, tokens_kept) = build(tokens, scale=0.0), without(name)
     with sra.patched(pipe, MEASURING[name]) as handle:
         got = CASE.call(pipe, **prompt(tokens))
         assert [(s.kind, s.kept) for s in handle.record.steps] == kinds
@@ -81,7 +88,7 @@ def test_what_is_measured_is_the_joint_attention(name: str, tokens: tuple[int, .
 def test_all_kept_is_the_picture_without_a_patch(select: Any, cfg: bool) -> None:
     pipe = build()
     dense = CASE.call(pipe, cfg=cfg, **prompt())
-    assert not np.array_equal(dense, CASE.call(CASE.build(), cfg=cfg))
+    assert not np.array_equal(dense, CASE.dense(cfg=cfg))
     with sra.patched(pipe, sra.SparseRef(select, 1.0)):
         assert np.array_equal(CASE.call(pipe, cfg=cfg, **prompt()), dense)
     with sra.patched(pipe, sra.SparseRef(select, 0.25)):

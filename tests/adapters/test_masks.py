@@ -15,13 +15,15 @@ import sparse_ref_attn as sra
 from tests.adapters.attention_masks import MASKS, by_hand, handed, padding, regions, rows_of, text_of
 from tests.adapters.test_dropping import KEEP, ROUNDING, error, noise, scores
 from tests.adapters.test_mass import close
-from tests.adapters.witnesses import GENERATION, Call, best, hidden_keys, witnessed
+from tests.adapters.witnesses import GENERATION, LATENT, Call, best, hidden_keys, witnessed
 from tests.contract.state import state
+from tests.pairwise import pairwise
 from tests.pictures import mask as picture_mask
 from tests.pictures import picture
 from tests.pipelines import CASES, Case, each_case, small_pictures
 
 HEADS = 2
+KLEIN_KV_MASKS = (padding(1, 48, 208), regions(208), regions(112))
 masks = pytest.mark.parametrize("mask", MASKS, ids=str)
 models = pytest.mark.parametrize("name", ["kontext", "klein"])
 masked_cases = each_case(lambda case: case.name not in ("klein_kv", "longcat") and not case.name.startswith("qwen"))
@@ -35,7 +37,7 @@ def run(
     given = MASKS[mask](batch, HEADS, text_of(case), rows_of(case.name, batch))
     handle = sra.patch(pipe, config)
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, batch=batch, **handed(case, given), **request)
+        case.call(pipe, batch=batch, **handed(case, given), **LATENT, **request)
     return calls, handle
 
 
@@ -60,7 +62,7 @@ def test_rows_that_are_dropped_leave_the_mask_too(name: str, mask: str) -> None:
     """Bit for bit the model called by hand; and the mask matters."""
     case = CASES[name]
     calls, handle = run(case, mask, sra.SparseRef(sra.FromFunction(noise), KEEP), steps=2)
-    sizes, fresh = handle.record.layout.sizes, case.build().transformer
+    sizes, fresh = handle.record.layout.sizes, case.model()
     kept = best(scores(sizes), sizes, KEEP)
     for call in calls:
         given = removed(call, kept)
@@ -73,7 +75,7 @@ def test_rows_that_are_dropped_leave_the_mask_too(name: str, mask: str) -> None:
 @torch.no_grad()
 def test_every_pipeline_and_guidance_in_sequence(case: Case) -> None:
     calls, handle = run(case, "(B, S)", sra.SparseRef(sra.FromFunction(noise), KEEP), steps=2, cfg=case.cfg)
-    sizes, fresh = handle.record.layout.sizes, case.build().transformer
+    sizes, fresh = handle.record.layout.sizes, case.model()
     kept = best(scores(sizes), sizes, KEEP)
     assert len(calls) == 2 * (1 + case.cfg)
     for call in calls:
@@ -81,17 +83,16 @@ def test_every_pipeline_and_guidance_in_sequence(case: Case) -> None:
         assert torch.equal(got, fresh(**removed(call, kept))[0])
 
 
-@pytest.mark.parametrize(
-    "mask", ["(B, S)", "(1, 1, S)", "(S, S)", "(1, S, S)", "(H, S, S) added", "(B, H, S, S) added"]
-)
-@pytest.mark.parametrize("block", [1, 3])
-@models
+@pairwise(
+    name=["kontext", "klein"], block=[1, 3],
+    mask=["(B, S)", "(1, 1, S)", "(S, S)", "(1, S, S)", "(H, S, S) added", "(B, H, S, S) added"],
+)  # fmt: skip
 @torch.no_grad()
 def test_references_that_leave_by_depth(name: str, block: int, mask: str) -> None:
     case = CASES[name]
     config = sra.SparseRef(sra.FromFunction(noise), KEEP, from_block=block)
     calls, handle = run(case, mask, config, steps=2)
-    sizes, fresh = handle.record.layout.sizes, case.build().transformer
+    sizes, fresh = handle.record.layout.sizes, case.model()
     kept = best(scores(sizes), sizes, KEEP)
     for call in calls:
         image = joint(call, kept)[call.text :] - call.text
@@ -115,7 +116,7 @@ def test_attention_is_measured_under_the_mask(name: str, mask: str) -> None:
         close(torch.cat(record.mass), torch.stack(wanted).mean(0))
         assert record.scores is not None
         kept = best(torch.cat(record.scores).numpy(), record.layout.sizes, KEEP)
-        fresh = case.build().transformer
+        fresh = case.model()
         later = calls if in_flight else calls[1:]
         for i, one in enumerate(later):
             image = joint(one, kept)[one.text :] - one.text
@@ -144,17 +145,23 @@ def test_each_probe_has_the_masks_rows_of_its_queries(name: str, queries: str) -
 def test_a_model_that_reads_no_mask_beside_its_cache_reads_none_here(execute: str, select: str) -> None:
     """Klein-KV's attention that stores and reads reference K/V drops the caller's mask, and so does a patched one."""
     case = CASES["klein_kv"]
-    config = sra.SparseRef(select, 0.5, execute=execute)
-    for mask in (padding(1, 48, 208), regions(208), regions(112)):
-        dense, pipe = case.call(case.build()), case.build()
-        assert np.array_equal(case.call(pipe, **handed(case, mask)), dense)
-        with sra.patched(pipe, config) as handle:
-            plain = case.call(pipe)
-            assert handle.notes == []
+    pipe, dense = case.build(), case.dense()
+    with sra.patched(pipe, sra.SparseRef(select, 0.5, execute=execute)) as handle:
+        plain = case.call(pipe)
+        assert handle.notes == []
+        assert not np.array_equal(plain, dense)
+        for mask in KLEIN_KV_MASKS:
             assert np.array_equal(case.call(pipe, **handed(case, mask)), plain)
             assert [note.partition(":")[0] for note in handle.notes] == ["the attention mask has no effect"]
-            assert not np.array_equal(plain, dense)
-            assert np.array_equal(case.call(pipe, references=0), case.call(case.build(), references=0))
+        assert np.array_equal(case.call(pipe, references=0), case.dense(references=0))
+        assert np.array_equal(case.call(pipe), plain)
+        assert handle.notes == []
+
+
+def test_an_unpatched_model_reads_no_mask_beside_its_cache() -> None:
+    case, pipe = CASES["klein_kv"], CASES["klein_kv"].build()
+    for mask in KLEIN_KV_MASKS:
+        assert np.array_equal(case.call(pipe, **handed(case, mask)), case.dense())
 
 
 @pytest.mark.parametrize("config", [sra.SparseRef(sra.ToMe(), KEEP), sra.SparseRef(sra.Downscale("latents"), KEEP)])
@@ -169,7 +176,7 @@ def test_changed_tokens_have_their_references_mask(name: str, config: sra.Sparse
     with sra.patched(pipe, config), witnessed(pipe.transformer) as calls:
         case.call(pipe, steps=1, **handed(case, keys))
         case.call(pipe, steps=1, **handed(case, hidden[:, None, None] & keys[:, None, :, None]))
-    fresh = case.build().transformer
+    fresh = case.model()
     for call, alike in zip(calls, (keys, hidden[:, None, None] & keys[:, None, :, None]), strict=True):
         short = call.reached
         left = short["hidden_states"].shape[1]
@@ -210,13 +217,13 @@ def test_what_is_no_mask_of_the_call_is_refused_by_name(name: str, what: str) ->
     pipe = case.build()
     for config in (sra.SparseRef("grid", KEEP), sra.SparseRef("mass", KEEP), sra.SparseRef("grid", KEEP, from_block=1)):
         with sra.patched(pipe, config) as handle:
-            wanted = case.call(pipe)
+            wanted = case.call(pipe, steps=2)
             before, steps = state(pipe), len(handle.record.steps)
             with pytest.raises(kind, match=words):
                 case.call(pipe, **handed(case, make(text_of(case), rows_of(name))))
             assert state(pipe) == before
             assert len(handle.record.steps) == steps
-            assert np.array_equal(case.call(pipe), wanted)
+            assert np.array_equal(case.call(pipe, steps=2), wanted)
 
 
 @each_case(lambda case: case.name.startswith("qwen"))

@@ -14,6 +14,7 @@ from tests.adapters.attention_masks import added, handed, padding, regions, text
 from tests.adapters.test_dropping import KEEP
 from tests.adapters.witnesses import GENERATION
 from tests.contract.state import state
+from tests.pairwise import pairwise
 from tests.pictures import generator, picture
 from tests.pipelines import CASES, Case
 
@@ -51,11 +52,10 @@ def together_and_alone(case: Case, config: sra.SparseRef, maker: Callable[[int],
     return done, alone, plain
 
 
-@pytest.mark.parametrize(
-    "config", [sra.SparseRef("grid", 1.0), sra.SparseRef("grid", KEEP), sra.SparseRef("mass", KEEP)]
-)
-@pytest.mark.parametrize("cfg", [False, True])
-@models
+@pairwise(
+    name=["kontext", "klein"], cfg=[False, True],
+    config=[sra.SparseRef("grid", 1.0), sra.SparseRef("grid", KEEP), sra.SparseRef("mass", KEEP)],
+)  # fmt: skip
 def test_items_of_a_batch_keep_their_own_masks_of_keys(name: str, cfg: bool, config: sra.SparseRef) -> None:
     case = CASES[name]
     for of in (lambda rows: padding(1, text_of(case), rows), lambda rows: added(padding(1, text_of(case), rows))):

@@ -12,7 +12,7 @@ from torch import Tensor
 import sparse_ref_attn as sra
 from sparse_ref_attn.patching import PatchHandle
 from sparse_ref_attn.selection import Selector
-from tests.adapters.witnesses import GENERATION, Attention, Call, witnessed
+from tests.adapters.witnesses import GENERATION, LATENT, Attention, Call, witnessed
 from tests.pipeline_arguments import NEGATIVE, PROMPTS
 from tests.pipelines import CASES, Case
 
@@ -28,7 +28,13 @@ def profiled(
     pipe = case.build(heads=3)
     handle = sra.patch(pipe, sra.SparseRef(select, 0.5))
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, references=max(case.references) if references is None else references, steps=steps, **request)
+        case.call(
+            pipe,
+            references=max(case.references) if references is None else references,
+            steps=steps,
+            **LATENT,
+            **request,
+        )
     return handle, calls, case
 
 

@@ -65,7 +65,7 @@ def test_with_the_cache_it_reads_all_stored_keys_and_no_step_is_dense(stride: in
     # step 0 is given its LSE; the later ones attend to other keys than those that they measure
     assert record.scoring_flops == 4 * 2 * queries * (256 + 2 * (text + GENERATION + 256)) * 2 * 16
     # What was measured in step 4: all stored keys, by the queries of the sparse step.
-    fresh = CASE.build().transformer
+    fresh = CASE.model()
     _, cache = fresh(**calls[0].given)
     layers = [*cache.double_block_caches, *cache.single_block_caches]
     masses = []

@@ -26,7 +26,7 @@ masks = pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_columns_of_stored_keys_are_the_masks_own(name: str, mask: str) -> None:
     """In layers of both parities, whose stored rows lie before and after a call's own."""
     calls, handle = run(CASES[name], mask, STORED, steps=2)
-    sizes, fresh = handle.record.layout.sizes, CASES[name].build().transformer
+    sizes, fresh = handle.record.layout.sizes, CASES[name].model()
     kept, cached = best(scores(sizes), sizes, SHARE), calls[1]
     wanted = with_keys_of(fresh, cached.given, calls[0], kept)[:, :GENERATION]
     unmasked = with_keys_of(fresh, cached.given | {"joint_attention_kwargs": None}, calls[0], kept)[:, :GENERATION]
@@ -41,7 +41,7 @@ def test_a_padded_prompt_of_qwen_under_guidance() -> None:
     handle = sra.patch(pipe, STORED)
     with witnessed(pipe.transformer) as calls:
         case.call(pipe, steps=2, cfg=True, references=2)
-    sizes, fresh = handle.record.layout.sizes, case.build().transformer
+    sizes, fresh = handle.record.layout.sizes, case.model()
     kept = best(scores(sizes), sizes, SHARE)
     masked = [call.given["encoder_hidden_states_mask"] is not None for call in calls]
     assert any(masked)

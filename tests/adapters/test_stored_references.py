@@ -15,7 +15,7 @@ from torch import Tensor
 import sparse_ref_attn as sra
 from sparse_ref_attn.errors import ConfigError
 from tests.adapters.test_dropping import ROUNDING, error, noise, scores
-from tests.adapters.witnesses import GENERATION, Call, KeysOf, best, witnessed
+from tests.adapters.witnesses import GENERATION, LATENT, Call, KeysOf, best, witnessed
 from tests.pipelines import CASES
 
 JOINT = [name for name in CASES if name != "klein_kv"]
@@ -32,7 +32,7 @@ def run(name: str, setting: sra.SparseRef, **request: Any) -> tuple[list[Call], 
     """Calls and record of one run."""
     pipe = CASES[name].build()
     with sra.patched(pipe, setting) as handle, witnessed(pipe.transformer) as calls:
-        CASES[name].call(pipe, **request)
+        CASES[name].call(pipe, **LATENT, **request)
     return calls, handle.record
 
 
@@ -53,7 +53,7 @@ def test_a_cached_step_attends_to_what_the_last_full_one_stored(name: str, refer
         pytest.skip(f"{name} takes {case.references}")
     calls, record = run(name, cached(refresh=sra.Every(2)), references=references, steps=4)
     assert [step.kind for step in record.steps] == ["dense", "cached"] * 2
-    fresh = case.build().transformer
+    fresh = case.model()
     for i, call in enumerate(calls):
         if i % 2 == 0:
             assert torch.equal(call.sample[:, :GENERATION], dense(fresh, call)[:, :GENERATION])
@@ -78,7 +78,7 @@ def test_a_budget_is_read_in_rank_order(name: str) -> None:
     sizes = record.layout.sizes
     kept = best(scores(sizes), sizes, share)
     assert [step.kept for step in record.steps] == [sum(sizes), int(kept.sum()), int(kept.sum())]
-    fresh = CASES[name].build().transformer
+    fresh = CASES[name].model()
     for call in calls[1:]:
         wanted = with_keys_of(fresh, call.given, calls[0], kept)
         assert error(call.sample[:, :GENERATION], wanted[:, :GENERATION]) < ROUNDING
@@ -101,7 +101,7 @@ def test_refreshed_at_every_step_is_the_unpatched_pipeline_bit_for_bit(name: str
 def test_each_branch_of_guidance_has_a_store_of_its_own(name: str) -> None:
     calls, record = run(name, cached(refresh=sra.Never()), steps=3, cfg=True)
     assert [step.calls for step in record.steps] == [2, 2, 2]
-    fresh = CASES[name].build().transformer
+    fresh = CASES[name].model()
     for i, call in enumerate(calls[2:], start=2):
         right, wrong = (with_keys_of(fresh, call.given, calls[j])[:, :GENERATION] for j in (i % 2, 1 - i % 2))
         assert error(call.sample[:, :GENERATION], right) < ROUNDING
@@ -185,7 +185,7 @@ def test_a_ranking_measured_in_a_full_step_is_read_from_then_on(name: str) -> No
     assert all(torch.equal(a, b) for a, b in zip(record.scores, plain.scores, strict=True))
     kept = torch.zeros(record.layout.reference_tokens).bool()
     kept[plain.steps[1].selection.indices] = True
-    fresh = CASES[name].build().transformer
+    fresh = CASES[name].model()
     for i in (1, 3):
         wanted = with_keys_of(fresh, calls[i].given, calls[i - 1], kept)
         assert error(calls[i].sample[:, :GENERATION], wanted[:, :GENERATION]) < ROUNDING

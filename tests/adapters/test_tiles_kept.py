@@ -44,7 +44,7 @@ def wanted(fresh: Any, call: Call, earlier: Call, by: ByTile) -> torch.Tensor:
 def test_a_cached_step_reads_what_each_tile_chose_and_the_means_of_the_rest(references: int) -> None:
     calls, record = run("klein_kv", tiled(), references=references, steps=3, batch=2)
     assert [step.kind for step in record.steps] == ["profile", "cached", "cached"]
-    fresh = CASE.build().transformer
+    fresh = CASE.model()
     assert torch.equal(calls[0].sample, fresh(**calls[0].given)[0])
     for i, call in list(enumerate(calls))[1:]:
         assert call.reached["kv_cache"] is None
@@ -57,7 +57,7 @@ def test_a_cached_step_reads_what_each_tile_chose_and_the_means_of_the_rest(refe
 @torch.no_grad()
 def test_means_may_be_by_the_attention_that_the_tokens_got() -> None:
     calls, record = run("klein_kv", tiled(rest="weighted"), references=2, steps=2, batch=2)
-    fresh, call = CASE.build().transformer, calls[1]
+    fresh, call = CASE.model(), calls[1]
     by = by_hand(record, call.text, 1, weighted=True)
     assert error(call.sample, wanted(fresh, call, calls[0], by)) < ROUNDING
     assert error(call.sample, wanted(fresh, call, calls[0], by_hand(record, call.text, 1))) > 3 * ROUNDING
@@ -68,7 +68,7 @@ def test_a_budget_that_changes_is_a_prefix_and_one_of_everything_the_models_own_
     budget = sra.Pieces((0.2, 0.5, 1.0, 0.3), (0.2, 0.5, 0.8))
     calls, record = run("klein_kv", tiled(budget), references=2, steps=4)
     assert [step.kept for step in record.steps] == [160, 80, 160, 48]
-    fresh = CASE.build().transformer
+    fresh = CASE.model()
     _, cache = fresh(**calls[0].given)
     assert torch.equal(calls[2].sample, fresh(**calls[2].given | {"kv_cache": cache})[0])
     for i in (1, 3):
@@ -100,7 +100,7 @@ def test_a_step_that_profiles_later_reads_everything_and_ranks_tiles_anew() -> N
         ("dense", 160),
         *[("cached", n) for n in (160, 40, 40)],
     ]
-    fresh = CASE.build().transformer
+    fresh = CASE.model()
     _, cache = fresh(**calls[0].given)
     assert torch.equal(calls[1].sample, fresh(**calls[1].given | {"kv_cache": cache})[0])
     for i in (2, 3):
@@ -160,7 +160,7 @@ def test_the_cache_of_an_earlier_run_is_measured_in_the_first_step() -> None:
         CASE.call(pipe, references=2, batch=2, seed=5)
         record = handle.record
     assert [(step.kind, step.kept) for step in record.steps] == [("cached", n) for n in (160, 40, 40)]
-    fresh = CASE.build().transformer
+    fresh = CASE.model()
     for i in (1, 2):
         by = by_hand(record, calls[i].text, i)
         assert error(calls[i].sample, wanted(fresh, calls[i], calls[0], by)) < ROUNDING

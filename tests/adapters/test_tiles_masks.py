@@ -29,7 +29,7 @@ keys = pytest.mark.parametrize("mask", KEYS, ids=str)
 @torch.no_grad()
 def test_masks_of_keys(name: str, mask: str) -> None:
     calls, handle = run(CASES[name], mask, ONCE, steps=2)
-    by, fresh = by_hand(handle.record, calls[1].text, 1), CASES[name].build().transformer
+    by, fresh = by_hand(handle.record, calls[1].text, 1), CASES[name].model()
     got = calls[1].sample[:, :GENERATION]
     assert error(got, wanted(fresh, calls[1], calls[0], by)) < ROUNDING
     unmasked = [a for a in calls[0].attention]
@@ -100,7 +100,7 @@ def test_a_padded_prompt_of_qwen_under_guidance() -> None:
     with witnessed(pipe.transformer) as calls:
         case.call(pipe, steps=2, cfg=True, references=2)
     assert any(call.given["encoder_hidden_states_mask"] is not None for call in calls)
-    fresh = case.build().transformer
+    fresh = case.model()
     for i in (2, 3):
         by = by_hand(handle.record, calls[i].text, 1)
         assert error(calls[i].sample[:, :GENERATION], wanted(fresh, calls[i], calls[i - 2], by)) < ROUNDING

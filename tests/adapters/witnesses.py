@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 GENERATION = 64  # output tokens of every case at its default side
+LATENT = {"output_type": "latent"}
+"""Of a call whose picture nobody looks at, only its transformer's calls."""
 
 
 @dataclass

@@ -14,7 +14,9 @@ import torch
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.hooks.diffusers.versions import dispatcher
+from tests.contract import patched
 from tests.contract.test_offload import by_model, sequential
+from tests.pairwise import pairwise
 from tests.pipelines import CASES
 
 CASE = CASES["klein_kv"]
@@ -42,29 +44,26 @@ def state(pipe: Any) -> list[Any]:
 @each
 def test_runs_repeat_do_not_leak_and_are_undone(setting: sra.SparseRef) -> None:
     pipe = CASE.build()
-    dense, before = CASE.call(pipe, references=2), state(pipe)
+    CASE.call(pipe, steps=1)
+    before, alone = state(pipe), patched.picture(CASE, setting, references=2)
     first = {"references": 3, "first": 50, "seed": 9, "batch": 2}
-    with sra.patched(pipe, setting):
-        alone = CASE.call(pipe, references=2)
     with sra.patched(pipe, setting):
         CASE.call(pipe, **first)  # other references, prompts and seed
         assert np.array_equal(CASE.call(pipe, references=2), alone)
         assert np.array_equal(CASE.call(pipe, references=2), alone)
-        assert np.array_equal(CASE.call(pipe, references=0), CASE.call(CASE.build(), references=0))
+        assert np.array_equal(CASE.call(pipe, references=0), CASE.dense(references=0))
         assert state(pipe) == before
-    assert not np.array_equal(alone, dense)
+    assert not np.array_equal(alone, CASE.dense(references=2))
     assert state(pipe) == before
-    assert np.array_equal(CASE.call(pipe, references=2), dense)
+    assert np.array_equal(CASE.call(pipe, references=2), CASE.dense(references=2))
 
 
-@each
-@pytest.mark.parametrize("step", [0, 1])
-@pytest.mark.parametrize("block", [0, 1])
+@pairwise(setting=SETTINGS, step=[0, 1], block=[0, 1])
 def test_an_exception_in_a_block_leaves_nothing_behind(setting: sra.SparseRef, step: int, block: int) -> None:
     pipe = CASE.build()
-    dense, before = CASE.call(pipe), state(pipe)
+    CASE.call(pipe, steps=1)
+    before = state(pipe)
     handle = sra.patch(pipe, setting)
-    sparse = CASE.call(pipe)
     calls = []
 
     def burst(module: Any, args: Any) -> None:
@@ -77,10 +76,10 @@ def test_an_exception_in_a_block_leaves_nothing_behind(setting: sra.SparseRef, s
         CASE.call(pipe)
     hook.remove()
     assert state(pipe) == before
-    assert np.array_equal(CASE.call(pipe), sparse)
+    assert np.array_equal(CASE.call(pipe), patched.picture(CASE, setting))
     handle.remove()
     assert state(pipe) == before
-    assert np.array_equal(CASE.call(pipe), dense)
+    assert np.array_equal(CASE.call(pipe), CASE.dense())
 
 
 def test_two_pipelines_and_two_on_one_transformer() -> None:
@@ -116,16 +115,14 @@ def test_two_pipelines_and_two_on_one_transformer() -> None:
 @each
 @pytest.mark.parametrize("offload", [by_model, sequential])
 def test_through_offload(setting: sra.SparseRef, offload: Callable[[Any], None]) -> None:
-    plain = CASE.build()
-    with sra.patched(plain, setting):
-        wanted = CASE.call(plain, references=2)
+    wanted = patched.picture(CASE, setting, references=2)
     pipe = CASE.build()
     offload(pipe)
     handle = sra.patch(pipe, setting)
     for _ in range(2):
         assert np.array_equal(CASE.call(pipe, references=2), wanted)
     handle.remove()
-    assert np.array_equal(CASE.call(pipe), CASE.call(CASE.build()))
+    assert np.array_equal(CASE.call(pipe), CASE.dense())
 
 
 def test_the_users_attention_backend_and_gradients() -> None:

@@ -14,10 +14,11 @@ from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig
 import sparse_ref_attn as sra
 from sparse_ref_attn import schedules
 from tests.contract.state import kinds
+from tests.pairwise import pairwise
 from tests.pipelines import CASES, Case
 
-FAMILIES = [CASES[name] for name in ("klein", "kontext", "qwen_edit_plus")]
-cases = pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
+FAMILIES = {name: CASES[name] for name in ("klein", "kontext", "qwen_edit_plus")}
+cases = pytest.mark.parametrize("case", FAMILIES.values(), ids=list(FAMILIES))
 PIECES = sra.SparseRef("grid", schedules.Linear(0.2, 0.8).piecewise(2))
 
 
@@ -51,9 +52,7 @@ def kept(handle: sra.PatchHandle) -> list[int]:
     return [step.kept for step in handle.record.steps]
 
 
-@cases
-@pytest.mark.parametrize("cfg", [False, True])
-@pytest.mark.parametrize("first", ["patch", "cache"])
+@pairwise(case=FAMILIES, cfg=[False, True], first=["patch", "cache"])
 def test_a_count_that_changes_seldom(case: Case, cfg: bool, first: str, cached: Cached) -> None:
     """The run died where the count changes, by torch's words about sizes."""
     pipe, branches = case.build(layers=4), 1 + cfg

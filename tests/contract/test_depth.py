@@ -14,6 +14,7 @@ from diffusers import FirstBlockCacheConfig
 
 import sparse_ref_attn as sra
 from sparse_ref_attn import schedules
+from tests.contract import patched
 from tests.contract.state import kinds, state, steps
 from tests.contract.test_compile import Counting, _fresh_compiler, function, method  # noqa: F401
 from tests.contract.test_offload import by_model, sequential
@@ -40,15 +41,15 @@ def test_every_token_kept_and_after_remove(case: Case) -> None:
     dense, before = case.call(pipe, **request), state(pipe)
     for config in ALL:
         handle = sra.patch(pipe, config)
-        patched = state(pipe)
+        on = state(pipe)
         assert np.array_equal(dense, case.call(pipe, **request))
-        assert state(pipe) == patched
+        assert state(pipe) == on
         assert kinds(handle) == ["profile", "dense"]
     for config in (GRID, IN_FLIGHT):
         handle = sra.patch(pipe, config)
-        patched = state(pipe)
+        on = state(pipe)
         assert not np.array_equal(dense, case.call(pipe, **request))
-        assert state(pipe) == patched
+        assert state(pipe) == on
     handle.remove()
     assert state(pipe) == before
     assert np.array_equal(dense, case.call(pipe, **request))
@@ -71,17 +72,14 @@ def test_runs_repeat_and_two_pipelines_do_not_meet(case: Case, config: sra.Spars
     copied = copy.deepcopy(pipe.transformer)
     handle.remove()
     pipe.transformer = copied
-    assert np.array_equal(case.call(pipe), case.call(case.build()))
+    assert np.array_equal(case.call(pipe), case.dense())
 
 
 @pairwise(case=MODELS, config=CONFIGS, error=[ZeroDivisionError, KeyboardInterrupt], late=[False, True])
 def test_an_error_in_a_block(case: Case, config: sra.SparseRef, error: type[BaseException], late: bool) -> None:
     """Before the references have left, and after; torch runs no hook of ours after a KeyboardInterrupt."""
     pipe = case.build()
-    dense = case.call(pipe)
-    case_wanted = case.build()
-    sra.patch(case_wanted, config)
-    wanted = case.call(case_wanted)
+    case.call(pipe, steps=1)
     before = state(pipe)
     handle = sra.patch(pipe, config)
     left: list[int] = []
@@ -94,21 +92,19 @@ def test_an_error_in_a_block(case: Case, config: sra.SparseRef, error: type[Base
     with pipe.transformer.transformer_blocks[int(late)].register_forward_pre_hook(fail), pytest.raises(error):
         case.call(pipe)
     assert len(left) == 2
-    assert np.array_equal(wanted, case.call(pipe))
+    assert np.array_equal(patched.picture(case, config), case.call(pipe))
     with pipe.transformer.transformer_blocks[int(late)].register_forward_pre_hook(fail):
         left.clear()
         with pytest.raises(error):
             case.call(pipe)
     handle.remove()
     assert state(pipe) == before
-    assert np.array_equal(dense, case.call(pipe))
+    assert np.array_equal(case.dense(), case.call(pipe))
 
 
 @pairwise(case=MODELS, config=CONFIGS, offload=[by_model, sequential], first=["patch", "offload"])
 def test_offload(case: Case, config: sra.SparseRef, offload: Callable[[Any], None], first: str) -> None:
-    plain = case.build()
-    sra.patch(plain, config)
-    wanted = case.call(plain)
+    wanted = patched.picture(case, config)
     pipe = case.build()
     if first == "offload":
         offload(pipe)
@@ -118,7 +114,7 @@ def test_offload(case: Case, config: sra.SparseRef, offload: Callable[[Any], Non
     for _ in range(2):
         assert np.array_equal(wanted, case.call(pipe))
     handle.remove()
-    assert np.array_equal(case.call(case.build()), case.call(pipe))
+    assert np.array_equal(case.dense(), case.call(pipe))
 
 
 @models

@@ -11,22 +11,16 @@ import torch
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.selection import References
+from tests.contract import patched
 from tests.contract.state import ALL, GRID, MASS, kinds, state, steps
+from tests.pairwise import pairwise
 from tests.pipelines import CASES, Case
 
-cases = pytest.mark.parametrize(
-    "case", [CASES[name] for name in ("kontext", "klein_kv", "qwen_edit_plus")], ids=lambda case: case.name
-)
+MODELS = {name: CASES[name] for name in ("kontext", "klein_kv", "qwen_edit_plus")}
 
 
 class BrokenOffError(Exception):
     pass
-
-
-def fresh(case: Case, config: sra.SparseRef, **request: Any) -> tuple[np.ndarray, list[tuple[str, int]]]:
-    pipe = case.build()
-    handle = sra.patch(pipe, config)
-    return case.call(pipe, **request), steps(handle)
 
 
 def in_callback(pipe: Any, step: int) -> dict[str, Any]:
@@ -67,23 +61,21 @@ def in_embedding(pipe: Any, step: int) -> dict[str, Any]:
     return {}
 
 
-@cases
-@pytest.mark.parametrize("where", [in_callback, in_block, in_embedding])
-@pytest.mark.parametrize("step", [0, 1])
+@pairwise(case=MODELS, where=[in_callback, in_block, in_embedding], step=[0, 1])
 def test_broken_off(case: Case, where: Callable[[Any, int], dict[str, Any]], step: int) -> None:
     pipe = case.build()
-    case.call(pipe)
+    case.call(pipe, steps=1)
     handle = sra.patch(pipe, MASS)
     before = state(pipe)
     with pytest.raises(BrokenOffError):
         case.call(pipe, **where(pipe, step))
     assert state(pipe) == before  # no private backend is left on a processor
     image = case.call(pipe, first=5)
-    wanted, kept = fresh(case, MASS, first=5)
+    wanted, kept = patched.run(case, MASS, first=5)
     assert np.array_equal(image, wanted)
     assert steps(handle) == kept
     handle.remove()
-    assert np.array_equal(case.call(pipe), case.call(case.build()))
+    assert np.array_equal(case.call(pipe), case.dense())
 
 
 def test_compiled_blocks_compile_again_after_a_broken_profiling_step() -> None:
@@ -124,7 +116,7 @@ def test_a_selector_that_raises() -> None:
     with pytest.raises(sra.SparseRefError, match="a run with reference images must have taken place"):
         handle.summary()
     fail = False
-    assert (case.call(pipe) == fresh(case, sra.SparseRef(sra.FromFunction(score), 0.25))[0]).all()
+    assert (case.call(pipe) == patched.picture(case, sra.SparseRef(sra.FromFunction(score), 0.25))).all()
     assert kinds(handle) == ["sparse"] * 3
 
 
@@ -180,10 +172,10 @@ def test_settings_that_do_not_fit_the_references(config: sra.SparseRef, error: t
     case.call(pipe, steps=1)
     before = state(pipe)
     handle = sra.patch(pipe, config)
-    patched = state(pipe)
+    on = state(pipe)
     with pytest.raises(error, match=words):
         case.call(pipe)
-    assert state(pipe) == patched
+    assert state(pipe) == on
     case.call(pipe, references=0)
     handle.remove()
     assert state(pipe) == before
@@ -198,7 +190,7 @@ def test_after_an_interruption_from_the_keyboard() -> None:
 
     for recover in ("call", "remove"):
         pipe = case.build()
-        dense = case.call(pipe)
+        case.call(pipe, steps=1)
         before = state(pipe)
         handle = sra.patch(pipe, ALL)
         hook = pipe.transformer.transformer_blocks[0].register_forward_hook(interrupt)
@@ -206,8 +198,8 @@ def test_after_an_interruption_from_the_keyboard() -> None:
             case.call(pipe)
         hook.remove()
         if recover == "call":
-            assert np.array_equal(dense, case.call(pipe))
+            assert np.array_equal(case.dense(), case.call(pipe))
             assert kinds(handle)[0] == "profile"
         handle.remove()
         assert state(pipe) == before
-        assert np.array_equal(dense, case.call(pipe))
+        assert np.array_equal(case.dense(), case.call(pipe))

@@ -13,9 +13,10 @@ import torch
 import sparse_ref_attn as sra
 from sparse_ref_attn.hooks.foreign import ExplainedSizes, foreign_code
 from tests.contract.state import GRID, kinds, state
+from tests.pairwise import pairwise
 from tests.pipelines import CASES, Case, each_case
 
-cases = pytest.mark.parametrize("case", [CASES[n] for n in ("klein", "kontext", "qwen_edit")], ids=lambda c: c.name)
+MODELS = {name: CASES[name] for name in ("klein", "kontext", "qwen_edit")}
 
 
 def remembering(own: Callable[..., Any], kept: dict[str, Any]) -> Callable[..., Any]:
@@ -60,9 +61,7 @@ def test_the_published_models_have_none(case: Case) -> None:
     assert foreign_code(pipe.transformer) is None
 
 
-@cases
-@pytest.mark.parametrize("put", [on_a_block, on_the_model, on_its_class, by_a_hook])
-@pytest.mark.parametrize("first", ["patch", "cache"])
+@pairwise(case=MODELS, put=[on_a_block, on_the_model, on_its_class, by_a_hook], first=["patch", "cache"])
 def test_a_step_cache_of_its_own(case: Case, put: Callable, first: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, kept = case.build(), {}
     case.call(pipe, steps=1)

@@ -11,6 +11,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 
 import sparse_ref_attn as sra
+from tests.contract import patched
 from tests.contract.state import MASS, kinds
 from tests.pairwise import pairwise
 from tests.pipelines import CASES
@@ -34,9 +35,7 @@ def sequential(pipe: Any) -> None:
 )
 def test_sparse_through_offload(name: str, offload: Callable[[Any], None], first: str) -> None:
     case = CASES[name]
-    plain = case.build()
-    sra.patch(plain, MASS)
-    wanted = case.call(plain)
+    wanted = patched.picture(case, MASS)
     pipe = case.build()
     if first == "offload":
         offload(pipe)
@@ -51,6 +50,6 @@ def test_sparse_through_offload(name: str, offload: Callable[[Any], None], first
         assert set(kinds(handle)[1:]) <= {"sparse", "cached"}
         assert hasattr(pipe.transformer, "_hf_hook")
     handle.remove()
-    dense = case.call(case.build())
+    dense = case.dense()
     assert np.array_equal(dense, case.call(pipe))
     assert not np.array_equal(dense, wanted)

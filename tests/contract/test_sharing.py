@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import diffusers
@@ -13,6 +14,7 @@ import torch
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.patching import pixels
+from tests.contract import patched
 from tests.contract.state import GRID, MASS, kinds, state, steps
 from tests.pipelines import CASES
 
@@ -29,10 +31,7 @@ EDGES, SALIENCY = sra.SparseRef("edges", 0.25), sra.SparseRef("saliency", 0.5)
 )
 def test_from_pipe_shares_the_patch(name: str, other: str, cls: type) -> None:
     case, inpaint = CASES[name], CASES[other]
-    alone = inpaint.build()
-    dense = inpaint.call(alone)
-    sra.patch(alone, EDGES)
-    wanted = inpaint.call(alone)
+    dense, wanted = inpaint.dense(), patched.picture(inpaint, EDGES)
     pipe = case.build()
     case.call(pipe, steps=1)
     before = state(pipe)
@@ -67,6 +66,14 @@ def _noise(pipe: Any) -> Any:
     return torch.randn(1, 64, pipe.transformer.config.in_channels, generator=torch.Generator().manual_seed(3))
 
 
+@cache
+def alone(cfg: bool, first: int) -> tuple[np.ndarray, list[tuple[str, int]]]:
+    """A run of a pipeline whose transformer alone is patched, and its steps."""
+    pipe = KLEIN.build()
+    witness = sra.patch(pipe.transformer, MASS)
+    return KLEIN.call(pipe, steps=4, cfg=cfg, first=first), steps(witness)
+
+
 @pytest.mark.parametrize("ran", ["never", "to its end", "aborted", "aborted after its second step"])
 @pytest.mark.parametrize("cfg", [False, True])
 def test_a_pipeline_with_another_scheduler(ran: str, cfg: bool, caplog: pytest.LogCaptureFixture) -> None:
@@ -92,20 +99,18 @@ def test_a_pipeline_with_another_scheduler(ran: str, cfg: bool, caplog: pytest.L
     elif last >= 0:
         with pytest.raises(KeyboardInterrupt):
             KLEIN.call(pipe, steps=4, cfg=cfg, callback=stop)
-    fresh = KLEIN.build()
-    witness = sra.patch(fresh.transformer, MASS)
     with caplog.at_level(logging.WARNING, "sparse_ref_attn"):
         for first in (0 if last == 9 else 5, 9):  # 0 are the references of the run that ended
             image = KLEIN.call(second, steps=4, cfg=cfg, first=first)
             assert kinds(handle) == ["profile", "sparse", "sparse", "sparse"]
-            assert np.array_equal(image, KLEIN.call(fresh, steps=4, cfg=cfg, first=first))
-            assert steps(handle) == steps(witness)
+            wanted, ran_alone = alone(cfg, first)
+            assert np.array_equal(image, wanted)
+            assert steps(handle) == ran_alone
     own = [r for r in caplog.records if "another pipeline drives it" in r.message]
     assert len(own) == 1
-    alone = KLEIN.build()
-    single = sra.patch(alone, MASS)
-    assert np.array_equal(KLEIN.call(pipe, steps=4, cfg=cfg), KLEIN.call(alone, steps=4, cfg=cfg))
-    assert steps(handle) == steps(single)  # its own scheduler is read again
+    wanted, ran_alone = patched.run(KLEIN, MASS, steps=4, cfg=cfg)
+    assert np.array_equal(KLEIN.call(pipe, steps=4, cfg=cfg), wanted)
+    assert steps(handle) == ran_alone  # its own scheduler is read again
     assert handle.record.total_steps == 4
 
 
@@ -130,11 +135,7 @@ def test_a_pipeline_with_another_scheduler_and_the_same_references() -> None:
 
 
 def test_two_pipelines_in_two_threads() -> None:
-    wanted = {}
-    for config in (GRID, MASS):
-        pipe = KLEIN.build()
-        sra.patch(pipe, config)
-        wanted[config] = KLEIN.call(pipe, references=2, cfg=True)
+    wanted = {config: patched.picture(KLEIN, config, references=2, cfg=True) for config in (GRID, MASS)}
     pipes = {config: KLEIN.build() for config in wanted}
     handles = {config: sra.patch(pipe, config) for config, pipe in pipes.items()}
 
@@ -164,7 +165,7 @@ def test_two_pipelines_with_one_vae(order: tuple[int, int], monkeypatch: pytest.
             KLEIN.call(pipe, references=2)
             assert kinds(handle) == ["sparse"] * 3
     monkeypatch.setattr(pixels, "_HEARD", 8)
-    for _ in range(40):  # nothing takes what the other pipeline encodes: it must not pile up
+    for _ in range(12):  # nothing takes what the other pipeline encodes: it must not pile up
         KLEIN.call(pipes[0], references=1, steps=1)
     tap = handles[1]._generations.pixels
     assert tap is not None
@@ -234,6 +235,5 @@ def test_the_users_own_wrapper_of_encode(when: str) -> None:
     assert len(called) == 2
     handle.remove()
     assert vars(pipe.vae)["encode"] is mine
-    plain = KLEIN.build()
-    assert np.array_equal(KLEIN.call(pipe), KLEIN.call(plain))
+    assert np.array_equal(KLEIN.call(pipe), KLEIN.dense())
     assert len(called) == 3

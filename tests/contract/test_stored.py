@@ -20,6 +20,7 @@ from sparse_ref_attn.errors import BudgetError, IncompatibleError
 from sparse_ref_attn.patching.execution import room
 from sparse_ref_attn.reference_cache import RankedCache
 from tests.adapters.test_masks_plain import Masked
+from tests.contract import patched
 from tests.contract.state import kinds, state
 from tests.contract.test_offload import by_model, sequential
 from tests.pipelines import CASES
@@ -41,17 +42,14 @@ each = pytest.mark.parametrize("setting", list(SETTINGS.values()), ids=list(SETT
 def test_runs_repeat_know_nothing_of_one_another_and_are_undone(name: str, setting: sra.SparseRef) -> None:
     case = CASES[name]
     pipe, most = case.build(), max(case.references)
-    wanted = {}
-    dense, before = case.call(pipe, steps=STEPS), state(pipe)
-    for seed in (0, 9):
-        fresh = case.build()
-        with sra.patched(fresh, setting):
-            wanted[seed] = case.call(fresh, steps=STEPS, seed=seed, first=50 * seed)
+    case.call(pipe, steps=1)
+    dense, before = case.dense(steps=STEPS), state(pipe)
+    wanted = {seed: patched.picture(case, setting, steps=STEPS, seed=seed, first=50 * seed) for seed in (0, 9)}
     handle = sra.patch(pipe, setting)
-    patched = state(pipe)
-    for seed in (0, 9, 0):
+    on = state(pipe)
+    for seed in (0, 9):
         assert np.array_equal(case.call(pipe, steps=STEPS, seed=seed, first=50 * seed), wanted[seed])
-        assert state(pipe) == patched
+        assert state(pipe) == on
     case.call(pipe, steps=STEPS, references=most)
     assert np.array_equal(case.call(pipe, steps=STEPS), wanted[0])
     handle.remove()
@@ -65,9 +63,10 @@ def test_runs_repeat_know_nothing_of_one_another_and_are_undone(name: str, setti
 def test_an_exception_in_a_block_leaves_nothing_behind(setting: sra.SparseRef, step: int) -> None:
     case = CASES["kontext"]
     pipe = case.build()
-    dense, before = case.call(pipe, steps=STEPS), state(pipe)
+    case.call(pipe, steps=1)
+    before = state(pipe)
     handle = sra.patch(pipe, setting)
-    patched, sparse, calls = state(pipe), case.call(pipe, steps=STEPS), []
+    on, sparse, calls = state(pipe), patched.picture(case, setting, steps=STEPS, seed=0, first=0), []
 
     def burst(module: Any, args: Any) -> None:
         calls.append(module)
@@ -78,27 +77,25 @@ def test_an_exception_in_a_block_leaves_nothing_behind(setting: sra.SparseRef, s
     with pytest.raises(RuntimeError, match="burst"):
         case.call(pipe, steps=STEPS)
     hook.remove()
-    assert state(pipe) == patched
+    assert state(pipe) == on
     assert np.array_equal(case.call(pipe, steps=STEPS), sparse)
     handle.remove()
     assert state(pipe) == before
-    assert np.array_equal(case.call(pipe, steps=STEPS), dense)
+    assert np.array_equal(case.call(pipe, steps=STEPS), case.dense(steps=STEPS))
 
 
 @models
 @pytest.mark.parametrize("offload", [by_model, sequential])
 def test_through_offload(name: str, offload: Callable[[Any], None]) -> None:
     case, setting = CASES[name], SETTINGS["all read"]
-    plain = case.build()
-    with sra.patched(plain, setting):
-        wanted = case.call(plain, steps=STEPS)
+    wanted = patched.picture(case, setting, steps=STEPS, seed=0, first=0)
     pipe = case.build()
     offload(pipe)
     handle = sra.patch(pipe, setting)
     for _ in range(2):
         assert np.array_equal(case.call(pipe, steps=STEPS), wanted)
     handle.remove()
-    assert np.array_equal(case.call(pipe), case.call(case.build()))
+    assert np.array_equal(case.call(pipe), case.dense())
 
 
 @pytest.mark.parametrize("setting", [SETTINGS["all read"], SETTINGS["tiles"]], ids=["all read", "tiles"])
@@ -119,7 +116,7 @@ def test_a_copy_made_within_a_run_takes_nothing_along(name: str, setting: sra.Sp
         case.call(pipe, steps=STEPS, callback=make)
         other = case.build()
         other.transformer = copies[0]
-        assert np.array_equal(case.call(other, steps=STEPS), case.call(case.build(), steps=STEPS))
+        assert np.array_equal(case.call(other, steps=STEPS), case.dense(steps=STEPS))
 
 
 def _pickled(model: torch.nn.Module) -> bytes:

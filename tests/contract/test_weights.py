@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,11 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import sparse_ref_attn as sra
 from tests.contract.state import ALL, GRID, MASS, kinds, steps
+from tests.pairwise import pairwise
 from tests.pipelines import CASES, Case
 
-cases = pytest.mark.parametrize(
-    "case", [CASES[name] for name in ("kontext", "klein", "qwen_edit_plus")], ids=lambda case: case.name
-)
+MODELS = {name: CASES[name] for name in ("kontext", "klein", "qwen_edit_plus")}
+cases = pytest.mark.parametrize("case", MODELS.values(), ids=list(MODELS))
 
 
 def lora_config() -> peft.LoraConfig:
@@ -39,12 +40,9 @@ def load(pipe: Any) -> None:
     pipe.load_lora_weights(weights, adapter_name="style")
 
 
-@cases
-@pytest.mark.parametrize("lora", [add, load])
-@pytest.mark.parametrize("first", ["patch", "lora"])
+@pairwise(case=MODELS, lora=[add, load], first=["patch", "lora"])
 def test_lora(case: Case, lora: Callable[[Any], None], first: str) -> None:
-    plain = case.build()
-    bare = case.call(plain)
+    plain, bare = case.build(), case.dense()
     lora(plain)
     dense = case.call(plain)
     sra.patch(plain, MASS)
@@ -92,13 +90,20 @@ def test_int8_weights(case: Case) -> None:
     assert np.array_equal(sparse, case.call(late))
 
 
-def gradients(case: Case, config: sra.SparseRef, checkpointing: bool, removed: bool) -> tuple[dict, sra.PatchHandle]:
-    """Of a LoRA, through three calls of the transformer with one run's inputs."""
+@cache
+def given(case: Case) -> list[tuple[tuple, dict[str, Any]]]:
+    """Arguments of the transformer in each step of a run."""
     pipe = case.build()
     calls: list[tuple[tuple, dict[str, Any]]] = []
-    noting = pipe.transformer.register_forward_pre_hook(lambda m, a, k: calls.append((a, k)), with_kwargs=True)
+    pipe.transformer.register_forward_pre_hook(lambda m, a, k: calls.append((a, k)), with_kwargs=True)
     case.call(pipe)
-    noting.remove()
+    return calls
+
+
+@cache
+def gradients(case: Case, config: sra.SparseRef, checkpointing: bool, removed: bool) -> tuple[dict, sra.PatchHandle]:
+    """Of a LoRA, through three calls of the transformer with one run's inputs."""
+    pipe, calls = case.build(), given(case)
     add(pipe)
     transformer = pipe.transformer.train()
     if checkpointing:

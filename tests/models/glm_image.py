@@ -28,11 +28,11 @@ def build() -> Any:
         time_embed_dim=32, condition_dim=16, prior_vq_quantizer_codebook_size=CODES,
     )  # fmt: skip
     vae = diffusers.AutoencoderKL(
-        sample_size=32, block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        sample_size=32, block_out_channels=(4, 4, 4), layers_per_block=0, latent_channels=4, norm_num_groups=2,
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, use_quant_conv=False,
-        use_post_quant_conv=False, latents_mean=[0.1] * 4, latents_std=[0.7] * 4,
+        mid_block_add_attention=False, use_post_quant_conv=False, latents_mean=[0.1] * 4, latents_std=[0.7] * 4,
     )  # fmt: skip
-    config = T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    config = T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     pipe = diffusers.GlmImagePipeline(
         tokenizer=ByT5Tokenizer(), processor=None, text_encoder=T5EncoderModel(config), vision_language_encoder=None,
         vae=vae, transformer=transformer, scheduler=tiny_models.scheduler(),

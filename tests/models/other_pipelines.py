@@ -21,6 +21,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
 from tests import text_encoders, tiny_models
+from tests.copies import copies
 from tests.models import ltx2, zimage
 from tests.pictures import generator, picture
 from tests.pipelines import CASES
@@ -113,6 +114,7 @@ def modular(blocks: Any, source: Any) -> Any:
     return pipe
 
 
+@copies
 def flux3() -> Any:
     """Prompts are given as embeddings: its upsampler and its text encoder are left out."""
     torch.manual_seed(0)
@@ -132,6 +134,7 @@ def flux3() -> Any:
     return pipe
 
 
+@copies
 def fibo() -> Any:
     torch.manual_seed(0)
     transformer = diffusers.BriaFiboTransformer2DModel(
@@ -157,6 +160,7 @@ def fibo() -> Any:
     return tiny_models.ready(pipe, 0)
 
 
+@copies
 def layered() -> Any:
     """Three layers (the picture, and two that it is taken apart into) in four channels, and the picture."""
     torch.manual_seed(0)
@@ -167,7 +171,7 @@ def layered() -> Any:
         use_layer3d_rope=True,
     )  # fmt: skip
     vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=channels, dim_mult=[1, 1, 1], num_res_blocks=0, temperal_downsample=[False, True],
+        base_dim=4, z_dim=channels, dim_mult=[1, 1, 1], num_res_blocks=0, temperal_downsample=[False, True],
         latents_mean=[0.0] * channels, latents_std=[1.0] * channels, input_channels=4,
     )  # fmt: skip
     tokenizer, processor, encoder = text_encoders.qwen_vl()
@@ -181,13 +185,14 @@ def layered() -> Any:
 def joyimage(transformer: type, pipeline: type) -> Callable[[], Any]:
     """JoyImage-Edit and Edit-Plus; the VAE makes one token of 8 x 8 pixels."""
 
+    @copies
     def build() -> Any:
         torch.manual_seed(0)
         model = transformer(
             in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=16, num_layers=3, rope_dim_list=[4, 6, 6]
         )
         vae = diffusers.AutoencoderKLWan(
-            base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=0, temperal_downsample=[False, True],
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=0, temperal_downsample=[False, True],
             latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scale_factor_spatial=4,
         )  # fmt: skip
         with torch.no_grad():  # JoyImage-Edit samples what it encodes: a trained VAE is as good as sure of it

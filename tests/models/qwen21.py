@@ -48,7 +48,7 @@ def build() -> Any:
         context_in_dim=16, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     vae = diffusers.AutoencoderKLQwenImage21(
-        base_dim=8, decoder_base_dim=8, z_dim=_CHANNELS, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
+        base_dim=4, decoder_base_dim=4, z_dim=_CHANNELS, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=0,
         latents_mean=[0.1] * _CHANNELS, latents_std=[0.7] * _CHANNELS,
     )  # fmt: skip
     tokenizer, processor, encoder = text_encoders.qwen3_vl()

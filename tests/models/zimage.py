@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from tests import text_encoders, tiny_models, vision_models
+from tests.copies import copies
 from tests.pictures import picture
 
 
+@copies
 def build() -> Any:
     """The VAE makes one token of 8 x 8 pixels, SigLIP one of 16 x 16 of a picture that it makes 64 x 64 or the like."""
     torch.manual_seed(0)
@@ -23,9 +25,10 @@ def build() -> Any:
     for token in ("x_pad_token", "cap_pad_token", "siglip_pad_token"):
         torch.nn.init.normal_(getattr(transformer, token))
     vae = diffusers.AutoencoderKL(
-        sample_size=32, block_out_channels=(8, 8, 8), layers_per_block=1, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4,
-        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035,
+        sample_size=32, block_out_channels=(4, 4, 4), layers_per_block=0, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=2,
+        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609,
+        scaling_factor=1.5035,
     ).to(torch.bfloat16)  # fmt: skip
     tokenizer, encoder = text_encoders.qwen3()
     processor, siglip = vision_models.siglip2()
