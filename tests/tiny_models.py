@@ -121,14 +121,16 @@ def qwen(pipeline: type, zero_cond_t: bool = False) -> Callable[..., Any]:
             axes_dims_rope=_rope_axes(head_dim, 3), zero_cond_t=zero_cond_t,
         )  # fmt: skip
         vae = diffusers.AutoencoderKLQwenImage(
-            base_dim=4, z_dim=LATENT_CHANNELS, dim_mult=[1, 1, 1], num_res_blocks=0,
+            base_dim=8, z_dim=LATENT_CHANNELS, dim_mult=[1, 1, 1], num_res_blocks=0,
             temperal_downsample=[False, True], latents_mean=[0.0] * LATENT_CHANNELS,
             latents_std=[1.0] * LATENT_CHANNELS,
         )  # fmt: skip
         with torch.no_grad():  # inpainting samples what it encodes: a trained VAE is as good as sure of it
             vae.quant_conv.weight[LATENT_CHANNELS:] = 0
             vae.quant_conv.bias[LATENT_CHANNELS:] = -30
-            vae.decoder.conv_out.weight.mul_(5)  # or the picture is nearly grey, and hides differences
+            for part in (vae.quant_conv.weight, vae.quant_conv.bias):
+                part[:LATENT_CHANNELS] *= 3  # the spread of a trained VAE's latents
+            vae.decoder.conv_out.weight *= 2.5  # or the picture is nearly grey, and hides differences
         tokenizer, processor, encoder = text_encoders.qwen_vl()
         pipe = pipeline(
             scheduler=scheduler(), vae=vae, text_encoder=encoder, tokenizer=tokenizer, processor=processor,
