@@ -25,6 +25,7 @@ FIGURE = RESULTS.parent.parent / "docs/images/frontier.png"
 SHOWN: tuple[tuple[str, str, float], ...] = (
     ("references stored, computed in thirds of the run", "stored-thirds", 1),
     ("references stored, computed once", "stored-once", 1),
+    ("a step cache alone, TaylorSeer lite at every second step", "taylorseer-lite-2", 1),
     ("all tokens, half of the steps", DENSE, 1 / 2),
     ("all tokens, a third of the steps", DENSE, 1 / 3),
     ("both: half of the steps, references computed in half of these", "stored-thirds", 1 / 2),

@@ -54,6 +54,7 @@ METHODS: dict[str, Method] = {
     },
     "stored": Method(sra.SparseRef("grid", 1.0, execute=sra.Cache())),
     "stored once": Method(sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=sra.Never()))),
+    "isolated": Method(sra.SparseRef("grid", 1.0, execute=sra.Cache(isolated=True))),
     "stored once, 25% read": Method(sra.SparseRef("edges", 0.25, execute=sra.Cache(refresh=sra.Never()))),
     "stored, tiles": Method(sra.SparseRef("mass", 1 / 8, execute=sra.Cache(per="tile"))),
     **{name: Method(step_cache=name) for name in STEP_CACHES},

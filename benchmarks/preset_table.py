@@ -21,8 +21,8 @@ def presets() -> str:
     """Markdown: FLOP ratios from `estimate` in `STEPS` steps, losses of the worst kind of edit from the frontier."""
     lines = [
         "| preset | references are computed | FLUX.1 Kontext, 1 reference | FLUX.2 dev, 4 references "
-        "| subject, dB | picture to the dense one, dB |",
-        "|---|---|--:|--:|--:|--:|",
+        "| subject, dB | picture to the dense one, dB | open scenery's contrast, dB |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
     for name, choice in CHOSEN.items():
         ratios = [_ratio(choice.key, *size) for size in SIZES]
@@ -43,4 +43,5 @@ def _line(name: str, computed: str, ratios: list[float], loss: Loss | None) -> s
         raise ValueError(f"the frontier must have rows of {name}, got none")
     work = " | ".join(f"{ratio:.2f}x" for ratio in ratios)
     lost, picture = f"{loss.db:+.1f} [{loss.low:+.1f}, {loss.high:+.1f}]", f"{loss.dense_db or 0:.1f}"
-    return f"| {name} | {computed} | {work} | {lost} | {picture} |"
+    contrast = "" if loss.open_db is None else f"{loss.open_db:+.1f}"
+    return f"| {name} | {computed} | {work} | {lost} | {picture} | {contrast} |"

@@ -136,7 +136,7 @@ SUITES: dict[str, Suite] = {
                 replace(KLEIN, model="flux2-dev", references=2),
             )
         ),
-        ("tokens 25%", "stored", "stored once", "stored once, 25% read", "stored, tiles", FEWER),
+        ("tokens 25%", "stored", "stored once", "isolated", "stored once, 25% read", "stored, tiles", FEWER),
         "stored",
     ),
     "step-cache": Suite(

@@ -6,6 +6,7 @@ import inspect
 import re
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,10 @@ import torch
 import sparse_ref_attn as sra
 from tests.contract.state import GRID, MASS, kinds, state
 from tests.contract.test_offload import by_model, sequential
+from tests.pairwise import pairwise
 from tests.pictures import generator
 from tests.pipeline_arguments import PROMPTS, Request
-from tests.pipelines import CASES, Case, each_case, small_pictures
+from tests.pipelines import CASES, Case, small_pictures
 
 KEEP_ALL = sra.SparseContext(1.0, "grid")
 SIZES = (((96, 64),), ((64, 64), (64, 96), (96, 64)), ((64, 96),))
@@ -28,7 +30,7 @@ class Items:
     """The three items of a test: arguments for one call each, and for the batch."""
 
     def __init__(
-        self, case: Case, pipe: Any, cfg: bool = False, none: bool = True, steps: int = 3, **more: Any
+        self, case: Case, pipe: Any, cfg: bool = False, none: bool = True, steps: int = 2, **more: Any
     ) -> None:
         many, self.pipe = max(case.references) > 1 and not case.name.endswith("inpaint"), pipe
         self.images, self.each = [], []
@@ -79,11 +81,10 @@ def assert_close(got: list[np.ndarray], want: list[np.ndarray]) -> None:
         np.testing.assert_allclose(mine, alone, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("config", [KEEP_ALL, GRID, MASS], ids=["dense", "grid", "mass"])
-@each_case()
-def test_each_item_is_what_it_is_alone(case: Case, config: sra.SparseRef) -> None:
+@pairwise(case=CASES, config={"dense": KEEP_ALL, "grid": GRID, "mass": MASS}, cfg={"plain": False, "guided": True})
+def test_each_item_is_what_it_is_alone(case: Case, config: sra.SparseRef, cfg: bool) -> None:
     pipe = case.build()
-    items = Items(case, pipe, cfg=case.cfg)
+    items = Items(case, pipe, cfg=cfg and case.cfg)
     want, steps = items.alone(config)
     before = state(pipe)
     done = items.together(config)
@@ -91,15 +92,14 @@ def test_each_item_is_what_it_is_alone(case: Case, config: sra.SparseRef) -> Non
     assert_close(done.images, want)
     assert not np.allclose(want[0], want[1], atol=1e-2)
     assert [record(h) if images else [] for h, images in zip(done.handles, items.images, strict=True)] == steps
-    calls = 3 * (2 if case.cfg else 1)
-    alone = 2 * 3 if case.name == "klein_kv" else 0  # of two items with references, which keep their K/V
-    assert (done.joined, done.alone) == ((0, 9) if alone else (calls, 0))
+    calls = 2 * (2 if cfg and case.cfg else 1)
+    assert (done.joined, done.alone) == ((0, 6) if case.name == "klein_kv" else (calls, 0))  # which keeps its K/V
     assert not threads()
 
 
 def test_what_is_kept_is_each_items_own() -> None:
     case = CASES["klein"]
-    items = Items(case, case.build())
+    items = Items(case, case.build(), steps=3)
     done = items.together(MASS)
     assert [len(h.record.layout.references) for h in done.handles[:2]] == [1, 3]
     assert kinds(done.handles[0]) == ["profile", "sparse", "sparse"]
@@ -164,7 +164,7 @@ def test_items_may_differ_in_steps_size_and_guidance(name: str) -> None:
     pipe = case.build()
     items = Items(case, pipe)
     wide = 3 * case.side // 2
-    items.each[1] |= {"num_inference_steps": 5}
+    items.each[1] |= {"num_inference_steps": 4}
     items.each[2] |= {"height": wide} | ({"max_area": wide * case.side} if name == "kontext" else {})
     if name != "qwen_edit_plus":
         items.each[0] |= {"guidance_scale": 7.0 if name != "klein" else 1.0}
@@ -172,8 +172,8 @@ def test_items_may_differ_in_steps_size_and_guidance(name: str) -> None:
     done = items.together(GRID)
     assert_close(done.images, want)
     assert [image.shape[0] for image in done.images] == [case.side, case.side, wide]
-    assert len(done.handles[1].record.steps) == 5
-    assert (done.joined, done.alone) == (3, 2)
+    assert len(done.handles[1].record.steps) == 4
+    assert (done.joined, done.alone) == (2, 2)
 
 
 def test_guidance_in_some_items_only() -> None:
@@ -208,7 +208,7 @@ def test_a_batch_of_one_is_the_call_itself() -> None:
             **items.common,
         )  # fmt: skip
     assert np.array_equal(done.images[0], want[0])
-    assert (done.joined, done.alone) == (0, 3)
+    assert (done.joined, done.alone) == (0, 2)
 
 
 def test_pixels_are_each_items_own() -> None:
@@ -231,30 +231,36 @@ def test_a_patch_on_the_pipeline_lends_its_settings_and_rests(name: str, config:
     items = Items(case, pipe)
     want, _ = items.alone(config)
     handle = sra.patch(pipe, config)
-    image = case.call(pipe)
+    image = case.call(pipe, steps=2)
     steps = record(handle)
     done = items.together(None)
     assert_close(done.images, want)
     assert done.handles[0].config is config
     assert record(handle) == steps
-    assert np.array_equal(case.call(pipe), image)
+    assert np.array_equal(case.call(pipe, steps=2), image)
     handle.remove()
+
+
+@cache
+def as_built(name: str) -> tuple[list[np.ndarray], np.ndarray]:
+    """Pictures of the items one by one, and of a dense call, by a pipeline as it is built."""
+    case = CASES[name]
+    pipe = case.build()
+    return Items(case, pipe).alone(MASS)[0], case.call(pipe, steps=2)
 
 
 @pytest.mark.parametrize("name", ["kontext", "klein", "klein_kv", "qwen_edit_plus"])
 @pytest.mark.parametrize("offload", [by_model, sequential])
 def test_through_offload(name: str, offload: Callable[[Any], None]) -> None:
     case = CASES[name]
-    plain = case.build()
-    want, _ = Items(case, plain).alone(MASS)
+    want, dense = as_built(name)
     pipe = case.build()
     items = Items(case, pipe)
     offload(pipe)
     for _ in range(2):
         assert_close(items.together(MASS).images, want)
         assert hasattr(pipe.transformer, "_hf_hook")
-    image = case.call(pipe)
-    assert np.array_equal(image, case.call(case.build()))
+    assert np.array_equal(case.call(pipe, steps=2), dense)
 
 
 def test_one_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:

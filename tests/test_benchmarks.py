@@ -167,7 +167,7 @@ def test_the_reference_caches_suite_puts_each_execution_beside_its_bound(capsys,
 
 def test_the_stored_suite_counts_each_step_as_it_ran(tmp_path):
     out = tmp_path / "rows.csv"
-    methods = ["tokens 25%", "stored", "stored once", "stored once, 25% read", "stored, tiles"]
+    methods = ["tokens 25%", "stored", "stored once", "isolated", "stored once, 25% read", "stored, tiles"]
     asked = ["pipeline", "--suite", "stored", "--model", "klein-9b", "--references", "2", *QUICK, "--side", "128"]
     asked += ["--steps", "4"]
     assert main([*asked, "--out", str(out), "--methods", *methods]) == 0
@@ -175,9 +175,11 @@ def test_the_stored_suite_counts_each_step_as_it_ran(tmp_path):
     assert list(rows) == ["dense", *methods]
     ratio = {name: float(row["full_flop_ratio"]) for name, row in rows.items()}
     assert 1 < ratio["stored"] < ratio["stored once"] < ratio["stored once, 25% read"]
-    size, once = (128, 128), METHODS["stored once"].config
-    whole = estimate(named_model("klein-9b"), references=[size] * 2, output=size, steps=4, config=once)
-    assert ratio["stored once"] == pytest.approx(whole.flop_ratio, rel=1e-3)
+    size = (128, 128)
+    for name in ("stored once", "isolated"):
+        config = METHODS[name].config
+        whole = estimate(named_model("klein-9b"), references=[size] * 2, output=size, steps=4, config=config)
+        assert ratio[name] == pytest.approx(whole.flop_ratio, rel=1e-3)
     tiles = rows["stored, tiles"]
     assert float(tiles["flop_ratio"]) > float(rows["stored"]["flop_ratio"])
     assert float(tiles["scoring_seconds"]) > 0

@@ -10,16 +10,13 @@ import pytest
 
 import sparse_ref_attn as sra
 from benchmarks.evaluated_points import EVALUATED, evaluated_points
-from benchmarks.frontier_points import READ
 from sparse_ref_attn.candidates import CANDIDATES, held_back
 from sparse_ref_attn.eval.frontier.listed import setting_of
 from sparse_ref_attn.eval.methods import methods
-from sparse_ref_attn.execution import Cache
 from sparse_ref_attn.frontier import FRONTIER, loss_of, read_points, write_points
 from sparse_ref_attn.models import named_model
 from sparse_ref_attn.planning import fastest_within, known
 from sparse_ref_attn.presets import CHOSEN
-from sparse_ref_attn.refresh import standard
 from sparse_ref_attn.source import source
 
 POINTS = read_points()
@@ -83,18 +80,6 @@ def test_every_row_is_of_a_setting_and_says_how_to_make_it() -> None:
 @pytest.mark.parametrize("key", CANDIDATES)
 def test_the_source_of_a_candidate_makes_it_again(key: str) -> None:
     assert eval(source(CANDIDATES[key]), {"sra": sra}) == CANDIDATES[key]
-
-
-@pytest.mark.parametrize("key", READ)
-def test_the_rows_of_the_study_are_of_runs_that_the_candidates_make(key: str) -> None:
-    config, reading = CANDIDATES[key], READ[key]
-    way = config.execute
-    assert isinstance(way, Cache)
-    assert (way.refresh or standard(12)).steps(12) == set(reading.at)
-    assert config.budget.keep == reading.share
-    assert (way.per == "tile") == (reading.per == "tile")
-    if way.per == "tile":
-        assert (way.tile, way.cell if way.rest else 0) == (reading.tile, reading.cell)
 
 
 @pytest.mark.parametrize("key", EVALUATED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +23,7 @@ from sparse_ref_attn.toy.pipeline import TRAINED, toy_pipeline
 from sparse_ref_attn.toy.words import LENGTH
 from sparse_ref_attn.types import Reference, TokenLayout
 
-STEPS = 5
+STEPS = 4
 EVERY = tuple(range(STEPS))
 SOME = (0, 1, 3)
 PLACE, PAIR = Question("place", 0), Question("pair", 1)
@@ -39,6 +40,13 @@ def picture(generator, question, setting):
         return generator.picture(question, 0)
 
 
+@cache
+def everything(generator):
+    """The picture whose steps read all that is stored."""
+    return picture(generator, PLACE, Reading(SOME))
+
+
+@cache
 def calls(generator, question):
     """Arguments of the transformer's calls in one run."""
     seen = []
@@ -118,22 +126,27 @@ def test_rows_by_turns_become_those_of_the_new_step(generator):
 @pytest.mark.parametrize("per", ["run", "layer", "tile"])
 @pytest.mark.parametrize(("share", "cell"), [(1.0, 0), (1.0, 4), (0.125, 1)])
 def test_all_tokens_and_means_of_one_token_are_everything(generator, per, share, cell):
-    everything = picture(generator, PLACE, Reading(SOME))
-    assert np.allclose(picture(generator, PLACE, Reading(SOME, per, share, 2, cell)), everything, atol=1e-4)
+    found = picture(generator, PLACE, Reading(SOME, per, share, 2, cell))
+    assert np.allclose(found, everything(generator), atol=1e-4)
 
 
 @pytest.mark.parametrize("cell", [2, 4])
 def test_means_bring_the_picture_nearer(generator, cell):
-    everything = picture(generator, PLACE, Reading(SOME))
+    all_read = everything(generator)
     without, with_means = (
-        np.square(picture(generator, PLACE, Reading(SOME, "tile", 1 / 16, 4, n)) - everything).mean() for n in (0, cell)
+        np.square(picture(generator, PLACE, Reading(SOME, "tile", 1 / 16, 4, n)) - all_read).mean() for n in (0, cell)
     )
     assert with_means < without / 2
 
 
+@cache
+def toy_adapter():
+    return adapter_for(toy_pipeline().transformer)
+
+
 def ranked(per, share, cell=0):
     """A run with 4 x 4 generation tokens, two text rows and two references of 2 x 4, whose mass is known."""
-    run = StoredRun(adapter_for(toy_pipeline().transformer), Reading((0,), per, share, 2, cell))
+    run = StoredRun(toy_adapter(), Reading((0,), per, share, 2, cell))
     run.layout = TokenLayout(32, 2, (0, 16), (Reference(16, 8, (2, 4)), Reference(24, 8, (2, 4))))
     tiles = torch.full((4, 16), 0.01)
     tiles[torch.arange(4), torch.tensor([3, 7, 11, 15])] = 1.0
@@ -177,13 +190,14 @@ def test_cells_are_squares_of_each_reference():
 
 def test_quarters_by_turns_are_all_rows_and_the_kept_are_the_best():
     run = ranked("layer", 1 / 8)
-    run.reading = Reading(EVERY, full="rolling")
+    steps = tuple(range(5))
+    run.reading = Reading(steps, full="rolling")
     rows = []
-    for run.step in range(STEPS):
+    for run.step in steps:
         rows.append(run._rows())
     assert rows[0] is None
     assert torch.cat(rows[1:]).sort().values.tolist() == list(range(16))
-    run.reading = Reading(EVERY, full="kept", part=0.125)
+    run.reading = Reading(steps, full="kept", part=0.125)
     assert run._rows().tolist() == [5, 12]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ def train(options: argparse.Namespace) -> None:
     for name in ("init", "reference_loss", "open_scenery"):
         if getattr(options, name) is not None and options.sprites is None:
             raise ConfigError(f"--{name.replace('_', '-')} must come with --sprites, got --data")
-    for name in ("vae", "selector"):
-        if getattr(options, name) and options.isolate is not None:
-            raise ConfigError(f"--isolate trains a transformer, got --{name}")
+    for name, other in product(("vae", "selector"), ("isolate", "distill")):
+        if getattr(options, name) and getattr(options, other):
+            raise ConfigError(f"--{other} trains a transformer, got --{name}")
     for name in ("vae", "keep"):
         if options.selector and getattr(options, name):
             raise ConfigError(f"--selector trains a selector alone, got --{name}")
@@ -64,7 +65,7 @@ def train(options: argparse.Namespace) -> None:
         lr=rates[0] if options.lr is None else options.lr,
         muon_lr=rates[1] if options.muon_lr is None else options.muon_lr,
         warmup=options.warmup, decay=options.decay, ema=options.ema, precision=options.precision,
-        checkpoint_every=options.checkpoint_every, seed=options.seed,
+        checkpoint_every=options.checkpoint_every, seed=options.seed, distill=options.distill,
         **({} if options.reference_loss is None else {"reference_loss": options.reference_loss}),
     )  # fmt: skip
     setting = _setting(options)

@@ -68,6 +68,8 @@ class Draws:
         self.drawn = self._without = 0
         self.used = False
         """Whether a call came with references to draw from."""
+        self.paused = False
+        """Whether calls go as if there were no patch."""
         self.kept: tuple[RefSelection, ...] = ()
         self._ragged = Ragged(transformer, adapter) if drop.per_sample else None
         self._isolator = None if isolation is None else Isolator(transformer, adapter, isolation)
@@ -90,12 +92,14 @@ class Draws:
 
     def went_past(self, module: nn.Module) -> None:
         """The transformer's parts ran without its own call."""
-        if module.training and torch.is_grad_enabled():
+        if module.training and torch.is_grad_enabled() and not self.paused:
             self.kept = ()
             self._say(PARTS)
 
     def call(self, module: nn.Module, kwargs: Kwargs) -> Call | None:
         """A training call with its draw; None where nothing is dropped."""
+        if self.paused:
+            return None
         self.kept = ()
         if not (module.training and torch.is_grad_enabled()) and self._isolator is not None:
             return self._isolated(module, kwargs, self._layout(kwargs), None)

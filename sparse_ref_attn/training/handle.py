@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ..checks import is_int
@@ -72,6 +73,15 @@ class TrainingHandle:
         if set(state) != {"draws"} or not is_int(draws, 0):
             raise ConfigError(f"a training patch's state must be {{'draws': n}} with n >= 0, got {dict(state)}")
         self._draws.drawn = draws
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, calls of the transformer are those of the model without the patch, and nothing is drawn."""
+        before, self._draws.paused = self._draws.paused, True
+        try:
+            yield
+        finally:
+            self._draws.paused = before
 
     def remove(self) -> None:
         """Take the patch off: the transformer is bit for bit what it was. Calling it again does nothing.

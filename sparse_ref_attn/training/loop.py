@@ -19,6 +19,7 @@ from .batches import Batch, seeded
 from .handle import state_of
 from .log import Log, progress
 from .patching import TrainingHandle
+from .teacher import Teacher
 
 __all__ = ["TrainConfig", "train"]
 
@@ -48,6 +49,9 @@ class TrainConfig:
     reference_loss : float
         Weight of the loss at the reference rows (see ``Batch.subjects``), at least 0. Dropped rows add a constant to
         it and no gradient, so that a kept row learns the same with dropping and without.
+    distill : float
+        Share of the prediction that is learned, in [0, 1], that is the model's own from before the training, on every
+        reference token, instead of noise minus target; the model then runs once more in every step, without gradients.
     sigma_mean, sigma_std : float
         The noise level is the sigmoid of a normal variable with these.
     guidance : float
@@ -73,6 +77,7 @@ class TrainConfig:
     ema: float = 0.998
     clip: float = 1.0
     reference_loss: float = 0.1
+    distill: float = 0.0
     sigma_mean: float = 0.7
     sigma_std: float = 1.3
     guidance: float = 1.0
@@ -91,6 +96,8 @@ class TrainConfig:
             raise ConfigError(f"ema must lie in [0, 1), got {self.ema!r}")
         if not 0 <= self.reference_loss < math.inf:
             raise ConfigError(f"reference_loss must be at least 0 and finite, got {self.reference_loss!r}")
+        if not 0 <= self.distill <= 1:
+            raise ConfigError(f"distill must lie in [0, 1], got {self.distill!r}")
         if self.precision not in ("bf16", "no"):
             raise ConfigError(f"precision must be 'bf16' or 'no', got {self.precision!r}")
 
@@ -115,7 +122,8 @@ def train(
     Parameters
     ----------
     pipe : diffusers pipeline
-        Its transformer is trained in place, the rest is frozen.
+        Its transformer is trained in place, the rest is frozen. As it is given it is what `config` distills, also where
+        a checkpoint goes on.
     batches : callable
         (pipe, step, process, processes) to a `Batch`.
     config : TrainConfig
@@ -152,6 +160,7 @@ def train(
         raise ConfigError("the transformer must have trainable parameters, got none")
     ema = {name: p.detach().clone() for name, p in weights.items()}
     optimizers = _optimizers(weights, config)
+    teacher = Teacher(transformer, drop) if config.distill else None
     start = 0
     found = checkpoint.latest(out)
     if found is not None:
@@ -169,7 +178,7 @@ def train(
                 group["lr"] = rate * (top or 0)
         with accelerator.autocast():
             random = seeded(config.seed, step, accelerator.process_index)
-            loss, parts = _loss(model, batch, config, random, guided)
+            loss, parts = _loss(model, batch, config, random, guided, teacher)
         accelerator.backward(loss)
         value = accelerator.reduce(loss.detach(), "mean").item()
         if not math.isfinite(value):
@@ -269,14 +278,17 @@ def _rate(config: TrainConfig, step: int) -> float:
 
 
 def _loss(
-    model: Any, batch: Batch, config: TrainConfig, random: torch.Generator, guided: bool
+    model: Any, batch: Batch, config: TrainConfig, random: torch.Generator, guided: bool, teacher: Teacher | None = None
 ) -> tuple[Tensor, dict[str, float]]:
-    """Weighted squared error of the velocity, noise minus target."""
+    """Weighted squared error of the velocity: noise minus target, or a share of it the teacher's."""
     guidance = config.guidance if guided else None
     arguments, sigma, noise = batch.noised(random, config.sigma_mean, config.sigma_std, guidance)
     n, level = batch.target.shape[1], sigma[:, None, None]
+    velocity = noise - batch.target
+    if teacher is not None:
+        velocity = velocity.lerp(teacher(arguments)[:, :n].float(), config.distill)
     out = model(**arguments)[0].float()
-    error = (out[:, :n] - (noise - batch.target)).square()
+    error = (out[:, :n] - velocity).square()
     loss = (error if batch.weight is None else error * batch.weight).mean()
     parts = {"velocity": error.detach().mean().item()}
     if batch.weight is not None:

@@ -232,6 +232,7 @@ def test_doctor_verifies_every_backend_and_prints_the_table(monkeypatch: pytest.
     rows = json.loads(run("doctor", "--verify", "--json"))
     assert {row["kind"].split(",")[0] for row in rows} == {"gather_attention", "attention_mass", "pack_rows"}
     assert all(row["order"] and not row["unusable"] for row in rows)
+    monkeypatch.setattr(doctor, "verify", lambda name=None: iter(rows))
     text = run("doctor", "--verify")
     for row in rows:
         section = text.partition(row["kind"] + "\n")[2]

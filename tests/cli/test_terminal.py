@@ -10,6 +10,7 @@ import pytest
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.cli.terminal import fitted
 from tests.cli.commands import TINY, run
+from tests.eval.drawing import compare_pixels
 
 TABLE = "| method | tokens |\n|---|--:|\n| dense | 4,096 |\n| edges | 9 |"
 
@@ -66,6 +67,7 @@ def test_compare_is_one_progress_line_and_an_aligned_table_and_ends_with_the_fil
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     terminal(monkeypatch, 70)
+    compare_pixels(monkeypatch)
     command = ["compare", *TINY[1:], "--keep", "60%", "--methods", "edges", "grid", "ToMe", "--from-block", "1"]
     assert main([*command, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()

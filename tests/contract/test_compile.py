@@ -20,7 +20,17 @@ DEEP = {  # more blocks than graphs that torch compiles of one, so that a graph 
     "kontext": {"layers": 9, "single": 9},
     "qwen_edit_plus": {"layers": 9},
 }
-VARYING = sra.SparseRef("mass", schedules.Linear(0.1, 0.9))
+VARYING, FROM = schedules.Linear(0.1, 0.9), 5
+SETTINGS = {
+    "mass": sra.SparseRef("mass", VARYING),
+    "depth": sra.SparseRef("mass", VARYING, from_block=FROM),
+    "in flight": sra.SparseRef("mass", VARYING, profile="in_flight", profile_blocks=FROM),
+}
+ORDERS = {  # the first patch comes before the compiler, on each model another
+    "klein": ("mass", "depth", "in flight"),
+    "kontext": ("depth", "in flight", "mass"),
+    "qwen_edit_plus": ("in flight", "mass", "depth"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -47,34 +57,38 @@ class Counting:
         return run
 
 
-@pytest.mark.parametrize("name", list(DEEP))
-def test_repeated_blocks(name: str) -> None:
+@pytest.mark.parametrize(("name", "order"), ORDERS.items(), ids=list(ORDERS))
+def test_repeated_blocks(name: str, order: tuple[str, ...]) -> None:
+    """No breaks, no new graphs for a new count, whether blocks were compiled (and run) before a patch or after it."""
     case, backend = CASES[name], Counting()
-    plain = case.build(**DEEP[name])
-    expected = sra.patch(plain, VARYING)
-    pipe = case.build(**DEEP[name])
-    handle = sra.patch(pipe, VARYING)
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
-    seen: list[tuple[int, int]] = []
+    plain, pipe = case.build(**DEEP[name]), case.build(**DEEP[name])
+    blocks = sum(DEEP[name].values())
 
     def note(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
-        seen.append((backend.graphs, backend.calls))
+        seen.append((backend.graphs, backend.calls - called))
         return kwargs
 
-    for first in (0, 3):
-        got = case.call(pipe, steps=6, first=first, callback=note)
-        np.testing.assert_allclose(got, case.call(plain, steps=6, first=first), atol=1e-5)
-        assert steps(handle) == steps(expected)
-        assert len({step.kept for step in handle.record.steps}) == 6
-    graphs, calls = zip(*seen, strict=True)
-    blocks = sum(DEEP[name].values())
-    assert calls == tuple(blocks * n for n in (0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10))  # profiling steps run eagerly
-    assert 0 == graphs[0] < graphs[1] < graphs[2]  # one length, then any length
-    assert set(graphs[2:]) == {graphs[2]}
+    for setting in order:
+        called, seen = backend.calls, []
+        expected, handle = sra.patch(plain, SETTINGS[setting]), sra.patch(pipe, SETTINGS[setting])
+        if setting == order[0]:
+            pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+        for first in (0, 3):
+            got = case.call(pipe, steps=6, first=first, callback=note)
+            np.testing.assert_allclose(got, case.call(plain, steps=6, first=first), atol=1e-5)
+            assert steps(handle) == steps(expected)
+            assert len({step.kept for step in handle.record.steps}) == 6
+        graphs, calls = zip(*seen, strict=True)
+        eager = FROM if setting == "in flight" else blocks  # what measures runs uncompiled
+        assert calls == tuple(blocks * n - eager * (1 + n // 7) for n in range(1, 13))
+        assert set(graphs[2:]) == {graphs[2]}
+        if setting == order[0] == "mass":
+            assert 0 == graphs[0] < graphs[1] < graphs[2]  # one length, then any length
     assert not counters["graph_break"]
+    compiled = backend.graphs, backend.calls + 2 * blocks
     handle.remove()
     case.call(pipe, steps=2)
-    assert (backend.graphs, backend.calls) == (graphs[2], 12 * blocks)
+    assert (backend.graphs, backend.calls) == compiled
 
 
 def method(pipe: Any, **options: Any) -> None:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +15,7 @@ from sparse_ref_attn.ops.attention_mass.reference import attention_mass_referenc
 from ..ops.guards import in_nan
 from ..ops.problems import Problem, grid, make, truth
 from ..ops.tolerance import assert_as_accurate
+from ..pairwise import pairwise
 from .emulated import emulated, shipped
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -89,31 +86,6 @@ def test_the_backward_is_tritons_and_the_dispatch_says_so() -> None:
         problem.run("cuda")
 
 
-def test_backward_by_interpreted_triton_after_a_forward_by_the_emulator() -> None:
-    """In a process of its own: Triton interprets or compiles, never both."""
-    code = """
-import sys, torch
-from pathlib import Path
-from tests.cuda.emulated import Emulated, emulated
-from tests.ops.problems import gradients, make, truth
-from tests.ops.tolerance import assert_as_accurate
-with emulated(Emulated(Path(sys.argv[1]))):
-    rounded = make(((33, 3),), ((34, 2),), (5, 20), 30, heads=1, channels=64).to(torch.float16)
-    exact = rounded.to(torch.float64).leaves()
-    want = gradients(exact, *truth(exact))
-    plain, ours = rounded.leaves(), rounded.leaves()
-    low, got = gradients(plain, *plain.run("reference")), gradients(ours, *ours.run("cuda"))
-    for name in want:
-        assert_as_accurate(got[name], want[name], low[name], name)
-"""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(shipped().path)], cwd=root, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_bad_values_are_refused_before_any_kernel() -> None:
     problem = PROBLEMS["one token"].to(torch.float16)
     layout = {**problem.layout, "ref_indices": torch.tensor([7], dtype=torch.int32)}
@@ -142,10 +114,9 @@ def check_mass(mass: Tensor, q: Tensor, k: Tensor, span: tuple[int, int], mask: 
     assert_as_accurate(mass, exact, attention_mass_reference(q, k, span, scale, mask))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("C", [64, 128])
-@pytest.mark.parametrize(("queries", "keys", "start"), [(1, 63, 62), (63, 100, 0), (129, 65, 64), (100, 300, 77)])
-def test_mass(queries: int, keys: int, start: int, C: int, dtype: torch.dtype) -> None:
+@pairwise(sizes=[(1, 63, 62), (63, 100, 0), (129, 65, 64), (100, 300, 77)], C=[64, 128], dtype=DTYPES)
+def test_mass(sizes: tuple[int, int, int], C: int, dtype: torch.dtype) -> None:
+    queries, keys, start = sizes
     q, k = draw(queries, keys, C, dtype)
     check_mass(attention_mass(q, k, (start, keys), backend="cuda"), q, k, (start, keys))
     mask = torch.rand(2, keys, generator=torch.Generator().manual_seed(0)) > 0.3

@@ -17,7 +17,7 @@ from sparse_ref_attn.ops.gather_attention.normal_form import normalise
 
 from ..ops.guards import Canaries, in_nan
 from ..ops.problems import NAMES, Problem, grid, make, ragged, tiling, truth
-from ..ops.rounding import assert_rounded, of_attention
+from ..ops.rounding import assert_rounded, of_lse
 from ..ops.tolerance import assert_as_accurate
 from ..pairwise import pairwise
 from .emulated import EARLY, LATE, MIXED, emulated, shipped
@@ -63,7 +63,7 @@ def check(problem: Problem, dtype: torch.dtype, seed: int = 1, copies: int = MIX
 def rounded_lse(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The LSE in float64, and what rounding in float32 does to it."""
     low = PROBLEMS[name].to(dtype)
-    return truth(low.to(torch.float64))[1], of_attention(low)["lse"]
+    return truth(low.to(torch.float64))[1], of_lse(low)
 
 
 @pairwise(name=list(PROBLEMS), dtype=HALF, schedule=SCHEDULES)

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from tests.eval.drawing import compare_pixels, draw_only
+
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No plots, which take three quarters of a small evaluation: for tests of its rows alone."""
-    monkeypatch.setattr("sparse_ref_attn.eval.tables.grid_plot", lambda *arguments, **settings: None)
+    """For tests of an evaluation's rows alone."""
+    draw_only(monkeypatch)
+
+
+@pytest.fixture
+def pixels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of a comparison that are not of its metrics."""
+    compare_pixels(monkeypatch)

@@ -133,6 +133,7 @@ def test_without_a_dense_run_there_is_nothing_to_compare_with() -> None:
         run_rivals(pipe, results, lambda steps: call(pipe, steps), steps=1)
 
 
+@pytest.mark.usefixtures("pixels_alone")
 def test_the_page_says_it_first_and_draws_step_caches(tmp_path: Path) -> None:
     asked = ["--methods", "cache", "TaylorSeer", "cache + TaylorSeer", "cache + fewer steps"]
     assert main(["compare", "--out", str(tmp_path), "--size", "tiny", "--steps", "4", "--keep", "50%", *asked]) == 0

@@ -26,9 +26,10 @@ from sparse_ref_attn.eval.models import EvalModel
 from sparse_ref_attn.eval.rows import KEY, RowStore, read_rows
 from sparse_ref_attn.eval.scores import Scorer
 from sparse_ref_attn.selection import Random
-from sparse_ref_attn.toy.pipeline import build_transformer, toy_pipeline
-from sparse_ref_attn.toy.words import seeded
+from sparse_ref_attn.toy.pipeline import toy_pipeline
 from tests import programs
+from tests.eval.drawing import draw_only, main_undrawn
+from tests.small_model import looking_transformer
 from tests.vision_models import save_clip, save_dino
 
 SMALL = ["--side", "64", "--steps", "2", "--metrics", "psnr", "subject-psnr", "--pictures", "1"]
@@ -41,12 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two transformers that are not trained, and do look at their references."""
     folder = tmp_path_factory.mktemp("models")
     for i in range(2):
-        model = build_transformer(i)
-        with seeded(i):
-            for weight in model.parameters():
-                if not weight.any():
-                    torch.nn.init.normal_(weight, std=0.05)
-        model.save_pretrained(folder / str(i))
+        looking_transformer(i).save_pretrained(folder / str(i))
     return [f"one={folder / '0'}", f"two={folder / '1'}"]
 
 
@@ -57,7 +53,9 @@ def command(out: Path, models: list[str], *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, models: list[str]) -> Path:
     out = tmp_path_factory.mktemp("eval") / "out"
-    assert main(command(out, models)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        draw_only(patch, "PSNR (dB) vs target")
+        assert main(command(out, models)) == 0
     return out
 
 
@@ -101,8 +99,11 @@ def test_a_share_counts_the_dense_step_and_what_cannot_be_is_left_out(
     assert "mean_over" in capsys.readouterr().err
 
 
-def test_fewer_steps_and_step_caches_are_rules(models: list[str], tmp_path: Path) -> None:
+def test_fewer_steps_and_step_caches_are_rules(
+    models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their share is that of the steps, and of a step cache that of the work that ran."""
+    draw_only(monkeypatch, "PSNR (dB) vs target")
     rules = ["--rules", "fewer steps", "TaylorSeer", "cache + fewer steps", "saliency + TaylorSeer"]
     arguments = ["--families", "aligned", "--subjects", "1", "--steps", "4", *rules, "--keep", "50%", "25%"]
     assert main(["eval", "--out", str(tmp_path), "--models", models[0], *SMALL, *arguments]) == 0
@@ -207,7 +208,7 @@ def test_a_killed_run_and_two_processes(done: Path, models: list[str], tmp_path:
     def written() -> list[int]:
         return [len(path.read_text().splitlines()) - 1 for path in sorted(out.glob("rows.part-?.csv"))]
 
-    ranks = programs.pair(main, command(out, models), folder=tmp_path)
+    ranks = programs.pair(main_undrawn, command(out, models), folder=tmp_path)
     while (len(written()) < 2 or min(written()) < 2) and all(rank.is_alive() for rank in ranks):
         time.sleep(0.02)
     for rank in ranks:
@@ -217,7 +218,7 @@ def test_a_killed_run_and_two_processes(done: Path, models: list[str], tmp_path:
     assert [rank.exitcode for rank in ranks] == [-signal.SIGKILL] * 2
     assert len(written()) == 2
     assert sum(written()) < 32
-    programs.run_pair(main, command(out, models), folder=tmp_path)
+    programs.run_pair(main_undrawn, command(out, models), folder=tmp_path)
     assert not list(out.glob("rows.part-*"))
     threads = torch.get_num_threads()
     one, both = rows(done), rows(out)

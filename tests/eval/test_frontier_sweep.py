@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import sparse_ref_attn as sra
@@ -26,9 +25,8 @@ from sparse_ref_attn.eval.frontier.table import markdown, speed
 from sparse_ref_attn.eval.metrics import Interval, SceneryContrast, SceneryPsnr
 from sparse_ref_attn.frontier import Point, read_points
 from sparse_ref_attn.models import named_model
-from sparse_ref_attn.toy.pipeline import build_transformer
-from sparse_ref_attn.toy.words import seeded
 from sparse_ref_attn.vocabulary import OPEN_SCENERY
+from tests.small_model import looking_transformer
 
 SUBJECT, PICTURE = "subject PSNR (dB) vs target", "PSNR (dB) vs dense"
 KEYS = ["stored-once", "edges-25", "taylorseer-lite-2"]
@@ -38,12 +36,7 @@ KEYS = ["stored-once", "edges-25", "taylorseer-lite-2"]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformer that is not trained, and does look at its references."""
     folder = tmp_path_factory.mktemp("model")
-    made = build_transformer(0)
-    with seeded(0):
-        for weight in made.parameters():
-            if not weight.any():
-                torch.nn.init.normal_(weight, std=0.05)
-    made.save_pretrained(folder)
+    looking_transformer().save_pretrained(folder)
     return folder
 
 
@@ -81,7 +74,8 @@ def test_every_setting_is_run_and_the_better_half_goes_on(done: Path) -> None:
 
 
 def test_a_stopped_sweep_goes_on(done: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of both rungs are lost; what is made anew is what was there."""
+    """Rows of both rungs are lost; what is made anew is what was there. Nothing is drawn."""
+    monkeypatch.setattr("sparse_ref_attn.cli.frontier.figure", lambda *arguments, **settings: None)
     monkeypatch.setattr(module, "GEOMETRIES", (("kontext", 1), ("kontext", 4)))
     whole, points = (done / "rows.csv").read_bytes(), (done / "frontier.csv").read_bytes()
     lines = whole.splitlines(keepends=True)

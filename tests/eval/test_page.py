@@ -58,6 +58,7 @@ def test_what_was_asked_comes_first_and_every_picture_stands_beside_the_page(pag
     assert base64.b64decode(inline[1]) == (page / "pictures/reference.png").read_bytes()
 
 
+@pytest.mark.usefixtures("pixels_alone")
 def test_a_method_that_reads_everything_is_not_one_that_changes_tokens(tmp_path: Path) -> None:
     """Of "cache" the page said that it changed the tokens."""
     given = ["--size", "tiny", "--steps", "3", "--keep", "50%", "--methods", "cache", "ToMe"]
@@ -68,6 +69,7 @@ def test_a_method_that_reads_everything_is_not_one_that_changes_tokens(tmp_path:
     assert "references run in 2 of 3 steps" in text
 
 
+@pytest.mark.usefixtures("pixels_alone")
 def test_the_small_models_right_answer_is_shown(tmp_path: Path) -> None:
     assert main(["compare", "--out", str(tmp_path), "--steps", "2", "--keep", "50%", "--methods", "edges"]) == 0
     text = (tmp_path / "compare.html").read_text()
@@ -94,6 +96,7 @@ def test_every_form_holds_the_same_rows(page: Path) -> None:
     assert [line.split("|")[1].strip() for line in markdown[4:]] == [row["method"] for row in rows]
 
 
+@pytest.mark.usefixtures("pixels_alone")
 def test_execution_flags_reach_the_methods_that_they_mean_something_to(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ from sparse_ref_attn.eval.reports.shareable import shareable
 from sparse_ref_attn.eval.reports.table import as_csv, as_markdown
 from sparse_ref_attn.frontier import read_points
 from tests.eval import report_example
+from tests.eval.drawing import compare_pixels
 from tests.pictures import picture
 from tests.pipelines import CASES
 
@@ -55,7 +56,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     for name, more in (("numbers", []), ("pictures", ["--share-pictures"])):
         out = ["--out", folder / f"page {name}", "--share", folder / f"{name}.json", *more]
-        assert main([str(word) for word in ["compare", *words, *out]]) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            if more:
+                compare_pixels(patch)
+            assert main([str(word) for word in ["compare", *words, *out]]) == 0
     return folder
 
 
@@ -140,6 +144,7 @@ def test_a_stranger_sees_what_the_runs_were(made: Path) -> None:
     assert report.about["references"] == [[48, 32]]
 
 
+@pytest.mark.usefixtures("pixels_alone")
 def test_weights_and_settings_are_told_apart(made: Path, tmp_path: Path) -> None:
     (first,) = sra.read_shared(made / "numbers.json")
     assert main(["compare", "--out", str(tmp_path), "--size", "tiny", "--steps", "2", "--methods", "grid"]) == 0

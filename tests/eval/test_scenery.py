@@ -17,9 +17,10 @@ from sparse_ref_attn.eval.examples import FAMILIES, procedural
 from sparse_ref_attn.eval.metrics import SceneryContrast, SceneryPsnr
 from sparse_ref_attn.eval.metrics.scenery import grown, nearest_texture
 from sparse_ref_attn.eval.scores import Scorer
-from sparse_ref_attn.toy.pipeline import build_transformer, toy_pipeline
+from sparse_ref_attn.toy.pipeline import toy_pipeline
 from sparse_ref_attn.toy.textures import KINDS, Texture, random_texture
 from sparse_ref_attn.vocabulary import OPEN_SCENERY
+from tests.small_model import narrow_transformer
 
 SIDE = 128
 WHOLE = np.ones((SIDE, SIDE), np.float32)
@@ -161,7 +162,7 @@ def test_a_data_set_without_open_scenery_has_no_such_column() -> None:
 def test_eval_asks_models_what_they_were_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Open scenery is evaluated by itself where all models know it, and of others where it is asked for."""
     for name in ("old", "new"):
-        build_transformer().save_pretrained(tmp_path / name)
+        narrow_transformer().save_pretrained(tmp_path / name)
     (tmp_path / "new" / "sparse_ref_attn.json").write_text(json.dumps({"open_scenery": 0.75}))
 
     def families(out: str, names: list[str], *more: str) -> dict[str, set[bool]]:

@@ -12,10 +12,11 @@ from pathlib import Path
 from sparse_ref_attn.kernels.places import installed_sources, source_directory
 from tests.builds import made
 
-__all__ = ["build_wheel", "carried", "members", "whole_wheel"]
+__all__ = ["ARCHS", "build_wheel", "carried", "members", "whole_wheel"]
 
 ROOT = Path(__file__).resolve().parents[2]
 SAID = "said.txt"
+ARCHS = ("80", "90a")
 
 
 def build_wheel(home: Path, **variables: str) -> tuple[Path, str]:
@@ -56,10 +57,10 @@ def carried() -> set[str]:
 
 
 def whole_wheel() -> tuple[Path, str]:
-    """One with both libraries, for sm_80, and what was printed; built once for all tests."""
+    """One with both libraries, for `ARCHS`, and what was printed; built once for all tests."""
 
     def build(folder: Path) -> None:
-        _, said = build_wheel(folder, SRA_CUDA_ARCHS="80")
+        _, said = build_wheel(folder, SRA_CUDA_ARCHS=";".join(ARCHS))
         (folder / SAID).write_text(said)
         shutil.rmtree(folder / "tree")
 

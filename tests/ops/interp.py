@@ -7,7 +7,8 @@ round to nearest even, as the hardware does. fp16 and fp32 are right as they are
 It also replaces all of ``tl`` anew at each call of a function by a kernel, which takes longer than what the function
 does: `patch_once` makes it do so once a launch. And it computes at each integer operation whether it overflows, for an
 assertion that it then leaves out (there is one under ``debug`` alone), and finds numpy's dtype in a table that it makes
-each time: `spare` has it do neither.
+each time: `spare` has it do neither. Most of the rest went into the types of blocks, which every operation on one makes
+again: `remember_types` keeps what a type and its shape are made of.
 
 The interpreter is chosen when ``@triton.jit`` decorates, so one process is either interpreted or not: tests that launch
 kernels live in ``tests/ops/interpreted`` (collected only under ``TRITON_INTERPRET=1``; `tests/ops/test_interpreted.py`
@@ -26,7 +27,57 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-__all__ = ["mend_bf16", "patch_once", "spare"]
+__all__ = ["mend_bf16", "patch_once", "remember_types", "spare"]
+
+
+def remember_types() -> None:
+    """A block type, a tensor of a type and two broadcast types are made as the first of the same were."""
+    core, semantic = tl.core, interpreter.TritonSemantic
+    if hasattr(core.block_type, "remembered"):
+        return
+    core.block_type.remembered = True
+    make_type, make_tensor, equal = core.block_type.__init__, core.tensor.__init__, core.dtype.__eq__
+    broadcast = semantic.broadcast_impl_value
+    types: dict[tuple[Any, ...], dict[str, Any]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
+    pairs: dict[tuple[str, str], tuple[Any, Any]] = {}
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *(x.value if isinstance(x, core.constexpr) else x for x in shape))
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = dict(vars(self))
+        vars(self).update(types[key])
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        if type.name not in tensors:
+            make_tensor(self, handle, type)
+            tensors[type.name] = dict(vars(self))
+        vars(self).update(tensors[type.name], handle=handle)
+
+    def same(self: Any, other: Any) -> bool:
+        return self.name == other.name if isinstance(other, core.dtype) else equal(self, other)
+
+    def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        names = lhs.type.name, rhs.type.name
+        if names[0] == names[1]:
+            return lhs, rhs
+        if names not in pairs:
+            out = broadcast(self, lhs, rhs)
+            if lhs.type.is_block() and rhs.type.is_block() and len(lhs.shape) == len(rhs.shape):
+                pairs[names] = out[0].type, out[1].type
+            return out
+
+        def stretched(x: Any, type: Any) -> Any:
+            if x.type.name == type.name:
+                return x
+            return self.tensor(self.builder.create_broadcast(x.handle, list(type.shape)), type)
+
+        return stretched(lhs, pairs[names][0]), stretched(rhs, pairs[names][1])
+
+    core.block_type.__init__, core.tensor.__init__ = block_type, tensor
+    core.dtype.__eq__ = same
+    semantic.broadcast_impl_value = broadcast_impl_value
 
 
 def spare() -> None:

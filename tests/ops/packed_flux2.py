@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparse_ref_attn.functional import gather_attention
 
+from ..builds import made
 from ..pipelines import CASES
 from .problems import tiling
 from .rounded_run import of_run
@@ -162,8 +163,14 @@ def flat(grads: Gradients, truth: Gradients) -> Tensor:
 def one_by_one(dtype: torch.dtype) -> tuple[Gradients, Tensor | None]:
     """The items' gradients in float64, on weights and inputs rounded to `dtype`; what rounding in float32 does to them.
 
-    Only the rotary embedding is float32, as it is in any precision.
+    Only the rotary embedding is float32, as it is in any precision. Computed once for all processes of a run.
     """
+    file = "gradients.pt"
+    folder = made(f"packed-flux2-{dtype}", lambda folder: torch.save(_one_by_one(dtype), folder / file))
+    return torch.load(folder / file)
+
+
+def _one_by_one(dtype: torch.dtype) -> tuple[Gradients, Tensor | None]:
     model = transformer().to(dtype).to(torch.float64)
     wide = [[item.to(dtype).to(torch.float64)] for item in items()]
     truth = gradients(model, *wide)

@@ -11,7 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent
 FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
-HALVES = {" ".join(name[5:-3] for name in half): half for half in (FILES[:4], FILES[4:])}
+HALVES = {" ".join(name[5:-3] for name in half): half for half in (FILES[:5], FILES[5:])}
 
 
 def run(files: list[str], *args: str) -> subprocess.CompletedProcess[str]:

@@ -54,7 +54,7 @@ def kill(process: multiprocessing.process.BaseProcess, after: float) -> bool:
 
 
 def run(out: Path, seed: int = 0) -> None:
-    pipe = Pipe(seed)
+    pipe = Pipe(0 if checkpoint.latest(out) is None else seed)  # all of it must come from the checkpoint
     drop = patch_for_training(pipe.transformer, RandomDrop((0.2, 0.9)))
     train(pipe, batches, TrainConfig(steps=STEPS, **SETTINGS), out, drop=drop)
 

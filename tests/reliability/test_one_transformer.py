@@ -11,6 +11,7 @@ import pytest
 
 import sparse_ref_attn as sra
 from tests.contract.state import state
+from tests.pairwise import pairwise
 from tests.pipelines import CASES, Case
 from tests.reliability.test_threads import together
 
@@ -48,7 +49,7 @@ def test_two_requests_in_two_threads(name: str, mine: bool) -> None:
     handle = sra.patch(pipe, config)
     pipes = [pipe if mine else beside(pipe), beside(pipe)]
     alone = [request(case, each, i) for i, each in enumerate(pipes)]
-    for _ in range(3):
+    for _ in range(2):
         found = together(*(lambda i=i, each=each: request(case, each, i) for i, each in enumerate(pipes)))
         for got, wanted in zip(found, alone, strict=True):
             assert np.array_equal(got, wanted)
@@ -67,9 +68,11 @@ def within(case: Case, outer: Any, inner: Any, at: int, **arguments: Any) -> tup
     return request(case, outer, 0, callback=callback, **arguments), made[0]
 
 
-@pytest.mark.parametrize("cfg", [False, True], ids=["plain", "guided"])
-@pytest.mark.parametrize("order", ["the patched one first", "the other one first", "two others"])
-@pytest.mark.parametrize("name", ["mass", "reranked", "stored", "kontext"])
+@pairwise(
+    name=["mass", "reranked", "stored", "kontext"],
+    order=["the patched one first", "the other one first", "two others"],
+    cfg={"plain": False, "guided": True},
+)
 def test_a_run_within_anothers_callback(name: str, order: str, cfg: bool) -> None:
     """Both pictures are those that they are alone, at whichever step the other one came in."""
     case, config = CASES[CONFIGS[name][0]], CONFIGS[name][1]

@@ -12,11 +12,11 @@ import torch
 import sparse_ref_attn as sra
 from benchmarks.studies.generator import Generator
 from benchmarks.studies.mass import covered
-from benchmarks.studies.quality import scorer
-from benchmarks.studies.questions import Question
+from benchmarks.studies.questions import Question, held_out
 from sparse_ref_attn.config import UniformGuard
 from sparse_ref_attn.eval.methods import dense_first
 from sparse_ref_attn.eval.models import EvalModel
+from sparse_ref_attn.eval.scores import Scorer
 from sparse_ref_attn.run.profile import top_quarter
 from sparse_ref_attn.selection import AttentionMass
 from sparse_ref_attn.toy.pipeline import TRAINED
@@ -33,33 +33,34 @@ def generator():
     return Generator(EvalModel("dense", TRAINED, steps=STEPS))
 
 
-def run(generator, question, config):
+def run(generator, question, config, steps=STEPS):
     with torch.no_grad(), sra.patched(generator.pipe, config) as handle:
-        picture = generator.picture(question, 0)
+        picture = generator.picture(question, 0, steps)
     return picture, handle.record
 
 
 @pytest.fixture(scope="module")
 def placed(generator):
     """Of each held-out subject: PSNR of mass and of random at a quarter of the tokens, and the record of the mass."""
-    found = []
+    found, measure = [], "subject PSNR (dB) vs target"
+    scorer = Scorer(held_out("place"), only=[measure])
     for subject in SUBJECTS:
         question = Question("place", subject)
         pictures, records = zip(
             *(run(generator, question, sra.SparseRef(select, QUARTER)) for select in ("mass", "random")), strict=True
         )
-        score = scorer(question.example, pictures[1])
-        quality = [score(picture)["subject_psnr"] for picture in pictures]
+        score = scorer.scores(question.example, pictures[1])
+        quality = [score(picture)[measure] for picture in pictures]
         found.append((quality, records[0], question))
     return found
 
 
 @pytest.fixture(scope="module")
 def guarded(generator):
-    """By task the records of ReCAST with a guard that looks at all blocks."""
+    """By task the records of ReCAST's first step and its last, with a guard that looks at all blocks."""
     config = sra.ReCAST(select=AttentionMass(blocks="all"), guard=UniformGuard(UNIFORM))
     return {
-        task: [run(generator, Question(task, subject), config)[1] for subject in SUBJECTS]
+        task: [run(generator, Question(task, subject), config, steps=2)[1] for subject in SUBJECTS]
         for task in ("place", "global")
     }
 
@@ -105,10 +106,10 @@ def test_the_guard_follows(guarded):
 def test_keeping_everything_is_bit_identical(generator):
     question = Question("pair", 0)
     with torch.no_grad():
-        dense = generator.picture(question, 0)
-        kept, _ = run(generator, question, sra.SparseRef("mass", 1.0))
-        dropped, _ = run(generator, question, sra.SparseRef("mass", 0.25))
-        after = generator.picture(question, 0)
+        dense = generator.picture(question, 0, 2)
+        kept, _ = run(generator, question, sra.SparseRef("mass", 1.0), 2)
+        dropped, _ = run(generator, question, sra.SparseRef("mass", 0.25), 2)
+        after = generator.picture(question, 0, 2)
     assert np.array_equal(dense, kept)
     assert np.array_equal(dense, after)
     assert not np.array_equal(dense, dropped)

@@ -12,7 +12,8 @@ from sparse_ref_attn.toy.pipeline import WEIGHTS, knows_open_scenery, toy_pipeli
 from sparse_ref_attn.toy.scenes import TOKEN, scene
 from sparse_ref_attn.toy.sprites import SUBJECTS, load_sprites
 from sparse_ref_attn.toy.textures import KINDS, random_texture
-from sparse_ref_attn.training.batches import ToyBatches, encode
+from sparse_ref_attn.training import batches as module
+from sparse_ref_attn.training.batches import Batch, ToyBatches, encode
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +151,10 @@ def test_toy_batches_leave_scenery_open(pipe, tmp_path):
 
 
 def _prompts(pipe, batches, steps=12):
-    seen = []
+    """What is asked for; nothing is encoded."""
+    seen, nothing = [], Batch(torch.zeros(1), torch.zeros(1), {})
     with pytest.MonkeyPatch.context() as patch:
-        real = pipe.encode_prompt
-        patch.setattr(pipe, "encode_prompt", lambda prompt, *a, **k: seen.extend(prompt) or real(prompt, *a, **k))
+        patch.setattr(module, "encode", lambda pipe, targets, references, prompts, *a: seen.extend(prompts) or nothing)
         for step in range(steps):
             batches(pipe, step, 0, 1)
     return seen

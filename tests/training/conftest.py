@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
+from sparse_ref_attn.toy import pipeline
 from sparse_ref_attn.toy.sprites import SUBJECTS, held_out, load_sprites
+from tests.small_model import narrow_transformer
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +23,12 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``sra train`` trains a model of few and narrow blocks: a step of the one that ships takes seconds on a CPU."""
+    monkeypatch.setattr(pipeline, "build_transformer", narrow_transformer)
 
 
 @pytest.fixture(scope="session")

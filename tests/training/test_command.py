@@ -17,6 +17,7 @@ from sparse_ref_attn.toy.sprites import SUBJECTS
 FEW = ["--steps", "2", "--batch", "2", "--checkpoint-every", "1"]
 
 
+@pytest.mark.usefixtures("narrow")
 def test_the_small_model(sprites, tmp_path):
     dense, dropped = tmp_path / "dense", tmp_path / "dropped"
     assert main(["train", "--sprites", sprites, "--grid", "8", "--out", str(dense), *FEW]) == 0
@@ -35,6 +36,7 @@ def test_the_small_model(sprites, tmp_path):
     assert json.loads((dropped / "step-000002/about.json").read_text())["draws"] == {"draws": 2}
 
 
+@pytest.mark.usefixtures("narrow")
 def test_open_scenery_from_the_folder_of_a_transformer(sprites, tmp_path):
     """The run begins from those weights, and its own say that they know open scenery."""
     first, second = tmp_path / "first", tmp_path / "second"

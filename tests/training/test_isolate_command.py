@@ -24,6 +24,7 @@ SMALL = ["--grid", "8", "--batch", "2", "--checkpoint-every", "1"]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
+@pytest.mark.usefixtures("narrow")
 def test_the_small_model(sprites: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Stopped after a step and gone on with: the same weights, bit for bit. They are run as they were trained."""
 

@@ -100,8 +100,10 @@ def compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "flux2"])  # whose blocks are Klein's
-@pytest.mark.parametrize("first", ["patch", "compile"])
+@pytest.mark.parametrize(  # the blocks of flux2 are Klein's
+    ("name", "first"),
+    [("kontext", "compile"), ("klein", "patch"), ("qwen_edit_plus", "patch"), ("qwen_edit_plus_2511", "compile")],
+)
 def test_compiled_blocks(name: str, first: str) -> None:
     """Lengths that change at every step compile once more, for any length, and then never again."""
     batches = [Batch(name, seed=seed) for seed in range(6)]

@@ -77,6 +77,14 @@ def add(commands: Commands) -> None:
         "no gradient comes of it with --isolate",
     )
     how.add_argument(
+        "--distill",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="share of what is learned that the model itself predicted before, from every reference token, and not the "
+        "right answer (default: %(default)s)",
+    )
+    how.add_argument(
         "--open-scenery",
         type=float,
         metavar="P",

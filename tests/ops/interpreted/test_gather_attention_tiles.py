@@ -15,12 +15,12 @@ from sparse_ref_attn.ops.shared.launch_config import Config
 
 from ..guards import Canaries, in_nan
 from ..problems import NAMES, Problem, truth
-from ..rounding import assert_rounded, of_attention
+from ..rounding import assert_rounded, of_attention, of_lse
 from ..tile_problems import make_tiles, ragged_tiles, tile_grid
 from ..tolerance import assert_as_accurate
 
 SHARED = Config(32, 32, 4, 2)
-SMALL = Config(16, 16, 4, 2)  # so that small problems have many blocks
+SMALL = Config(16, 32, 4, 2)  # so that small problems have many blocks
 ONE_LOOP = Config(32, 32, 4, 2, split=False)
 PROBLEMS = tile_grid(32)
 
@@ -40,7 +40,7 @@ def check(problem: Problem, dtype: torch.dtype, config: Config) -> None:
             layout["cu_tiles"], layout.get("bias"),
         )  # fmt: skip
         got_out, got_lse = triton_backend.forward(a, SHARED, config)
-    deviations = of_attention(low)
+    deviations = of_attention(low) if dtype == torch.float32 else {"lse": of_lse(low)}
     assert got_out.dtype == dtype
     assert_rounded(got_lse, lse, deviations["lse"], "lse")  # float32 whatever the operands are
     if dtype == torch.float32:

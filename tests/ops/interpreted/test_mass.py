@@ -22,7 +22,7 @@ from ..mass_cases import RaggedBatch, lse_of
 from ..rounding import assert_rounded, of_mass
 from ..tolerance import assert_as_accurate
 
-SMALL = Config(16, 16, 4, 2)
+SMALL = Config(32, 32, 4, 2)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 draw = partial(mass_cases.draw, C=32)
 

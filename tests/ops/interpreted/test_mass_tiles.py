@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
@@ -19,13 +19,14 @@ from sparse_ref_attn.ops.attention_mass.trial import kind_of, small
 from sparse_ref_attn.ops.shared.launch_config import Config
 from sparse_ref_attn.ops.verdicts.table import usual_kinds
 
+from ...pairwise import pairwise
 from .. import mass_cases
 from ..guards import Canaries
 from ..mass_cases import lse_of
 from ..rounding import assert_rounded, of_mass
 from ..tolerance import assert_as_accurate
 
-SMALL = Config(16, 16, 4, 2)
+SMALL = Config(16, 32, 4, 2)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 TILINGS = {
     "equal, two in a block": [0, 8, 16, 24, 32, 40],
@@ -47,9 +48,7 @@ def check(mass: Tensor, q: Tensor, k: Tensor, span: tuple[int, int], scale: floa
     assert_as_accurate(mass, truth, low)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("reduce_heads", [True, False])
-@pytest.mark.parametrize("name", TILINGS)
+@pairwise(name=list(TILINGS), reduce_heads=[True, False], dtype=[torch.float16, torch.bfloat16])
 def test_each_tile_has_the_mean_of_its_own_queries(name: str, reduce_heads: bool, dtype: torch.dtype) -> None:
     q, k = draw(40, 55, dtype=dtype, batch=2, heads=3)
     lse = lse_of(q.double(), k.double(), 0.2).float()
@@ -59,7 +58,7 @@ def test_each_tile_has_the_mean_of_its_own_queries(name: str, reduce_heads: bool
         mass = launch_tile_mass(q, k[:, 20:], lse, offsets, 0.2, reduce_heads, SMALL)
     assert mass.shape == ((2,) if reduce_heads else (2, 3)) + (len(tiles) - 1, 35)
     check(mass, q, k, (20, 55), 0.2, tiles)
-    for tile, (start, stop) in enumerate(pairwise(tiles)):
+    for tile, (start, stop) in enumerate(itertools.pairwise(tiles)):
         assert start < stop or not mass[..., tile, :].any()
 
 
@@ -71,7 +70,7 @@ def test_float32_is_off_by_its_roundings_alone(C: int) -> None:
     with Canaries():
         mass = launch_tile_mass(q, k[:, 20:], lse.float(), torch.tensor(tiles), C**-0.5, False, SMALL)
     truth = attention_mass_reference(q.double(), k.double(), (20, 55), C**-0.5, tiles=tiles)
-    for tile, (start, stop) in enumerate(pairwise(tiles)):
+    for tile, (start, stop) in enumerate(itertools.pairwise(tiles)):
         deviation = of_mass(q[:, start:stop], k, (20, 55), C**-0.5)[0]
         assert_rounded(mass[:, :, tile], truth[:, :, tile], deviation)
 

@@ -1,0 +1,36 @@
+"""Evaluations and comparisons without most of what takes their time: plots, and metrics that are networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sparse_ref_attn.cli import comparing, main
+from sparse_ref_attn.eval import tables
+from sparse_ref_attn.eval.metrics import Psnr, Ssim
+
+__all__ = ["compare_pixels", "draw_only", "main_undrawn"]
+
+
+def draw_only(patch: pytest.MonkeyPatch, *metrics: str) -> None:
+    """From here on an evaluation draws the plots of these columns."""
+    real = tables.grid_plot
+
+    def plot(means: Any, metric: str, *arguments: Any, **settings: Any) -> None:
+        if metric in metrics:
+            real(means, metric, *arguments, **settings)
+
+    patch.setattr(tables, "grid_plot", plot)
+
+
+def compare_pixels(patch: pytest.MonkeyPatch) -> None:
+    """From here on a comparison measures and draws PSNR and SSIM alone."""
+    patch.setattr(comparing, "_metrics", lambda options: [Psnr(), Ssim()])
+
+
+def main_undrawn(arguments: list[str]) -> int:
+    """A program of its own that runs one command without plots."""
+    with pytest.MonkeyPatch.context() as patch:
+        draw_only(patch)
+        return main(arguments)
