@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import sparse_ref_attn as sra
 
 from .methods import FEWER, METHODS
-from .shapes import SUITES, TEXT_TOKENS
+from .shapes import SUITES
 
 __all__ = ["pipeline_flops"]
 
@@ -33,7 +33,7 @@ def pipeline_flops(arguments: Sequence[str]) -> float:
             if method.cached and not case.model.startswith("klein"):
                 continue
             estimate = sra.estimate(
-                model, references=[size] * case.references, output=size, text_tokens=TEXT_TOKENS, steps=case.steps,
+                model, references=[size] * case.references, output=size, text_tokens=case.text_tokens, steps=case.steps,
                 config=method.config or sra.SparseRef("grid", 1.0),
             )  # fmt: skip
             total += (case.rounds + 1) * case.batch * estimate.sparse.total

@@ -83,15 +83,15 @@ def with_cache(pipe: Any) -> Any:
     return made
 
 
-def embeddings(pipe: Any, seed: int = 1) -> dict[str, torch.Tensor]:
+def embeddings(pipe: Any, seed: int = 1, text_tokens: int = TEXT_TOKENS) -> dict[str, torch.Tensor]:
     """A random prompt, as the pipeline's own arguments."""
     config, random = pipe.transformer.config, torch.Generator().manual_seed(seed)
-    drawn = {"prompt_embeds": torch.randn(1, TEXT_TOKENS, config.joint_attention_dim, generator=random)}
+    drawn = {"prompt_embeds": torch.randn(1, text_tokens, config.joint_attention_dim, generator=random)}
     if isinstance(pipe, diffusers.FluxKontextPipeline):
         drawn["pooled_prompt_embeds"] = torch.randn(1, config.pooled_projection_dim, generator=random)
     given = {name: value.to(pipe.transformer.device, pipe.transformer.dtype) for name, value in drawn.items()}
     if isinstance(pipe, diffusers.QwenImageEditPlusPipeline):
-        mask = torch.ones(1, TEXT_TOKENS, dtype=torch.long, device=pipe.transformer.device)
+        mask = torch.ones(1, text_tokens, dtype=torch.long, device=pipe.transformer.device)
         given |= {"prompt": None, "prompt_embeds_mask": mask}
     return given
 
@@ -107,7 +107,7 @@ def own_arguments(pipe: Any, side: int) -> dict[str, Any]:
 
 def caller(pipe: Any, case: PipelineCase) -> Callable[..., Any]:
     """``call(steps=case.steps, side=case.side) -> numpy images``: one whole ``pipe()`` call, the same every time."""
-    prompt = embeddings(pipe)
+    prompt = embeddings(pipe, text_tokens=case.text_tokens)
 
     def call(steps: int = case.steps, side: int = case.side) -> Any:
         images = photos(case.references, side)

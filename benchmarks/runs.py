@@ -24,7 +24,7 @@ from sparse_ref_attn.report.work import recorded_flops
 
 from .memory import peak_of
 from .methods import METHODS, Method, method_of
-from .shapes import TEXT_TOKENS, PipelineCase
+from .shapes import PipelineCase
 from .step_caches import on
 
 __all__ = ["Runs", "about", "gate", "rows_of", "run_once", "run_untimed", "running"]
@@ -127,7 +127,7 @@ def rows_of(case: PipelineCase, runs: Mapping[str, Runs], transformer: Any) -> l
     shape = adapter_for(transformer).shape(transformer)
     dense, tokens = runs["dense"], (case.side // 16) ** 2
     references = case.references * tokens
-    full = run_flops(shape, [StepTokens(TEXT_TOKENS, tokens, references)] * case.steps, case.batch)
+    full = run_flops(shape, [StepTokens(case.text_tokens, tokens, references)] * case.steps, case.batch)
     attention, inside = median(dense.attention), median(dense.transformer)
     fixed = median(t - x for t, x in zip(dense.total, dense.transformer, strict=True))
     weights = sum(p.numel() * p.element_size() for p in transformer.parameters())
@@ -150,8 +150,8 @@ def rows_of(case: PipelineCase, runs: Mapping[str, Runs], transformer: Any) -> l
         elif method.steps is not None:
             work = Flops(full.matmul * method.steps // case.steps, full.attention * method.steps // case.steps)
         elif method.cached:
-            split = StepTokens(TEXT_TOKENS, tokens, references, split=True)
-            read = StepTokens(TEXT_TOKENS, tokens, 0, cached=references)
+            split = StepTokens(case.text_tokens, tokens, references, split=True)
+            read = StepTokens(case.text_tokens, tokens, 0, cached=references)
             work = run_flops(shape, [split] + [read] * (case.steps - 1), case.batch)
         row.setdefault("flop_ratio", full.total / work.total)
         bound = seconds
@@ -186,7 +186,7 @@ def full_ratio(case: PipelineCase, name: str) -> float | str:
         return ""
     model = _published(f"{case.model}-kv" if method.cached else case.model)
     return sra.estimate(
-        model, references=[size] * case.references, output=size, text_tokens=TEXT_TOKENS,
+        model, references=[size] * case.references, output=size, text_tokens=case.text_tokens,
         steps=case.steps, config=method.config,
     ).flop_ratio  # fmt: skip
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from .methods import FEWER, KEPT, METHODS
 
-__all__ = ["SUITES", "TEXT_TOKENS", "PipelineCase", "Suite", "changed", "quick"]
+__all__ = ["QUICK_TEXT_TOKENS", "SUITES", "TEXT_TOKENS", "PipelineCase", "Suite", "changed", "quick"]
 
-TEXT_TOKENS = 512
+TEXT_TOKENS, QUICK_TEXT_TOKENS = 512, 32
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class PipelineCase:
     heads : int, optional
         Attention heads, None the published number. A cut width shifts the share of attention, so it is for showing
         that a benchmark runs, never for a row that is published.
+    text_tokens : int
+        Of the prompt.
     """
 
     model: str
@@ -47,6 +49,7 @@ class PipelineCase:
     side: int = 1024
     batch: int = 1
     heads: int | None = None
+    text_tokens: int = TEXT_TOKENS
 
     def __str__(self) -> str:
         depth = "published depth" if self.layers is None else f"{self.layers}+{self.single} blocks"
@@ -78,8 +81,8 @@ class Suite:
 
 
 def quick(case: PipelineCase) -> PipelineCase:
-    """The same at 256 tokens an image, two heads and few blocks: shows that a benchmark runs, and no more."""
-    small = replace(case, steps=2, rounds=1, side=256, heads=2)
+    """The same at 256 tokens an image, 32 of text, two heads, few blocks: shows that a benchmark runs, and no more."""
+    small = replace(case, steps=2, rounds=1, side=256, heads=2, text_tokens=QUICK_TEXT_TOKENS)
     return replace(small, layers=1, single=1) if case.layers is None else small
 
 

@@ -14,7 +14,7 @@ from benchmarks import bench_steps, random_pipelines, results, runs
 from benchmarks.cli import LEVELS, main
 from benchmarks.memory import peak_of
 from benchmarks.methods import FEWER, METHODS
-from benchmarks.shapes import SUITES, TEXT_TOKENS, PipelineCase
+from benchmarks.shapes import QUICK_TEXT_TOKENS, SUITES, PipelineCase
 from sparse_ref_attn import ConfigError, SparseRef, estimate, patched
 from sparse_ref_attn.cost import StepTokens, run_flops
 from sparse_ref_attn.eval.counted import counted_work
@@ -101,7 +101,9 @@ def test_references_are_different_pictures():
 
 
 def tiny(model: str = "klein-9b", **changes: Any) -> PipelineCase:
-    return replace(PipelineCase(model, references=1, layers=1, single=1, steps=2, side=128, heads=2), **changes)
+    return replace(
+        PipelineCase(model, references=1, layers=1, single=1, steps=2, side=128, heads=2, text_tokens=32), **changes
+    )
 
 
 @pytest.mark.parametrize("model", ["kontext", "klein-9b"])
@@ -111,7 +113,7 @@ def test_counted_work_is_that_of_the_shapes(model: str):
     with torch.no_grad(), counted_work(pipe.transformer) as work:
         random_pipelines.caller(pipe, case)()
     shape = adapter_for(pipe.transformer).shape(pipe.transformer)
-    assert work() == run_flops(shape, [StepTokens(TEXT_TOKENS, 64, 64)] * 2)
+    assert work() == run_flops(shape, [StepTokens(case.text_tokens, 64, 64)] * 2)
 
 
 @torch.no_grad()
@@ -123,7 +125,7 @@ def test_the_work_of_kleins_own_cache_is_that_of_ours_with_every_token():
     shape = adapter_for(pipe.transformer).shape(pipe.transformer)
     dense = runs.Runs([1.0], [1.0], [0.5])
     plain, kv = runs.rows_of(case, {"dense": dense, "Klein-KV": runs.Runs([1.0])}, pipe.transformer)
-    full = run_flops(shape, [StepTokens(TEXT_TOKENS, 64, 128)] * 3)
+    full = run_flops(shape, [StepTokens(case.text_tokens, 64, 128)] * 3)
     assert kv["flop_ratio"] == pytest.approx(full.total / recorded_flops(shape, handle.record).total)
     assert (plain["flop_ratio"], plain["measured_over_bound"]) == (1.0, 1.0)
     assert 0 < kv["bound_seconds"] < 1
@@ -151,8 +153,9 @@ def test_the_reference_caches_suite_puts_each_execution_beside_its_bound(capsys,
     assert [rows[f"{execute} 25%"]["kept_mean"] for execute in ("tokens", "cache", "both")] == ["32", "64", "32"]
     size = (128, 128)
     whole = estimate(
-        named_model("klein-9b-kv"), references=[size] * 2, output=size, steps=3, config=SparseRef("edges", 0.05, "both")
-    )
+        named_model("klein-9b-kv"), references=[size] * 2, output=size, steps=3, text_tokens=QUICK_TEXT_TOKENS,
+        config=SparseRef("edges", 0.05, "both"),
+    )  # fmt: skip
     assert float(rows["both 5%"]["full_flop_ratio"]) == pytest.approx(whole.flop_ratio, rel=1e-3)
     assert float(rows["both 5%"]["cache_mb"]) < float(rows["both 25%"]["cache_mb"])
     assert float(rows["tokens 25%"]["peak_mb"]) < float(rows["dense"]["peak_mb"]) < float(rows["Klein-KV"]["peak_mb"])
@@ -178,7 +181,10 @@ def test_the_stored_suite_counts_each_step_as_it_ran(tmp_path):
     size = (128, 128)
     for name in ("stored once", "isolated"):
         config = METHODS[name].config
-        whole = estimate(named_model("klein-9b"), references=[size] * 2, output=size, steps=4, config=config)
+        whole = estimate(
+            named_model("klein-9b"), references=[size] * 2, output=size, steps=4, text_tokens=QUICK_TEXT_TOKENS,
+            config=config,
+        )  # fmt: skip
         assert ratio[name] == pytest.approx(whole.flop_ratio, rel=1e-3)
     tiles = rows["stored, tiles"]
     assert float(tiles["flop_ratio"]) > float(rows["stored"]["flop_ratio"])
@@ -249,7 +255,7 @@ def test_a_step_and_its_blocks(tmp_path):
     assert [row["level"] for row in rows] == ["step"] * 3 + ["double block"] * 2 + ["single block"] * 2
     step, profile = rows[1], rows[2]
     assert (step["method"], step["kept"], profile["method"], profile["kept"]) == ("grid 25%", "16", "profile", "64")
-    joint, kept = TEXT_TOKENS + 128, TEXT_TOKENS + 80
+    joint, kept = QUICK_TEXT_TOKENS + 128, QUICK_TEXT_TOKENS + 80
     single = rows[-1]
     model = random_pipelines.transformer_of(tiny("klein-4b"))
     linears = [m for m in model.single_transformer_blocks[0].modules() if isinstance(m, torch.nn.Linear)]

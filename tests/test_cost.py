@@ -40,6 +40,8 @@ from sparse_ref_attn.types import Reference, TokenLayout
 
 FLUX_STREAMS, FLUX2_STREAMS, QWEN_STREAMS = FluxAdapter.streams, Flux2Adapter.streams, QwenImageAdapter.streams
 BF16 = torch.bfloat16
+SHALLOW = {"num_layers": 2, "num_single_layers": 3}
+"""Every block of a kind does the same work, so a few of real width are counted."""
 KLEIN = {"guidance_embeds": False, "attention_head_dim": 128}
 KLEIN_9B = KLEIN | {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
 KLEIN_4B = KLEIN | {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
@@ -129,12 +131,14 @@ def test_kontext_at_real_size():
     shape = ModelShape.from_module(model, FLUX_STREAMS)
     dense = step_flops(shape, StepTokens(text=512, generation=4096, references=4096))
     assert dense.total / 1e12 == pytest.approx(165.46, abs=0.005)
+    few = kontext(**SHALLOW)
     for tokens, batch in (
         (StepTokens(512, 4096, 4096), 1),
         (StepTokens(512, 4096, 600), 1),
         (StepTokens(77, 4096, 0), 2),
     ):
-        assert step_flops(shape, tokens, batch) == counted(call_flux, model, tokens, batch)
+        own = step_flops(ModelShape.from_module(few, FLUX_STREAMS), tokens, batch)
+        assert own == counted(call_flux, few, tokens, batch)
     assert (shape.attention_layers, shape.heads, shape.head_dim, shape.dtype_bytes) == (57, 24, 128, 2)
     assert shape.parameter_bytes == 2 * sum(p.numel() for p in model.parameters())
     assert shape.parameter_bytes / 2e9 == pytest.approx(11.9, abs=0.05)
@@ -162,12 +166,14 @@ def test_flux2_at_real_size(config, billions):
     model = build(diffusers.Flux2Transformer2DModel, **config)
     shape = ModelShape.from_module(model, FLUX2_STREAMS)
     assert shape.parameter_bytes / 2e9 == pytest.approx(billions, abs=0.1)
+    model = build(diffusers.Flux2Transformer2DModel, **config | SHALLOW)
+    shape = ModelShape.from_module(model, FLUX2_STREAMS)
     for tokens, batch in ((StepTokens(512, 4096, 8192), 1), (StepTokens(512, 4096, 410), 2)):
         assert step_flops(shape, tokens, batch) == counted(call_flux2, model, tokens, batch)
 
 
 def test_klein_kv_extract_and_cached_steps():
-    model = with_kv_processors(build(diffusers.Flux2Transformer2DModel, **KLEIN_9B))
+    model = with_kv_processors(build(diffusers.Flux2Transformer2DModel, **KLEIN_9B | SHALLOW))
     shape = ModelShape.from_module(model, FLUX2_STREAMS)
     for tokens in (
         StepTokens(512, 4096, 4096, split=True),
@@ -183,6 +189,8 @@ def test_qwen_image_at_real_size(zero_cond_t):
     model = build(diffusers.QwenImageTransformer2DModel, zero_cond_t=zero_cond_t)
     shape = ModelShape.from_module(model, QWEN_STREAMS, reference_timestep=zero_cond_t)
     assert shape.parameter_bytes / 2e9 == pytest.approx(20.4, abs=0.1)
+    model = build(diffusers.QwenImageTransformer2DModel, num_layers=2, zero_cond_t=zero_cond_t)
+    shape = ModelShape.from_module(model, QWEN_STREAMS, reference_timestep=zero_cond_t)
     for tokens, batch in ((StepTokens(300, 4096, 4096), 1), (StepTokens(300, 4096, 1024), 2)):
         assert step_flops(shape, tokens, batch) == counted(call_qwen, model, tokens, batch)
 
