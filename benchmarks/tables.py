@@ -19,7 +19,6 @@ from .fewer_steps import fewer_steps
 from .fitting import fitting
 from .frontier import frontier
 from .host_table import host
-from .isolations import isolations
 from .preset_table import presets
 from .readings import TABLES as READINGS
 from .rests import TABLES as RESTS
@@ -216,8 +215,6 @@ def insert(text: str) -> str:
             made = presets()
         elif name == "fewer_steps":
             made = fewer_steps(RESULTS / "studies")
-        elif name == "isolations":
-            made = isolations(RESULTS / "studies")
         elif name == "host_cpu":
             made = host(RESULTS / "host_cpu.csv")
         elif name == "fitting":

@@ -50,8 +50,8 @@ class TrainConfig:
         Weight of the loss at the reference rows (see ``Batch.subjects``), at least 0. Dropped rows add a constant to
         it and no gradient, so that a kept row learns the same with dropping and without.
     distill : float
-        Share of the prediction that is learned, in [0, 1], that is the model's own from before the training, on every
-        reference token, instead of noise minus target; the model then runs once more in every step, without gradients.
+        Share of what is learned, in [0, 1], that is not noise minus target but predicted, from every reference token,
+        by the model as `train` is given it, which is asked in every step, without gradients.
     sigma_mean, sigma_std : float
         The noise level is the sigmoid of a normal variable with these.
     guidance : float
@@ -122,8 +122,7 @@ def train(
     Parameters
     ----------
     pipe : diffusers pipeline
-        Its transformer is trained in place, the rest is frozen. As it is given it is what `config` distills, also where
-        a checkpoint goes on.
+        Its transformer is trained in place, the rest is frozen.
     batches : callable
         (pipe, step, process, processes) to a `Batch`.
     config : TrainConfig

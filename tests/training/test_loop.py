@@ -308,7 +308,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path, monkeypatch):
 
     steps, alone = itertools.count(), loop._loss
 
-    def noise_of_each(model, batch, config, random, guided):
+    def noise_of_each(model, batch, config, random, guided, teacher):
         """The two processes draw noise of their own."""
         step = next(steps)
         halves = (changed(batch, lambda x, i=i: x.chunk(2)[i]) for i in range(2))
