@@ -214,7 +214,8 @@ def test_compiled_blocks_run_uncompiled(name: str, checkpoints: bool, caplog: py
     assert "compiled blocks run uncompiled" in caplog.text
     handle.remove()
     if not checkpoints:  # which have no part in what is taken off
-        batch.predict(model)
+        with torch.no_grad():  # or the first block of a kind has a graph of its own
+            batch.predict(model)
         assert graphs
     torch._dynamo.reset()
 

@@ -107,11 +107,11 @@ def compiler() -> Iterator[None]:
 def test_compiled_blocks(name: str, first: str) -> None:
     """Lengths that change at every step compile once more, for any length, and then never again."""
     batches = [Batch(name, seed=seed) for seed in range(6)]
-    depth = 2 if name == "klein" else 1
-    eager = lora(build(name, layers=depth, single=depth))
+    depth = {"layers": 0, "single": 2} if name == "klein" else {"layers": 1, "single": 1}
+    eager = lora(build(name, **depth))
     sra.patch_for_training(eager, SHARED)
     wanted = gradients(eager, *batches)
-    model, graphs = lora(build(name, layers=depth, single=depth)), []
+    model, graphs = lora(build(name, **depth)), []
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
         graphs.append(len(batch_of))
@@ -163,11 +163,8 @@ def test_compiled_as_a_whole() -> None:
             compiled.compile(backend="eager")
         with pytest.raises(sra.IncompatibleError, match=r"compiled as a whole.*compile_repeated_blocks"):
             sra.patch_for_training(compiled, SHARED)
-    eager, model, batch = (
-        lora(build("klein", layers=1, single=1)),
-        lora(build("klein", layers=1, single=1)),
-        Batch("klein"),
-    )
+    eager, model = (lora(build("klein", layers=0, single=1)) for _ in range(2))
+    batch = Batch("klein")
     sra.patch_for_training(eager, SHARED)
     handle = sra.patch_for_training(model, SHARED)
     model.compile(backend="eager")
