@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,6 +37,7 @@ ORDERS = {  # the first patch comes before the compiler, on each model another
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
+    gc.collect()  # or a pipeline of an earlier test goes in the middle of a compilation, and its backends with it
     torch._dynamo.reset()
     counters.clear()
     yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import gc
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
@@ -32,6 +33,7 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
+    gc.collect()  # or a pipeline of an earlier test goes in the middle of a compilation, and its backends with it
     torch._dynamo.reset()
     counters.clear()
     yield
