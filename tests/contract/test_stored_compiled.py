@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import gc
+import threading
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
