@@ -15,11 +15,12 @@ from sparse_ref_attn.candidates import DENSE
 from sparse_ref_attn.eval.frontier.figure import figure
 from sparse_ref_attn.eval.frontier.table import speed
 from sparse_ref_attn.frontier import FRONTIER, Point, read_points, write_points
+from sparse_ref_attn.vocabulary import OPEN_SCENERY
 
 from .evaluated_points import evaluated_points
 from .results import RESULTS
 
-__all__ = ["FIGURE", "SHOWN", "frontier", "take"]
+__all__ = ["FIGURE", "SHOWN", "frontier", "scenery", "take"]
 
 FIGURE = RESULTS.parent.parent / "docs/images/frontier.png"
 SHOWN: tuple[tuple[str, str, float], ...] = (
@@ -37,6 +38,13 @@ SHOWN: tuple[tuple[str, str, float], ...] = (
 )
 """Of the table: words, key, and share of the steps; the points of the most examples and seeds are shown."""
 FAMILIES = (("subject-driven", 1), ("aligned", 1))
+SCENERY: tuple[tuple[str, str, tuple[int, ...]], ...] = (
+    ("references stored, computed at quarters of the run", "stored-quarters", (12,)),
+    ("references stored, computed at halves of the run", "stored-halves", (12,)),
+    ("references stored, computed once", "stored-once", (12,)),
+    ("all tokens in fewer steps", DENSE, (8, 6, 4)),
+)
+"""Of the table of scenery that is left open: words, key, and numbers of steps of 12."""
 
 
 def frontier(points: Sequence[Point] | None = None) -> str:
@@ -61,6 +69,29 @@ def frontier(points: Sequence[Point] | None = None) -> str:
             ratios = " | ".join(f"{speed((key, steps, base), 'kontext', count):.2f}x" for count in (1, 4))
             losses = " | ".join(_loss(by[family]) for family in FAMILIES)
             lines.append(f"| {words} | {steps} of {base} | {ratios} | {losses} |")
+    return "\n".join(lines)
+
+
+def scenery(points: Sequence[Point] | None = None) -> str:
+    """Markdown: how much of the contrast of open scenery is lost, with one reference and with two, in dB.
+
+    Parameters
+    ----------
+    points : sequence of Point, optional
+        Default those that ship.
+    """
+    points = read_points() if points is None else points
+    by = {(p.setting, p.steps, p.references): p for p in points if p.family == OPEN_SCENERY}
+    lines = [
+        "| way to save | steps | work of 1 reference | one reference, dB | work of 4 references | two references, dB |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for words, key, numbers in SCENERY:
+        for steps in numbers:
+            one, two = by[key, steps, 1], by[key, steps, 2]
+            work = [f"{speed((key, steps, one.base_steps), 'kontext', count):.2f}x" for count in (1, 4)]
+            cells = (work[0], _loss(one), work[1], _loss(two))
+            lines.append(f"| {words} | {steps} of {one.base_steps} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from sparse_ref_attn.eval.rows import read_rows
 
 from .fewer_steps import fewer_steps
 from .fitting import fitting
-from .frontier import frontier
+from .frontier import frontier, scenery
 from .host_table import host
 from .preset_table import presets
 from .readings import TABLES as READINGS
@@ -211,6 +211,8 @@ def insert(text: str) -> str:
             made = findings(RESULTS / "eval", FOUND[name])
         elif name == "frontier":
             made = frontier()
+        elif name == "scenery":
+            made = scenery()
         elif name == "presets":
             made = presets()
         elif name == "fewer_steps":

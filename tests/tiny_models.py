@@ -34,16 +34,23 @@ def _rope_axes(head_dim: int, axes: int) -> tuple[int, ...]:
 
 
 def enliven(transformer: torch.nn.Module, seed: int) -> None:
-    """Redraw the linear layers at unit gain, and sharpen attention through the gains of the query and key norms."""
+    """Redraw the linear layers at unit gain, and sharpen attention."""
     random = torch.Generator("cpu").manual_seed(seed + 1)
     with torch.no_grad():
-        for name, module in transformer.named_modules():
+        for module in transformer.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight.normal_(0, module.in_features**-0.5, generator=random)
                 if module.bias is not None:
                     module.bias.normal_(0, 0.1, generator=random)
-            elif name.rsplit(".", 1)[-1] in _GAINS and module.weight is not None:  # GLM-Image's norms have none
-                module.weight.mul_(1.5)
+    sharpen(transformer, 1.5)
+
+
+def sharpen(transformer: torch.nn.Module, gain: float) -> None:
+    """Multiply the gains of the query and key norms; by 0, attention looks everywhere alike."""
+    with torch.no_grad():
+        for name, module in transformer.named_modules():
+            if name.rsplit(".", 1)[-1] in _GAINS and module.weight is not None:  # GLM-Image's norms have none
+                module.weight.mul_(gain)
 
 
 def ready(pipe: Any, seed: int) -> Any:

@@ -5,7 +5,6 @@ Torch's limit is 8; here it is 2, and most models have one single-stream block, 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
+from tests.contract.test_compile import _fresh_compiler  # noqa: F401
 from tests.pictures import picture
 from tests.pipelines import CASES
 from tests.training.batches import Batch, build, lora
@@ -25,12 +25,9 @@ GRID = sra.SparseRef("grid", RISING)
 
 
 @pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    gc.collect()  # or a pipeline of an earlier test goes in the middle of a compilation, and its backends with it
-    torch._dynamo.reset()
+def _two_graphs(_fresh_compiler: None) -> Iterator[None]:  # noqa: F811
     with torch._dynamo.config.patch(recompile_limit=2):
         yield
-    torch._dynamo.reset()
 
 
 def compiled(name: str, heads: int = 2, layers: int = 0, single: int = 1, **options: Any) -> Any:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import threading
-from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -15,15 +13,10 @@ from torch._dynamo.utils import counters
 
 import sparse_ref_attn as sra
 from tests.contract.state import kinds, state
-from tests.contract.test_compile import Counting
+from tests.contract.test_compile import DEEP, LIMIT, Counting, _fresh_compiler  # noqa: F401
 from tests.pipelines import CASES
 from tests.reliability.test_one_transformer import beside
 
-DEEP = {  # more blocks than `four_graphs`, so that a graph a block would be an error
-    "klein": {"layers": 5, "single": 5},
-    "kontext": {"layers": 5, "single": 5},
-    "qwen_edit_plus": {"layers": 5},
-}
 SETTINGS = {
     "all read": sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=sra.Every(3))),
     "ranked": sra.SparseRef("mass", sra.Linear(0.2, 0.6), execute=sra.Cache(refresh=sra.Every(3))),
@@ -31,23 +24,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    gc.collect()  # or a pipeline of an earlier test goes in the middle of a compilation, and its backends with it
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def four_graphs() -> Iterator[None]:
-    """At most, of a block; torch's own limit is 8."""
-    with torch._dynamo.config.patch(recompile_limit=4):
-        yield
-
-
-@pytest.mark.usefixtures("four_graphs")
+@torch._dynamo.config.patch(recompile_limit=LIMIT)
 @pytest.mark.parametrize("setting", list(SETTINGS))
 @pytest.mark.parametrize("name", list(DEEP))
 def test_repeated_blocks(name: str, setting: str) -> None:

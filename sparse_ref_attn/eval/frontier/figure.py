@@ -135,7 +135,7 @@ def _panel(axes: Any, places: Mapping[Key, Place], best: Sequence[Key], numbered
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     if fewer:
-        axes.legend(fontsize=7, frameon=False, loc="lower left", handlelength=1.6)
+        axes.legend(fontsize=7, frameon=False, loc="best", handlelength=1.6)
 
 
 def _mark(axes: Any, measured: Mapping[int, Sequence[Place]], count: int) -> None:
@@ -145,7 +145,7 @@ def _mark(axes: Any, measured: Mapping[int, Sequence[Place]], count: int) -> Non
     axes.set_ylim(min(low, min(heights) - 1), max(high, max(heights) + 1))
     if places := measured.get(count):
         axes.plot(*zip(*places, strict=True), "D", color=_MEASURED, markersize=5, label="measured elsewhere", zorder=4)
-        axes.legend(fontsize=7, frameon=False, loc="lower left", handlelength=1.6)
+        axes.legend(fontsize=7, frameon=False, loc="best", handlelength=1.6)
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
