@@ -14,6 +14,7 @@ import torch
 from ..errors import ConfigError
 from ..eval import loading
 from ..eval.outputs import check_name
+from ..hooks.diffusers import applied_loras
 from ..patching.trained import BESIDE
 from ..toy.pipeline import TRAINED, build_vae, toy_pipeline
 from ..training import IsolateReferences, RandomDrop, checkpoint, patch_for_training
@@ -51,6 +52,10 @@ def train(options: argparse.Namespace) -> None:
     for name in ("blocks", "updates"):
         if getattr(options, name) is not None and not options.selector:
             raise ConfigError(f"--{name} must come with --selector, got none")
+    if options.lora_rank is not None and (options.vae or options.selector):
+        raise ConfigError(f"--lora-rank is of a transformer, got --{'vae' if options.vae else 'selector'}")
+    if options.lora_rank is not None and options.sprites is not None and options.init is None:
+        raise ConfigError("--lora-rank with --sprites must come with --init, whose weights it is added to, got none")
     if options.vae:
         _vae(options)
         return
@@ -59,7 +64,7 @@ def train(options: argparse.Namespace) -> None:
         return
     small = options.sprites is not None
     pipe, batches = _small(options) if small else _real(options)
-    rates = (2e-3, 4e-3) if small else (1e-4, None)
+    rates = (2e-3, 4e-3) if small and options.lora_rank is None else (1e-4, None)
     config = TrainConfig(
         steps=options.steps,
         lr=rates[0] if options.lr is None else options.lr,
@@ -102,6 +107,8 @@ def _small(options: argparse.Namespace) -> tuple[Any, Any]:
     pipe.transformer.requires_grad_(True)
     if options.init is not None:
         checkpoint.begin_from(Path(options.init), dict(pipe.transformer.named_parameters()))
+    if options.lora_rank is not None:
+        add_lora(pipe.transformer, options.lora_rank, training_of(pipe).lora)
     return pipe, batches
 
 
@@ -155,7 +162,7 @@ def _folder(options: argparse.Namespace) -> tuple[Any, FolderBatches]:
 
 def _real(options: argparse.Namespace) -> tuple[Any, Any]:
     pipe, batches = _folder(options)
-    add_lora(pipe.transformer, options.lora_rank, training_of(pipe).lora)
+    add_lora(pipe.transformer, options.lora_rank or 16, training_of(pipe).lora)
     return pipe, batches
 
 
@@ -165,7 +172,12 @@ def _write(pipe: Any, out: Path, ema: dict[str, Any], drop: Any, small: bool, ab
     if not small:
         print(f"LoRA written to {save_lora(pipe, out, ema, settings)}")
         return
-    pipe.transformer.load_state_dict(ema)
+    weights = dict(pipe.transformer.named_parameters())
+    for name, value in ema.items():
+        weights[name].data.copy_(value)
+    if applied_loras(pipe.transformer):
+        pipe.transformer.fuse_lora()
+        pipe.transformer.unload_lora()
     said = {**said_of(settings), **about}
     with checkpoint.whole(out / "transformer", "the trained transformer") as folder:
         pipe.transformer.save_pretrained(folder)

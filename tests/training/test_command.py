@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -51,6 +52,20 @@ def test_open_scenery_from_the_folder_of_a_transformer(sprites, tmp_path):
     assert any(weights[0]["proj_out.weight"].flatten().tolist())
 
 
+@pytest.mark.usefixtures("narrow")
+def test_a_lora_of_the_small_model_is_added_to_its_weights(sprites, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    small = ["train", "--sprites", sprites, "--grid", "8", *FEW]
+    assert main([*small, "--out", str(first)]) == 0
+    assert main([*small, "--init", str(first), "--lora-rank", "2", "--lr", "0.1", "--out", str(second)]) == 0
+    before, after = (load_file(each / "transformer/diffusion_pytorch_model.safetensors") for each in (first, second))
+    assert set(before) == set(after)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(re.search(r"attn\.(to|add)_(q|k|v|out|add)", name) for name in changed)
+    assert all(torch.linalg.matrix_rank(after[name] - before[name], atol=1e-5) <= 2 for name in changed)
+
+
 def test_the_autoencoder(sprites, tmp_path):
     from diffusers import AutoencoderTiny
 
@@ -91,6 +106,8 @@ def test_a_lora_of_a_pipeline(tmp_path, capsys):
         (["--sprites", None, "--keep", "0-1"], "must be a share or two of them (5%-100%, 0.05-1), got '0-1'"),
         (["--sprites", SUBJECTS, "--keep", "some"], "must be a share or two of them (5%-100%, 0.05-1), got 'some'"),
         (["--sprites", SUBJECTS, "--steps", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--sprites", None, "--lora-rank", "2"], "--lora-rank with --sprites must come with --init"),
+        (["--sprites", None, "--vae", "--lora-rank", "2"], "--lora-rank is of a transformer, got --vae"),
         (["--sprites", SUBJECTS], "got none for train"),
     ],
 )

@@ -35,7 +35,12 @@ def add(commands: Commands) -> None:
     model.add_argument(
         "--model", metavar="PATH", help="a FLUX.1 Kontext or LongCat-Image-Edit pipeline, which gets a LoRA"
     )
-    model.add_argument("--lora-rank", type=values.above(1), default=16, metavar="R", help="default: %(default)s")
+    model.add_argument(
+        "--lora-rank",
+        type=values.above(1),
+        metavar="R",
+        help="default: 16; with --sprites, a LoRA is trained in place of all weights, and added to them at the end",
+    )
     model.add_argument(
         "--init",
         metavar="DIR",
