@@ -1,8 +1,8 @@
 """What a run will cost, before it runs."""
 
 from .amount import Amount, preset_of
-from .api import estimate
+from .api import estimate, estimate_of
 from .result import Estimate, RunMemory
 from .share import at_share, at_share_of_sites
 
-__all__ = ["Amount", "Estimate", "RunMemory", "at_share", "at_share_of_sites", "estimate", "preset_of"]
+__all__ = ["Amount", "Estimate", "RunMemory", "at_share", "at_share_of_sites", "estimate", "estimate_of", "preset_of"]

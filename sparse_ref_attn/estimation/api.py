@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from ..checks import is_int
 from ..config import SparseRef
 from ..cost import (
     Memory,
+    ModelShape,
     StepTokens,
     reference_kv_bytes,
     room_bytes,
@@ -33,7 +36,7 @@ from .result import Estimate, RunMemory
 from .scoring import scoring_of
 from .tile_memory import held_by_tiles
 
-__all__ = ["estimate"]
+__all__ = ["estimate", "estimate_of"]
 
 Size = tuple[int, int]
 
@@ -110,7 +113,7 @@ def estimate(
     >>> e.tokens[0], round(e.flop_ratio, 2)
     (410, 2.01)
     """
-    config, transformer = configuration(config), unwrap(transformer_of(pipe))
+    transformer = unwrap(transformer_of(pipe))
     facts = edit_facts(pipe)
     if facts is not None and isinstance(references, Sequence):
         facts.check_references(len(references))
@@ -118,6 +121,26 @@ def estimate(
         steps = 28 if facts is None else facts.steps(getattr(pipe.config, "is_distilled", None))
     if pixels_per_token is None:
         pixels_per_token = (2 if facts is None else facts.packed) * getattr(pipe, "vae_scale_factor", 8)
+    return estimate_of(
+        transformer, None, configuration(config), references=references, output=output, text_tokens=text_tokens,
+        steps=steps, batch=batch, calls_per_step=calls_per_step, pixels_per_token=pixels_per_token,
+    )  # fmt: skip
+
+
+def estimate_of(
+    transformer: nn.Module,
+    shape: ModelShape | None,
+    config: SparseRef,
+    *,
+    references: Sequence[Size],
+    output: Size,
+    steps: int,
+    text_tokens: int = 512,
+    batch: int = 1,
+    calls_per_step: int = 1,
+    pixels_per_token: int = 16,
+) -> Estimate:
+    """`estimate` of a transformer, whose shape is given where many are asked for: reading it takes most of the time."""
     counts = {"steps": steps, "batch": batch, "calls_per_step": calls_per_step, "pixels_per_token": pixels_per_token}
     for name, value in (counts | {"text_tokens": text_tokens}).items():
         least = 0 if name == "text_tokens" else 1
@@ -129,7 +152,7 @@ def estimate(
             f"run will measure: {config.budget}. Estimate its bounds instead, for example with schedules.Constant"
         )
     adapter = adapter_for(transformer)
-    shape = adapter.shape(transformer)
+    shape = adapter.shape(transformer) if shape is None else shape
     check_cache(config, adapter, transformer)
     layout = _layout(references, output, text_tokens, pixels_per_token)
     if adapter.text_apart:

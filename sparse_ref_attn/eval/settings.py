@@ -13,7 +13,7 @@ from ..checks import is_int
 from ..config import SparseRef
 from ..cost import ModelShape, StepTokens, step_flops
 from ..errors import ConfigError
-from ..estimation import Estimate, estimate
+from ..estimation import Estimate, estimate_of
 from ..hooks.diffusers import cached_modules
 from ..models import adapter_for
 from ..source import source
@@ -111,9 +111,9 @@ def _flop_ratio(setting: Setting, base_steps: int, model: str, references: int) 
     steps = setting.steps or base_steps
     if setting.config is None and setting.step_cache is None:
         return base_steps / steps
-    transformer = _published(model)
     config = SparseRef("grid", 1.0) if setting.config is None else setting.config
-    found = estimate(transformer, config, references=[(SIDE, SIDE)] * references, output=(SIDE, SIDE), steps=steps)
+    sizes: dict[str, Any] = {"references": [(SIDE, SIDE)] * references, "output": (SIDE, SIDE), "steps": steps}
+    found = estimate_of(*_published(model), config, **sizes)
     done = found.sparse.total
     if setting.step_cache is not None:
         done -= _saved(model, found, setting.step_cache)
@@ -121,9 +121,10 @@ def _flop_ratio(setting: Setting, base_steps: int, model: str, references: int) 
 
 
 @cache
-def _published(model: str) -> nn.Module:
-    found: nn.Module = meta_transformer(model)
-    return found
+def _published(model: str) -> tuple[nn.Module, ModelShape]:
+    """A model without its weights, and its shape."""
+    transformer = meta_transformer(model)
+    return transformer, adapter_for(transformer).shape(transformer)
 
 
 def _saved(model: str, run: Estimate, step_cache: StepCache) -> int:
@@ -146,16 +147,16 @@ def _saved(model: str, run: Estimate, step_cache: StepCache) -> int:
 @cache
 def _shapes(model: str, kind: str) -> tuple[ModelShape, ModelShape]:
     """The shape of a model, and of what runs in a step that a cache of this kind forecasts."""
-    transformer = _published(model)
-    adapter = adapter_for(transformer)
-    whole = adapter.shape(transformer)
+    transformer, whole = _published(model)
     part = copy.deepcopy(transformer)
     with step_cached(_Alone(part), StepCache(kind)):
         names = cached_modules(part)
     for name in names:
         owner, _, leaf = name.rpartition(".")
         setattr(part.get_submodule(owner), leaf, nn.Identity())
-    rest = ModelShape.from_module(part, adapter.streams, attention_layers=0, output_rows=whole.output_rows)
+    rest = ModelShape.from_module(
+        part, adapter_for(transformer).streams, attention_layers=0, output_rows=whole.output_rows
+    )
     return whole, replace(rest, reference_timestep=whole.reference_timestep)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -67,9 +68,7 @@ def test_the_work_beside_a_forecast_is_what_runs(
     monkeypatch.setattr(module, "meta_transformer", lambda name: pipe.transformer)
     monkeypatch.setattr(module, "SIDE", 2 * size)  # its tokens have 8 pixels, those of published models 16
     layout = handle.record.layout
-    monkeypatch.setattr(
-        module, "estimate", lambda *args, **given: sra.estimate(*args, **given, text_tokens=layout.text)
-    )
+    monkeypatch.setattr(module, "estimate_of", partial(module.estimate_of, text_tokens=layout.text))
     for cached in (module._published, module._shapes):
         monkeypatch.setattr(module, cached.__name__, cached.__wrapped__)  # nothing of the tiny model stays behind
     found = module._flop_ratio.__wrapped__(setting, steps, "tiny", 1)

@@ -1,4 +1,4 @@
-"""Runs the files of ``tests/ops/interpreted`` in two processes whose kernels are interpreted."""
+"""Runs the files of ``tests/ops/interpreted`` in a process whose kernels are interpreted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 
 HERE = Path(__file__).parent
 FILES = sorted(path.name for path in (HERE / "interpreted").glob("test_*.py"))
-HALVES = {" ".join(name[5:-3] for name in half): half for half in (FILES[:5], FILES[5:])}
 
 
 def run(files: list[str], *args: str) -> subprocess.CompletedProcess[str]:
@@ -23,9 +22,8 @@ def run(files: list[str], *args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.early
-@pytest.mark.parametrize("half", HALVES)
-def test_interpreted_kernels(half: str):
-    done = run(HALVES[half], "-m", "not slow")
+def test_interpreted_kernels():
+    done = run(FILES, "-m", "not slow")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 

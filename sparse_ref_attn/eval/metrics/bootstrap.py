@@ -65,8 +65,10 @@ def mean_interval(
     if groups is not None:
         if len(groups) != len(data):
             raise ConfigError(f"groups must name one for each value, got {len(groups)} for {len(data)}")
-        names = list(dict.fromkeys(groups))
-        data = np.array([np.mean([v for v, g in zip(data, groups, strict=True) if g == name]) for name in names])
+        own: dict[object, list[float]] = {}
+        for value, group in zip(data, groups, strict=True):
+            own.setdefault(group, []).append(value)
+        data = np.array([np.mean(each) for each in own.values()])
     if len(data) < 2:
         raise ConfigError(f"an interval needs at least two independent values, got {len(data)}")
     mean = float(data.mean())
