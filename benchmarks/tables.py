@@ -19,6 +19,7 @@ from .fewer_steps import fewer_steps
 from .fitting import fitting
 from .frontier import frontier, scenery
 from .host_table import host
+from .isolations import isolations
 from .preset_table import presets
 from .readings import TABLES as READINGS
 from .rests import TABLES as RESTS
@@ -155,8 +156,11 @@ def findings(folder: Path, of: Sequence[tuple[str, Run, Run]] = FINDINGS) -> str
     rows = [row for row in rows if row[SUBJECT]]
     steps = header["settings"]["steps"]
     used: dict[Run, list[float]] = {}
+    cells: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
-        used.setdefault((row["model"], row["method"], row["keep"]), []).append(float(row["share"]))
+        model, family, method, keep = (row[name] for name in ("model", "family", "method", "keep"))
+        used.setdefault((model, method, keep), []).append(float(row["share"]))
+        cells.setdefault((model, family, method, keep), []).append(row)
 
     def words(run: Run) -> str:
         _, method, keep = run
@@ -167,13 +171,14 @@ def findings(folder: Path, of: Sequence[tuple[str, Run, Run]] = FINDINGS) -> str
         return "all tokens" if method == "dense" else f"{method.removesuffix(' flat')} {float(keep):.0%}{more}"
 
     lines = ["| edits | weights | compared | dB |", "|---|---|---|--:|"]
-    for family, run, other in of:
-        found = paired(rows, SUBJECT, (run[0], family, *run[1:]), (other[0], family, *other[1:]))
+    for edits, run, other in of:
+        own, base = ((model, edits, method, keep) for model, method, keep in (run, other))
+        found = paired([*cells.get(own, []), *cells.get(base, [])], SUBJECT, own, base)
         weights, compared = (
             one if one == two else f"{one} - {two}" for one, two in ((run[0], other[0]), (words(run), words(other)))
         )
         mean, low, high = (f"{value:+.1f}".replace("-0.0", "0.0").replace("+0.0", "0.0") for value in found)
-        lines.append(f"| {family} | {weights} | {compared} | {mean} [{low}, {high}] |")
+        lines.append(f"| {edits} | {weights} | {compared} | {mean} [{low}, {high}] |")
     return "\n".join(lines)
 
 
@@ -217,6 +222,8 @@ def insert(text: str) -> str:
             made = presets()
         elif name == "fewer_steps":
             made = fewer_steps(RESULTS / "studies")
+        elif name == "isolations":
+            made = isolations(RESULTS / "studies")
         elif name == "host_cpu":
             made = host(RESULTS / "host_cpu.csv")
         elif name == "fitting":

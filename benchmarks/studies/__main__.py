@@ -20,6 +20,7 @@ from . import (
     cases,
     direction,
     fewer_steps,
+    isolation,
     mass,
     methods,
     reading,
@@ -36,7 +37,7 @@ from .study import Study
 
 PICTURES = {
     "methods": methods, "tasks": tasks, "sweep": sweep, "direction": direction, "reuse": reuse, "caches": caches,
-    "sparse_context": sparse_context, "reading": reading, "rest": rest,
+    "sparse_context": sparse_context, "reading": reading, "rest": rest, "isolation": isolation,
 }  # fmt: skip
 ATTENTION = {"mass": mass.STUDY, "stability": stability.STUDY}
 OTHERS = {"reading_work": reading_work.STUDY, "fewer_steps": fewer_steps.STUDY}
@@ -53,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--control", default=WEIGHTS / "control", help="weights that were trained on without dropping")
     parser.add_argument("--drop", default=WEIGHTS / "drop", help="weights that were trained on with random dropping")
+    parser.add_argument("--isolated", default=WEIGHTS / "isolated", help="weights whose references run by themselves")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "studies")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--subjects", type=int, default=16, help="held-out subjects, up to 107")
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             "subjects and seeds must be at least 1 and steps at least 3, "
             f"got {args.subjects}, {args.seeds} and {args.steps}"
         )
-    folders = {"dense": args.transformer, "control": args.control, "drop": args.drop}
+    folders = {"dense": args.transformer, "control": args.control, "drop": args.drop, "isolated": args.isolated}
     with torch.no_grad():
         models = [EvalModel(name, str(folder), steps=args.steps) for name, folder in folders.items()]
         generators = {model.name: Generator(model) for model in models}
