@@ -119,3 +119,14 @@ def test_licence_is_apache_in_full() -> None:
     assert "Apache License" in text
     assert "END OF TERMS AND CONDITIONS" in text
     assert importlib.metadata.metadata("sparse-ref-attn")["License-Expression"] == "Apache-2.0"
+
+
+def test_weights_do_not_say_where_they_lay() -> None:
+    """diffusers writes the folder that a model was loaded from into its configuration."""
+    configs = [
+        path
+        for folder in ("benchmarks/weights", "sparse_ref_attn/assets")
+        for path in (ROOT / folder).rglob("config.json")
+    ]
+    assert len(configs) >= 5
+    assert [path for path in configs if "_name_or_path" in json.loads(path.read_text())] == []

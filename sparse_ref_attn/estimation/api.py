@@ -113,7 +113,7 @@ def estimate(
     >>> e.tokens[0], round(e.flop_ratio, 2)
     (410, 2.01)
     """
-    transformer = unwrap(transformer_of(pipe))
+    config, transformer = configuration(config), unwrap(transformer_of(pipe))
     facts = edit_facts(pipe)
     if facts is not None and isinstance(references, Sequence):
         facts.check_references(len(references))
@@ -122,7 +122,7 @@ def estimate(
     if pixels_per_token is None:
         pixels_per_token = (2 if facts is None else facts.packed) * getattr(pipe, "vae_scale_factor", 8)
     return estimate_of(
-        transformer, None, configuration(config), references=references, output=output, text_tokens=text_tokens,
+        transformer, None, config, references=references, output=output, text_tokens=text_tokens,
         steps=steps, batch=batch, calls_per_step=calls_per_step, pixels_per_token=pixels_per_token,
     )  # fmt: skip
 
