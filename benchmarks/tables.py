@@ -19,11 +19,11 @@ from .fewer_steps import fewer_steps
 from .fitting import fitting
 from .frontier import frontier, scenery
 from .host_table import host
-from .isolations import isolations
 from .preset_table import presets
 from .readings import TABLES as READINGS
 from .rests import TABLES as RESTS
 from .results import RESULTS, read
+from .trainings import TABLES as TRAININGS
 
 ROOT = RESULTS.parent.parent
 
@@ -38,7 +38,10 @@ PAGES = (
     "docs/quality.md",
     "docs/reference-cache.md",
     "docs/speed.md",
+    "docs/training.md",
 )
+
+STUDIES = READINGS | RESTS | TRAININGS
 
 UNITS = {"side": "{} px", "batch": "batch {}"}
 
@@ -222,16 +225,14 @@ def insert(text: str) -> str:
             made = presets()
         elif name == "fewer_steps":
             made = fewer_steps(RESULTS / "studies")
-        elif name == "isolations":
-            made = isolations(RESULTS / "studies")
         elif name == "host_cpu":
             made = host(RESULTS / "host_cpu.csv")
         elif name == "fitting":
             made = fitting()
         elif name.startswith("configurations_"):
             made = configurations(RESULTS / "configurations.csv", name.removeprefix("configurations_"))
-        elif name in READINGS | RESTS:
-            made = (READINGS | RESTS)[name](RESULTS / "studies")
+        elif name in STUDIES:
+            made = STUDIES[name](RESULTS / "studies")
         elif name in EVALUATIONS:
             made = learned(RESULTS / "eval/summary.csv", *EVALUATIONS[name])
         else:

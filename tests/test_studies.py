@@ -237,8 +237,8 @@ def test_the_command_writes_rows_that_can_be_read_back(monkeypatch, tmp_path, ca
     main(["--out", str(out), "--only", "direction", "--subjects", "2", "--seeds", "1", "--steps", "3"])
     assert "direction: 2 of 2 subjects and seeds" in capsys.readouterr().err
     first, *_, last = runs = rows_of(out / "runs.csv")
-    assert [run["model"] for run in runs] == 2 * ["dense", "control", "drop", "isolated"]
-    assert len({run["weights"] for run in runs}) == 4
+    assert [run["model"] for run in runs] == 2 * list(MODELS)
+    assert len({run["weights"] for run in runs}) == len(MODELS)
     assert (first["seconds"], last["study"], last["steps"]) == ("", "direction", "3")
     assert last["seconds"].isdigit()
     measured = read(out, "direction")

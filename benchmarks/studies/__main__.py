@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.results import append, environment
+from sparse_ref_attn.cli.values import named
 from sparse_ref_attn.eval.models import EvalModel
 from sparse_ref_attn.toy.pipeline import TRAINED
 
@@ -31,17 +32,21 @@ from . import (
     stability,
     sweep,
     tasks,
+    tuning,
 )
 from .generator import Generator
 from .study import Study
 
 PICTURES = {
     "methods": methods, "tasks": tasks, "sweep": sweep, "direction": direction, "reuse": reuse, "caches": caches,
-    "sparse_context": sparse_context, "reading": reading, "rest": rest, "isolation": isolation,
+    "sparse_context": sparse_context, "reading": reading, "rest": rest, "isolation": isolation, "tuning": tuning,
 }  # fmt: skip
 ATTENTION = {"mass": mass.STUDY, "stability": stability.STUDY}
 OTHERS = {"reading_work": reading_work.STUDY, "fewer_steps": fewer_steps.STUDY}
 WEIGHTS = Path(__file__).parent.parent / "weights"
+CONTINUED = ("control", "drop", "isolated", "alongside")
+MODELS = {"dense": TRAINED, **{name: WEIGHTS / name for name in CONTINUED}}
+"""Name, and folder of the transformer."""
 NAMES = (*ATTENTION, *PICTURES, *OTHERS)
 RUNS = ("study", "model", "weights", "parameters", "steps", "subjects", "seeds", "seconds", "threads", "date", "commit",
         "device", "torch", "diffusers")  # fmt: skip
@@ -50,11 +55,9 @@ RUNS = ("study", "model", "weights", "parameters", "steps", "subjects", "seeds",
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies", description=__doc__)
     parser.add_argument(
-        "--transformer", default=TRAINED, help="folder of dense-trained weights (default: those that ship)"
-    )
-    parser.add_argument("--control", default=WEIGHTS / "control", help="weights that were trained on without dropping")
-    parser.add_argument("--drop", default=WEIGHTS / "drop", help="weights that were trained on with random dropping")
-    parser.add_argument("--isolated", default=WEIGHTS / "isolated", help="weights whose references run by themselves")
+        "--models", nargs="+", type=named, default=[], metavar="NAME=PATH",
+        help=f"transformer folders beside or in place of those that ship: {', '.join(MODELS)}",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "results" / "studies")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--subjects", type=int, default=16, help="held-out subjects, up to 107")
@@ -66,9 +69,8 @@ def main(argv: list[str] | None = None) -> None:
             "subjects and seeds must be at least 1 and steps at least 3, "
             f"got {args.subjects}, {args.seeds} and {args.steps}"
         )
-    folders = {"dense": args.transformer, "control": args.control, "drop": args.drop, "isolated": args.isolated}
     with torch.no_grad():
-        models = [EvalModel(name, str(folder), steps=args.steps) for name, folder in folders.items()]
+        models = [EvalModel(name, str(folder), steps=args.steps) for name, folder in (MODELS | dict(args.models)).items()]
         generators = {model.name: Generator(model) for model in models}
         for name in args.only:
             _note(name, generators, args, None)

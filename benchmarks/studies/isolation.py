@@ -1,6 +1,6 @@
 """References that run by themselves, with weights that were trained for it and without, against all in every step.
 
-"isolated" was trained so from the weights of "dense", and "control" went on from these without, for less long.
+"isolated" was trained so from the weights of "dense", "alongside" as long without it from the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WAYS = {
 }
 """What becomes of the references, and what it is patched with."""
 _WHOLE = next(iter(WAYS))
-MODELS = {"dense": tuple(WAYS), "control": (_WHOLE,), "isolated": (_WHOLE, ISOLATED)}
+MODELS = {"dense": tuple(WAYS), "alongside": (_WHOLE,), "isolated": (_WHOLE, ISOLATED)}
 """Weights, and the ways in which they run."""
 
 

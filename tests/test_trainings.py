@@ -1,0 +1,45 @@
+"""Tables of the studies `isolation` and `tuning` hold each line against the one that its group begins with."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.studies import cases, isolation, tuning
+from benchmarks.studies.study import DIGITS
+from benchmarks.trainings import ISOLATIONS, TUNINGS, isolations, tunings
+from sparse_ref_attn.eval.rows import Rows
+
+GAINS = {"dense": -1.0, "isolated": 0.25, "alongside": 0.5, "control": 0.5, "drop": -2.0}
+TABLES = {"isolation": (isolation, ISOLATIONS, isolations), "tuning": (tuning, TUNINGS, tunings)}
+
+
+@pytest.mark.parametrize("study", TABLES)
+def test_each_line_is_compared_at_its_own_number_of_steps(study, tmp_path):
+    of, groups, table = TABLES[study]
+    rows = Rows(tmp_path / f"{study}.csv", (*cases.KEYS, *cases.VALUES), keys=cases.KEYS, digits=DIGITS)
+    for steps in (12, 4):
+        for case in of.cases(steps):
+            for subject in range(6):
+                base = (case.model, case.method) in groups
+                key = {"model": case.model, "weights": case.model, "steps": steps, "task": case.asked(subject)}
+                key |= {"subject": subject, "seed": 0, "method": case.method, "keep": case.keep}
+                gain = 0.0 if base else GAINS.get(case.model, 0.75)
+                # What differs between groups is not a gain: only the difference within one is.
+                rows.add([key | dict.fromkeys(cases.VALUES, steps + subject + 10 * case.keep + gain)])
+    lines = table(tmp_path).splitlines()[2:]
+    keeps = {case.method: case.keep for case in of.cases(4)}
+    for steps in (4, 12):
+        for base, others in groups.items():
+            mean = f"{steps + 2.5 + 10 * keeps[base[1]]:.1f} dB"
+            assert lines.pop(0) == f"| {steps} | {base[0]} | {base[1]} | {mean} | {mean} | {mean} |"
+            for model, method in others:
+                gain = GAINS.get(model, 0.75)
+                cell = f"{gain:+.2f} [{gain:+.2f}, {gain:+.2f}]"
+                assert lines.pop(0) == f"| {steps} | {model} | {method} | {cell} | {cell} | {cell} |"
+    assert not lines
+
+
+@pytest.mark.parametrize("table", [isolations, tunings])
+def test_without_rows_there_is_no_table(table, tmp_path):
+    with pytest.raises(ValueError, match=r"must hold \w+\.csv with rows"):
+        table(tmp_path)
