@@ -12,7 +12,7 @@ import torch
 import sparse_ref_attn as sra
 from benchmarks.measured import Term, read
 from benchmarks.studies import caches, cases, direction, mass, methods, stability, sweep, tasks
-from benchmarks.studies.__main__ import ATTENTION, PICTURES, main, study
+from benchmarks.studies.__main__ import ATTENTION, MODELS, PICTURES, main, study
 from benchmarks.studies.attention import SINGLE, masses
 from benchmarks.studies.budgets import falling, rising
 from benchmarks.studies.generator import Generator

@@ -69,8 +69,9 @@ def main(argv: list[str] | None = None) -> None:
             "subjects and seeds must be at least 1 and steps at least 3, "
             f"got {args.subjects}, {args.seeds} and {args.steps}"
         )
+    folders = MODELS | dict(args.models)
     with torch.no_grad():
-        models = [EvalModel(name, str(folder), steps=args.steps) for name, folder in (MODELS | dict(args.models)).items()]
+        models = [EvalModel(name, str(folder), steps=args.steps) for name, folder in folders.items()]
         generators = {model.name: Generator(model) for model in models}
         for name in args.only:
             _note(name, generators, args, None)
