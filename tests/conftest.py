@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when a library loads, and by the programs that tests start
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or each worker starts a pool of processes that import torch
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # or it compiles a program for each kind of vectors that a CPU may have
+
+gc.disable()  # until all is imported, which makes no garbage worth a search
 
 import pytest
 import torch
@@ -28,8 +30,26 @@ settings.load_profile("suite")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Examples())  # hooks of this file are asked about tests/ alone
     if (end := builds.begin()) is not None:
         config.add_cleanup(end)
+
+
+class Examples:
+    """A module without an example is not imported to look for one."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collect_file(self, file_path: Path) -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+        found, words = (yield), file_path.read_text(encoding="utf-8")
+        return [each for each in found if type(each) is pytest.Module or ">>>" in words]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from ...errors import VersionError
@@ -23,7 +25,13 @@ def installed() -> tuple[str, tuple[int, int]]:
     >>> version.startswith(f"{major}.{minor}")
     True
     """
-    version = importlib.metadata.version("diffusers")
+    return _read(importlib.metadata.version)
+
+
+@cache
+def _read(version_of: Callable[[str], str]) -> tuple[str, tuple[int, int]]:
+    """Once a process: to find the package and read its metadata takes longer than the rest of a patch."""
+    version = version_of("diffusers")
     major, minor = (int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:2])
     return version, (major, minor)
 
