@@ -12,8 +12,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when a library loads, and by the pro
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or each worker starts a pool of processes that import torch
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # or it compiles a program for each kind of vectors that a CPU may have
 
-gc.disable()  # until all is imported, which makes no garbage worth a search
-
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -46,6 +44,8 @@ class Examples:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
+    """What is imported makes no garbage worth a search."""
+    gc.disable()
     try:
         return (yield)
     finally:

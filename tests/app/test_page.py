@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import inspect
 import socket
-import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sparse_ref_attn import extras
 from sparse_ref_attn.app.edit import Edit
-from sparse_ref_attn.app.handlers import Handlers
 from sparse_ref_attn.app.serve import check_place, launch
 from sparse_ref_attn.app.session import Session
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.vocabulary import METHODS
+from tests import programs
 
-gradio = pytest.importorskip("gradio")
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="no gradio")
 
 FIELDS = {
     "images": None, "prompt": "a cup", "way": "edges", "share": 50, "steps": 2, "seed": 1, "width": None,
@@ -38,6 +39,13 @@ class Asked(Session):
         raise self.error
 
 
+def handlers(session: Session) -> Any:
+    """What the page calls; gradio is imported for it."""
+    from sparse_ref_attn.app.handlers import Handlers
+
+    return Handlers(session)
+
+
 def said(values: list[Any]) -> str:
     return values[0].value
 
@@ -45,7 +53,7 @@ def said(values: list[Any]) -> str:
 def test_fields_become_the_edit() -> None:
     session = Asked(MemoryError())
     more = {"images": [("a.png", None), ("b.png", "words")], "width": 64, "height": 32, "execute": "cache"}
-    values = Handlers(session).run(**FIELDS | more | {"refresh": "never"})
+    values = handlers(session).run(**FIELDS | more | {"refresh": "never"})
     assert session.edit == Edit(
         ("a.png", "b.png"), "a cup", "edges", 0.5, 2, 1, width=64, height=32, execute="cache", refresh="never"
     )
@@ -61,18 +69,18 @@ def test_fields_become_the_edit() -> None:
     ],
 )
 def test_mistakes_are_sentences(more: dict[str, Any], words: str) -> None:
-    assert said(Handlers(Session()).run(**FIELDS | more)).startswith(words)
+    assert said(handlers(Session()).run(**FIELDS | more)).startswith(words)
 
 
 def test_an_error_that_nobody_knows_is_words_too(caplog: pytest.LogCaptureFixture) -> None:
-    values = Handlers(Asked(KeyError("blocks"))).run(**FIELDS | {"images": [("a.png", None)]})
+    values = handlers(Asked(KeyError("blocks"))).run(**FIELDS | {"images": [("a.png", None)]})
     assert said(values) == "Unexpected, KeyError: 'blocks'."
     assert caplog.records[0].exc_info is not None  # where it came from is told to whoever started the page
 
 
 def test_an_edit_fills_the_page(session: Session, drawn: tuple[str, str]) -> None:
     fields = FIELDS | {"images": [(drawn[0], None)], "prompt": drawn[1]}
-    status, made, sparse, dense, kept, numbers, beside, undo = Handlers(session).run(**fields)
+    status, made, sparse, dense, kept, numbers, beside, undo = handlers(session).run(**fields)
     assert status.value.endswith("patched with edges at 50 %.")
     assert sparse.size == (128, 128)
     assert not dense.visible
@@ -80,12 +88,12 @@ def test_an_edit_fills_the_page(session: Session, drawn: tuple[str, str]) -> Non
     assert numbers.splitlines()[0].split("|")[1:-1] == ["  ", " dense ", " sparse ", " gain "]
     assert beside.interactive
     assert undo.interactive
-    assert Handlers(session).dense(made)[3].visible
-    assert not Handlers(session).undo()[1].interactive
+    assert handlers(session).dense(made)[3].visible
+    assert not handlers(session).undo()[1].interactive
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_one_that_there_is(session: Session) -> None:
-    values = Handlers(session).load("/nowhere")
+    values = handlers(session).load("/nowhere")
     assert said(values).startswith("A pipeline's directory must hold model_index.json, got /nowhere. The small trained")
 
 
@@ -139,12 +147,18 @@ def test_a_port_that_is_taken_and_settings_of_no_model(capsys: pytest.CaptureFix
         assert words in line
 
 
-def test_gradio_is_imported_by_the_page_alone() -> None:
-    code = "import sys, sparse_ref_attn.cli.serving, sparse_ref_attn.app.session; print('gradio' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "False"
+def without_the_page() -> int:
+    """What a process of its own does."""
+    import sparse_ref_attn.app.session
+    import sparse_ref_attn.cli.serving  # noqa: F401
+
+    return "gradio" in sys.modules
+
+
+def test_gradio_is_imported_by_the_page_alone(tmp_path: Path) -> None:
+    programs.run(without_the_page, log=tmp_path / "log")
 
 
 def test_run_takes_the_fields_in_the_order_of_the_page() -> None:
-    names = list(inspect.signature(Handlers.run).parameters)
-    assert names == ["self", *FIELDS, "progress"]
+    names = list(inspect.signature(handlers(Session()).run).parameters)
+    assert names == [*FIELDS, "progress"]

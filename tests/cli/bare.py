@@ -6,17 +6,18 @@ import contextlib
 import importlib.machinery
 import io
 import json
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["main_without"]
+__all__ = ["Without", "main_without"]
 
 
-def main_without(hidden: Sequence[str], commands: Sequence[Sequence[str]], *, known: bool = False) -> list[Any]:
-    """Run commands one after the other where these modules cannot be found.
+class Without(NamedTuple):
+    """Commands that are run one after the other where modules cannot be found.
 
     Parameters
     ----------
@@ -25,30 +26,48 @@ def main_without(hidden: Sequence[str], commands: Sequence[Sequence[str]], *, kn
     commands : sequence of sequences of str
     known : bool
         Whether their packages still count as installed, as those of a broken installation do.
+    """
+
+    hidden: Sequence[str]
+    commands: Sequence[Sequence[str]]
+    known: bool = False
+
+
+def main_without(*asked: Without) -> list[list[Any]]:
+    """Run each in a process of its own, a fork of a new interpreter that has imported torch alone.
 
     Returns
     -------
-    list of [int, str, str]
-        Exit code, stdout and stderr of each.
+    list of list of [int, str, str]
+        Of each its commands' exit code, stdout and stderr.
     """
-    asked = json.dumps([list(hidden), [list(command) for command in commands], known])
     done = subprocess.run(
-        [sys.executable, "-c", "from tests.cli.bare import serve; serve()"], input=asked, capture_output=True,
-        text=True, check=False, cwd=Path(__file__).parents[2],
+        [sys.executable, "-c", "from tests.cli.bare import serve; serve()"], input=json.dumps(asked),
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    found: list[list[Any]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def serve() -> None:
-    """What the interpreter does: read what is hidden and run the commands."""
-    hidden, commands, known = json.load(sys.stdin)
-    _hide(hidden, known)
+    """What the interpreter does."""
+    import torch  # noqa: F401
+
+    asked = [Without(*each) for each in json.load(sys.stdin)]
+    hidden = {module for each in asked for module in each.hidden}
+    assert not hidden & sys.modules.keys()
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        print(json.dumps(pool.map(_endings, asked, chunksize=1)))
+
+
+def _endings(asked: Without) -> list[Any]:
+    """Hide what is hidden and run the commands."""
+    _hide(asked.hidden, asked.known)
     from sparse_ref_attn.cli import main
 
     found = []
-    for command in commands:
+    for command in asked.commands:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -56,7 +75,7 @@ def serve() -> None:
             except SystemExit as left:
                 code = left.code
         found.append([code, out.getvalue(), err.getvalue()])
-    print(json.dumps(found))
+    return found
 
 
 def _hide(hidden: Sequence[str], known: bool) -> None:

@@ -13,11 +13,12 @@ import pytest
 from sparse_ref_attn import extras
 from sparse_ref_attn.cli.arguments import COMMANDS
 from sparse_ref_attn.toy.sprites import held_out
-from tests.cli.bare import main_without
+from tests.cli.bare import Without, main_without
 from tests.eval.report_example import report
 from tests.pictures import picture
 
 EXTRAS = [module for modules in extras.MODULES.values() for module in modules]
+LATER = [module for name in ("eval", "train", "app") for module in extras.MODULES[name]]
 BROUGHT = [*EXTRAS, "huggingface_hub", "tokenizers", "torchao", "gguf", "cache_dit"]
 NEED = {
     "demo": ["demo", "--out", "{folder}/demo"],
@@ -53,17 +54,28 @@ def missing(ending: list[Any]) -> tuple[str, str, str]:
     return found[1], found[2], found[3]
 
 
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[Any]], Path]:
+    """How commands end in a bare installation, in a broken one and in one without `LATER`; the folder they had."""
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "theirs.json").write_text(json.dumps(report()))
+    needs = needing(folder)
+    works = [[word.format(folder=folder) for word in command] for commands in WORK.values() for command in commands]
+    later = [["doctor"], *([word.format(folder=folder) for word in NEED[name]] for name in ("train", "compare", "app"))]
+    asked = Without(BROUGHT, [*needs, *works]), Without(EXTRAS, needs, known=True), Without(LATER, later)
+    return main_without(*asked), folder
+
+
 def test_every_command_is_tried() -> None:
     assert {command.__name__.rpartition(".")[2] for command in COMMANDS} == NEED.keys() | WORK.keys()
 
 
-def test_a_bare_installation_does_what_it_can_and_says_what_the_rest_needs(tmp_path: Path) -> None:
+def test_a_bare_installation_does_what_it_can_and_says_what_the_rest_needs(
+    endings: tuple[list[list[Any]], Path],
+) -> None:
     """`sra doctor` died with "No module named 'PIL' (unexpected ...)"."""
-    (tmp_path / "theirs.json").write_text(json.dumps(report()))
-    works = [[word.format(folder=tmp_path) for word in command] for commands in WORK.values() for command in commands]
-    *needs, told, data, build_help, build, bench_help, bench, table, drawn = main_without(
-        BROUGHT, [*needing(tmp_path), *works]
-    )
+    (bare, *_), folder = endings
+    *needs, told, data, build_help, build, bench_help, bench, table, drawn = bare
     for command, ending in zip(NEED.values(), needs, strict=True):
         assert missing(ending) == (command[0], "diffusers, transformers, pillow", "diffusers")
     assert [ending[0] for ending in (told, data, build_help, bench_help)] == [0, 0, 0, 0]
@@ -80,15 +92,24 @@ def test_a_bare_installation_does_what_it_can_and_says_what_the_rest_needs(tmp_p
     assert "| cache | 3 | 2 | 2.00x |" in table[1]
     assert drawn[0] == 2
     assert "matplotlib not installed: pip install 'sparse-ref-attn[eval]'; without --out" in drawn[2]
-    assert {path.name for path in tmp_path.iterdir()} == {"cup.png", "theirs.json"}
+    assert {path.name for path in folder.iterdir()} == {"cup.png", "theirs.json"}
 
 
-def test_packages_that_only_seem_to_be_there_are_the_same_line(tmp_path: Path) -> None:
+def test_packages_that_only_seem_to_be_there_are_the_same_line(endings: tuple[list[list[Any]], Path]) -> None:
     """Metadata without modules, as a broken installation has it: the import fails in the middle of a command."""
-    for command, ending in zip(NEED.values(), main_without(EXTRAS, needing(tmp_path), known=True), strict=True):
+    (_, broken, _), _ = endings
+    for command, ending in zip(NEED.values(), broken, strict=True):
         name, packages, extra = missing(ending)
         assert name == command[0]
         assert packages in {extras.DISTRIBUTIONS.get(module, module) for module in extras.MODULES[extra]}
+
+
+def test_pipelines_alone_are_enough_for_the_command_line(endings: tuple[list[list[Any]], Path]) -> None:
+    (_, _, (told, *needs)), _ = endings
+    assert told[0] == 0
+    assert [missing(ending) for ending in needs] == [
+        ("train", "peft", "train"), ("compare", "matplotlib, scikit-image, scipy", "eval"), ("app", "gradio", "app"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("extra", sorted(extras.MODULES))

@@ -31,14 +31,15 @@ SELDOM = {
     "by mass": sra.SparseRef("cosine", sra.TopP(0.6, per="all"), "cache", floor=0.1),
     "shared": sra.SparseRef("grid", sra.Descending(0.6, 0.2, per="all"), "both", weights=None, multiple=8),
 }
+BATCHES = dict(zip(SELDOM, (5, 37, 3, 6, 31, 21, 22), strict=True))
+"""Of each a draw of two or three items, of other numbers of references, over two or three steps."""
 
 
 @pytest.mark.parametrize("name", list(SELDOM))
-@pytest.mark.parametrize("seed", [0, 1])
-def test_batches_of_cached_pipelines(name: str, seed: int) -> None:
+def test_batches_of_cached_pipelines(name: str) -> None:
     """Items of other numbers and sizes of references, each as it is alone: picture, kept counts, cache bytes."""
     pipe, config = KV.build(), SELDOM[name]
-    items = BatchItems(Random(f"{name} {seed}"), KV, pipe)
+    items = BatchItems(Random(f"{name} {BATCHES[name]}"), KV, pipe)
     KV.call(pipe)
     before = state(pipe)
     done = items.together(pipe, config)
@@ -62,8 +63,7 @@ def call(pipe: Any, shapes: tuple[tuple[int, int], ...], **more: Any) -> np.ndar
     return KV.call(pipe, references=1, image=images, **more)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
-@pytest.mark.parametrize("execute", ["cache", "both"])
+@pytest.mark.parametrize(("count", "execute"), [(1, "cache"), (2, "both"), (5, "cache")])
 def test_captured_and_reused(count: int, execute: str, tmp_path: Path) -> None:
     """The K/V of several references of other shapes, through a file: as computing them anew, for another seed."""
     pipe, config = KV.build(), sra.SparseRef(sra.Cosine(), 0.4, execute)
@@ -94,11 +94,10 @@ def test_captured_and_reused(count: int, execute: str, tmp_path: Path) -> None:
         assert np.array_equal(call(pipe, shapes, seed=4), wanted)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_cache_of_another_order_of_rows_is_the_same(seed: int) -> None:
+def test_a_cache_of_another_order_of_rows_is_the_same() -> None:
     """Whose tokens are held matters, not how they were come by: rerank, layers and all rows read a reused cache too."""
     pipe = KV.build()
-    shapes = tuple(Random(seed).sample(SHAPES, 3))
+    shapes = SHAPES[2:]
     base = sra.SparseRef("mass", RISING, "cache")
     with sra.patched(pipe, base) as handle:
         handle.capture()

@@ -37,9 +37,8 @@ def request(case: Case, pipe: Any, i: int, **arguments: Any) -> np.ndarray:
     return case.call(pipe, first=7 * i, seed=i, steps=4, **arguments)
 
 
-@pytest.mark.parametrize("mine", [False, True], ids=["two others", "the patched one and another"])
 @pytest.mark.parametrize("name", ["mass", "edges", "reranked", "cache", "stored", "tiles"])
-def test_two_requests_in_two_threads(name: str, mine: bool) -> None:
+def test_two_requests_in_two_threads(name: str) -> None:
     """Each gets the picture that it gets alone; without the thread's own state half of them were wrong.
 
     On FLUX.2 alone: unpatched Kontext and Qwen pipelines that share their parts differ in threads, by their tokenizers.
@@ -47,12 +46,13 @@ def test_two_requests_in_two_threads(name: str, mine: bool) -> None:
     case, config = CASES[CONFIGS[name][0]], CONFIGS[name][1]
     pipe = case.build()
     handle = sra.patch(pipe, config)
-    pipes = [pipe if mine else beside(pipe), beside(pipe)]
-    alone = [request(case, each, i) for i, each in enumerate(pipes)]
-    for _ in range(2):
-        found = together(*(lambda i=i, each=each: request(case, each, i) for i, each in enumerate(pipes)))
-        for got, wanted in zip(found, alone, strict=True):
-            assert np.array_equal(got, wanted)
+    first, second = beside(pipe), beside(pipe)
+    alone = request(case, second, 1)
+    for told, other in (("two others", first), ("the patched one and another", pipe)):
+        wanted = request(case, other, 0)
+        found = together(lambda other=other: request(case, other, 0), lambda: request(case, second, 1))
+        assert np.array_equal(found[0], wanted), told
+        assert np.array_equal(found[1], alone), told
     handle.remove()
 
 
@@ -72,9 +72,10 @@ def within(case: Case, outer: Any, inner: Any, at: int, **arguments: Any) -> tup
     name=["mass", "reranked", "stored", "kontext"],
     order=["the patched one first", "the other one first", "two others"],
     cfg={"plain": False, "guided": True},
+    at=[0, 2],
 )
-def test_a_run_within_anothers_callback(name: str, order: str, cfg: bool) -> None:
-    """Both pictures are those that they are alone, at whichever step the other one came in."""
+def test_a_run_within_anothers_callback(name: str, order: str, cfg: bool, at: int) -> None:
+    """Both pictures are those that they are alone, after whichever step the other one came in."""
     case, config = CASES[CONFIGS[name][0]], CONFIGS[name][1]
     pipe = case.build()
     sra.patch(pipe, config)
@@ -85,9 +86,8 @@ def test_a_run_within_anothers_callback(name: str, order: str, cfg: bool) -> Non
     }[order]
     guided = {"cfg": cfg} if case.cfg else {}
     alone = request(case, outer, 0, **guided), request(case, inner, 1, **guided)
-    for at in (0, 2):
-        for got, wanted in zip(within(case, outer, inner, at, **guided), alone, strict=True):
-            assert np.array_equal(got, wanted)
+    for got, wanted in zip(within(case, outer, inner, at, **guided), alone, strict=True):
+        assert np.array_equal(got, wanted)
 
 
 def test_a_run_of_the_same_references_within_anothers_callback() -> None:
