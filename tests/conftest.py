@@ -38,8 +38,8 @@ class Examples:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_collect_file(self, file_path: Path) -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
-        found, words = (yield), file_path.read_text(encoding="utf-8")
-        return [each for each in found if type(each) is pytest.Module or ">>>" in words]
+        found = yield
+        return [each for each in found if type(each) is pytest.Module or ">>>" in file_path.read_text(encoding="utf-8")]
 
 
 @pytest.hookimpl(wrapper=True)

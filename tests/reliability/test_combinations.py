@@ -31,8 +31,8 @@ SELDOM = {
     "by mass": sra.SparseRef("cosine", sra.TopP(0.6, per="all"), "cache", floor=0.1),
     "shared": sra.SparseRef("grid", sra.Descending(0.6, 0.2, per="all"), "both", weights=None, multiple=8),
 }
-BATCHES = dict(zip(SELDOM, (5, 37, 3, 6, 31, 21, 22), strict=True))
-"""Of each a draw of two or three items, of other numbers of references, over two or three steps."""
+BATCHES = dict(zip(SELDOM, (0, 0, 1, 1, 1, 0, 0), strict=True))
+"""Of each the seed of a draw of several items."""
 
 
 @pytest.mark.parametrize("name", list(SELDOM))
@@ -97,7 +97,7 @@ def test_captured_and_reused(count: int, execute: str, tmp_path: Path) -> None:
 def test_a_cache_of_another_order_of_rows_is_the_same() -> None:
     """Whose tokens are held matters, not how they were come by: rerank, layers and all rows read a reused cache too."""
     pipe = KV.build()
-    shapes = SHAPES[2:]
+    shapes = tuple(Random(0).sample(SHAPES, 3))
     base = sra.SparseRef("mass", RISING, "cache")
     with sra.patched(pipe, base) as handle:
         handle.capture()

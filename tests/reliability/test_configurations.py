@@ -22,7 +22,7 @@ def record(found: Counter[str], note: Callable[[str, object], None]) -> None:
 
 
 def test_some_random_configurations() -> None:
-    found = explore(seed=2, first=0, last=20)
+    found = explore(seed=1, first=0, last=20)
     assert all(found[kind] for kind in KINDS)
     assert found["ran"] > 5
     assert found["ConfigError"] > 1

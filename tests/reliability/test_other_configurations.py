@@ -24,7 +24,7 @@ def explored(name: str, seed: int, trials: range) -> Counter[str]:
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_some_random_configurations(name: str) -> None:
-    assert explored(name, 3, range(2)).total() == 4
+    assert explored(name, 1, range(2)).total() == 4
 
 
 @pytest.mark.slow
