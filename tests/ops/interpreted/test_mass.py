@@ -47,9 +47,7 @@ def test_shipped_tiles(C: int, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("queries", "keys", "start"), [(1, 2, 1), (1, 31, 30), (31, 66, 0), (66, 16, 5), (65, 33, 32)]
-)
+@pytest.mark.parametrize(("queries", "keys", "start"), [(1, 2, 1), (1, 31, 30), (31, 66, 0), (66, 16, 5), (65, 33, 32)])
 def test_odd_sizes(queries: int, keys: int, start: int, dtype: torch.dtype):
     q, k = draw(queries, keys, dtype=dtype, batch=2)
     with Canaries():
