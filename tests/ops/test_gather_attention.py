@@ -134,7 +134,7 @@ def test_compiles_as_one_graph_forward_and_backward(compiler: str) -> None:
 
     def block(**operands: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = gather_attention(**operands, **problem.layout, return_lse=True)
-        return out.tanh(), lse
+        return out, lse
 
     want = block(**plain.operands)
     with torch._inductor.config.patch(cpp_cache_precompile_headers=False):
