@@ -17,27 +17,53 @@ from .emulated import CSRC, compile_kernels
 README = (CSRC / "emulator" / "README.md").read_text()
 (ROW_SUMS,) = re.findall(r"```cuda\n(// row_sums.cu.*?)```", README, re.DOTALL)
 SYNC = "  __syncthreads();\n"
-
-
 BASE = "  if (thread % 32 == 0) sra::store_shared(sra::shared_memory() + thread / 32 * 4, sum);\n"
 WRITE = "  if (thread == 1) sra::store_shared(4, 1.0f);\n"
 READ = "  if (thread == 0) sra::load_shared(4);\n" + SYNC + BASE
 #: One line changed, and what is said of it.
-CHANGES = (
-    ("mask /= 2) sum", "mask /= 2) if (thread % 2 || mask > 4) sum", r"divergent warp collective"),
-    (SYNC, "  if (thread % 32 < 7) __syncthreads();\n  sra::shfl_xor(sum, 1);\n", r"divergent warp collective"),
-    ("sra::load_global(row + 64 + thread)", "*(row + 64 + thread)", ""),
-    ("thread / 32 * 4, sum", "thread / 32 * 2, sum", r"misaligned shared memory access: byte 2"),
-    ("thread / 32 * 4, sum", "thread / 32 * 8, sum", r"shared memory access out of bounds: bytes 8 to 12 of 8"),
-    ("if (thread == 0)", "if (thread < 2)", r"race: global memory at .* is written, and another thread wrote it"),
-    ("out + blockIdx.x,", "const_cast<float*>(x) + (out ? blockIdx.x : 0),", r"announced to be read only"),
-    ("config.dynamicSmemBytes = 8", "config.dynamicSmemBytes = 50000", r"at most the 49152 bytes"),
-    ("config.blockDim = dim3(64)", "config.blockDim = dim3(48)", r"whole warps, got 48"),
-    ("if (thread % 32 == 0) sra", "sra", r"race: shared memory at byte \d is written, and thread \d+ wrote it"),
+CHANGES = {
+    "a collective of some lanes": (
+        "mask /= 2) sum",
+        "mask /= 2) if (thread % 2 || mask > 4) sum",
+        r"divergent warp collective",
+    ),
+    "a barrier of some lanes": (
+        SYNC,
+        "  if (thread % 32 < 7) __syncthreads();\n  sra::shfl_xor(sum, 1);\n",
+        r"divergent warp collective",
+    ),
+    "an ordinary load": ("sra::load_global(row + 64 + thread)", "*(row + 64 + thread)", ""),
+    "a misaligned store": ("thread / 32 * 4, sum", "thread / 32 * 2, sum", r"misaligned shared memory access: byte 2"),
+    "a store out of bounds": (
+        "thread / 32 * 4, sum",
+        "thread / 32 * 8, sum",
+        r"shared memory access out of bounds: bytes 8 to 12 of 8",
+    ),
+    "two writers": (
+        "if (thread == 0)",
+        "if (thread < 2)",
+        r"race: global memory at .* is written, and another thread wrote it",
+    ),
+    "a write into an operand": (
+        "out + blockIdx.x,",
+        "const_cast<float*>(x) + (out ? blockIdx.x : 0),",
+        r"announced to be read only",
+    ),
+    "too much shared memory": (
+        "config.dynamicSmemBytes = 8",
+        "config.dynamicSmemBytes = 50000",
+        r"at most the 49152 bytes",
+    ),
+    "a block of no whole warps": ("config.blockDim = dim3(64)", "config.blockDim = dim3(48)", r"whole warps, got 48"),
+    "a store of every lane": (
+        "if (thread % 32 == 0) sra",
+        "sra",
+        r"race: shared memory at byte \d is written, and thread \d+ wrote it",
+    ),
     # lane 0 of a warp reads what lane 1 wrote: a race until the warp met
-    (BASE, WRITE + "  sra::shfl_xor(sum, 1);\n" + READ, "race"),
-    (BASE, WRITE + "  __syncwarp();\n" + READ, ""),
-)
+    "an exchange without syncwarp": (BASE, WRITE + "  sra::shfl_xor(sum, 1);\n" + READ, "race"),
+    "an exchange after syncwarp": (BASE, WRITE + "  __syncwarp();\n" + READ, ""),
+}
 
 
 def changed(old: str, new: str) -> str:
@@ -74,7 +100,7 @@ class RowSums:
 @pytest.fixture(scope="module")
 def changes(tmp_path_factory: pytest.TempPathFactory) -> RowSums:
     """All of `CHANGES`, each under a name of its own."""
-    texts = [changed(old, new).replace("row_sums", f"row_sums_{n}") for n, (old, new, _) in enumerate(CHANGES)]
+    texts = [changed(old, new).replace("row_sums", f"row_sums_{n}") for n, (old, new, _) in enumerate(CHANGES.values())]
     return RowSums(tmp_path_factory.mktemp("changes"), "\n".join(texts))
 
 
@@ -111,9 +137,9 @@ def test_the_readmes_diagnosis_is_what_it_says(tmp_path: Path) -> None:
     assert all(any(report.startswith(text) for report in reports) for text in says), says
 
 
-@pytest.mark.parametrize("number", range(len(CHANGES)), ids=[new.strip() for _, new, _ in CHANGES])
-def test_a_diagnosis(changes: RowSums, number: int) -> None:
-    diagnosis = CHANGES[number][2]
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_diagnosis(changes: RowSums, name: str) -> None:
+    number, diagnosis = list(CHANGES).index(name), CHANGES[name][2]
     for seed in range(3):
         report = changes(seed, name=f"row_sums_{number}")[2]
         assert re.search(diagnosis, report) if diagnosis else not report, report
