@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import mkdtemp
 
-__all__ = ["begin", "made"]
+__all__ = ["begin", "made", "ready"]
 
 PLACE = "SRA_TESTS_BUILDS"
 """In the environment: the folder of this run."""
@@ -26,6 +26,11 @@ def begin() -> Callable[[], None] | None:
         shutil.rmtree(folder, ignore_errors=True)
 
     return end
+
+
+def ready(name: str) -> bool:
+    """Whether the folder `name` is filled."""
+    return (Path(os.environ[PLACE]) / name).exists()
 
 
 def made(name: str, make: Callable[[Path], object]) -> Path:

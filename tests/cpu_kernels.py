@@ -15,7 +15,8 @@ from sparse_ref_attn.kernels.cpu_build import build_cpu_library, find_compiler
 from sparse_ref_attn.kernels.cpu_library import CpuLibrary
 from sparse_ref_attn.kernels.places import CPU_LIBRARY
 from sparse_ref_attn.ops.verdicts import fault_of
-from tests.builds import made
+from tests.builds import made, ready
+from tests.kernels.wheels import WHOLE, library_of
 
 __all__ = ["built", "compiler", "library_at", "used"]
 
@@ -30,9 +31,16 @@ def compiler() -> list[str]:
 
 @cache
 def built() -> Path:
-    """The library of csrc/cpu."""
+    """The library of csrc/cpu, that of the wheel where there is one already."""
     compiler()
-    return made("cpu", lambda folder: build_cpu_library(folder / CPU_LIBRARY)) / CPU_LIBRARY
+
+    def build(folder: Path) -> None:
+        if ready(WHOLE):
+            library_of(CPU_LIBRARY, folder)
+        else:
+            build_cpu_library(folder / CPU_LIBRARY)
+
+    return made("cpu", build) / CPU_LIBRARY
 
 
 @contextmanager

@@ -26,10 +26,10 @@ HALF = [torch.float16, torch.bfloat16]
 SCHEDULES = [(1, EARLY), (2, LATE), (3, MIXED)]
 PROBLEMS = {
     **grid(64),
-    "several tiles of queries and keys": make(((257, 130),), ((200, 65),), (129, 192), 400, heads=1, channels=64),
-    "head dim 128": make(((140, 3),), ((65, 1),), (130, 0), 150, heads=2, key_heads=1, channels=128),
+    "several tiles of queries and keys": make(((129, 65),), ((130, 65),), (129, 64), 140, heads=1, channels=64),
+    "head dim 128": make(((129, 3),), ((65, 1),), (130, 0), 140, heads=2, key_heads=1, channels=128),
     "head dim 128, text and image rows apart": make(
-        ((2, 33), (140, 5)), ((3, 35), (136, 6)), (34, 100), 120, heads=1, channels=128
+        ((2, 33), (129, 5)), ((3, 33), (130, 6)), (34, 66), 70, heads=1, channels=128
     ),
 }
 
@@ -75,7 +75,7 @@ def test_errs_at_most_twice_as_much_as_pytorch(name: str, dtype: torch.dtype, sc
 lengths = st.one_of(st.integers(0, 40), st.integers(41, 200))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     problem=ragged(lengths, 205, st.sampled_from([64, 128])),
     dtype=st.sampled_from(HALF),

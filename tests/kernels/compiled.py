@@ -44,14 +44,14 @@ def kernels(library: Path, arch: str) -> dict[str, Kernel]:
     # "/*0250*/  @!P0 LDGSTS.E.BYPASS.128 [R3], ..."
     opcode = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_.]*)")
     out = {}
-    for name, *numbers in usage:
+    for plain, (name, *numbers) in zip(_plain([name for name, *_ in usage]), usage, strict=True):
         registers, stack, shared, local = map(int, numbers)
-        out[_plain(name)] = Kernel(registers, stack, local, shared, Counter(opcode.findall(assembly[name])))
+        out[plain] = Kernel(registers, stack, local, shared, Counter(opcode.findall(assembly[name])))
     return out
 
 
-def _plain(mangled: str) -> str:
-    """``gather_attention<bfloat16, 128>`` from its mangled name."""
-    full = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    name = full.replace("(anonymous namespace)::", "").replace("sra::", "").removeprefix("void ")
-    return name[: name.rindex("(")]
+def _plain(mangled: list[str]) -> list[str]:
+    """``gather_attention<bfloat16, 128>`` and others from their mangled names."""
+    full = subprocess.run(["c++filt", *mangled], capture_output=True, text=True, check=True).stdout.splitlines()
+    names = [x.replace("(anonymous namespace)::", "").replace("sra::", "").removeprefix("void ") for x in full]
+    return [name[: name.rindex("(")] for name in names]

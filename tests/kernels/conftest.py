@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from sparse_ref_attn.kernels.toolchain import find_nvcc
 from tests.builds import made
 
 from . import stand_in
-from .wheels import ARCHS, whole_wheel
+from .wheels import ARCHS, library_of
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +44,7 @@ class Built:
 
         def build(folder: Path) -> None:
             if arch in ARCHS:
-                with zipfile.ZipFile(whole_wheel()[0]) as archive:
-                    (folder / LIBRARY).write_bytes(archive.read(f"sparse_ref_attn/lib/{LIBRARY}"))
+                library_of(LIBRARY, folder)
             else:
                 build_library(folder / LIBRARY, folder / "ninja", archs)
             assert Library(folder / LIBRARY).archs == archs

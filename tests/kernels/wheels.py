@@ -12,10 +12,12 @@ from pathlib import Path
 from sparse_ref_attn.kernels.places import installed_sources, source_directory
 from tests.builds import made
 
-__all__ = ["ARCHS", "build_wheel", "carried", "members", "whole_wheel"]
+__all__ = ["ARCHS", "WHOLE", "build_wheel", "carried", "library_of", "members", "whole_wheel"]
 
 ROOT = Path(__file__).resolve().parents[2]
 SAID = "said.txt"
+WHOLE = "wheel"
+"""What `made` calls the wheel with both libraries."""
 ARCHS = ("80", "90a")
 
 
@@ -64,6 +66,12 @@ def whole_wheel() -> tuple[Path, str]:
         (folder / SAID).write_text(said)
         shutil.rmtree(folder / "tree")
 
-    folder = made("wheel", build)
+    folder = made(WHOLE, build)
     (wheel,) = folder.glob("*.whl")
     return wheel, (folder / SAID).read_text()
+
+
+def library_of(name: str, folder: Path) -> None:
+    """Put that library of the whole wheel into `folder`."""
+    with zipfile.ZipFile(whole_wheel()[0]) as archive:
+        (folder / name).write_bytes(archive.read(f"sparse_ref_attn/lib/{name}"))

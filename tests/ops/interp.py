@@ -5,10 +5,11 @@ arithmetic too, and float32 -> bf16 truncates. `mend_bf16` makes the dot and the
 round to nearest even, as the hardware does. fp16 and fp32 are right as they are.
 
 It also replaces all of ``tl`` anew at each call of a function by a kernel, which takes longer than what the function
-does: `patch_once` makes it do so once a launch. And it computes at each integer operation whether it overflows, for an
-assertion that it then leaves out (there is one under ``debug`` alone), and finds numpy's dtype in a table that it makes
-each time: `spare` has it do neither. Most of the rest went into the types of blocks, which every operation on one makes
-again: `remember_types` keeps what a type and its shape are made of.
+does, and puts it back after each launch: `patch_once` makes it do so once. And it computes at each integer operation
+whether it overflows, for an assertion that it then leaves out (there is one under ``debug`` alone), and finds numpy's
+dtype in a table that it makes each time: `spare` has it do neither. Most of the rest went into the types of blocks,
+which every operation on one makes again: `remember_types` keeps what a type and its shape are made of,
+`remember_operands` how two of them meet.
 
 The interpreter is chosen when ``@triton.jit`` decorates, so one process is either interpreted or not: tests that launch
 kernels live in ``tests/ops/interpreted`` (collected only under ``TRITON_INTERPRET=1``; `tests/ops/test_interpreted.py`
@@ -21,13 +22,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-__all__ = ["mend_bf16", "patch_once", "remember_types", "spare"]
+__all__ = ["mend_bf16", "patch_once", "remember_operands", "remember_types", "spare"]
 
 
 def remember_types() -> None:
@@ -97,12 +99,43 @@ def spare() -> None:
     interpreter._get_np_dtype = get_np_dtype
 
 
+def remember_operands() -> None:
+    """Which type two operands take together is found out once; what a number becomes beside a type, too."""
+    core, semantic = tl.core, interpreter.TritonSemantic
+    if hasattr(semantic, "remembered"):
+        return
+    semantic.remembered = True
+    check = semantic.binary_op_type_checking_impl
+    known: dict[tuple[Any, ...], list[Callable[[Any, Any], Any]]] = {}
+
+    def kind(x: Any) -> Any:
+        return x.type.name if isinstance(x, core.tensor) else (type(x), x)
+
+    def became(x: Any, y: Any) -> Callable[[Any, Any], Any]:
+        """How x, or a number for x, becomes what y is but for its shape."""
+        if not isinstance(x, core.tensor):
+            return lambda semantic, number: y
+        type = y.type.scalar
+        return (lambda semantic, x: x) if x.type.scalar == type else lambda semantic, x: semantic.cast(x, type)
+
+    def checked(self: Any, lhs: Any, rhs: Any, *how: bool, **named: bool) -> tuple[Any, Any]:
+        key = kind(lhs), kind(rhs), how, tuple(named.items())
+        if key not in known:
+            out = check(self, lhs, rhs, *how, **named)
+            known[key] = [became(x, y) for x, y in zip((lhs, rhs), out, strict=True)]
+            return out
+        left, right = known[key]
+        return self.broadcast_impl_value(left(self, lhs), right(self, rhs))
+
+    semantic.binary_op_type_checking_impl = checked
+
+
 def patch_once() -> None:
-    """Within a launch, patch ``tl`` and ``tl.core`` for the first function that sees them, not for each call."""
+    """Patch ``tl`` and ``tl.core`` for the first function that sees them, and for good: nothing else runs here."""
     if hasattr(interpreter, "patched_once"):
         return
     interpreter.patched_once = True
-    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patch = interpreter._patch_lang
     done: set[tuple[bool, bool]] = set()
 
     @cache
@@ -110,17 +143,13 @@ def patch_once() -> None:
         modules = fn.__globals__.values()
         return any(x is tl for x in modules), any(x is tl.core for x in modules)
 
-    def patch_lang(fn: Callable[..., Any]) -> Any:
-        if seen(fn) in done:
-            return None  # what a call of a function gets, it drops; only a launch restores
-        done.add(seen(fn))
-        return patch(fn)
+    def patch_lang(fn: Callable[..., Any]) -> SimpleNamespace:
+        if seen(fn) not in done:
+            done.add(seen(fn))
+            patch(fn)
+        return SimpleNamespace(restore=lambda: None)
 
-    def launched(self: Any, *args: Any, **kwargs: Any) -> None:
-        done.clear()
-        launch(self, *args, **kwargs)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, launched
+    interpreter._patch_lang = patch_lang
 
 
 def mend_bf16() -> None:

@@ -16,7 +16,7 @@ from .problems import NAMES, Problem, grad_out, gradients, make
 from .rounding import assert_rounded, of_attention
 from .tolerance import assert_as_accurate
 
-BANK = 90
+BANK = 44
 
 
 def two_items(dtype: torch.dtype) -> Problem:

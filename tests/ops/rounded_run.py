@@ -46,8 +46,11 @@ class Rounded(TorchDispatchMode):
         return out
 
     def off(self, x: Tensor, size: Tensor) -> Tensor:
-        size = torch.where(x == x.float(), 0.0, size)  # exact in float32, such as a time or a position: not rounded
-        return x + (U * size * torch.randn(x.shape, generator=self.generator, dtype=torch.float64)).to(x)
+        if x.dtype != torch.float64:
+            return x
+        drawn = torch.randn(x.shape, generator=self.generator, dtype=torch.float32).double()
+        # exact in float32, such as a time or a position: not rounded
+        return torch.where(x == x.float(), x, torch.addcmul(x, size, drawn, value=U))
 
 
 def of_run(run: Callable[[], Tensor]) -> Tensor:

@@ -85,7 +85,7 @@ def test_the_shape_of_a_matrix_step_is_read(card: str, step: str):
 
 def test_too_much_shared_memory_is_refused():
     with compiled_for("sm_80"), pytest.raises(triton.runtime.errors.OutOfResources, match="shared memory"):
-        launch(stride=256, N=256, warps=16, stages=4)
+        launch(stride=256, N=128, warps=8, stages=8)
 
 
 @pytest.mark.slow

@@ -29,14 +29,15 @@ def block(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return scores.softmax(-1), scores.logsumexp(-1)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("stride", [1, 3])
-def test_a_given_lse_stands_for_all_keys(backend: str, stride: int):
+def test_a_given_lse_stands_for_all_keys(stride: int):
     q, k = draw(63, 100)
     weights, lse = block(q, k, 0.3)
     truth = weights[:, :, ::stride, 40:].mean(2)
-    mass = attention_mass(q, k, (40, 100), scale=0.3, query_stride=stride, lse=lse.float(), backend=backend)
-    assert_rounded(mass, truth, of_mass(q[:, ::stride], k, (40, 100), 0.3)[0])
+    deviation = of_mass(q[:, ::stride], k, (40, 100), 0.3)[0]
+    for backend in CPU_BACKENDS:
+        mass = attention_mass(q, k, (40, 100), scale=0.3, query_stride=stride, lse=lse.float(), backend=backend)
+        assert_rounded(mass, truth, deviation, backend)
 
 
 def test_the_lse_of_gather_attention_is_the_one_it_takes():

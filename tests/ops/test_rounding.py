@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,8 +20,10 @@ def results(problem: Problem) -> dict[str, Tensor]:
     return {"out": out.detach(), "lse": lse.detach(), **gradients(problem, out, lse)}
 
 
-def measured(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The truth of a float32 problem and what rounding may do to it."""
+@cache
+def measured(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The truth of a problem in float32 and what rounding may do to it."""
+    problem = PROBLEMS[name].to(torch.float32)
     want = results(problem.to(torch.float64))
     out, lse = want["out"].float(), want["lse"].float()
     return want, of_attention(problem, grad_out(out), grad_out(lse, 2))
@@ -39,7 +43,7 @@ def in_order(problem: Problem, seed: int) -> tuple[Problem, Tensor]:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_plain_pytorch_is_within_it_in_any_order_of_summation(name: str) -> None:
     problem = PROBLEMS[name].to(torch.float32)
-    want, deviation = measured(problem)
+    want, deviation = measured(name)
     for seed in range(4):
         turned, channels = in_order(problem, seed)
         turned = turned.leaves()
@@ -76,7 +80,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", ["one token", "text and image rows apart"])
 def test_what_loses_precision_is_not(name: str, loss: str) -> None:
     problem = PROBLEMS[name].to(torch.float32)
-    want, deviation = measured(problem)
+    want, deviation = measured(name)
     got = results(LOSSES[loss](problem))
     touched = [n for n in want if loss != "values in bfloat16" or n == "out"]
     for part in ("out", "q", "k_ref"):
@@ -88,7 +92,7 @@ def test_what_loses_precision_is_not(name: str, loss: str) -> None:
 def test_it_is_about_a_rounding_of_each_step_and_not_more() -> None:
     """Six deviations are a few units in the last place of the largest element."""
     for name in ("ragged items, one bank", "two dense tensors, grouped heads"):
-        want, deviation = measured(PROBLEMS[name].to(torch.float32))
+        want, deviation = measured(name)
         for part in want:
             assert 6 * deviation[part].max() < 1e-5 * want[part].abs().max(), part
 

@@ -20,6 +20,7 @@ from sparse_ref_attn.ops.verdicts.dispatch import trial_of
 from sparse_ref_attn.ops.verdicts.judge import ranked_by_time
 from tests import stand_in_backend
 from tests.cpu_kernels import used
+from tests.pairwise import pairwise
 from tests.stand_in_backend import calls, judged, spoiled
 
 CPU = torch.device("cpu")
@@ -49,9 +50,7 @@ def cards(tmp_path: Path) -> Iterator[Path]:
 # -- the judge, on what a CPU has ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", ["tiles", "tiles per head"])
+@pairwise(form=["tiles", "tiles per head"], dtype=[torch.float32, torch.bfloat16], several=[False, True])
 def test_sdpa_and_cpp_agree_on_query_tiles(form: str, dtype: torch.dtype, several: bool) -> None:
     with used():
         verdict = judge(attention(form, dtype, several=several), trial_of("gather_attention"))
@@ -68,10 +67,10 @@ def test_calls_with_query_tiles_have_kinds_by_their_tiles() -> None:
     assert kind_of(call._replace(per_head=True)).form == "tiles per head"
 
 
-@pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", ["dense", "gathered", "per head"])
+@pairwise(
+    form=["dense", "gathered", "per head"], dtype=[torch.float32, torch.bfloat16], gradients=[False, True],
+    several=[False, True],
+)  # fmt: skip
 def test_sdpa_agrees_and_flex_where_it_can(form: str, dtype: torch.dtype, gradients: bool, several: bool) -> None:
     kind = attention(form, dtype, gradients=gradients, several=several)
     verdict = judge(kind, trial_of("gather_attention"))

@@ -46,16 +46,16 @@ def tile_grid(channels: int) -> dict[str, Problem]:
     nothing.layout["bias"][0] = float("-inf")
     alone = make_tiles(((4, 33), (2,)), None, (0, 3, 5), 9, channels=channels)
     return {
-        "tiles alike": make_tiles(((16, 16, 16, 16),), ((70,),), (34, 34, 34, 34), 60, means=(9,), channels=channels),
+        "tiles alike": make_tiles(((16, 16, 16, 16),), ((65,),), (34, 34, 34, 34), 40, means=(9,), channels=channels),
         "one tile, one query": make_tiles(((1,),), ((1,),), (1,), 1, means=(1,), channels=channels),
         "ragged tiles of ragged items": make_tiles(
-            ((7, 33, 1), (16,), (2, 40)), ((40, 2, 35),), (33, 0, 70, 5, 1, 36), 80, means=(34, 3, 0), channels=channels
+            ((7, 33, 1), (16,), (2, 17)), ((33, 2, 32),), (33, 0, 64, 5, 1, 36), 70, means=(34, 3, 0), channels=channels
         ),
         "tiles of text and image rows apart": make_tiles(
-            (((2,), (33,)), ((16, 24), (5, 1))), ((3, 35), (36, 6)), (34, 4, 9, 0, 2, 7), 50, channels=channels
+            (((2,), (33,)), ((16, 17), (5, 1))), ((3, 33), (32, 6)), (34, 4, 9, 0, 2, 7), 40, heads=1, channels=channels
         ),
         "biased rows of parts and grouped heads": make_tiles(
-            (((2,), (33,)), ((16, 24), (5, 1))), ((3, 35),), (34, 4, 9, 0, 2, 7), 50, means=(20, 8),
+            (((2,), (33,)), ((16, 17), (5, 1))), ((3, 33),), (34, 4, 9, 0, 2, 7), 40, means=(20, 8),
             heads=4, key_heads=2, channels=channels,
         ),
         "empty tiles and items": make_tiles(
@@ -92,8 +92,9 @@ def ragged_tiles(
     kept = None
     if means is None or draw(st.booleans()):
         kept = tuple(row(count) for _ in range(key_heads)) if draw(st.booleans()) else row(count)
+    repeats = draw(st.booleans())
     return make_tiles(
-        tiles, tuple(row(items) for _ in range(keys)) if keys else None, kept, bank, means=means,
-        heads=key_heads * group, key_heads=key_heads, channels=draw(channels), repeats=draw(st.booleans()),
+        tiles, tuple(row(items) for _ in range(keys)) if keys else None, kept, bank // 5 if repeats else bank,
+        means=means, heads=key_heads * group, key_heads=key_heads, channels=draw(channels), repeats=repeats,
         seed=draw(st.integers(0, 99)),
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -89,9 +91,13 @@ def test_float32_kernels_are_the_formula(name: str) -> None:
     check(PROBLEMS[name], torch.float32, SMALL)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "name", ["ragged items, one bank", "two dense tensors, grouped heads", "rows named twice", "head dim 128"]
+    ("name", "dtype"),
+    [
+        ("ragged items, one bank", torch.float16),
+        ("two dense tensors, grouped heads", torch.bfloat16),
+        *itertools.product(["rows named twice", "head dim 128"], [torch.float16, torch.bfloat16]),
+    ],
 )
 def test_half_precision_errs_at_most_twice_as_much_as_pytorch(name: str, dtype: torch.dtype) -> None:
     check(PROBLEMS[name], dtype, SMALL)
@@ -103,20 +109,20 @@ def test_one_loop_with_a_mask_is_the_same(name: str) -> None:
 
 
 def test_distinct_rows_are_stored_straight_into_the_bank() -> None:
-    base = make(((33, 3),), ((4, 2),), (20, 0), 60, channels=32)
+    base = make(((33, 3),), ((4, 2),), (4, 0), 40, channels=32)
     layout = {
         **base.layout,
-        "ref_indices": torch.randperm(60, generator=torch.Generator().manual_seed(0))[:55],
-        "ref_offsets": torch.tensor([[0, 20, 55]]),
+        "ref_indices": torch.randperm(40, generator=torch.Generator().manual_seed(0))[:37],
+        "ref_offsets": torch.tensor([[0, 4, 37]]),
     }
     check(Problem(base.operands, layout), torch.float32, SMALL, distinct=True)
-    per_head = {**layout, "ref_offsets": torch.tensor([[0, 20, 24], [24, 30, 55]])}
+    per_head = {**layout, "ref_offsets": torch.tensor([[0, 33, 33], [33, 34, 37]])}
     check(Problem(base.operands, per_head), torch.float32, SMALL, distinct=True)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
-    problem=ragged(st.integers(0, 40), 45, st.just(32)),
+    problem=ragged(st.integers(0, 36), 40, st.just(32)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     config=st.sampled_from([SMALL, ONE_LOOP]),
 )
@@ -125,7 +131,7 @@ def test_fuzz_of_ragged_shapes(problem: Problem, dtype: torch.dtype, config: Con
 
 
 def test_the_public_function_in_the_shipped_configuration() -> None:
-    problem = make(((130, 3),), ((70, 2),), (65, 4), 80, heads=1, channels=64).to(torch.bfloat16)
+    problem = make(((130, 3),), ((65, 2),), (65, 4), 70, heads=1, channels=64).to(torch.bfloat16)
     kernel, dense = problem.leaves(), problem.leaves()
     exact = problem.to(torch.float64).leaves()
     got, want, low = (gradients(p, *p.run(b)) for p, b in ((kernel, "triton"), (exact, "sdpa"), (dense, "reference")))

@@ -30,7 +30,7 @@ draw = partial(mass_cases.draw, C=32)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("C", [32, 64, 128])
 def test_shipped_tiles(C: int, dtype: torch.dtype):
-    q, k = draw(129, 200, C=C, dtype=dtype)
+    q, k = draw(129, 200, heads=1, C=C, dtype=dtype)
     scale = C**-0.5
     truth = lse_of(q.double(), k.double(), scale)
     start = 71  # the block of reference rows ends within a tile
@@ -47,9 +47,7 @@ def test_shipped_tiles(C: int, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("queries", "keys", "start"), [(1, 2, 1), (1, 63, 62), (63, 100, 0), (100, 16, 5), (129, 65, 64)]
-)
+@pytest.mark.parametrize(("queries", "keys", "start"), [(1, 2, 1), (1, 31, 30), (31, 66, 0), (66, 16, 5), (65, 33, 32)])
 def test_odd_sizes(queries: int, keys: int, start: int, dtype: torch.dtype):
     q, k = draw(queries, keys, dtype=dtype, batch=2)
     with Canaries():
@@ -118,7 +116,7 @@ def test_the_op_is_the_reference():
     assert_as_accurate(reduced, truth.mean(1), low.mean(1))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     items=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40), st.integers(0, 40)), min_size=1, max_size=4),
     dtype=st.sampled_from([torch.float16, torch.bfloat16]),
