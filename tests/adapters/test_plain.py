@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_ref_attn as sra
+from tests import programs
 from tests.adapters.witnesses import Attention, HiddenKeys, best
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_dit.py"
@@ -53,10 +52,10 @@ def given(example: ModuleType, images: list[Tensor], text: Tensor) -> dict[str, 
     }
 
 
-def test_the_example_runs() -> None:
+def test_the_example_runs(tmp_path: Path) -> None:
     """As a person starts it: it says what was kept and how long both runs took."""
-    command = [sys.executable, str(EXAMPLE), "--side", str(SIDE), "--steps", "3", "--keep", "0.5"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=EXAMPLE.parents[1]).stdout
+    given = ("--side", str(SIDE), "--steps", "3", "--keep", "0.5")
+    out = programs.run(programs.script, str(EXAMPLE), *given, log=tmp_path / "log")
     assert "1 profile, 2 sparse" in out
     assert "32 (50 %)" in out
     assert "FLOP ratio" in out

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 GENERATION = 64  # output tokens of every case at its default side
+_ATTEND = torch.nn.functional.scaled_dot_product_attention
 LATENT = {"output_type": "latent"}
 """Of a call whose picture nobody looks at, only its transformer's calls."""
 
@@ -71,15 +72,15 @@ def _copied(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Listener(TorchFunctionMode):
-    """Notes the attention of the call that is running."""
+    """Notes the attention of a call."""
 
-    def __init__(self) -> None:
+    def __init__(self, call: Call) -> None:
         super().__init__()
-        self.call: Call | None = None
+        self.call = call
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention and self.call is not None:
+        if func is _ATTEND:
             named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
             q, k, v = (named[name].detach().transpose(1, 2).clone() for name in ("query", "key", "value"))
             self.call.attention.append(Attention(q, k, v, named.get("attn_mask")))
@@ -90,24 +91,28 @@ class _Listener(TorchFunctionMode):
 def witnessed(transformer: torch.nn.Module) -> Iterator[list[Call]]:
     """The calls of `transformer` inside, growing. To be entered after patching."""
     calls: list[Call] = []
-    listener = _Listener()
+    listeners: list[_Listener] = []
 
     def before(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         assert not args
-        listener.call = Call(_copied(kwargs))
-        calls.append(listener.call)
+        calls.append(Call(_copied(kwargs)))
+        listeners.append(_Listener(calls[-1]))
+        listeners[-1].__enter__()
 
     def after(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         calls[-1].reached, calls[-1].output = _copied(kwargs), output
-        listener.call = None
+
+    def ends(*arguments: Any) -> None:
+        """Of a call that fails too."""
+        listeners.pop().__exit__(None, None, None)
 
     hooks = [
         transformer.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
         transformer.register_forward_hook(after, with_kwargs=True),
+        transformer.register_forward_hook(ends, always_call=True),
     ]
     try:
-        with listener:
-            yield calls
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()
