@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_ref_attn as sra
@@ -63,7 +64,9 @@ def test_the_example_runs(tmp_path: Path) -> None:
     assert "after remove() bit for bit the same: True" in out
 
 
-def test_sparse_is_the_dense_model_with_the_dropped_keys_masked(example: ModuleType) -> None:
+def test_sparse_is_the_dense_model_with_the_dropped_keys_masked(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, images, text = build(example)
     scores = np.random.default_rng(0).permutation(2 * TOKENS).astype(np.float32)
     select = sra.FromFunction(lambda references: torch.from_numpy(scores).split(references.sizes))
@@ -74,7 +77,8 @@ def test_sparse_is_the_dense_model_with_the_dropped_keys_masked(example: ModuleT
     handle.remove()
     kept = best(scores, (TOKENS, TOKENS), 0.3)
     seen = torch.cat([torch.ones(example.TEXT + TOKENS).bool(), kept])
-    with HiddenKeys({len(seen): seen}):
+    with HiddenKeys({len(seen): seen}), monkeypatch.context() as patch:
+        patch.setattr(example, "scaled_dot_product_attention", functional.scaled_dot_product_attention)
         wanted = model(**call)
     rows = seen[example.TEXT :]
     assert float((sparse - wanted)[:, rows].abs().max()) < ROUNDING
