@@ -13,11 +13,11 @@ from tests.pipelines import CASES, SIZES, Case, each_case
 LATENTS = [CASES["kontext"], CASES["klein_inpaint"]]
 
 
-def check(case: Case, pipe: object, keep: float = 0.25, **request: object) -> sra.PatchHandle:
+def check(case: Case, pipe: object, steps: int = 2, keep: float = 0.25, **request: object) -> sra.PatchHandle:
     """Run sparse: each reference keeps its share, at the layout that the pipeline's own arguments tell."""
     handle = sra.patch(pipe, sra.SparseRef("random", keep))
     with witnessed(pipe.transformer) as calls:  # type: ignore[attr-defined]
-        latents = case.call(pipe, steps=2, **LATENT, **request)  # type: ignore[arg-type]
+        latents = case.call(pipe, steps=steps, **LATENT, **request)  # type: ignore[arg-type]
     assert torch.isfinite(torch.as_tensor(latents)).all()
     layout = handle.record.layout
     assert layout.text == calls[0].text
@@ -51,7 +51,7 @@ def test_sizes_of_references(case: Case) -> None:
     """Taller than wide, wider than tall, and smaller than the output."""
     pipe = case.build()
     for sizes in ((64, 64),), ((64, 128),), ((128, 64),):
-        (reference,) = check(case, pipe, references=1, sizes=sizes).record.layout.references
+        (reference,) = check(case, pipe, steps=1, references=1, sizes=sizes).record.layout.references
         assert reference.grid is not None
         ratio = reference.grid[0] / reference.grid[1]
         assert ratio == pytest.approx(sizes[0][1] / sizes[0][0], rel=0.25)
@@ -62,7 +62,7 @@ def test_references_of_different_sizes_and_order(case: Case) -> None:
     """The second reference is found where the pipeline puts it, whichever size comes first."""
     pipe = case.build()
     for sizes in (SIZES, SIZES[::-1]):
-        layout = check(case, pipe, references=3, sizes=sizes).record.layout
+        layout = check(case, pipe, steps=1, references=3, sizes=sizes).record.layout
         shapes = [r.grid[0] > r.grid[1] for r in layout.references if r.grid is not None]
         assert shapes == [height > width for width, height in sizes]
 

@@ -204,10 +204,9 @@ def test_a_loop_that_does_not_tell_its_steps(budget: Any) -> None:
 @torch.no_grad()
 def test_drift_is_measured_on_the_rows_as_they_lie() -> None:
     refresh = sra.Drift(1e-6, at_most_every=3)
-    record = run("kontext", tiled(refresh=refresh), steps=8)[1]
+    calls, record = run("kontext", tiled(refresh=refresh), steps=8)
     full = [step.index for step in record.steps if step.kind != "cached"]
     assert full == [0, 1, 4, 7]
-    calls = run("kontext", tiled(refresh=refresh), steps=8)[0]
     moved = []
     for old, new in zip(calls[1].attention, calls[4].attention, strict=True):
         rows = [(x[:, -96:].double(), y[:, -96:].double()) for x, y in ((old.k, new.k), (old.v, new.v))]

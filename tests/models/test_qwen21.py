@@ -188,18 +188,18 @@ def test_the_work_is_what_the_counter_counts(which: dict[str, Any]) -> None:
     for setting in (sra.SparseRef("grid", 1.0), sra.SparseRef("grid", KEEP)):
         counter = FlopCounterMode(display=False)
         with sra.patched(pipe, setting) as handle, counter, sdpa_kernel(SDPBackend.MATH):
-            pictures(pipe, **which)
+            qwen21.call(pipe, **which)
         work.append(sum(counter.get_flop_counts()["QwenImage21Transformer2DModel"].values()) / 1e12)
         flops = handle.flops()
         assert flops.sparse_tflop == pytest.approx(work[-1], rel=0.03)
         assert flops.dense_tflop == pytest.approx(work[0], rel=0.03)
     assert work[1] < 0.97 * work[0]
     if not which:
-        sizes = {"references": ((160, 96), (128, 128)), "output": (96, 96), "steps": 2}
+        sizes = {"references": ((160, 96), (128, 128)), "output": (96, 96), "steps": 3}
         for execute in ("tokens", "cache"):
             setting = sra.SparseRef("grid", KEEP, execute)
             e = sra.estimate(pipe, setting, text_tokens=handle.record.layout.text, **sizes)
-            assert (e.kinds, e.tokens) == (("dense", "cached"), (TOKENS, 31))
+            assert (e.kinds, e.tokens) == (("dense", "cached", "cached"), (TOKENS, 31, 31))
             assert (e.dense.total / 1e12, e.sparse.total / 1e12) == pytest.approx(work, rel=0.03)
 
 
