@@ -14,7 +14,7 @@ from torch import Tensor
 import sparse_ref_attn as sra
 from sparse_ref_attn.models import adapter_for
 from sparse_ref_attn.types import TokenLayout
-from tests.adapters.pipeline_calls import ARGUMENTS, CALLS, PIPELINES, base_arguments
+from tests.adapters.pipeline_calls import ARGUMENTS, CALLS, PIPELINES, Argument, base_arguments
 from tests.adapters.test_dropping import KEEP, ROUNDING, error, noise, scores
 from tests.adapters.witnesses import LATENT, Call, HiddenKeys, best, witnessed
 from tests.pipelines import small_pictures
@@ -22,14 +22,20 @@ from tests.training.test_patching import EACH, HALF
 
 FAMILIES = ("kontext", "flux2", "klein_kv", "klein", "qwen", "longcat")
 GRID = sra.SparseRef("grid", KEEP)
+SHALLOW = {"layers": 1, "single": 1}
+"""A block of each kind; of Qwen, which has one kind, `shallow` builds two."""
 IP_KEYS = {4: torch.ones(4, dtype=torch.bool)}
 """Attention to an IP-Adapter's tokens, of which none is hidden."""
+
+
+def shallow(name: str) -> Any:
+    return PIPELINES[name].build(**({} if name.startswith("qwen") else SHALLOW))
 
 
 @cache
 def pipeline(name: str) -> Any:
     """One for all tests that leave it as it is."""
-    return PIPELINES[name].build()
+    return shallow(name)
 
 
 @cache
@@ -57,10 +63,10 @@ def test_the_table_has_every_argument_and_no_other() -> None:
     assert {argument for _, argument in ALL} == set(ARGUMENTS)
 
 
-def given(name: str, argument: str, new: bool = False) -> tuple[Any, dict[str, Any]]:
+def given(name: str, argument: str) -> tuple[Any, dict[str, Any]]:
     """A pipeline, and what is given to it with another value of the argument."""
     case, entry = PIPELINES[name], ARGUMENTS[argument]
-    pipe = case.build() if new or entry.prepare else pipeline(name)
+    pipe = shallow(name) if entry.prepare else pipeline(name)
     if entry.prepare:
         entry.prepare(pipe)
     known = set(parameters(name))
@@ -102,18 +108,28 @@ def changes(calls: list[Call], plain: list[Call]) -> set[str]:
     return set()
 
 
+TRAINED = by_family([cell for cell in REACHING if cell[0] != "klein_kv"])
+
+
 @pytest.mark.parametrize(("name", "argument"), [cell for cell in ALL if cell[1] in ARGUMENTS])
 @torch.no_grad()
 def test_what_reaches_the_transformer_is_what_the_table_says(name: str, argument: str) -> None:
+    """And of each family's first, training on these calls honours it."""
     entry, (pipe, arguments) = ARGUMENTS[argument], given(name, argument)
     assert argument in arguments
     if name in entry.fails:
         with pytest.raises((ValueError, TypeError), match=r"not enough values to unpack|NoneType. has no len"):
             run(pipe, arguments)
         return
-    changed = changes(run(pipe, arguments), plain_calls(name))
+    calls = run(pipe, arguments)
+    changed = changes(calls, plain_calls(name))
     assert changed <= entry.changes
     assert bool(changed) == ((name, argument) in REACHING)
+    if (name, argument) in TRAINED:
+        try:
+            honoured_in_training(pipe.transformer.train(), calls, entry)
+        finally:
+            pipe.transformer.eval()
 
 
 def visible(call: Call, layout: TokenLayout, kept: Tensor) -> dict[int, Tensor]:
@@ -124,7 +140,7 @@ def visible(call: Call, layout: TokenLayout, kept: Tensor) -> dict[int, Tensor]:
     return {len(seen): seen, **({len(kept): kept} if first else {}), **IP_KEYS}
 
 
-@pytest.mark.parametrize(("name", "argument"), by_family([cell for cell in REACHING if cell[0] != "klein_kv"]))
+@pytest.mark.parametrize(("name", "argument"), TRAINED)
 @torch.no_grad()
 def test_honoured_where_rows_are_dropped(name: str, argument: str) -> None:
     """Every call of the run is the dense one of the same arguments whose attention does not see the dropped keys."""
@@ -142,8 +158,17 @@ def test_honoured_where_rows_are_dropped(name: str, argument: str) -> None:
         assert error(call.sample[:, rows], wanted[:, rows]) < ROUNDING
 
 
-@pytest.mark.parametrize("execute", ["tokens", "cache", "both"])
-@pytest.mark.parametrize("argument", [argument for name, argument in REACHING if name == "klein_kv"])
+EXECUTIONS = ("tokens", "cache", "both")
+ROWWISE = ("attention_kwargs", "num_images_per_prompt", "num_inference_steps")
+"""What of a call's rows are read as the execution stores them: these meet each of them, the others one in turn."""
+STORED = [
+    (argument, execute)
+    for i, argument in enumerate(argument for name, argument in REACHING if name == "klein_kv")
+    for execute in (EXECUTIONS if argument in ROWWISE else (EXECUTIONS[i % 3],))
+]
+
+
+@pytest.mark.parametrize(("argument", "execute"), STORED)
 @torch.no_grad()
 def test_honoured_where_reference_keys_are_stored(argument: str, execute: str) -> None:
     pipe, arguments = given("klein_kv", argument)
@@ -177,15 +202,26 @@ def picture_without(name: str) -> np.ndarray:
         return picture_of(pipe(**base_arguments(PIPELINES[name], pipe, 5)))
 
 
-@pytest.mark.parametrize(("name", "argument"), by_family(CELLS))
-def test_honoured_in_a_batch(name: str, argument: str) -> None:
-    """Beside an item without it, each is what it is alone; or the batch says why it cannot be."""
-    entry, (pipe, arguments), config = ARGUMENTS[argument], given(name, argument), GRID
-    items = [base_arguments(PIPELINES[name], pipe, 5), arguments]
-    if argument.endswith("attention_kwargs"):  # a LoRA has one scale in one call
-        items[0][argument] = {"scale": arguments[argument]["scale"]}
-    plain = not (entry.prepare or argument.endswith("attention_kwargs"))
-    alone = [picture_without(name)] if plain else []
+def in_batches(cells: list[tuple[str, str]], most: int = 4) -> list[tuple[str, list[str]]]:
+    """A pipeline and the arguments of a batch's items; what prepares its pipeline has a batch to itself."""
+    batches = [(name, [argument]) for name, argument in cells if ARGUMENTS[argument].prepare]
+    for case in PIPELINES:
+        own = [argument for name, argument in cells if name == case and not ARGUMENTS[argument].prepare]
+        batches += [(case, own[i : i + most]) for i in range(0, len(own), most)]
+    return batches
+
+
+@pytest.mark.parametrize(
+    ("name", "names"), in_batches(by_family(CELLS)), ids=lambda x: x if isinstance(x, str) else " ".join(x)
+)
+def test_honoured_in_a_batch(name: str, names: list[str]) -> None:
+    """Beside an item without any, each is what it is alone; or the batch says why it cannot be."""
+    entry, config, made = ARGUMENTS[names[0]], GRID, [given(name, argument) for argument in names]
+    pipe = made[0][0]
+    items = [base_arguments(PIPELINES[name], pipe, 5), *(arguments for _, arguments in made)]
+    if names[0].endswith("attention_kwargs"):  # a LoRA has one scale in one call
+        items[0][names[0]] = {"scale": items[1][names[0]]["scale"]}
+    alone = [] if entry.prepare else [picture_without(name)]
     for own in items[len(alone) :] if not entry.refused else []:
         generator_state = own["generator"].get_state()
         with sra.patched(pipe, config), small_pictures():
@@ -200,25 +236,19 @@ def test_honoured_in_a_batch(name: str, argument: str) -> None:
                 sra.batch(pipe, [own["prompt"] for own in items], images, **call)
             return
         done = sra.batch(pipe, [own["prompt"] for own in items], images, **call)
-    for output, wanted in zip(done.outputs, alone, strict=True):
+    for output, wanted, which in zip(done.outputs, alone, ["none", *names], strict=True):
         scale = max(1.0, float(abs(wanted).max()))
-        np.testing.assert_allclose(picture_of(output), wanted, rtol=0, atol=(1.01 if scale > 200 else 3e-5 * scale))
+        atol = 1.01 if scale > 200 else 3e-5 * scale
+        np.testing.assert_allclose(picture_of(output), wanted, rtol=0, atol=atol, err_msg=which)
 
 
-TRAINED = by_family([cell for cell in REACHING if cell[0] != "klein_kv"])
-
-
-@pytest.mark.parametrize(("name", "argument"), TRAINED)
-@torch.no_grad()
-def test_honoured_in_training(name: str, argument: str) -> None:
+def honoured_in_training(model: Any, calls: list[Call], entry: Argument) -> None:
     """The pipeline's own calls as a training batch of two: one draw for both, and one for each.
 
     What is in every call is trained in the first by the one draw and in the last by the other; what is in further
     calls alone, or cannot be drawn for each, in the last by both.
     """
-    entry, (pipe, arguments) = ARGUMENTS[argument], given(name, argument, new=True)
-    calls = run(pipe, arguments)
-    model, adapter = pipe.transformer.train(), adapter_for(pipe.transformer)
+    adapter = adapter_for(model)
     both = CALLS in entry.changes or entry.refused
     for call, drops in ((calls[0], (HALF,)), (calls[-1], (HALF, EACH) if both else (EACH,))):
         layout = adapter.layout(call.given, adapter.find(call.given))

@@ -151,10 +151,10 @@ def test_refused_at_the_first_step(name: str) -> None:
     with pytest.raises(sra.SparseRefError, match="must have taken place"):
         handle.summary()
     other = sra.patch(pipe, sra.SparseRef("grid", 0.5))
-    CASE.call(pipe, references=2)
+    CASE.call(pipe, references=2, steps=1)
     assert {step.kept for step in other.record.steps} == {80}
     other.remove()
-    assert np.array_equal(CASE.call(pipe, references=2), CASE.dense(references=2))
+    assert np.array_equal(CASE.call(pipe, references=2, steps=1), CASE.dense(references=2, steps=1))
 
 
 @pytest.mark.parametrize("select", ["grid", "mass", "cosine"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,14 @@ from tests.pipelines import CASES, Case, each_case, small_pictures
 
 HEADS = 2
 KLEIN_KV_MASKS = (padding(1, 48, 208), regions(208), regions(112))
-masks = pytest.mark.parametrize("mask", MASKS, ids=str)
-models = pytest.mark.parametrize("name", ["kontext", "klein"])
+NAMES = ("kontext", "klein")
+models = pytest.mark.parametrize("name", NAMES)
 masked_cases = each_case(lambda case: case.name not in ("klein_kv", "longcat") and not case.name.startswith("qwen"))
+
+
+def in_turn(masks: Iterable[str]) -> list[tuple[str, str]]:
+    """Each mask with one of the two models; both meet each in `test_attention_is_measured_under_the_mask`."""
+    return [(mask, NAMES[i % 2]) for i, mask in enumerate(masks)]
 
 
 def run(
@@ -55,8 +60,7 @@ def removed(call: Call, kept: Tensor) -> dict[str, Any]:
     return given | {"joint_attention_kwargs": {"attention_mask": by_hand(mask, joint(call, kept))}}
 
 
-@masks
-@models
+@pytest.mark.parametrize(("mask", "name"), in_turn(MASKS))
 @torch.no_grad()
 def test_rows_that_are_dropped_leave_the_mask_too(name: str, mask: str) -> None:
     """Bit for bit the model called by hand; and the mask matters."""
@@ -101,28 +105,27 @@ def test_references_that_leave_by_depth(name: str, block: int, mask: str) -> Non
         assert error(call.sample[:, image], wanted[:, image]) < ROUNDING
 
 
-@masks
-@models
+@pairwise(mask=list(MASKS), name=NAMES, profile=["step", "in_flight"])
 @torch.no_grad()
-def test_attention_is_measured_under_the_mask(name: str, mask: str) -> None:
+def test_attention_is_measured_under_the_mask(mask: str, name: str, profile: str) -> None:
     """In a profiling step, and in the first blocks of one from which references leave in flight."""
-    case = CASES[name]
-    for in_flight in ({}, {"profile": "in_flight", "profile_blocks": 2}):
-        config = sra.SparseRef(sra.AttentionMass(blocks=(0, 1)), KEEP, **in_flight)
-        calls, handle = run(case, mask, config, steps=2)
-        call, record = calls[0], handle.record
-        at = call.text + GENERATION
-        wanted = [a.weights()[:, :, call.text : at, at:].mean((0, 1, 2)) for a in call.attention[:2]]
-        close(torch.cat(record.mass), torch.stack(wanted).mean(0))
-        assert record.scores is not None
-        kept = best(torch.cat(record.scores).numpy(), record.layout.sizes, KEEP)
-        fresh = case.model()
-        later = calls if in_flight else calls[1:]
-        for i, one in enumerate(later):
-            image = joint(one, kept)[one.text :] - one.text
-            with hidden_keys(one, kept, from_block=2 if in_flight and i == 0 else 0):
-                expected = fresh(**one.given)[0]
-            assert error(one.sample[:, image], expected[:, image]) < ROUNDING
+    case, in_flight = CASES[name], profile == "in_flight"
+    blocks = {"profile_blocks": 2} if in_flight else {}
+    config = sra.SparseRef(sra.AttentionMass(blocks=(0, 1)), KEEP, profile=profile, **blocks)
+    calls, handle = run(case, mask, config, steps=2)
+    call, record = calls[0], handle.record
+    at = call.text + GENERATION
+    wanted = [a.weights()[:, :, call.text : at, at:].mean((0, 1, 2)) for a in call.attention[:2]]
+    close(torch.cat(record.mass), torch.stack(wanted).mean(0))
+    assert record.scores is not None
+    kept = best(torch.cat(record.scores).numpy(), record.layout.sizes, KEEP)
+    fresh = case.model()
+    later = calls if in_flight else calls[1:]
+    for i, one in enumerate(later):
+        image = joint(one, kept)[one.text :] - one.text
+        with hidden_keys(one, kept, from_block=2 if in_flight and i == 0 else 0):
+            expected = fresh(**one.given)[0]
+        assert error(one.sample[:, image], expected[:, image]) < ROUNDING
 
 
 @pytest.mark.parametrize("queries", ["generation", "reference"])
@@ -145,23 +148,23 @@ def test_each_probe_has_the_masks_rows_of_its_queries(name: str, queries: str) -
 def test_a_model_that_reads_no_mask_beside_its_cache_reads_none_here(execute: str, select: str) -> None:
     """Klein-KV's attention that stores and reads reference K/V drops the caller's mask, and so does a patched one."""
     case = CASES["klein_kv"]
-    pipe, dense = case.build(), case.dense()
+    pipe = case.build()
     with sra.patched(pipe, sra.SparseRef(select, 0.5, execute=execute)) as handle:
-        plain = case.call(pipe)
+        plain = case.call(pipe, steps=2)
         assert handle.notes == []
-        assert not np.array_equal(plain, dense)
+        assert not np.array_equal(plain, case.dense(steps=2))
         for mask in KLEIN_KV_MASKS:
-            assert np.array_equal(case.call(pipe, **handed(case, mask)), plain)
+            assert np.array_equal(case.call(pipe, steps=2, **handed(case, mask)), plain)
             assert [note.partition(":")[0] for note in handle.notes] == ["the attention mask has no effect"]
-        assert np.array_equal(case.call(pipe, references=0), case.dense(references=0))
-        assert np.array_equal(case.call(pipe), plain)
+        assert np.array_equal(case.call(pipe, steps=1, references=0), case.dense(steps=1, references=0))
+        assert np.array_equal(case.call(pipe, steps=2), plain)
         assert handle.notes == []
 
 
 def test_an_unpatched_model_reads_no_mask_beside_its_cache() -> None:
     case, pipe = CASES["klein_kv"], CASES["klein_kv"].build()
     for mask in KLEIN_KV_MASKS:
-        assert np.array_equal(case.call(pipe, **handed(case, mask)), case.dense())
+        assert np.array_equal(case.call(pipe, steps=2, **handed(case, mask)), case.dense(steps=2))
 
 
 @pytest.mark.parametrize("config", [sra.SparseRef(sra.ToMe(), KEEP), sra.SparseRef(sra.Downscale("latents"), KEEP)])
@@ -208,22 +211,23 @@ REFUSED: dict[str, tuple[Callable[[int, int], Any], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize(
+    "config", [sra.SparseRef("grid", KEEP), sra.SparseRef("mass", KEEP), sra.SparseRef("grid", KEEP, from_block=1)]
+)
 @models
-def test_what_is_no_mask_of_the_call_is_refused_by_name(name: str, what: str) -> None:
+def test_what_is_no_mask_of_the_call_is_refused_by_name(name: str, config: sra.SparseRef) -> None:
     """Before anything runs; the patch then works on as if nothing had been."""
     case = CASES[name]
-    make, kind, words = REFUSED[what]
     pipe = case.build()
-    for config in (sra.SparseRef("grid", KEEP), sra.SparseRef("mass", KEEP), sra.SparseRef("grid", KEEP, from_block=1)):
-        with sra.patched(pipe, config) as handle:
-            wanted = case.call(pipe, steps=2)
-            before, steps = state(pipe), len(handle.record.steps)
+    with sra.patched(pipe, config) as handle:
+        wanted = case.call(pipe, steps=2)
+        before, steps = state(pipe), len(handle.record.steps)
+        for what, (make, kind, words) in REFUSED.items():
             with pytest.raises(kind, match=words):
                 case.call(pipe, **handed(case, make(text_of(case), rows_of(name))))
-            assert state(pipe) == before
-            assert len(handle.record.steps) == steps
-            assert np.array_equal(case.call(pipe, steps=2), wanted)
+            assert state(pipe) == before, what
+            assert len(handle.record.steps) == steps, what
+        assert np.array_equal(case.call(pipe, steps=2), wanted)
 
 
 @each_case(lambda case: case.name.startswith("qwen"))

@@ -52,17 +52,21 @@ def together_and_alone(case: Case, config: sra.SparseRef, maker: Callable[[int],
     return done, alone, plain
 
 
+KINDS = {"bool": padding, "of 0 and -inf": lambda *shape: added(padding(*shape))}
+
+
 @pairwise(
-    name=["kontext", "klein"], cfg=[False, True],
+    name=["kontext", "klein"], cfg=[False, True], kind=KINDS,
     config=[sra.SparseRef("grid", 1.0), sra.SparseRef("grid", KEEP), sra.SparseRef("mass", KEEP)],
 )  # fmt: skip
-def test_items_of_a_batch_keep_their_own_masks_of_keys(name: str, cfg: bool, config: sra.SparseRef) -> None:
+def test_items_of_a_batch_keep_their_own_masks_of_keys(
+    name: str, cfg: bool, kind: Callable[..., Tensor], config: sra.SparseRef
+) -> None:
     case = CASES[name]
-    for of in (lambda rows: padding(1, text_of(case), rows), lambda rows: added(padding(1, text_of(case), rows))):
-        done, alone, plain = together_and_alone(case, config, of, cfg)
-        np.testing.assert_allclose(done.images, alone, rtol=0, atol=2e-5)
-        assert (done.joined, done.alone) == (4 if cfg else 2, 0)
-        assert abs(alone[0] - plain).max() > 1e-2
+    done, alone, plain = together_and_alone(case, config, lambda rows: kind(1, text_of(case), rows), cfg)
+    np.testing.assert_allclose(done.images, alone, rtol=0, atol=2e-5)
+    assert (done.joined, done.alone) == (4 if cfg else 2, 0)
+    assert abs(alone[0] - plain).max() > 1e-2
 
 
 @pytest.mark.parametrize("config", [sra.SparseRef("grid", KEEP), sra.SparseRef("mass", KEEP)])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 import sparse_ref_attn as sra
 from tests.adapters.attention_masks import MASKS, by_hand
@@ -31,7 +31,8 @@ class Masked(nn.Module):
             mask = mask[:, None, None]
         for layer in self.qkv:
             q, k, v = layer(joint).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            joint = joint + scaled_dot_product_attention(2 * q, 2 * k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+            out = functional.scaled_dot_product_attention(2 * q, 2 * k, v, attn_mask=mask)
+            joint = joint + out.transpose(1, 2).flatten(2)
         return joint[:, text.shape[1] :]
 
 

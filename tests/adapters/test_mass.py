@@ -21,7 +21,7 @@ MODELS = ("kontext", "klein", "klein_kv", "qwen_edit", "qwen_edit_plus")
 
 
 def profiled(
-    name: str, select: Selector, references: int | None = None, steps: int = 3, **request: object
+    name: str, select: Selector, references: int | None = None, steps: int = 2, **request: object
 ) -> tuple[PatchHandle, list[Call], Case]:
     """A sparse run, its handle, and every transformer call."""
     case = CASES[name]
@@ -76,18 +76,19 @@ def test_mass_by_block_and_head(name: str) -> None:
         assert float(got.mass.min()) > 1e-3  # the references are looked at
 
 
-@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    ("blocks", "flux", "qwen"),
-    [("all", range(4), range(2)), ("single", (2, 3), (0, 1)), ("double", (0, 1), (0, 1)), ((1,), (1,), (1,)),
-     (range(0, 2), (0, 1), (0, 1))],
+    ("blocks", "name", "chosen"),
+    [("all", "kontext", range(4)), ("all", "klein", range(4)), ("all", "klein_kv", range(4)),
+     ("all", "qwen_edit", range(2)), ("all", "qwen_edit_plus", range(2)),
+     ("single", "kontext", (2, 3)), ("single", "klein_kv", (2, 3)), ("single", "qwen_edit", (0, 1)),
+     ("double", "klein", (0, 1)), ("double", "qwen_edit_plus", (0, 1)), ((1,), "klein_kv", (1,)),
+     ((1,), "qwen_edit", (1,)), (range(0, 2), "kontext", (0, 1)), (range(0, 2), "qwen_edit_plus", (0, 1))],
     ids=str,
 )  # fmt: skip
-def test_mass_of_each_token(name: str, blocks: str | Sequence[int], flux: Sequence[int], qwen: Sequence[int]) -> None:
+def test_mass_of_each_token(blocks: str | Sequence[int], name: str, chosen: Sequence[int]) -> None:
     """Eq. (2)-(3): the mean over the generation's queries, heads, items and the chosen blocks."""
     case = CASES[name]
     handle, calls, _ = profiled(name, sra.AttentionMass(blocks=blocks), batch=max(case.batch))
-    chosen = qwen if name.startswith("qwen") else flux
     wanted = torch.stack([columns(calls[0], a, name)[0].mean(dim=(0, 1, 2)) for a in joint(calls[0])])[list(chosen)]
     close(torch.cat(handle.record.mass or []), wanted.mean(0))
     close(torch.cat(handle.record.scores or []), wanted.mean(0))
@@ -189,7 +190,7 @@ def test_masked_prompt_rows_take_no_mass() -> None:
 
 def test_klein_kv_has_no_reference_queries_to_measure_after_its_first_step() -> None:
     """It stays dense, and says so instead of being silently slow."""
-    handle, _, _ = profiled("klein_kv", sra.SelfAttention(steps=(1,)))
+    handle, _, _ = profiled("klein_kv", sra.SelfAttention(steps=(1,)), steps=3)
     assert [step.kept for step in handle.record.steps] == [handle.record.layout.reference_tokens] * 3
     assert len(handle.notes) == 1
     assert "no attention was measured in the profiling steps [1]" in handle.notes[0]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_ref_attn as sra
+from tests import programs
 from tests.adapters.witnesses import Attention, HiddenKeys, best
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_dit.py"
@@ -53,10 +53,10 @@ def given(example: ModuleType, images: list[Tensor], text: Tensor) -> dict[str, 
     }
 
 
-def test_the_example_runs() -> None:
+def test_the_example_runs(tmp_path: Path) -> None:
     """As a person starts it: it says what was kept and how long both runs took."""
-    command = [sys.executable, str(EXAMPLE), "--side", str(SIDE), "--steps", "3", "--keep", "0.5"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=EXAMPLE.parents[1]).stdout
+    given = ("--side", str(SIDE), "--steps", "3", "--keep", "0.5")
+    out = programs.run(programs.script, str(EXAMPLE), *given, log=tmp_path / "log")
     assert "1 profile, 2 sparse" in out
     assert "32 (50 %)" in out
     assert "FLOP ratio" in out
@@ -64,7 +64,9 @@ def test_the_example_runs() -> None:
     assert "after remove() bit for bit the same: True" in out
 
 
-def test_sparse_is_the_dense_model_with_the_dropped_keys_masked(example: ModuleType) -> None:
+def test_sparse_is_the_dense_model_with_the_dropped_keys_masked(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, images, text = build(example)
     scores = np.random.default_rng(0).permutation(2 * TOKENS).astype(np.float32)
     select = sra.FromFunction(lambda references: torch.from_numpy(scores).split(references.sizes))
@@ -75,7 +77,8 @@ def test_sparse_is_the_dense_model_with_the_dropped_keys_masked(example: ModuleT
     handle.remove()
     kept = best(scores, (TOKENS, TOKENS), 0.3)
     seen = torch.cat([torch.ones(example.TEXT + TOKENS).bool(), kept])
-    with HiddenKeys({len(seen): seen}):
+    with HiddenKeys({len(seen): seen}), monkeypatch.context() as patch:
+        patch.setattr(example, "scaled_dot_product_attention", functional.scaled_dot_product_attention)
         wanted = model(**call)
     rows = seen[example.TEXT :]
     assert float((sparse - wanted)[:, rows].abs().max()) < ROUNDING

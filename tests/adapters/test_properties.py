@@ -20,7 +20,7 @@ from sparse_ref_attn.selection import Ranking, Selector
 from tests.adapters.witnesses import GENERATION, witnessed
 from tests.pipelines import CASES, Case
 
-FEW = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+FEW = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 MANY = settings(FEW, max_examples=600, derandomize=False)
 
 ratios, tokens = st.floats(0.01, 1.0), st.integers(1, 64)  # the smallest reference has 64

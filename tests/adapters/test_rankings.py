@@ -9,12 +9,16 @@ import torch
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.selection import Ranking
+from tests.adapters.witnesses import LATENT
 from tests.pipelines import CASES, Case, each_case
+
+SHORT = {"steps": 2, **LATENT}
+"""One step is profiled, and one follows it."""
 
 
 def ranked(case: Case, pipe: object, seed: int = 0, **request: object) -> Ranking:
     with sra.patched(pipe, sra.SparseRef("mass", 0.25)) as handle:
-        case.call(pipe, references=max(case.references), seed=seed, **request)  # type: ignore[arg-type]
+        case.call(pipe, references=max(case.references), seed=seed, **SHORT, **request)  # type: ignore[arg-type]
         return handle.ranking
 
 
@@ -31,7 +35,7 @@ def test_used_for_another_run_without_profiling(case: Case, tmp_path: Path) -> N
     kept = []
     for config in (sra.SparseRef("mass", 0.25), sra.SparseRef(select, 0.25)):
         with sra.patched(pipe, config) as handle:
-            case.call(pipe, references=max(case.references), seed=9, **(other if kept else {}))
+            case.call(pipe, references=max(case.references), seed=9, **SHORT, **(other if kept else {}))
             kept.append(handle.record)
     profiled, reused = kept
     assert reused.steps[0].kind == "sparse"
@@ -63,14 +67,14 @@ def test_other_references_are_refused(case: Case) -> None:
     handle = sra.patch(pipe, sra.SparseRef(sra.SavedRanking(ranking), 0.25))
     with pytest.raises(sra.LayoutError, match=r"must be those that were ranked, of fingerprint \w{12}, got \w{12}"):
         case.call(pipe, references=count, first=5)
-    case.call(pipe, references=count)
+    case.call(pipe, references=count, **SHORT)
     assert handle.record.steps[0].kind == "sparse"
     sra.patch(pipe, sra.SparseRef(sra.SavedRanking(ranking, require_same_reference=False), 0.25))
-    case.call(pipe, references=count, first=5)
+    case.call(pipe, references=count, first=5, **SHORT)
     if len(case.references) > 1:
         with pytest.raises(sra.LayoutError, match=r"must fit the references, of \(.*got one for \("):
             case.call(pipe, references=1)
-    case.call(pipe, references=count)
+        case.call(pipe, references=count, **SHORT)
 
 
 def test_no_ranking_without_one() -> None:

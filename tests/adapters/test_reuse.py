@@ -115,17 +115,18 @@ def test_a_selector_that_measures_does_so_over_the_reused_keys() -> None:
 
 def test_everything_else_is_refused_and_the_pipeline_stays_whole() -> None:
     pipe = CASE.build()
-    dense = CASE.call(pipe, references=2)
-    cache = captured(pipe, config(0.3), references=2)
+    two = {"references": 2, "steps": 2}
+    dense = CASE.call(pipe, **two)
+    cache = captured(pipe, config(0.3), **two)
     with sra.patched(pipe, config(0.3)) as handle:
-        sparse = CASE.call(pipe, references=2)
+        sparse = CASE.call(pipe, **two)
 
         def refused(given: sra.ReferenceCache, words: str, **request: Any) -> None:
             handle.reuse(given)
             with pytest.raises(LayoutError, match=words):
-                CASE.call(pipe, **{"references": 2} | request)
+                CASE.call(pipe, **two | request)
             handle.reuse(None)
-            assert np.array_equal(CASE.call(pipe, references=2), sparse)
+            assert np.array_equal(CASE.call(pipe, **two), sparse)
 
         refused(cache, "the same references' content", first=7)
         refused(cache, r"the same references' sizes, \(96, 64, 96\)", references=3)
@@ -146,11 +147,11 @@ def test_everything_else_is_refused_and_the_pipeline_stays_whole() -> None:
             weight.mul_(1.01)
         handle.reuse(cache)
         with pytest.raises(LayoutError, match="the same model's weights"):
-            CASE.call(pipe, references=2)
+            CASE.call(pipe, **two)
         with torch.no_grad():
             weight.copy_(kept)
-        CASE.call(pipe, references=2)
-    assert np.array_equal(CASE.call(pipe, references=2), dense)
+        CASE.call(pipe, **two)
+    assert np.array_equal(CASE.call(pipe, **two), dense)
 
 
 def test_an_adapter_makes_other_weights() -> None:

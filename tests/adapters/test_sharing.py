@@ -13,7 +13,8 @@ import sparse_ref_attn as sra
 from sparse_ref_attn import schedules
 from sparse_ref_attn.config import UniformGuard
 from sparse_ref_attn.selection import References
-from tests.adapters.witnesses import witnessed
+from tests.adapters.witnesses import LATENT, witnessed
+from tests.pairwise import pairwise
 from tests.pipelines import CASES
 from tests.tiny_models import sharpen
 
@@ -29,7 +30,7 @@ def counts(config: sra.SparseRef, references: int = 3, **request: Any) -> tuple[
     """Tokens kept of each reference at the last step."""
     pipe = KLEIN.build()
     handle = sra.patch(pipe, config)
-    KLEIN.call(pipe, references=references, steps=2, **request)
+    KLEIN.call(pipe, references=references, steps=2, **LATENT, **request)
     selection = handle.record.steps[-1].selection
     assert selection is not None
     assert handle.record.layout.sizes == (96, 64, 96)[:references]
@@ -64,16 +65,14 @@ def test_weights_move_the_shares() -> None:
     assert counts(shared(64, weights=(1, 1, 1)))[0] == counts(shared(64))[0]
 
 
-@pytest.mark.parametrize("name", ["kontext", "klein", "qwen_edit_plus"])
-@pytest.mark.parametrize("per", ["reference", "all"])
-@pytest.mark.parametrize("multiple", [1, 16, 37])
+@pairwise(name=["kontext", "klein", "qwen_edit_plus"], multiple=[1, 16, 37], per=["reference", "all"])
 def test_the_joint_length_is_a_multiple(name: str, per: str, multiple: int) -> None:
     """Text, generation and kept tokens together, as attention sees them; never fewer tokens than the budget's."""
     case = CASES[name]
     pipe = case.build()
     handle = sra.patch(pipe, sra.SparseRef("grid", schedules.Linear(0.2, 0.4, per=per), multiple=multiple))
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, references=max(case.references), steps=3)
+        case.call(pipe, references=max(case.references), steps=3, **LATENT)
     layout = handle.record.layout
     for call, step, share in zip(calls, handle.record.steps, (0.2, 0.3, 0.4), strict=True):
         sizes = layout.sizes if per == "reference" else (layout.reference_tokens,)

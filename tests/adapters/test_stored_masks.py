@@ -8,7 +8,7 @@ import torch
 import sparse_ref_attn as sra
 from tests.adapters.attention_masks import MASKS
 from tests.adapters.test_dropping import ROUNDING, error, noise, scores
-from tests.adapters.test_masks import run
+from tests.adapters.test_masks import in_turn, run
 from tests.adapters.test_masks_plain import Masked, plain
 from tests.adapters.test_mass import close
 from tests.adapters.test_stored_references import with_keys_of
@@ -20,8 +20,7 @@ STORED = sra.SparseRef(sra.FromFunction(noise), SHARE, execute=sra.Cache(refresh
 masks = pytest.mark.parametrize("mask", MASKS, ids=str)
 
 
-@masks
-@pytest.mark.parametrize("name", ["kontext", "klein"])
+@pytest.mark.parametrize(("mask", "name"), in_turn(MASKS))
 @torch.no_grad()
 def test_columns_of_stored_keys_are_the_masks_own(name: str, mask: str) -> None:
     """In layers of both parities, whose stored rows lie before and after a call's own."""

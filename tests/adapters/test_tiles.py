@@ -74,14 +74,13 @@ def test_means_may_be_by_the_attention_that_the_tokens_got(name: str) -> None:
 
 @joint
 def test_refreshed_at_every_step_is_the_unpatched_pipeline_bit_for_bit(name: str) -> None:
-    case, pipe = CASES[name], CASES[name].build()
-    dense = case.call(pipe, steps=3, cfg=case.cfg)
+    case, pipe, request = CASES[name], CASES[name].build(), {"steps": 2, "cfg": CASES[name].cfg}
     with sra.patched(pipe, tiled(refresh=sra.Every(1))) as handle:
-        assert np.array_equal(case.call(pipe, steps=3, cfg=case.cfg), dense)
+        assert np.array_equal(case.call(pipe, **request), case.dense(**request))
         assert "cached" not in {step.kind for step in handle.record.steps}
     with sra.patched(pipe, tiled()):
-        assert not np.array_equal(case.call(pipe, steps=3, cfg=case.cfg), dense)
-    assert np.array_equal(case.call(pipe, steps=3, cfg=case.cfg), dense)
+        assert not np.array_equal(case.call(pipe, **request), case.dense(**request))
+    assert np.array_equal(case.call(pipe, **request), case.dense(**request))
 
 
 @joint
@@ -205,10 +204,9 @@ def test_a_loop_that_does_not_tell_its_steps(budget: Any) -> None:
 @torch.no_grad()
 def test_drift_is_measured_on_the_rows_as_they_lie() -> None:
     refresh = sra.Drift(1e-6, at_most_every=3)
-    record = run("kontext", tiled(refresh=refresh), steps=8)[1]
+    calls, record = run("kontext", tiled(refresh=refresh), steps=8)
     full = [step.index for step in record.steps if step.kind != "cached"]
     assert full == [0, 1, 4, 7]
-    calls = run("kontext", tiled(refresh=refresh), steps=8)[0]
     moved = []
     for old, new in zip(calls[1].attention, calls[4].attention, strict=True):
         rows = [(x[:, -96:].double(), y[:, -96:].double()) for x, y in ((old.k, new.k), (old.v, new.v))]

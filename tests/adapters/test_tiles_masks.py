@@ -12,7 +12,7 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.errors import IncompatibleError, LayoutError
 from tests.adapters.attention_masks import BETWEEN, KEYS, handed, rows_of, text_of
 from tests.adapters.test_dropping import ROUNDING, error
-from tests.adapters.test_masks import run
+from tests.adapters.test_masks import in_turn, run
 from tests.adapters.test_masks_plain import Masked
 from tests.adapters.test_tiles import by_hand, tiled, wanted
 from tests.adapters.tiles_by_hand import ByTile, TilesOf
@@ -24,8 +24,7 @@ ONCE = tiled(refresh=sra.Never())
 keys = pytest.mark.parametrize("mask", KEYS, ids=str)
 
 
-@keys
-@pytest.mark.parametrize("name", ["kontext", "klein"])
+@pytest.mark.parametrize(("mask", "name"), in_turn(KEYS))
 @torch.no_grad()
 def test_masks_of_keys(name: str, mask: str) -> None:
     calls, handle = run(CASES[name], mask, ONCE, steps=2)

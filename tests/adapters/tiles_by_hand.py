@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
-from torch.overrides import TorchFunctionMode
 
-from tests.adapters.witnesses import Attention
+from tests.adapters.witnesses import Attends, Attention
 
 
 def squares(grids: list[tuple[int, int]], side: int) -> Tensor:
@@ -122,20 +121,14 @@ class ByTile:
         return (weights @ torch.cat(values, 2)).to(q.dtype)
 
 
-class TilesOf(TorchFunctionMode):
+class TilesOf(Attends):
     """Inside, the text and generation rows of each attention read what `by` says of an earlier one's, in turn."""
 
     def __init__(self, by: ByTile, earlier: list[Attention]) -> None:
-        super().__init__()
         self.by, self.layers = by, iter(earlier)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-        out = func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
-            q, k, v = (named[name] for name in ("query", "key", "value"))
-            out[:, :, : self.by.own] = self.by.attend(q, k, v, named.get("attn_mask"), next(self.layers))
+    def attend(self, given: dict[str, Any]) -> Tensor:
+        out = self.ask(**given)
+        q, k, v = (given[name] for name in ("query", "key", "value"))
+        out[:, :, : self.by.own] = self.by.attend(q, k, v, given.get("attn_mask"), next(self.layers))
         return out

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
+from torch.overrides import handle_torch_function, has_torch_function
 
 GENERATION = 64  # output tokens of every case at its default side
 LATENT = {"output_type": "latent"}
@@ -70,20 +71,44 @@ def _copied(values: dict[str, Any]) -> dict[str, Any]:
     return {name: kinds.get(type(value), lambda same: same)(value) for name, value in values.items()}
 
 
-class _Listener(TorchFunctionMode):
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+class Attends:
+    """Inside, ``torch.nn.functional.scaled_dot_product_attention`` is answered by `attend`, which may ask the one that
+    was there before; modes of torch's functions see the call first, as they do without it."""
+
+    def __enter__(self) -> Attends:
+        self.ask = functional.scaled_dot_product_attention
+
+        def answer(*args: Any, **kwargs: Any) -> Tensor:
+            named = dict(zip(_NAMES, args, strict=False)) | kwargs
+            tensors = (named["query"], named["key"], named["value"])
+            if has_torch_function(tensors):
+                return handle_torch_function(answer, tensors, *args, **kwargs)
+            return self.attend(named)
+
+        functional.scaled_dot_product_attention = answer
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        functional.scaled_dot_product_attention = self.ask
+
+    def attend(self, given: dict[str, Any]) -> Tensor:
+        """`given` are the arguments by their names."""
+        raise NotImplementedError
+
+
+class _Listener(Attends):
     """Notes the attention of the call that is running."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.call: Call | None = None
+    call: Call | None = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention and self.call is not None:
-            named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-            q, k, v = (named[name].detach().transpose(1, 2).clone() for name in ("query", "key", "value"))
-            self.call.attention.append(Attention(q, k, v, named.get("attn_mask")))
-        return func(*args, **kwargs)
+    def attend(self, given: dict[str, Any]) -> Tensor:
+        if self.call is not None:
+            q, k, v = (given[name].detach().transpose(1, 2).clone() for name in ("query", "key", "value"))
+            self.call.attention.append(Attention(q, k, v, given.get("attn_mask")))
+        return self.ask(**given)
 
 
 @contextmanager
@@ -113,53 +138,44 @@ def witnessed(transformer: torch.nn.Module) -> Iterator[list[Call]]:
             hook.remove()
 
 
-class HiddenKeys(TorchFunctionMode):
+class HiddenKeys(Attends):
     """Inside, an attention over n keys, from call `first` on, sees only those that ``seen[n]`` allows, (n,) or (B, n)
     bool."""
 
     def __init__(self, seen: dict[int, Tensor], first: int = 0) -> None:
-        super().__init__()
         self.seen, self.first, self.calls = seen, first, 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            self.calls += 1
-            if self.calls <= self.first:
-                return func(*args, **kwargs)
-            kwargs = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-            args, seen = (), self.seen[kwargs["key"].shape[-2]]
-            seen = seen.view(-1, 1, 1, seen.shape[-1])
-            mask = kwargs.get("attn_mask")
-            if mask is not None and mask.dtype != torch.bool:
-                kwargs["attn_mask"] = mask.masked_fill(~seen, -torch.inf)
-            else:
-                kwargs["attn_mask"] = seen if mask is None else mask & seen
-        return func(*args, **kwargs)
+    def attend(self, given: dict[str, Any]) -> Tensor:
+        self.calls += 1
+        if self.calls <= self.first:
+            return self.ask(**given)
+        seen, mask = self.seen[given["key"].shape[-2]], given.get("attn_mask")
+        seen = seen.view(-1, 1, 1, seen.shape[-1])
+        if mask is not None and mask.dtype != torch.bool:
+            seen = mask.masked_fill(~seen, -torch.inf)
+        elif mask is not None:
+            seen = mask & seen
+        return self.ask(**given | {"attn_mask": seen})
 
 
-class KeysOf(TorchFunctionMode):
+class KeysOf(Attends):
     """Inside, the last `references` keys and values of each attention are those of an earlier one, in turn; those that
     are not `kept`, (references,) bool, are hidden."""
 
     def __init__(self, earlier: list[Attention], references: int, kept: Tensor | None = None) -> None:
-        super().__init__()
         self.layers, self.references, self.kept = iter(earlier), references, kept
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            kwargs = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-            args, old = (), next(self.layers)
-            for name, stored in (("key", old.k), ("value", old.v)):
-                own = kwargs[name][:, :, : -self.references]
-                kwargs[name] = torch.cat([own, stored[:, -self.references :].transpose(1, 2)], 2)
-            if self.kept is not None:
-                seen = torch.cat([torch.ones(kwargs["key"].shape[2] - self.references).bool(), self.kept])
-                kwargs["key"], kwargs["value"] = (kwargs[name][:, :, seen] for name in ("key", "value"))
-                mask = kwargs.get("attn_mask")
-                kwargs["attn_mask"] = mask[..., seen] if mask is not None and mask.shape[-1] > 1 else mask
-        return func(*args, **kwargs)
+    def attend(self, given: dict[str, Any]) -> Tensor:
+        old = next(self.layers)
+        for name, stored in (("key", old.k), ("value", old.v)):
+            own = given[name][:, :, : -self.references]
+            given[name] = torch.cat([own, stored[:, -self.references :].transpose(1, 2)], 2)
+        if self.kept is not None:
+            seen = torch.cat([torch.ones(given["key"].shape[2] - self.references).bool(), self.kept])
+            given["key"], given["value"] = (given[name][:, :, seen] for name in ("key", "value"))
+            mask = given.get("attn_mask")
+            given["attn_mask"] = mask[..., seen] if mask is not None and mask.shape[-1] > 1 else mask
+        return self.ask(**given)
 
 
 def hidden_keys(call: Call, kept: Tensor, references_first: bool = False, from_block: int = 0) -> HiddenKeys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from sparse_ref_attn.models import adapter_for
 from sparse_ref_attn.selection import Reduced
 from tests.adapters.test_dropping import ROUNDING, error, noise, scores
 from tests.adapters.witnesses import Call, HiddenKeys, best, witnessed
-from tests.models.other_pipelines import OTHERS, Other, small_pictures
+from tests.models.other_pipelines import OTHERS, Other
 
 KEEP = 0.25
 each = pytest.mark.parametrize("other", OTHERS.values(), ids=list(OTHERS))
@@ -37,25 +38,39 @@ def seen_keys(other: Other, call: Call, kept: torch.Tensor) -> HiddenKeys:
     return HiddenKeys(known)
 
 
+@cache
+def dense_picture(name: str) -> np.ndarray:
+    return OTHERS[name].call(OTHERS[name].build(), steps=2)
+
+
+@cache
+@torch.no_grad()
+def first_call(name: str) -> Call:
+    """Of a run of one step."""
+    pipe = OTHERS[name].build()
+    with witnessed(pipe.transformer) as calls:
+        OTHERS[name].call(pipe, steps=1)
+    return calls[0]
+
+
 @each
 def test_the_pipeline_is_itself_with_every_token_and_after(other: Other) -> None:
-    pipe = other.build()
-    dense = other.call(pipe)
+    pipe, dense = other.build(), dense_picture(other.name)
     assert np.isfinite(dense).all()
-    assert not np.array_equal(dense, other.call(pipe, seed=7))
+    assert not np.array_equal(dense, other.call(pipe, steps=2, seed=7))
     with sra.patched(pipe, sra.SparseRef("mass", 1.0)) as handle:
-        assert np.array_equal(other.call(pipe), dense)
+        assert np.array_equal(other.call(pipe, steps=2), dense)
         layout = handle.record.layout
         assert layout.generation[1] == other.generation
         assert layout.generation[0] in (0, layout.reference_tokens)
         assert tuple(r.grid for r in layout.references) == other.references
     with sra.patched(pipe, sra.SparseRef("edges", KEEP)) as handle:
-        assert not np.array_equal(other.call(pipe), dense)
+        assert not np.array_equal(other.call(pipe, steps=2), dense)
         assert handle.record.steps[-1].kept == sum(round(KEEP * r.length) for r in layout.references)
         flops = handle.flops()
         assert flops is not None
         assert flops.sparse_tflop < flops.dense_tflop
-    assert np.array_equal(other.call(pipe), dense)
+    assert np.array_equal(other.call(pipe, steps=2), dense)
 
 
 @each
@@ -67,7 +82,7 @@ def test_dropping_is_the_dense_model_with_the_dropped_keys_masked(other: Other, 
     pipe = other.build()
     with sra.patched(pipe, sra.SparseRef(sra.FromFunction(noise), KEEP)) as handle:
         with witnessed(pipe.transformer) as calls:
-            other.call(pipe, steps=2, **(other.guided if guided else {}))
+            other.call(pipe, steps=1, **(other.guided if guided else {}))
         sizes = handle.record.layout.sizes
     kept = best(scores(sizes), sizes, KEEP)
     for call in calls:
@@ -89,12 +104,8 @@ FORMS: dict[str, Any] = {
 @torch.no_grad()
 def test_a_cached_call_with_the_arguments_of_the_full_one_gives_its_output(other: Other, form: str) -> None:
     """What was stored is what the full call computed, and all of it is read."""
-    pipe = other.build()
-    with witnessed(pipe.transformer) as calls:
-        other.call(pipe, steps=1)
-    given = calls[0].given
-    want = other.generated(pipe.transformer(**given)[0], other.generation)
-    model = pipe.transformer
+    given, model = first_call(other.name).given, other.build().transformer
+    want = other.generated(model(**given)[0], other.generation)
     if form == "tile" and not other.tiles:
         with sra.patched(model, sra.SparseRef("mass", KEEP, FORMS[form])) as handle:
             handle.begin(steps=3)
@@ -125,45 +136,39 @@ def test_references_leave_by_depth(other: Other) -> None:
     pictures = []
     for at in (0, last):
         with sra.patched(pipe, sra.SparseRef("grid", KEEP, from_block=at)) as handle:
-            pictures.append(other.call(pipe))
+            pictures.append(other.call(pipe, steps=2))
             assert {s.kept for s in handle.record.steps} == {handle.record.steps[0].kept}
     assert np.isfinite(pictures).all()
     assert not np.array_equal(*pictures)
     with sra.patched(pipe, sra.SparseRef("grid", 1.0, from_block=last)):
-        assert np.array_equal(other.call(pipe), other.call(other.build()))
+        assert np.array_equal(other.call(pipe, steps=2), dense_picture(other.name))
 
 
 @each
 def test_changed_tokens_are_placed(other: Other) -> None:
     """Merging by nothing, each token to itself, is the model itself; by four it is a quarter of the tokens."""
     pipe = other.build()
-    dense = other.call(pipe)
     with sra.patched(pipe, sra.SparseRef(sra.ToMe(), KEEP)) as handle:
-        assert not np.array_equal(other.call(pipe), dense)
+        assert not np.array_equal(other.call(pipe, steps=2), dense_picture(other.name))
         assert handle.record.steps[-1].kept == sum(round(KEEP * h * w) for h, w in other.references)
 
 
 @torch.no_grad()
 def test_flux3_references_alone_are_an_argument_that_may_be_missing() -> None:
-    other = OTHERS["flux3"]
-    pipe = other.build()
-    with witnessed(pipe.transformer) as calls, small_pictures():
-        other.call(pipe, steps=1)
-    given = calls[0].given | {"image_cond_hidden_states": None, "image_cond_ids": None}
-    want = pipe.transformer(**given)[0]
-    with sra.patched(pipe.transformer, sra.SparseRef("mass", KEEP)):
-        assert torch.equal(pipe.transformer(**given)[0], want)
+    given = first_call("flux3").given | {"image_cond_hidden_states": None, "image_cond_ids": None}
+    model = OTHERS["flux3"].build().transformer
+    want = model(**given)[0]
+    with sra.patched(model, sra.SparseRef("mass", KEEP)):
+        assert torch.equal(model(**given)[0], want)
 
 
 @torch.no_grad()
 @each
 def test_tokens_placed_at_their_own_cells_are_the_references(other: Other) -> None:
     """Whatever the units of a model's positions: the output is that of the call as it was."""
-    pipe = other.build()
-    with witnessed(pipe.transformer) as calls:
-        other.call(pipe, steps=1)
-    adapter = adapter_for(pipe.transformer)
-    given = adapter.bind(pipe.transformer, (), calls[0].given)
+    model = other.build().transformer
+    adapter = adapter_for(model)
+    given = adapter.bind(model, (), first_call(other.name).given)
     layout = adapter.layout(given, adapter.find(given))
     parts = reference_tokens(adapter, given, layout).split(layout.sizes, 1)
     cells = [torch.cartesian_prod(torch.arange(h), torch.arange(w)).float() for h, w in other.references]
@@ -176,12 +181,9 @@ def test_tokens_placed_at_their_own_cells_are_the_references(other: Other) -> No
 
 @torch.no_grad()
 def test_a_model_of_layers_must_be_told_of_them() -> None:
-    other = OTHERS["qwen layered"]
-    pipe = other.build()
-    with witnessed(pipe.transformer) as calls:
-        other.call(pipe, steps=1)
+    model = OTHERS["qwen layered"].build().transformer
     with (
-        sra.patched(pipe.transformer, sra.SparseRef("grid", KEEP)),
+        sra.patched(model, sra.SparseRef("grid", KEEP)),
         pytest.raises(sra.LayoutError, match=r"must be given additional_t_cond, got None"),
     ):
-        pipe.transformer(**calls[0].given | {"additional_t_cond": None})
+        model(**first_call("qwen layered").given | {"additional_t_cond": None})
