@@ -22,7 +22,6 @@ SETTINGS = {
     "ranked": sra.SparseRef("mass", sra.Linear(0.2, 0.6), execute=sra.Cache(refresh=sra.Every(2))),
     "tiles": sra.SparseRef("mass", 0.25, execute=sra.Cache(per="tile", tile=3, cell=3, refresh=sra.Every(2))),
 }
-BUILDS = DEEP | {"kontext": {"layers": 5, "single": 5}}
 ON = {"klein": "ranked", "kontext": "tiles", "qwen_edit_plus": "all read"}
 """One op answers all attention: graphs know nothing of the setting."""
 TWO = {"layers": 0, "single": 2}
@@ -32,13 +31,13 @@ TWO = {"layers": 0, "single": 2}
 @pytest.mark.parametrize(("name", "setting"), ON.items())
 def test_repeated_blocks(name: str, setting: str) -> None:
     case, backend = CASES[name], Counting()
-    plain, pipe = case.build(**BUILDS[name]), case.build(**BUILDS[name])
+    plain, pipe = case.build(**DEEP[name]), case.build(**DEEP[name])
     sra.patch(plain, SETTINGS[setting])
     case.call(pipe, steps=1)  # a pipeline's first call changes its parts
     pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
     before = state(pipe)
     handle = sra.patch(pipe, SETTINGS[setting])
-    blocks, seen = sum(BUILDS[name].values()), []
+    blocks, seen = sum(DEEP[name].values()), []
 
     def note(pipe: Any, step: int, timestep: Any, values: dict) -> dict:
         seen.append((backend.graphs, backend.calls))
