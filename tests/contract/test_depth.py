@@ -30,7 +30,7 @@ IN_FLIGHT = sra.SparseRef("mass", schedules.Linear(0.2, 0.8), profile="in_flight
 ALL = [sra.SparseRef("mass", 1.0, from_block=1), sra.SparseRef("mass", 1.0, profile="in_flight", profile_blocks=1)]
 CONFIGS = {"grid": GRID, "mass": MASS, "in flight": IN_FLIGHT}
 each_with_another = pytest.mark.parametrize(
-    ("case", "config"), zip(MODELS.values(), CONFIGS.values(), strict=True), ids=list(MODELS)
+    ("case", "config"), list(zip(MODELS.values(), CONFIGS.values(), strict=True)), ids=list(MODELS)
 )
 
 
@@ -117,7 +117,7 @@ def test_offload(case: Case, config: sra.SparseRef, offload: Callable[[Any], Non
 
 
 @pytest.mark.parametrize(
-    ("case", "config"), zip(MODELS.values(), (MASS, IN_FLIGHT, MASS), strict=True), ids=list(MODELS)
+    ("case", "config"), list(zip(MODELS.values(), (MASS, IN_FLIGHT, MASS), strict=True)), ids=list(MODELS)
 )
 def test_lora(case: Case, config: sra.SparseRef) -> None:
     plain = case.build()
