@@ -112,9 +112,9 @@ def test_two_pipelines_and_two_on_one_transformer() -> None:
         assert np.array_equal(CASE.call(one), wanted[0])
 
 
-@each
-@pytest.mark.parametrize("offload", [by_model, sequential])
-def test_through_offload(setting: sra.SparseRef, offload: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize(("name", "offload"), list(zip(SETTINGS, [by_model, sequential] * 2, strict=True)))
+def test_through_offload(name: str, offload: Callable[[Any], None]) -> None:
+    setting = SETTINGS[name]
     wanted = patched.picture(CASE, setting, references=2)
     pipe = CASE.build()
     offload(pipe)

@@ -1,4 +1,7 @@
-"""`torch.compile`: block by block without new graphs or breaks, as a whole after the patch, refused before it."""
+"""`torch.compile`: block by block without new graphs or breaks, as a whole refused before the patch.
+
+As a whole after it: `test_depth.test_compiled_as_a_whole_after_the_patch`.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ DEEP = {  # more blocks than that, so that a graph a block would be an error
     "kontext": {"layers": 5, "single": 5},
     "qwen_edit_plus": {"layers": 5},
 }
+ONE = {"layers": 0, "single": 1}
 VARYING, FROM = schedules.Linear(0.1, 0.9), 2
 SETTINGS = {
     "mass": sra.SparseRef("mass", VARYING),
@@ -104,28 +108,9 @@ def function(pipe: Any, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("compile_", [method, function])
-def test_compiled_as_a_whole_after_the_patch(compile_: Callable[..., None]) -> None:
-    """The compiler steps around the hooks; it traced into them and failed at the profiling step."""
-    case = CASES["klein"]
-    dense = case.call(case.build(layers=0, single=1))
-    plain = case.build(layers=0, single=1)
-    expected = sra.patch(plain, MASS)
-    wanted = case.call(plain)
-    pipe = case.build(layers=0, single=1)
-    handle = sra.patch(pipe, MASS)
-    backend = Counting()
-    compile_(pipe, backend=backend)
-    np.testing.assert_allclose(case.call(pipe), wanted, atol=1e-5)
-    assert steps(handle) == steps(expected)
-    assert backend.calls > 0
-    handle.remove()
-    np.testing.assert_allclose(case.call(pipe), dense, atol=1e-5)
-
-
-@pytest.mark.parametrize("compile_", [method, function])
 def test_one_graph_as_a_whole_is_refused_by_the_compiler(compile_: Callable[..., None]) -> None:
     case = CASES["klein"]
-    pipe = case.build(layers=0, single=1)
+    pipe = case.build(**ONE)
     handle = sra.patch(pipe, MASS)
     compile_(pipe, backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile_repeated_blocks"):
@@ -136,7 +121,7 @@ def test_one_graph_as_a_whole_is_refused_by_the_compiler(compile_: Callable[...,
 @pytest.mark.parametrize("compile_", [method, function])
 def test_compiled_as_a_whole_before_the_patch_is_refused(compile_: Callable[..., None]) -> None:
     """torch would never call the hooks: nothing would be dropped, and nobody told."""
-    pipe = CASES["klein"].build(layers=0, single=1)
+    pipe = CASES["klein"].build(**ONE)
     compile_(pipe, backend="eager")
     for model in (pipe, pipe.transformer):
         with pytest.raises(
@@ -149,11 +134,11 @@ def test_compiled_as_a_whole_before_the_patch_is_refused(compile_: Callable[...,
 
 def test_blocks_compiled_before_the_patch() -> None:
     case, backend = CASES["klein"], Counting()
-    plain = case.build(layers=0, single=1)
+    plain = case.build(**ONE)
     sra.patch(plain, MASS)
-    pipe = case.build(layers=0, single=1)
+    pipe = case.build(**ONE)
     pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
-    case.call(pipe)
+    case.call(pipe, steps=1)
     handle = sra.patch(pipe, MASS)
     np.testing.assert_allclose(case.call(pipe), case.call(plain), atol=1e-5)
     assert kinds(handle) == ["profile", "sparse", "sparse"]

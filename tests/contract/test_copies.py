@@ -52,8 +52,11 @@ def saved(model: Any) -> Any:
     return torch.load(file, weights_only=False)
 
 
-@cases
-@pytest.mark.parametrize("make", [deep, pickled, saved])
+@pytest.mark.parametrize(
+    ("case", "make"),
+    [(CASES["kontext"], deep), (CASES["klein"], pickled), (CASES["qwen_edit_plus"], saved)],
+    ids=["deep", "pickled", "saved"],
+)
 def test_copies_of_the_models_are_clean(case: Case, make: Any) -> None:
     pipe, plain, dense = case.build(), case.build(), case.dense()
     handle = sra.patch(pipe, EDGES)

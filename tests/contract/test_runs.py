@@ -21,7 +21,11 @@ KLEIN = CASES["klein"]
 
 @pytest.mark.parametrize(
     ("case", "cfg"),
-    [pytest.param(case, cfg, id=f"{case.name}-{cfg}") for case in CASES.values() for cfg in sorted({False, case.cfg})],
+    [
+        pytest.param(case, cfg, id=f"{case.name}-{cfg}")
+        for case in CASES.values()
+        for cfg in sorted({case.cfg and case.name not in ("kontext", "klein", "qwen_edit_plus"), case.cfg})
+    ],
 )
 def test_no_reference_of_the_last_image(case: Case, cfg: bool) -> None:
     config = sra.SparseRef(sra.Edges() if case.name == "klein" else "mass", 0.3)
@@ -114,11 +118,11 @@ def test_nothing_grows() -> None:
     for i in range(4):
         KLEIN.call(pipe, steps=2, side=64, first=i)
     before = alive()
-    for i in range(40):
+    for i in range(20):
         KLEIN.call(pipe, steps=2, side=64, first=i, references=1)
     after = alive()
     assert after[0] <= before[0]
-    assert after[1] <= before[1] + 40  # not an object a run
+    assert after[1] <= before[1] + 20  # not an object a run
     assert kinds(handle) == ["profile", "sparse"]
 
 

@@ -123,8 +123,9 @@ def gradients(case: Case, config: sra.SparseRef, checkpointing: bool, removed: b
     return found, handle
 
 
-@cases
-@pytest.mark.parametrize("config", [GRID, MASS], ids=["grid", "mass"])
+@pytest.mark.parametrize(
+    ("case", "config"), list(zip(MODELS.values(), (MASS, GRID, MASS), strict=True)), ids=list(MODELS)
+)
 def test_gradient_checkpointing(case: Case, config: sra.SparseRef) -> None:
     """Blocks run again in the backward pass, when the hooks have left and the patch may be off."""
     wanted, handle = gradients(case, config, checkpointing=False, removed=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import cycle
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,8 +17,13 @@ from tests.pipelines import CASES
 from tests.training.batches import Batch, build, gradients, lora, rows_of
 from tests.training.test_patching import EACH, HALF, assert_close
 
-models = pytest.mark.parametrize("name", ["kontext", "klein", "flux2"])
+MODELS = ("kontext", "klein", "flux2")
 TEXT = 7
+
+
+def in_turn(masks: Iterable[str]) -> pytest.MarkDecorator:
+    """Each mask with one of the models, which say in the same way what theirs is."""
+    return pytest.mark.parametrize(("mask", "name"), list(zip(masks, cycle(MODELS), strict=False)))
 
 
 def masked(batch: Batch, mask: Tensor) -> Batch:
@@ -48,9 +56,8 @@ def gradients_by_hand(
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-@models
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_one_draw_for_the_batch(name: str, mask: str) -> None:
+@in_turn(MASKS)
+def test_one_draw_for_the_batch(mask: str, name: str) -> None:
     model, (batch, whole) = lora(build(name)), made(name, mask)
     dense = gradients(model, batch)
     handle = sra.patch_for_training(model, HALF)
@@ -61,10 +68,9 @@ def test_one_draw_for_the_batch(name: str, mask: str) -> None:
     assert any(not torch.allclose(got[key], dense[key], rtol=1e-2) for key in got)
 
 
-@models
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("mask", KEYS, ids=str)
-def test_each_items_own_draw(name: str, mask: str, checkpointing: bool) -> None:
+@in_turn(KEYS)
+def test_each_items_own_draw(mask: str, name: str, checkpointing: bool) -> None:
     model, (batch, whole) = lora(build(name)), made(name, mask)
     if checkpointing:
         model.enable_gradient_checkpointing()
@@ -76,9 +82,8 @@ def test_each_items_own_draw(name: str, mask: str, checkpointing: bool) -> None:
     assert_close(got, gradients_by_hand(model, batch, whole, kept))
 
 
-@models
-@pytest.mark.parametrize("mask", BETWEEN, ids=str)
-def test_items_with_their_own_draws_have_masks_of_keys(name: str, mask: str) -> None:
+@in_turn(BETWEEN)
+def test_items_with_their_own_draws_have_masks_of_keys(mask: str, name: str) -> None:
     """The kernel of ragged items has no other: refused in words, and nothing is drawn."""
     model, (batch, _) = lora(build(name)), made(name, mask)
     plain = Batch(name)

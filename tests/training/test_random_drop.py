@@ -13,7 +13,7 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.training.draws import _generator
 from tests.pictures import generator
 
-DRAWS = 4000
+DRAWS = 1500
 LOW, HIGH = 0.1, 0.8
 CDF: dict[str, Callable[..., object]] = {  # of scipy's own
     "uniform": stats.uniform(LOW, HIGH - LOW).cdf,

@@ -101,10 +101,15 @@ def compiler() -> Iterator[None]:
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(  # the blocks of flux2 are Klein's
-    ("name", "first"),
-    [("kontext", "compile"), ("klein", "patch"), ("qwen_edit_plus", "patch"), ("qwen_edit_plus_2511", "compile")],
+    ("name", "first", "dynamic"),
+    [
+        ("kontext", "compile", None),
+        ("klein", "patch", None),
+        ("qwen_edit_plus", "patch", None),
+        ("qwen_edit_plus_2511", "compile", True),
+    ],
 )
-def test_compiled_blocks(name: str, first: str) -> None:
+def test_compiled_blocks(name: str, first: str, dynamic: bool | None) -> None:
     """Lengths that change at every step compile once more, for any length, and then never again."""
     batches = [Batch(name, seed=seed) for seed in range(6)]
     depth = {"layers": 0, "single": 2} if name == "klein" else {"layers": 1, "single": 1}
@@ -119,10 +124,10 @@ def test_compiled_blocks(name: str, first: str) -> None:
 
     batch_of: list[int] = []
     if first == "compile":
-        model.compile_repeated_blocks(fullgraph=True, backend=backend)
+        model.compile_repeated_blocks(fullgraph=True, dynamic=dynamic, backend=backend)
     handle = sra.patch_for_training(model, SHARED)
     if first == "patch":
-        model.compile_repeated_blocks(fullgraph=True, backend=backend)
+        model.compile_repeated_blocks(fullgraph=True, dynamic=dynamic, backend=backend)
     model.zero_grad()
     counts = set()
     for batch in batches:
