@@ -39,12 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     trace, command = False, "sra"
     try:
         line = parser()
-        options = line.parse(argv)
+        try:
+            options = line.parse(argv)
+        finally:
+            sys.stdout.flush()  # --help and --version end there
         if options.run is None:
-            line.print_help()
-            return 0
-        trace, command = options.traceback, options.parser.prog
-        code = options.run(options)
+            code = line.print_help()
+        else:
+            trace, command = options.traceback, options.parser.prog
+            code = options.run(options)
         sys.stdout.flush()
         return code or 0
     except BrokenPipeError:

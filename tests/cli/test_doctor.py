@@ -117,16 +117,18 @@ def test_doctor_names_the_backend_that_auto_takes_and_why_others_cannot() -> Non
         assert all("NVIDIA" in why for why in data["flash_packages"].values())
 
 
-def into_a_closed_pipe() -> int:
+def into_a_closed_pipe(command: list[str]) -> int:
     """What a process of its own does."""
     read, write = os.pipe()
     os.close(read)
     os.dup2(write, sys.stdout.fileno())
-    return main(["doctor"])
+    sys.stdout = open(write, "w")  # buffered, whatever the environment says
+    return main(command)
 
 
-def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
-    process = programs.start(into_a_closed_pipe, log=tmp_path / "log")
+@pytest.mark.parametrize("command", [["doctor"], [], ["--help"], ["--version"], ["demo", "--help"]], ids=" ".join)
+def test_a_reader_that_goes_away_is_no_traceback(command: list[str], tmp_path: Path) -> None:
+    process = programs.start(into_a_closed_pipe, command, log=tmp_path / "log")
     process.join()
     assert (process.exitcode, (tmp_path / "log").read_text()) == (1, "")
 
