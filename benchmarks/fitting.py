@@ -24,8 +24,9 @@ def fitting() -> str:
     header = ["model", "references", "weights", "activations, all tokens", "activations, 25 % kept"]
     header += ["stored K and V, all tokens", "card, dropping", "card, storing all"]
     lines = [f"| {' | '.join(header)} |", "|---|" + "--:|" * (len(header) - 1)]
+    models = {name: named_model(name) for name in dict(CALLS)}
     for name, count in CALLS:
-        found = sra.estimate(named_model(name), 0.25, references=[(1024, 1024)] * count, steps=28).memory
+        found = sra.estimate(models[name], 0.25, references=[(1024, 1024)] * count, steps=28).memory
         dense, sparse = found.dense, found.sparse_step
         sizes = [dense.parameters, dense.activations, sparse.activations, found.dense_reference_kv]
         cells = [NAMES[name], str(count), *(f"{size / 1e9:.1f}" for size in sizes)]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from sparse_ref_attn import estimate
 from sparse_ref_attn.candidates import CANDIDATES, DENSE
+from sparse_ref_attn.eval.settings import Setting
 from sparse_ref_attn.frontier import Loss, loss_of, read_points
-from sparse_ref_attn.models import named_model
 from sparse_ref_attn.presets import CHOSEN
 from sparse_ref_attn.vocabulary import DEFAULT_PRESET
 
@@ -34,8 +33,7 @@ def presets() -> str:
 
 
 def _ratio(key: str, model: str, references: int) -> float:
-    sizes = [(1024, 1024)] * references
-    return estimate(named_model(model), CANDIDATES[key], references=sizes, steps=STEPS).flop_ratio
+    return Setting(config=CANDIDATES[key]).flop_ratio(STEPS, model, references)
 
 
 def _line(name: str, computed: str, ratios: list[float], loss: Loss | None) -> str:

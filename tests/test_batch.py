@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 import sparse_ref_attn as sra
 from tests.contract.state import GRID, MASS, kinds, state
 from tests.contract.test_offload import by_model, sequential
-from tests.pairwise import pairwise
 from tests.pictures import generator
 from tests.pipeline_arguments import PROMPTS, Request
 from tests.pipelines import CASES, Case, small_pictures
@@ -81,7 +80,24 @@ def assert_close(got: list[np.ndarray], want: list[np.ndarray]) -> None:
         np.testing.assert_allclose(mine, alone, rtol=0, atol=2e-5)
 
 
-@pairwise(case=CASES, config={"dense": KEEP_ALL, "grid": GRID, "mass": MASS}, cfg={"plain": False, "guided": True})
+@cache
+def as_built(name: str) -> tuple[list[np.ndarray], np.ndarray]:
+    """Pictures of the items one by one, and of a dense call, by a pipeline as it is built."""
+    case = CASES[name]
+    pipe = case.build()
+    return Items(case, pipe).alone(MASS)[0], case.call(pipe, steps=2)
+
+
+def combinations() -> Iterator[Any]:
+    """Each case with attention mass, which measures with all tokens, and with another setting; one of them guided."""
+    for i, case in enumerate(CASES.values()):
+        name, other = (("dense", KEEP_ALL), ("grid", GRID))[i % 2]
+        guided = i // 2 % 2 == 0
+        yield pytest.param(case, MASS, guided, id=f"{case.name}-mass-{'guided' if guided else 'plain'}")
+        yield pytest.param(case, other, not guided, id=f"{case.name}-{name}-{'plain' if guided else 'guided'}")
+
+
+@pytest.mark.parametrize(("case", "config", "cfg"), combinations())
 def test_each_item_is_what_it_is_alone(case: Case, config: sra.SparseRef, cfg: bool) -> None:
     pipe = case.build()
     items = Items(case, pipe, cfg=cfg and case.cfg)
@@ -201,7 +217,7 @@ def test_a_batch_of_one_is_the_call_itself() -> None:
     case = CASES["qwen_edit_plus"]
     pipe = case.build()
     items = Items(case, pipe)
-    want, _ = items.alone(MASS)
+    want, _ = as_built(case.name)
     with small_pictures():
         done = sra.batch(
             pipe, items.prompts[:1], items.images[:1], config=MASS, generators=[generator(0)], each=items.each[:1],
@@ -223,34 +239,27 @@ def test_pixels_are_each_items_own() -> None:
     assert [tuple(h.record.pixels[0].shape[2:]) for h in done.handles[::2]] == [(32, 48), (32, 32)]
 
 
-@pytest.mark.parametrize("config", [GRID, MASS])
 @pytest.mark.parametrize("name", ["kontext", "klein"])
-def test_a_patch_on_the_pipeline_lends_its_settings_and_rests(name: str, config: sra.SparseRef) -> None:
+def test_a_patch_on_the_pipeline_lends_its_settings_and_rests(name: str) -> None:
     case = CASES[name]
     pipe = case.build()
     items = Items(case, pipe)
-    want, _ = items.alone(config)
-    handle = sra.patch(pipe, config)
+    want, _ = as_built(name)
+    handle = sra.patch(pipe, MASS)
     image = case.call(pipe, steps=2)
     steps = record(handle)
     done = items.together(None)
     assert_close(done.images, want)
-    assert done.handles[0].config is config
+    assert done.handles[0].config is MASS
     assert record(handle) == steps
     assert np.array_equal(case.call(pipe, steps=2), image)
     handle.remove()
 
 
-@cache
-def as_built(name: str) -> tuple[list[np.ndarray], np.ndarray]:
-    """Pictures of the items one by one, and of a dense call, by a pipeline as it is built."""
-    case = CASES[name]
-    pipe = case.build()
-    return Items(case, pipe).alone(MASS)[0], case.call(pipe, steps=2)
-
-
-@pytest.mark.parametrize("name", ["kontext", "klein", "klein_kv", "qwen_edit_plus"])
-@pytest.mark.parametrize("offload", [by_model, sequential])
+@pytest.mark.parametrize(
+    ("offload", "name"),
+    [(by_model, "kontext"), (by_model, "klein_kv"), (sequential, "klein"), (sequential, "qwen_edit_plus")],
+)
 def test_through_offload(name: str, offload: Callable[[Any], None]) -> None:
     case = CASES[name]
     want, dense = as_built(name)

@@ -71,10 +71,19 @@ def test_scaling(name: str, column: str):
 
 
 def test_pictures_of_the_committed_rows(tmp_path: Path):
-    assert main(["plots", "--out", str(tmp_path)]) == 0
-    written = {path.name for path in tmp_path.iterdir()}
-    assert {"pipeline_cpu_kept.png", "cache_cpu_kept.png", "cache_cpu_cache_memory.png"} <= written
-    for path in tmp_path.iterdir():
+    """All are drawn, and those of the first two calls of each file are written."""
+    drawn = set()
+    for stem in plots.STEMS:
+        rows = plots.latest(results.known(results.RESULTS / f"{stem}_cpu.csv"))
+        drawn |= {f"{stem}_cpu_{name}.png" for name in plots.PLOTS if rows and plots.draw(rows, name) is not None}
+        calls = list(dict.fromkeys((row["model"], row["references"], row["side"], row["batch"]) for row in rows))[:2]
+        few = [row for row in rows if (row["model"], row["references"], row["side"], row["batch"]) in calls]
+        results.append(few, tmp_path / "rows" / f"{stem}_cpu.csv")
+    assert {"pipeline_cpu_kept.png", "cache_cpu_kept.png", "cache_cpu_cache_memory.png"} <= drawn
+    assert main(["plots", "--results", str(tmp_path / "rows"), "--out", str(tmp_path / "out")]) == 0
+    written = list((tmp_path / "out").iterdir())
+    assert {path.name for path in written} <= drawn
+    for path in written:
         with PIL.Image.open(path) as picture:
             assert min(picture.size) > 300
             assert len(picture.convert("L").getcolors(256)) > 20, path.name

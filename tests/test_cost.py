@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import copy
 import weakref
 from dataclasses import replace
+from functools import cache
 
 import diffusers
 import pytest
@@ -47,7 +47,9 @@ KLEIN_9B = KLEIN | {"num_layers": 8, "num_single_layers": 24, "num_attention_hea
 KLEIN_4B = KLEIN | {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
 
 
+@cache
 def build(cls, **config):
+    """To be called and asked, not changed."""
     with torch.device("meta"):
         return cls(**config).to(BF16).eval()
 
@@ -173,15 +175,15 @@ def test_flux2_at_real_size(config, billions):
 
 
 def test_klein_kv_extract_and_cached_steps():
-    model = with_kv_processors(build(diffusers.Flux2Transformer2DModel, **KLEIN_9B | SHALLOW))
+    model = with_kv_processors(copy.deepcopy(build(diffusers.Flux2Transformer2DModel, **KLEIN_9B | SHALLOW)))
     shape = ModelShape.from_module(model, FLUX2_STREAMS)
-    for tokens in (
-        StepTokens(512, 4096, 4096, split=True),
-        StepTokens(512, 4096, 1024, split=True),
-        StepTokens(512, 4096, 0, cached=4096),
+    for tokens, batch in (
+        (StepTokens(512, 4096, 4096, split=True), 1),
+        (StepTokens(512, 4096, 1024, split=True), 2),
+        (StepTokens(512, 4096, 0, cached=4096), 1),
+        (StepTokens(512, 4096, 0, cached=4096), 2),
     ):
-        for batch in (1, 2):
-            assert step_flops(shape, tokens, batch) == counted(call_flux2, model, tokens, batch)
+        assert step_flops(shape, tokens, batch) == counted(call_flux2, model, tokens, batch)
 
 
 @pytest.mark.parametrize("zero_cond_t", [False, True])
@@ -329,11 +331,3 @@ def test_activations_are_estimated_within_15_percent(cls, config, streams, call,
         call(model, tokens)
     estimate = step_memory(ModelShape.from_module(model, streams), tokens).activations
     assert estimate == pytest.approx(memory.peak, rel=0.15)
-
-
-def test_costs_and_stream_maps_need_no_diffusers():
-    code = (
-        "import sys, sparse_ref_attn.cost, sparse_ref_attn.schedules, sparse_ref_attn.models; "
-        "assert 'diffusers' not in sys.modules and 'PIL' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

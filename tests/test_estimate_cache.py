@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.estimation import estimate
 from sparse_ref_attn.models import named_model
+
+published = cache(named_model)
 
 
 @pytest.mark.parametrize(
@@ -16,7 +20,7 @@ from sparse_ref_attn.models import named_model
 def test_klein_with_four_references(execute, keep, ratio):
     """Against plain Klein. The extract step's references look at themselves alone, which a joint step's do not."""
     e = estimate(
-        named_model("klein-9b-kv"), references=[(1024, 1024)] * 4, steps=4, config=sra.SparseRef("edges", keep, execute)
+        published("klein-9b-kv"), references=[(1024, 1024)] * 4, steps=4, config=sra.SparseRef("edges", keep, execute)
     )
     assert e.flop_ratio == pytest.approx(ratio, abs=0.005)
     kept = 4 * round(4096 * keep)
@@ -33,7 +37,7 @@ def test_klein_with_four_references(execute, keep, ratio):
 
 
 def test_layers_and_rankings_made_again_are_counted():
-    model, call = named_model("klein-9b-kv"), {"references": [(1024, 1024)], "steps": 9}
+    model, call = published("klein-9b-kv"), {"references": [(1024, 1024)], "steps": 9}
     halves = sra.SparseRef("edges", 0.5, "both", layers=(0.5,) * 16 + (1.0,) * 16)
     whole, half = (estimate(model, config=c, **call) for c in (sra.SparseRef("edges", 0.5, "both"), halves))
     saved = 8 * 4 * 16 * 32 * 128 * 4608 * 1024  # steps, two products, layers, width, queries, keys not read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import cache
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from sparse_ref_attn.patching.execution.depth import truncate
 from sparse_ref_attn.types import Reference, TokenLayout
 
 ONE = [(1024, 1024)]
+published = cache(named_model)
 
 
 def empty(*shape):
@@ -103,7 +105,7 @@ def counted(function, *args):
     ],
 )  # fmt: skip
 def test_a_whole_run_is_within_one_percent_of_the_flop_counter(name):
-    model = named_model(name)
+    model = published(name)
     e = estimate(model, "recast", references=[(1024, 1024), (768, 1024)], steps=3, text_tokens=300)
     steps = [counted(call, name, model, 300, 4096, kept) for kept in e.tokens]
     assert e.kinds == ("profile", "sparse", "sparse")
@@ -139,7 +141,7 @@ def call_by_depth(name, model, kept, first):
     ("name", "first"), [("kontext", 30), ("klein-9b", 3), ("qwen-image-edit-2511", 20), ("flux3", 9)]
 )
 def test_leaving_by_depth_is_within_one_percent_of_the_flop_counter(name, first):
-    model = named_model(name)
+    model = published(name)
     given = {"references": ONE, "steps": 3, "text_tokens": 300}
     dense, by_depth = counted(call, name, model, 300, 4096, 4096), counted(call_by_depth, name, model, 1024, first)
     at_input = counted(call, name, model, 300, 4096, 1024)

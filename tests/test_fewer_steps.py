@@ -18,11 +18,12 @@ from sparse_ref_attn.eval.models import EvalModel
 from sparse_ref_attn.eval.rows import Rows
 from sparse_ref_attn.toy.pipeline import TRAINED
 from sparse_ref_attn.toy.textures import KINDS
+from tests.small_model import looking_transformer
 
 
-def measured(tmp_path, transformer):
+def measured(tmp_path, transformer, seeds):
     generator = Generator(EvalModel("dense", str(transformer), steps=2))
-    STUDY.measure(tmp_path / "fewer_steps.csv", {"dense": generator}, 1, 2)
+    STUDY.measure(tmp_path / "fewer_steps.csv", {"dense": generator}, 1, seeds)
     with (tmp_path / "fewer_steps.csv").open() as file:
         return generator, list(csv.DictReader(file))
 
@@ -35,17 +36,15 @@ def two(monkeypatch):
 
 @pytest.fixture
 def knowing(tmp_path):
-    """The shipped weights in a folder that says that they know open scenery."""
+    """Weights in a folder that says that they know open scenery."""
     folder = tmp_path / "transformer"
-    folder.mkdir()
-    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-        (folder / name).symlink_to(f"{TRAINED}/{name}")
+    looking_transformer().save_pretrained(folder)
     (folder / "sparse_ref_attn.json").write_text(json.dumps({"open_scenery": 0.5}))
     return folder
 
 
 def test_rows_are_what_the_pipeline_draws(tmp_path, two, knowing):
-    generator, rows = measured(tmp_path, knowing)
+    generator, rows = measured(tmp_path, knowing, 2)
     assert {(row["task"], row["steps"], row["seed"]) for row in rows} == {
         (task, steps, seed)
         for task in ("place", "pair", "swap", "open", "open-pair") for steps in "12" for seed in "01"
@@ -69,7 +68,7 @@ def test_rows_are_what_the_pipeline_draws(tmp_path, two, knowing):
 
 
 def test_weights_that_do_not_know_open_scenery_are_not_asked(tmp_path, two):
-    _, rows = measured(tmp_path, TRAINED)
+    _, rows = measured(tmp_path, TRAINED, 1)
     assert {row["task"] for row in rows} == {"place", "pair", "swap"}
 
 

@@ -29,29 +29,35 @@ HEAVY = [
 ]
 
 
-def loaded_by(statements: str) -> dict[str, object]:
-    """Run `statements` in a fresh interpreter; which heavy modules it loaded, and whether CUDA was initialised."""
+def loaded_by(*statements: str) -> list[dict[str, object]]:
+    """Run `statements` in a fresh interpreter; after each, which heavy modules there are, and whether CUDA is."""
     code = f"""
 import json, sys
-{statements}
-torch = sys.modules.get("torch")
-print(json.dumps({{
-    "heavy": [name for name in {HEAVY!r} if name in sys.modules],
-    "cuda": torch is not None and torch.cuda.is_initialized(),
-}}))
+found = []
+for statement in {statements!r}:
+    exec(statement)
+    torch = sys.modules.get("torch")
+    found.append({{
+        "heavy": [name for name in {HEAVY!r} if name in sys.modules],
+        "cuda": torch is not None and torch.cuda.is_initialized(),
+    }})
+print(json.dumps(found))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     return json.loads(run.stdout.splitlines()[-1])
 
 
 def test_import_is_lean() -> None:
-    assert loaded_by("import sparse_ref_attn") == {"heavy": [], "cuda": False}
-
-
-def test_public_names_load_neither_diffusers_nor_kernels() -> None:
-    bare = loaded_by("import torch")
-    every = loaded_by("import sparse_ref_attn as sra\nfor name in sra.__all__: getattr(sra, name)")
+    """No public name loads diffusers or kernels, nor do costs and the models' stream maps."""
+    lean, bare, every, costs = loaded_by(
+        "import sparse_ref_attn as sra",
+        "import torch",
+        "for name in sra.__all__: getattr(sra, name)",
+        "import sparse_ref_attn.cost, sparse_ref_attn.schedules, sparse_ref_attn.models",
+    )
+    assert lean == {"heavy": [], "cuda": False}
     assert every == bare
+    assert costs == bare
 
 
 def test_public_names_resolve_and_are_listed() -> None:

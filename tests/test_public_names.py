@@ -51,10 +51,17 @@ except (sra.ConfigError, sra.errors.SparseRefError):
     pass
 """
 
+# Whatever comes from there is Any, so that a public type which needed one of them would be found out.
+UNREAD = ("matplotlib", *(f"torch.{part}" for part in (
+    "_dynamo", "_export", "_functorch", "_inductor", "ao", "distributed", "export", "fx", "onnx",
+)))  # fmt: skip
+CONFIG = f"[mypy]\nstrict = true\n[mypy-{','.join(f'{name}.*' for name in UNREAD)}]\nfollow_imports = skip\n"
+
 
 def mypy(script: Path, cache: Path) -> list[str]:
     """What ``mypy --strict`` prints of a script that stands apart from the package, so that ``py.typed`` is needed."""
-    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", "--cache-dir", str(cache), script.name]
+    script.with_name("mypy.ini").write_text(CONFIG)
+    command = [sys.executable, "-m", "mypy", "--no-error-summary", "--cache-dir", str(cache), script.name]
     environment = {**os.environ, "PYTHONPATH": str(Path(sra.__path__[0]).parent)}
     run = subprocess.run(
         command, cwd=script.parent, env=environment, capture_output=True, text=True, timeout=580, check=False
@@ -65,7 +72,7 @@ def mypy(script: Path, cache: Path) -> list[str]:
 
 @pytest.mark.early
 def test_a_type_checker_knows_every_public_name(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    """One run for both halves: mypy reads all of torch, once, into pytest's own cache."""
+    """One run for both halves: mypy reads most of torch, once, into pytest's own cache."""
     lines = SCRIPT.splitlines()
     names = [name for name in sra.__all__ if name not in PUBLIC_MODULES]
     script = tmp_path / "script.py"
@@ -151,14 +158,11 @@ def missing_names(text: str) -> list[str]:
 
 
 def test_every_dotted_name_of_the_documentation_exists() -> None:
+    """Those that are nowhere are found out in the midst of it."""
     text = documentation()
     assert text.count("sra.") > 50
     assert "sra.config.UniformGuard" in text
-    assert missing_names(text) == []
-
-
-def test_a_dotted_name_that_is_nowhere_is_found_out() -> None:
     wrong = ["sparse_ref_attn.toy.word", "sra.adapters.patch", "sra.config.Guard", "sra.pach"]
     right = "sra.patch(pipe) sra.config.UniformGuard sparse_ref_attn.toy.words `types.TokenLayout`"
-    missing = missing_names(f"{right} {' '.join(wrong)} `types.X` [sra.h] `eval.json`")
+    missing = missing_names(f"{text} {right} {' '.join(wrong)} `types.X` [sra.h] `eval.json`")
     assert sorted(missing) == sorted([*wrong, "sparse_ref_attn.types.X"])

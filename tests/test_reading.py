@@ -68,17 +68,17 @@ def answers(generator, setting, arguments):
 
 
 def same_call(generator, setting):
-    """The dense generation rows of a first call, and those of further calls with the very same arguments."""
-    dense, *later = answers(generator, setting, [calls(generator, PAIR)[2]] * STEPS)
+    """The dense generation rows of a first call, and those of calls with the very same arguments until all is read."""
+    dense, *later = answers(generator, setting, [calls(generator, PAIR)[2]] * min(STEPS, setting.at[-1] + 2))
     return dense, later
 
 
-@pytest.mark.parametrize("question", [PLACE, PAIR])
-def test_reference_rows_at_every_step_are_the_dense_picture(generator, question):
-    dense = generator.picture(question, 0)
-    assert np.array_equal(picture(generator, question, Reading(EVERY)), dense)
-    assert not np.array_equal(picture(generator, question, Reading((0,))), dense)
-    assert np.array_equal(generator.picture(question, 0), dense)
+def test_reference_rows_at_every_step_are_the_dense_picture(generator):
+    for question in (PLACE, PAIR):
+        dense = generator.picture(question, 0)
+        assert np.array_equal(picture(generator, question, Reading(EVERY)), dense)
+    assert not np.array_equal(picture(generator, PAIR, Reading((0,))), dense)
+    assert np.array_equal(generator.picture(PAIR, 0), dense)
 
 
 @pytest.mark.parametrize(
@@ -123,20 +123,21 @@ def test_rows_by_turns_become_those_of_the_new_step(generator):
     assert not torch.allclose(first, dense, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("per", ["run", "layer", "tile"])
-@pytest.mark.parametrize(("share", "cell"), [(1.0, 0), (1.0, 4), (0.125, 1)])
+@pytest.mark.parametrize(
+    ("per", "share", "cell"),
+    [("run", 1.0, 0), ("layer", 1.0, 4), ("tile", 1.0, 4), ("run", 0.125, 1), ("layer", 0.125, 1), ("tile", 0.125, 1)],
+)
 def test_all_tokens_and_means_of_one_token_are_everything(generator, per, share, cell):
     found = picture(generator, PLACE, Reading(SOME, per, share, 2, cell))
     assert np.allclose(found, everything(generator), atol=1e-4)
 
 
-@pytest.mark.parametrize("cell", [2, 4])
-def test_means_bring_the_picture_nearer(generator, cell):
+def test_means_bring_the_picture_nearer(generator):
     all_read = everything(generator)
-    without, with_means = (
-        np.square(picture(generator, PLACE, Reading(SOME, "tile", 1 / 16, 4, n)) - all_read).mean() for n in (0, cell)
+    without, *with_means = (
+        np.square(picture(generator, PLACE, Reading(SOME, "tile", 1 / 16, 4, n)) - all_read).mean() for n in (0, 2, 4)
     )
-    assert with_means < without / 2
+    assert max(with_means) < without / 2
 
 
 @cache
@@ -202,9 +203,14 @@ def test_quarters_by_turns_are_all_rows_and_the_kept_are_the_best():
 
 
 @pytest.mark.parametrize(
-    "setting", [Reading((0,)), Reading(SOME), Reading(SOME, full="rolling"), Reading(EVERY, full="rolling", part=0.5)]
+    ("question", "setting"),
+    [
+        (PAIR, Reading((0,))),
+        (PLACE, Reading(SOME)),
+        (PAIR, Reading(SOME, full="rolling")),
+        (PLACE, Reading(EVERY, full="rolling", part=0.5)),
+    ],
 )
-@pytest.mark.parametrize("question", [PLACE, PAIR])
 def test_work_is_that_of_the_operations(generator, question, setting):
     _, executed = caches._executed(generator, lambda: picture(generator, question, setting))
     references = 256 * len(question.example.references)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,7 @@ def generator():
         yield Generator(EvalModel("dense", TRAINED, steps=3))
 
 
+@cache
 def picture(generator, way):
     run = PointsRun(generator, READING, WAYS[way])
     with stored(generator.pipe.transformer, generator.adapter, READING, run):

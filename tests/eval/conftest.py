@@ -15,5 +15,5 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pixels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests of a comparison that are not of its metrics."""
+    """For tests of a comparison that are not of its metrics or plots."""
     compare_pixels(monkeypatch)

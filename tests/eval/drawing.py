@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from sparse_ref_attn.cli import comparing, main
-from sparse_ref_attn.eval import tables
+from sparse_ref_attn.eval import page, tables
 from sparse_ref_attn.eval.metrics import Psnr, Ssim
 
-__all__ = ["compare_pixels", "draw_only", "main_undrawn"]
+__all__ = ["compare_pixels", "draw_only", "leave_page_undrawn", "main_undrawn"]
 
 
 def draw_only(patch: pytest.MonkeyPatch, *metrics: str) -> None:
@@ -24,9 +24,15 @@ def draw_only(patch: pytest.MonkeyPatch, *metrics: str) -> None:
     patch.setattr(tables, "grid_plot", plot)
 
 
+def leave_page_undrawn(patch: pytest.MonkeyPatch) -> None:
+    """From here on a comparison's page has no plots."""
+    patch.setattr(page, "quality_plot", lambda rows, metric, over: "")
+
+
 def compare_pixels(patch: pytest.MonkeyPatch) -> None:
-    """From here on a comparison measures and draws PSNR and SSIM alone."""
+    """From here on a comparison measures PSNR and SSIM alone, and its page has no plots."""
     patch.setattr(comparing, "_metrics", lambda options: [Psnr(), Ssim()])
+    leave_page_undrawn(patch)
 
 
 def main_undrawn(arguments: list[str]) -> int:

@@ -214,6 +214,7 @@ def test_scores_of_faces(tmp_path: Path, astronaut: Image.Image, sface: SFaceSim
 
 
 @needs_sface
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_counts_pictures_without_a_face(
     tmp_path: Path, astronaut: Image.Image, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from scipy.stats import bootstrap
 from torch import nn
 
 from sparse_ref_attn.errors import ConfigError
@@ -161,6 +162,13 @@ def test_interval_covers_the_mean_as_often_as_it_says() -> None:
         found = metrics.mean_interval(rng.exponential(size=40), seed=i)
         hits += found.low <= 1 <= found.high
     assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_interval_is_that_of_scipy() -> None:
+    values = np.random.default_rng(1).exponential(size=12)
+    scipys = bootstrap((values,), np.mean, n_resamples=999, rng=np.random.default_rng(3)).confidence_interval
+    found = metrics.mean_interval(list(values), seed=3, resamples=999)
+    assert (found.low, found.high) == (scipys.low, scipys.high)
 
 
 def test_interval_draws_groups_and_not_their_values() -> None:

@@ -87,9 +87,9 @@ def test_pictures_are_resized_from_the_corner(size: tuple[int, int]) -> None:
 @needs_inception
 def test_inception_sees_noise_grow() -> None:
     model = InceptionFeatures()
-    crops = [skimage.data.astronaut()[y : y + 160, x : x + 160] for y in (0, 120, 240) for x in (0, 160, 320)]
+    crops = [skimage.data.astronaut()[y : y + 160, x : x + 160] for y in (0, 240) for x in (0, 160)]
     seen = model(crops)
-    assert (seen.shape, seen.dtype) == ((9, 2048), torch.float64)
+    assert (seen.shape, seen.dtype) == ((4, 2048), torch.float64)
     assert bool((seen >= 0).all())
     assert torch.allclose(seen[1], model(crops[1:2])[0], atol=1e-4)  # a picture does not depend on its batch
     rng = np.random.default_rng(0)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...errors import ConfigError
 
@@ -74,7 +77,14 @@ def mean_interval(
     mean = float(data.mean())
     if np.ptp(data) == 0:
         return Interval(mean, mean, mean)
+    drawn: Any = SimpleNamespace(bootstrap_distribution=data[_draws(len(data), resamples, seed)].mean(1))
     found = bootstrap(
-        (data,), np.mean, confidence_level=level, n_resamples=resamples, rng=np.random.default_rng(seed)
+        (data,), np.mean, confidence_level=level, n_resamples=0, bootstrap_result=drawn
     ).confidence_interval
     return Interval(mean, float(found.low), float(found.high))
+
+
+@lru_cache(maxsize=2)
+def _draws(count: int, resamples: int, seed: int) -> NDArray[np.int64]:
+    """Places of the values of each resample, as scipy draws them: the same for any as many values."""
+    return np.random.default_rng(seed).integers(0, count, (resamples, count))
