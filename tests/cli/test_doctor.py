@@ -122,8 +122,8 @@ def into_a_closed_pipe(command: list[str]) -> int:
     read, write = os.pipe()
     os.close(read)
     os.dup2(write, sys.stdout.fileno())
-    sys.stdout = open(write, "w")  # buffered, whatever the environment says
-    return main(command)
+    with open(write, "w") as sys.stdout:  # buffered, whatever the environment says
+        return main(command)
 
 
 @pytest.mark.parametrize("command", [["doctor"], [], ["--help"], ["--version"], ["demo", "--help"]], ids=" ".join)

@@ -13,7 +13,7 @@ which every operation on one makes again: `remember_types` keeps what a type and
 
 The interpreter is chosen when ``@triton.jit`` decorates, so one process is either interpreted or not: tests that launch
 kernels live in ``tests/ops/interpreted`` (collected only under ``TRITON_INTERPRET=1``; `tests/ops/test_interpreted.py`
-runs its files in processes of their own). Beside this file: `guards` (canary borders, NaN poison), `tolerance`
+runs its files in a process of its own). Beside this file: `guards` (canary borders, NaN poison), `tolerance`
 (how far off a result may be). What the compiler makes of a kernel is for `benchmarks.aot`.
 """
 
