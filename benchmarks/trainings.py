@@ -27,7 +27,8 @@ ISOLATIONS: dict[Line, Sequence[Line]] = {
         ("dense", isolation.ISOLATED),
         ("isolated", _WHOLE),
         ("alongside", _WHOLE),
-    )
+    ),
+    ("alongside", _WHOLE): (("isolated", isolation.ISOLATED),),
 }
 TUNINGS: dict[Line, Sequence[Line]] = {
     ("dense", way): [(model, way) for model in tuning.MODELS if model != "dense"] for way in tuning.WAYS
