@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import diffusers
@@ -15,7 +16,7 @@ from tests.test_cost import BF16, FLUX_STREAMS, kontext
 
 
 def test_a_layer_that_no_expression_matches_is_named():
-    model = kontext(num_layers=1, num_single_layers=1)
+    model = copy.deepcopy(kontext(num_layers=1, num_single_layers=1))
     model.side_branch = nn.Linear(4, 4, device="meta")
     with pytest.raises(UnsupportedModelError, match="1 that match none: side_branch"):
         ModelShape.from_module(model, FLUX_STREAMS)
@@ -24,7 +25,7 @@ def test_a_layer_that_no_expression_matches_is_named():
 def test_lora_layers_count_where_their_hosts_do():
     from peft import LoraConfig
 
-    model = kontext(num_layers=1, num_single_layers=1)
+    model = copy.deepcopy(kontext(num_layers=1, num_single_layers=1))
     plain = ModelShape.from_module(model, FLUX_STREAMS)
     model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "add_q_proj"]))
     adapted = ModelShape.from_module(model, FLUX_STREAMS)
@@ -34,7 +35,7 @@ def test_lora_layers_count_where_their_hosts_do():
 
 
 def test_compiled_blocks_and_fused_projections_change_nothing():
-    model = kontext(num_layers=1, num_single_layers=1)
+    model = copy.deepcopy(kontext(num_layers=1, num_single_layers=1))
     plain = ModelShape.from_module(model, FLUX_STREAMS)
     model.fuse_qkv_projections()
     assert model.transformer_blocks[0].attn.to_qkv.out_features == 3 * 3072

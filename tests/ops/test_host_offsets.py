@@ -117,13 +117,13 @@ def test_bad_numbers() -> None:
     problem = PROBLEMS["ragged items, one bank"]
     host = known(problem)
     with pytest.raises(
-        LayoutError, match=r"host.cu_seqlens_q must hold the 1 x 4 numbers of cu_seqlens_q, got \[0, 98\]"
+        LayoutError, match=r"host.cu_seqlens_q must hold the 1 x 4 numbers of cu_seqlens_q, got \[0, 65\]"
     ):
-        problem.run("sdpa", host=host._replace(cu_seqlens_q=[0, 98]))
-    with pytest.raises(LayoutError, match=r"cu_seqlens_q must end at the 98 rows of q, got 97"):
-        problem.run("sdpa", host=host._replace(cu_seqlens_q=[0, 63, 64, 97]))
+        problem.run("sdpa", host=host._replace(cu_seqlens_q=[0, 65]))
+    with pytest.raises(LayoutError, match=r"cu_seqlens_q must end at the 65 rows of q, got 64"):
+        problem.run("sdpa", host=host._replace(cu_seqlens_q=[0, 33, 34, 64]))
     with pytest.raises(LayoutError, match="host must say what the offsets hold"):
-        problem.run("sdpa", host=host._replace(cu_seqlens_q=[0, 60, 64, 98]), check=True)
+        problem.run("sdpa", host=host._replace(cu_seqlens_q=[0, 30, 34, 65]), check=True)
     dense = PROBLEMS["dense alone"]
     with pytest.raises(LayoutError, match=r"host.ref_offsets must hold the no numbers of ref_offsets"):
         dense.run("sdpa", host=HostOffsets(ref_offsets=[0, 1]))
