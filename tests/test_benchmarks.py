@@ -186,6 +186,7 @@ def test_the_stored_suite_counts_each_step_as_it_ran(tmp_path):
             config=config,
         )  # fmt: skip
         assert ratio[name] == pytest.approx(whole.flop_ratio, rel=1e-3)
+    assert float(rows["isolated"]["flop_ratio"]) > 1.1 * float(rows["stored"]["flop_ratio"])
     tiles = rows["stored, tiles"]
     assert float(tiles["flop_ratio"]) > float(rows["stored"]["flop_ratio"])
     assert float(tiles["scoring_seconds"]) > 0

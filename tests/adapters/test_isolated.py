@@ -249,6 +249,14 @@ def test_klein_kv_does_it_already() -> None:
         assert handle.record.exactness == "exact"
 
 
+def test_a_model_that_does_it_already_in_a_pipeline_that_does_not_is_refused() -> None:
+    """It ran its references with the picture, now and then, as if nothing had been asked."""
+    plain = CASES["klein"].build()
+    plain.transformer = CASES["klein_kv"].build().transformer
+    with sra.patched(plain, isolated()), pytest.raises(sra.IncompatibleError, match="must run in the pipeline that"):
+        CASES["klein"].call(plain, steps=2)
+
+
 def test_bad_input() -> None:
     for settings, said in (
         ({"isolated": 1}, "isolated must be a bool, an Isolation or None, got 1"),

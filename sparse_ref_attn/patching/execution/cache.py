@@ -27,7 +27,7 @@ from .branches import Branch, Branches, Held
 from .by_rank import ByRank, LayerRows, held_keys
 from .by_tile import ByTile
 from .held_rows import HeldRows
-from .isolated import OwnPass, check_isolates, without_references
+from .isolated import OwnPass, check_isolates, check_kept, without_references
 from .joint import UNCOMPILED, JointAttention, LookedAt
 from .model_cache import CacheKeeper
 from .tokens import AtInput
@@ -147,6 +147,7 @@ class ReferenceStore:
         if self.own_pass is not None:
             check_isolates(self._adapter, module, self._looked.look_at(module))
             return Refreshing(None, None if at.observed else at.total, isolated=True)
+        check_kept(self._config, module)
         if step_cache_active(module) and not isinstance(self._config.refresh, Never):
             raise IncompatibleError(
                 "beside a step cache, which skips blocks at steps of its own choice, references can be computed in the "

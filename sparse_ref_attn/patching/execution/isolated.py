@@ -13,6 +13,7 @@ from ...adapters.base import Adapter, Kwargs
 from ...adapters.shortened import Shortened
 from ...config import SparseRef
 from ...errors import IncompatibleError
+from ...execution import Cache
 from ...hooks.diffusers import Attention, splits_the_sequence, step_cache_active
 from ...isolation import Isolation
 from ...timing import Stopwatch
@@ -20,7 +21,7 @@ from ..call import Call, GenerationCall
 from ..reuse import CacheReuse
 from .joint import JointAttention
 
-__all__ = ["OwnPass", "check_isolates", "isolated_layers", "without_references"]
+__all__ = ["OwnPass", "check_isolates", "check_kept", "isolated_layers", "without_references"]
 
 Layers = list[tuple[Tensor, Tensor]]
 
@@ -43,6 +44,16 @@ def check_isolates(adapter: Adapter, module: nn.Module, attention: JointAttentio
             f"references that run by themselves are read by {adapter.name}'s attention, which must be known and go "
             "through processors that dispatch to attention backends, or be named to a PlainAdapter: "
             'attention=["single"] * len(blocks)'
+        )
+
+
+def check_kept(config: SparseRef, module: nn.Module) -> None:
+    """Raise IncompatibleError where references were to run by themselves in a model that has them do so, and do not."""
+    if isinstance(config.execute, Cache) and config.execute.isolated:
+        raise IncompatibleError(
+            f"a {type(module).__name__} that keeps its references' keys and values itself must run in the pipeline "
+            "that has it do so (Flux2KleinKVPipeline), for references that run by themselves, got calls without its "
+            "cache: use that pipeline, or leave isolated out"
         )
 
 
