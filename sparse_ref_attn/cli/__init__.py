@@ -43,13 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = line.parse(argv)
         finally:
             sys.stdout.flush()  # --help and --version end there
+        code = 0
         if options.run is None:
-            code = line.print_help()
+            line.print_help()
         else:
             trace, command = options.traceback, options.parser.prog
-            code = options.run(options)
+            code = options.run(options) or 0
         sys.stdout.flush()
-        return code or 0
+        return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
         return 1
