@@ -4,6 +4,7 @@ run in each way, against the right answer and beside the weights that they began
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from .measured import Measured, Term
@@ -11,7 +12,7 @@ from .results import known
 from .studies import isolation, tuning
 from .studies.reading import ALIGNED
 
-__all__ = ["ISOLATIONS", "TABLES", "TUNINGS", "isolations", "tunings"]
+__all__ = ["GROUPS", "TABLES", "training"]
 
 FAMILIES = {"one reference": ("place",), "two references": ("pair",), "aligned edits": ALIGNED}
 
@@ -19,52 +20,34 @@ Line = tuple[str, str]
 """Weights, and what becomes of the references."""
 
 _WHOLE = next(iter(isolation.WAYS))
-ISOLATIONS: dict[Line, Sequence[Line]] = {
-    ("dense", _WHOLE): (
-        ("isolated", isolation.ISOLATED),
-        ("dense", "run at halves"),
-        ("dense", "run in the first step"),
-        ("dense", isolation.ISOLATED),
-        ("isolated", _WHOLE),
-        ("alongside", _WHOLE),
-    ),
-    ("alongside", _WHOLE): (("isolated", isolation.ISOLATED),),
+GROUPS: dict[str, dict[Line, Sequence[Line]]] = {
+    "isolation": {
+        ("dense", _WHOLE): (
+            ("isolated", isolation.ISOLATED),
+            ("dense", "run at halves"),
+            ("dense", "run in the first step"),
+            ("dense", isolation.ISOLATED),
+            ("isolated", _WHOLE),
+            ("alongside", _WHOLE),
+        ),
+        ("alongside", _WHOLE): (("isolated", isolation.ISOLATED),),
+    },
+    "tuning": {("dense", way): [(model, way) for model in tuning.MODELS if model != "dense"] for way in tuning.WAYS},
 }
-TUNINGS: dict[Line, Sequence[Line]] = {
-    ("dense", way): [(model, way) for model in tuning.MODELS if model != "dense"] for way in tuning.WAYS
-}
-"""A line in dB, and those that are printed as differences to it."""
+"""Of each study: a line in dB, and those that are printed as differences to it."""
 
 
-def isolations(folder: Path) -> str:
-    """Markdown: PSNR of the subject of the run that computes all in every step, and differences to it, in dB.
+def training(folder: Path, study: str) -> str:
+    """Markdown: of each group PSNR of the subject on its first line, and differences to that, in dB.
 
     Raises
     ------
     ValueError
         If there are no rows.
     """
-    return _table(folder / "isolation.csv", ISOLATIONS)
-
-
-def tunings(folder: Path) -> str:
-    """Markdown: PSNR of the subject with the weights that ship, and differences to it, in dB, at each share read.
-
-    Raises
-    ------
-    ValueError
-        If there are no rows.
-    """
-    return _table(folder / "tuning.csv", TUNINGS)
-
-
-TABLES = {"isolations": isolations, "tunings": tunings}
-
-
-def _table(path: Path, groups: dict[Line, Sequence[Line]]) -> str:
-    rows = known(path)
+    rows = known(folder / f"{study}.csv")
     if not rows:
-        raise ValueError(f"{path.parent} must hold {path.name} with rows, got none")
+        raise ValueError(f"{folder} must hold {study}.csv with rows, got none")
     weights = {row["model"]: row["weights"] for row in rows}
     rows = [row for row in rows if row["weights"] == weights[row["model"]]]
     lines = [
@@ -74,9 +57,12 @@ def _table(path: Path, groups: dict[Line, Sequence[Line]]) -> str:
     for steps in sorted({int(row["steps"]) for row in rows}):
         here = [row for row in rows if int(row["steps"]) == steps]
         families = [Measured([row for row in here if row["task"] in tasks], []) for tasks in FAMILIES.values()]
-        for base, others in groups.items():
+        for base, others in GROUPS[study].items():
             lines += [f"| {steps} | {line}" for line in _group(families, base, others)]
     return "\n".join(lines)
+
+
+TABLES = {study: partial(training, study=study) for study in GROUPS}
 
 
 def _group(families: Sequence[Measured], base: Line, others: Sequence[Line]) -> Iterator[str]:

@@ -6,11 +6,11 @@ import pytest
 
 from benchmarks.studies import cases, isolation, tuning
 from benchmarks.studies.study import DIGITS
-from benchmarks.trainings import ISOLATIONS, TUNINGS, isolations, tunings
+from benchmarks.trainings import GROUPS, TABLES
 from sparse_ref_attn.eval.rows import Rows
 
 GAINS = {"dense": -1.0, "isolated": 0.25, "alongside": 0.5, "control": 0.5, "drop": -2.0}
-TABLES = {"isolation": (isolation, ISOLATIONS, isolations), "tuning": (tuning, TUNINGS, tunings)}
+STUDIES = {"isolation": isolation, "tuning": tuning}
 
 
 def gain(groups, model, method) -> float:
@@ -18,9 +18,9 @@ def gain(groups, model, method) -> float:
     return 0.0 if model == "dense" and (model, method) in groups else GAINS.get(model, 0.75)
 
 
-@pytest.mark.parametrize("study", TABLES)
+@pytest.mark.parametrize("study", STUDIES)
 def test_each_line_is_compared_at_its_own_number_of_steps(study, tmp_path):
-    of, groups, table = TABLES[study]
+    of, groups = STUDIES[study], GROUPS[study]
     rows = Rows(tmp_path / f"{study}.csv", (*cases.KEYS, *cases.VALUES), keys=cases.KEYS, digits=DIGITS)
     for steps in (12, 4):
         for case in of.cases(steps):
@@ -29,7 +29,7 @@ def test_each_line_is_compared_at_its_own_number_of_steps(study, tmp_path):
                 key |= {"subject": subject, "seed": 0, "method": case.method, "keep": case.keep}
                 value = steps + subject + 10 * case.keep + gain(groups, case.model, case.method)
                 rows.add([key | dict.fromkeys(cases.VALUES, value)])
-    lines = table(tmp_path).splitlines()[2:]
+    lines = TABLES[study](tmp_path).splitlines()[2:]
     keeps = {case.method: case.keep for case in of.cases(4)}
     for steps in (4, 12):
         for base, others in groups.items():
@@ -42,7 +42,7 @@ def test_each_line_is_compared_at_its_own_number_of_steps(study, tmp_path):
     assert not lines
 
 
-@pytest.mark.parametrize("table", [isolations, tunings])
-def test_without_rows_there_is_no_table(table, tmp_path):
-    with pytest.raises(ValueError, match=r"must hold \w+\.csv with rows"):
-        table(tmp_path)
+@pytest.mark.parametrize("study", STUDIES)
+def test_without_rows_there_is_no_table(study, tmp_path):
+    with pytest.raises(ValueError, match=rf"must hold {study}\.csv with rows"):
+        TABLES[study](tmp_path)

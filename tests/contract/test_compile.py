@@ -1,7 +1,4 @@
-"""`torch.compile`: block by block without new graphs or breaks, as a whole refused before the patch.
-
-As a whole after it: `test_depth.test_compiled_as_a_whole_after_the_patch`.
-"""
+"""`torch.compile`: block by block without new graphs or breaks, as a whole after the patch, refused before it."""
 
 from __future__ import annotations
 
@@ -105,6 +102,22 @@ def method(pipe: Any, **options: Any) -> None:
 
 def function(pipe: Any, **options: Any) -> None:
     pipe.transformer = torch.compile(pipe.transformer, **options)
+
+
+@pytest.mark.parametrize("compile_", [method, function])
+def test_compiled_as_a_whole_after_the_patch(compile_: Callable[..., None]) -> None:
+    """The compiler steps around the hooks; it traced into them and failed at the profiling step."""
+    case, backend = CASES["klein"], Counting()
+    plain, pipe = (case.build(**ONE) for _ in range(2))
+    dense = case.call(plain, steps=2)
+    expected, handle = sra.patch(plain, MASS), sra.patch(pipe, MASS)
+    compile_(pipe, backend=backend)
+    np.testing.assert_allclose(case.call(pipe, steps=2), case.call(plain, steps=2), atol=1e-5)
+    assert kinds(handle) == ["profile", "sparse"]
+    assert steps(handle) == steps(expected)
+    assert backend.calls > 0
+    handle.remove()
+    np.testing.assert_allclose(case.call(pipe, steps=2), dense, atol=1e-5)
 
 
 @pytest.mark.parametrize("compile_", [method, function])
