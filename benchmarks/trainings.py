@@ -32,7 +32,11 @@ GROUPS: dict[str, dict[Line, Sequence[Line]]] = {
         ),
         ("alongside", _WHOLE): (("isolated", isolation.ISOLATED),),
     },
-    "tuning": {("dense", way): [(model, way) for model in tuning.MODELS if model != "dense"] for way in tuning.WAYS},
+    "tuning": {
+        (base, way): [(model, way) for model in tuning.MODELS[tuning.MODELS.index(base) + 1 :]]
+        for base in ("dense", "drop")
+        for way in tuning.WAYS
+    },
 }
 """Of each study: a line in dB, and those that are printed as differences to it."""
 

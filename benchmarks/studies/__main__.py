@@ -44,7 +44,7 @@ PICTURES = {
 ATTENTION = {"mass": mass.STUDY, "stability": stability.STUDY}
 OTHERS = {"reading_work": reading_work.STUDY, "fewer_steps": fewer_steps.STUDY}
 WEIGHTS = Path(__file__).parent.parent / "weights"
-CONTINUED = ("control", "drop", "isolated", "alongside")
+CONTINUED = ("control", "drop", "drop-full", "isolated", "alongside")
 MODELS = {"dense": TRAINED, **{name: WEIGHTS / name for name in CONTINUED}}
 """Name, and folder of the transformer."""
 NAMES = (*ATTENTION, *PICTURES, *OTHERS)

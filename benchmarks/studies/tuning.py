@@ -3,6 +3,7 @@
 "drop" is the recipe that Sparse Context describes and "control" the same steps without dropping; the others change
 one thing of "drop" each: half of the draws have every token ("drop-full"), the target is what the model predicted
 from every token before ("drop-distill"), the rates are a third ("drop-slow"), a LoRA is trained ("drop-lora").
+"drop-both" has half of its draws with every token, and half of its target from that prediction.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .reading import ALIGNED
 
 __all__ = ["MODELS", "TASKS", "WAYS", "cases"]
 
-MODELS = ("dense", "control", "drop", "drop-full", "drop-distill", "drop-slow", "drop-lora")
+MODELS = ("dense", "control", "drop", "drop-full", "drop-distill", "drop-slow", "drop-lora", "drop-both")
 TASKS = ("place", "pair", ALIGNED)
 KEEP = 0.25
 
