@@ -189,7 +189,7 @@ def _measure_cubin(cubin: bytes, files: dict[str, str]) -> dict[str, Any]:
         file.write(cubin)
         file.flush()
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        assembly = _output(tools / "nvdisasm", file.name)
+        assembly = _output(tools / "nvdisasm", "--print-code", "--no-dataflow", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     # "/*0250*/  @!P0 LDGSTS.E.BYPASS.128 [R3], ..." after optional scheduling braces
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+[{]?\s*(?:@!?U?P[T\d]+\s+)?([A-Z][A-Za-z0-9_.]*)", assembly)
