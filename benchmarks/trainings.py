@@ -36,7 +36,8 @@ GROUPS: dict[str, dict[Line, Sequence[Line]]] = {
         (base, way): [(model, way) for model in tuning.MODELS[tuning.MODELS.index(base) + 1 :]]
         for base in ("dense", "drop")
         for way in tuning.WAYS
-    },
+    }
+    | {("drop-full", "every token"): [("drop-both", "every token")]},
 }
 """Of each study: a line in dB, and those that are printed as differences to it."""
 
