@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # read when a library loads, and by the programs that tests start
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # or each worker starts a pool of processes that import torch
 os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # or it compiles a program for each kind of vectors that a CPU may have
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # an import may ask whether there is a card: CUDA outlives no fork
 
 import pytest
 import torch
@@ -83,6 +84,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if name in sys.modules:
             sys.modules[name].utils.logging.set_verbosity_error()
     freeze()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop() -> Generator[None, object, object]:
+    """No test has run, and pytest has nothing of its own around the process yet."""
+    if "tests.programs" in sys.modules:
+        sys.modules["tests.programs"].begin()
+    return (yield)
 
 
 def freeze() -> None:

@@ -1,7 +1,7 @@
 """Programs that tests start, without the seconds that a new interpreter takes to import torch and diffusers.
 
-Each is a fork of a server, a process of its own that has imported the libraries and run nothing: no state of a test,
-of pytest or of CUDA is in it. What a bare interpreter imports is tested with one.
+Each is a fork of a server, a process of its own that has imported the libraries and run nothing: no state of a test
+or of CUDA is in it. What a bare interpreter imports is tested with one.
 """
 
 from __future__ import annotations
@@ -11,18 +11,31 @@ import os
 import runpy
 import sys
 from collections.abc import Callable
-from multiprocessing import connection
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 import torch.distributed as dist
 
-__all__ = ["pair", "run", "run_pair", "script", "start"]
+__all__ = ["begin", "pair", "run", "run_pair", "script", "start"]
 
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # an import may ask whether there is a card: CUDA outlives no fork
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pytest", "peft", "sparse_ref_attn.training", "sparse_ref_attn.eval", "tests.pipelines"])
+
+
+def begin() -> None:
+    """Make this process's fork the server: it has imported what its tests need, and is to be asked before they run.
+
+    Where it has used CUDA, the server is a new interpreter, started for the first program.
+    """
+    if not torch.cuda.is_initialized():
+        with mock.patch.dict(os.environ, PYTHONWARNINGS="ignore"):  # of the semaphores of programs that are killed
+            resource_tracker.ensure_running()
+        with mock.patch("multiprocessing.util.spawnv_passfds", _fork):
+            forkserver.ensure_running()
 
 
 def start(target: Callable[..., Any], *arguments: Any, log: Path, **environment: str) -> BaseProcess:
@@ -78,6 +91,20 @@ def script(path: str, *arguments: str) -> None:
     """A target: the Python file, as ``python path ...`` runs it."""
     sys.argv = [path, *arguments]
     runpy.run_path(path, run_name="__main__")
+
+
+def _fork(path: str, arguments: list[str], descriptors: list[int]) -> int:
+    """The process that ``python -c CODE`` is in `arguments`, without a new interpreter."""
+    if process := os.fork():
+        return process
+    try:
+        with open(os.devnull, "r+b", buffering=0) as null:
+            for each in range(max(map(int, os.listdir("/dev/fd"))) + 1):
+                if each not in descriptors:
+                    os.dup2(null.fileno(), each)  # nobody is to wait for the end of what is open here too
+            exec(arguments[-1])
+    finally:
+        os._exit(0)
 
 
 def _main(target: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], log: str) -> None:
