@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when a library loads, and by the programs that tests start
@@ -14,15 +16,14 @@ os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # or it compiles a program for eac
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # an import may ask whether there is a card: CUDA outlives no fork
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 from tests import builds
 
+TESTS = Path(__file__).parent
 NO_GPU = "no CUDA device"
 WORKER_BYTES = 5 * 2**29
 
-torch.set_num_threads(1)
 # What is tested must not hang on how busy the machine is.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
@@ -30,6 +31,9 @@ settings.load_profile("suite")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Examples())  # hooks of this file are asked about tests/ alone
+    if config.args == config.getini("testpaths") and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
+        workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        config.pluginmanager.register(Part(int(worker.removeprefix("gw")), workers))
     if (end := builds.begin()) is not None:
         config.add_cleanup(end)
 
@@ -43,13 +47,31 @@ class Examples:
         return [each for each in found if type(each) is pytest.Module or ">>>" in file_path.read_text(encoding="utf-8")]
 
 
+class Part:
+    """Each worker imports another part of all test files first, so that it compiles that part for the others."""
+
+    def __init__(self, worker: int, workers: int) -> None:
+        files = sorted(TESTS.rglob("test_*.py"))
+        self.files = files[len(files) * worker // workers :]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_make_collect_report(self, collector: pytest.Collector) -> None:
+        if isinstance(collector, pytest.Module):  # where what is printed is captured
+            while self.files:
+                name = ".".join(self.files.pop(0).relative_to(TESTS.parent).with_suffix("").parts)
+                with suppress(Exception, pytest.skip.Exception):  # pytest imports it again, and tells
+                    importlib.import_module(name)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What is imported makes no garbage worth a search."""
+    """What is imported makes no garbage worth a search, and is compiled once for all processes of a run."""
     gc.disable()
+    writes_none, sys.dont_write_bytecode = sys.dont_write_bytecode, False
     try:
         return (yield)
     finally:
+        sys.dont_write_bytecode = writes_none
         gc.enable()
 
 
@@ -67,6 +89,8 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    import torch  # which the process that hands tests out to workers can do without
+
     no_gpu = pytest.mark.skip(reason=NO_GPU)
     not_selected = pytest.mark.skip(reason="slow: select with -m slow")
     has_gpu = torch.cuda.is_available()
@@ -83,7 +107,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     for name in ("diffusers", "transformers"):
         if name in sys.modules:
             sys.modules[name].utils.logging.set_verbosity_error()
-    freeze()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
