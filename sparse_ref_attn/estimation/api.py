@@ -36,7 +36,7 @@ from .result import Estimate, RunMemory
 from .scoring import scoring_of
 from .tile_memory import held_by_tiles
 
-__all__ = ["estimate", "estimate_of"]
+__all__ = ["estimate", "estimate_of", "token_side"]
 
 Size = tuple[int, int]
 
@@ -120,11 +120,17 @@ def estimate(
     if steps is None:
         steps = 28 if facts is None else facts.steps(getattr(pipe.config, "is_distilled", None))
     if pixels_per_token is None:
-        pixels_per_token = (2 if facts is None else facts.packed) * getattr(pipe, "vae_scale_factor", 8)
+        pixels_per_token = token_side(pipe)
     return estimate_of(
         transformer, None, config, references=references, output=output, text_tokens=text_tokens,
         steps=steps, batch=batch, calls_per_step=calls_per_step, pixels_per_token=pixels_per_token,
     )  # fmt: skip
+
+
+def token_side(pipe: Any) -> int:
+    """Pixels along the side of a reference token."""
+    facts = edit_facts(pipe)
+    return (2 if facts is None else facts.packed) * getattr(pipe, "vae_scale_factor", 8)
 
 
 def estimate_of(

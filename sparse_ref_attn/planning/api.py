@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ..candidates import CANDIDATES
 from ..checks import is_number
 from ..config import SparseRef
 from ..errors import ConfigError, IncompatibleError
-from ..estimation import Estimate, estimate
+from ..estimation import Estimate, estimate, estimate_of, token_side
 from ..frontier import loss_of, read_points
-from ..models import named_model, published_size
+from ..hooks.compiled import unwrap
+from ..models import adapter_for, named_model, published_size
+from ..patching import transformer_of
 from ..presets import CHOSEN
 from ..vocabulary import MODELS, chosen
 from .chooser import known, least_loss, within
@@ -82,14 +85,15 @@ def plan(
         steps = size.pipeline.steps(size.distilled) if steps is None else steps
         pipe = named_model(pipe)
 
-    def of(config: SparseRef, steps: int | None) -> Estimate:
-        return estimate(
-            pipe, config, references=references, output=output, text_tokens=text_tokens, steps=steps, batch=batch,
-            calls_per_step=calls_per_step, pixels_per_token=pixels_per_token,
-        )  # fmt: skip
-
-    dense = of(SparseRef("grid", 1.0), steps)
+    sizes: dict[str, Any] = {
+        "references": references, "output": output, "text_tokens": text_tokens, "batch": batch,
+        "calls_per_step": calls_per_step,
+    }  # fmt: skip
+    dense = estimate(pipe, SparseRef("grid", 1.0), steps=steps, pixels_per_token=pixels_per_token, **sizes)
     steps = len(dense.kinds)
+    sizes["pixels_per_token"] = token_side(pipe) if pixels_per_token is None else pixels_per_token
+    transformer = unwrap(transformer_of(pipe))
+    of = partial(estimate_of, transformer, adapter_for(transformer).shape(transformer), **sizes)
     options, refused = _options(of, steps)
     speeds = {key: option.estimate.flop_ratio for key, option in options.items()}
     best = least_loss(speedup, speeds, {key: option.loss for key, option in options.items()})
@@ -113,7 +117,7 @@ def _options(of: Estimating, steps: int) -> tuple[dict[str, Option], list[str]]:
         if not within(loss, CHOSEN["fast"]):
             continue
         try:
-            found[key] = Option(key, CANDIDATES[key], of(CANDIDATES[key], steps), loss)
+            found[key] = Option(key, CANDIDATES[key], of(CANDIDATES[key], steps=steps), loss)
         except IncompatibleError as error:
             refused[f"left out: {error}"] = None
     return found, list(refused)
@@ -131,7 +135,7 @@ def _together(of: Estimating, speedup: float, steps: int, options: dict[str, Opt
         if loss_of(read_points(), key, steps, steps - 1) is None:
             continue
         for own in range(steps - 1, 0, -1):
-            ratio = of(option.config, own).flop_ratio * steps / own
+            ratio = of(option.config, steps=own).flop_ratio * steps / own
             if ratio >= speedup:
                 found.append(FewerSteps(own, ratio, loss_of(read_points(), key, steps, own), key))
                 break
