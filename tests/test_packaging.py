@@ -1,4 +1,4 @@
-"""What a user gets: a lean import, names that resolve, one version, the files a package must carry."""
+"""What a user gets: names that resolve, one version, the files a package must carry."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import importlib.metadata
 import importlib.resources
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import PIL.Image
@@ -16,48 +14,6 @@ import pytest
 import sparse_ref_attn as sra
 
 ROOT = Path(__file__).parents[1]
-HEAVY = [
-    "PIL",
-    "accelerate",
-    "diffusers",
-    "peft",
-    "skimage",
-    "torch._dynamo",
-    "torch._inductor",
-    "transformers",
-    "triton",
-]
-
-
-def loaded_by(*statements: str) -> list[dict[str, object]]:
-    """Run `statements` in a fresh interpreter; after each, which heavy modules there are, and whether CUDA is."""
-    code = f"""
-import json, sys
-found = []
-for statement in {statements!r}:
-    exec(statement)
-    torch = sys.modules.get("torch")
-    found.append({{
-        "heavy": [name for name in {HEAVY!r} if name in sys.modules],
-        "cuda": torch is not None and torch.cuda.is_initialized(),
-    }})
-print(json.dumps(found))
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def test_import_is_lean() -> None:
-    """No public name loads diffusers or kernels, nor do costs and the models' stream maps."""
-    lean, bare, every, costs = loaded_by(
-        "import sparse_ref_attn as sra",
-        "import torch",
-        "for name in sra.__all__: getattr(sra, name)",
-        "import sparse_ref_attn.cost, sparse_ref_attn.schedules, sparse_ref_attn.models",
-    )
-    assert lean == {"heavy": [], "cuda": False}
-    assert every == bare
-    assert costs == bare
 
 
 def test_public_names_resolve_and_are_listed() -> None:

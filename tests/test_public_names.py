@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,9 +122,20 @@ def documentation() -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in paths if "__pycache__" not in path.parts)
 
 
+WRONG = ["sra.adapters.patch", "sra.config.Guard", "sra.pach"]
+HEAVY = [
+    "PIL",
+    "accelerate",
+    "diffusers",
+    "peft",
+    "skimage",
+    "torch._dynamo",
+    "torch._inductor",
+    "transformers",
+    "triton",
+]
 RESOLVE = """
-import functools, json, sys
-import sparse_ref_attn as sra
+import functools
 public, missing = set(dir(sra)), []
 for name in json.load(sys.stdin):
     head, *rest = name.split(".")[1:]
@@ -134,8 +146,55 @@ for name in json.load(sys.stdin):
             functools.reduce(getattr, rest, getattr(sra, head))
     except (ImportError, AttributeError):
         missing.append(name)
-print(json.dumps(missing))
 """
+STEPS = (
+    "import sparse_ref_attn as sra",
+    "import torch",
+    RESOLVE,
+    "for name in sra.__all__: getattr(sra, name)",
+    "import sparse_ref_attn.cost, sparse_ref_attn.schedules, sparse_ref_attn.models",
+)
+FRESH = f"""
+import json, sys
+found = []
+for step in {STEPS!r}:
+    exec(step)
+    torch = sys.modules.get("torch")
+    found.append({{
+        "heavy": [name for name in {HEAVY!r} if name in sys.modules],
+        "cuda": torch is not None and torch.cuda.is_initialized(),
+    }})
+print(json.dumps([found, missing]))
+"""
+
+
+def found(start: str, text: str) -> set[str]:
+    """Dotted names in `text` that are none of files."""
+    names = re.findall(rf"{start}(?:\.[A-Za-z_]\w*)+", text)
+    files = ("h", "json", "jsonl", "md", "png", "py")
+    return {name for name in names if name.rpartition(".")[2] not in files}
+
+
+@pytest.fixture(scope="module")
+def fresh() -> tuple[list[dict[str, Any]], list[str]]:
+    """What a fresh interpreter has loaded after each of `STEPS`, and the names that a reader types and it has not."""
+    text = documentation()
+    assert text.count("sra.") > 50
+    assert "sra.config.UniformGuard" in text
+    text += f" sra.patch(pipe) {' '.join(WRONG)} [sra.h]"
+    typed = json.dumps(sorted(found(r"(?<![\w./])sra", text)))
+    run = subprocess.run(
+        [sys.executable, "-c", FRESH], input=typed, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    loaded, missing = json.loads(run.stdout.splitlines()[-1])
+    return loaded, missing
+
+
+def test_import_is_lean(fresh: tuple[list[dict[str, Any]], list[str]]) -> None:
+    """No public name loads diffusers or kernels, nor do costs and the models' stream maps."""
+    lean, bare, typed, every, costs = fresh[0]
+    assert lean == {"heavy": [], "cuda": False}
+    assert typed == every == costs == bare
 
 
 def nowhere(name: str) -> bool:
@@ -146,33 +205,13 @@ def nowhere(name: str) -> bool:
     return False
 
 
-def missing_names(text: str) -> list[str]:
-    """Dotted names in `text` that are not found.
-
-    ``sra.a.b`` is what a reader types, so a bare import in a fresh interpreter must be enough. ``sparse_ref_attn.a.b``,
-    and `a.b` of a module of the package, say where something is.
-    """
-
-    def found(start: str) -> set[str]:
-        names = re.findall(rf"{start}(?:\.[A-Za-z_]\w*)+", text)
-        files = ("h", "json", "jsonl", "md", "png", "py")
-        return {name for name in names if name.rpartition(".")[2] not in files}
-
-    typed, full = found(r"(?<![\w./])sra"), found(r"(?<![\w./])sparse_ref_attn")
-    short = found(rf"(?<=`)(?:{'|'.join(MODULES)})")
-    names = json.dumps(sorted(typed))
-    run = subprocess.run(
-        [sys.executable, "-c", RESOLVE], input=names, capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    return json.loads(run.stdout) + list(filter(nowhere, full | {f"sparse_ref_attn.{name}" for name in short}))
-
-
-def test_every_dotted_name_of_the_documentation_exists() -> None:
-    """Those that are nowhere are found out in the midst of it."""
+def test_every_dotted_name_of_the_documentation_exists(fresh: tuple[list[dict[str, Any]], list[str]]) -> None:
+    """``sra.a.b`` is what a reader types, so a bare import must be enough. ``sparse_ref_attn.a.b``, and `a.b` of a
+    module of the package, say where something is. Those that are nowhere are found out in the midst of it."""
     text = documentation()
-    assert text.count("sra.") > 50
-    assert "sra.config.UniformGuard" in text
-    wrong = ["sparse_ref_attn.toy.word", "sra.adapters.patch", "sra.config.Guard", "sra.pach"]
-    right = "sra.patch(pipe) sra.config.UniformGuard sparse_ref_attn.toy.words `types.TokenLayout`"
-    missing = missing_names(f"{text} {right} {' '.join(wrong)} `types.X` [sra.h] `eval.json`")
-    assert sorted(missing) == sorted([*wrong, "sparse_ref_attn.types.X"])
+    assert sorted(fresh[1]) == sorted(WRONG)
+    right = "sparse_ref_attn.toy.words `types.TokenLayout`"
+    text += f" {right} sparse_ref_attn.toy.word `types.X` `eval.json`"
+    short = found(rf"(?<=`)(?:{'|'.join(MODULES)})", text)
+    full = found(r"(?<![\w./])sparse_ref_attn", text) | {f"sparse_ref_attn.{name}" for name in short}
+    assert set(filter(nowhere, full)) == {"sparse_ref_attn.toy.word", "sparse_ref_attn.types.X"}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.machinery
 import io
 import json
 import multiprocessing
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,6 +58,7 @@ def serve() -> None:
 
     asked = [Without(*each) for each in json.load(sys.stdin)]
     hidden = {module for each in asked for module in each.hidden}
+    _owners()
     assert not hidden & sys.modules.keys()
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         print(json.dumps(pool.map(_endings, asked, chunksize=1)))
@@ -78,11 +81,14 @@ def _endings(asked: Without) -> list[Any]:
     return found
 
 
-def _hide(hidden: Sequence[str], known: bool) -> None:
-    from importlib.metadata import packages_distributions
+@functools.cache
+def _owners() -> Mapping[str, list[str]]:
+    """Of each module its packages, which the forks are not to look up again."""
+    return packages_distributions()
 
-    owners = packages_distributions()
-    packages = {name for module in hidden for name in owners.get(module.partition(".")[0], ())}
+
+def _hide(hidden: Sequence[str], known: bool) -> None:
+    packages = {name for module in hidden for name in _owners().get(module.partition(".")[0], ())}
 
     class Finder(importlib.machinery.PathFinder):
         @classmethod
