@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -153,17 +154,23 @@ FINDINGS_LEARNED = tuple(
 FOUND = {"findings": FINDINGS, "findings_stored": FINDINGS_STORED, "findings_learned": FINDINGS_LEARNED}
 
 
-def findings(folder: Path, of: Sequence[tuple[str, Run, Run]] = FINDINGS) -> str:
-    """Markdown of `of`, from the rows of an evaluation."""
+@cache
+def _evaluated(folder: Path) -> tuple[int, dict[Run, list[float]], dict[tuple[str, ...], list[dict[str, str]]]]:
+    """The steps of an evaluation, the shares that each run used, and the rows of each of its cells."""
     header, rows = read_rows(folder)
-    rows = [row for row in rows if row[SUBJECT]]
-    steps = header["settings"]["steps"]
     used: dict[Run, list[float]] = {}
     cells: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
-        model, family, method, keep = (row[name] for name in ("model", "family", "method", "keep"))
-        used.setdefault((model, method, keep), []).append(float(row["share"]))
-        cells.setdefault((model, family, method, keep), []).append(row)
+        if row[SUBJECT]:
+            model, family, method, keep = (row[name] for name in ("model", "family", "method", "keep"))
+            used.setdefault((model, method, keep), []).append(float(row["share"]))
+            cells.setdefault((model, family, method, keep), []).append(row)
+    return header["settings"]["steps"], used, cells
+
+
+def findings(folder: Path, of: Sequence[tuple[str, Run, Run]] = FINDINGS) -> str:
+    """Markdown of `of`, from the rows of an evaluation."""
+    steps, used, cells = _evaluated(folder)
 
     def words(run: Run) -> str:
         _, method, keep = run
