@@ -12,7 +12,8 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.models.flux2 import Flux2Adapter
 from tests.adapters.test_dropping import KEEP, ROUNDING, error, noise, scores
 from tests.adapters.witnesses import GENERATION, LATENT, best, hidden_keys, witnessed
-from tests.pipelines import CASES, Case, each_case
+from tests.latents import CASES, each_case
+from tests.pipelines import Case
 
 BUILT = {"layers": 3, "single": 2}
 ALIKE = {"kontext_inpaint": 3, "kontext_inpaint_reference": 1, "flux2": 4, "klein_inpaint": 1, "qwen_edit": 2,

@@ -10,7 +10,8 @@ from torch import Tensor
 import sparse_ref_attn as sra
 from sparse_ref_attn.selection import References
 from tests.adapters.witnesses import GENERATION, LATENT, Call, best, hidden_keys, witnessed
-from tests.pipelines import CASES, Case, each_case
+from tests.latents import CASES, each_case
+from tests.pipelines import Case
 
 KEEP = 0.3
 ROUNDING = 2e-5  # of the output's scale: float32 sums in another order

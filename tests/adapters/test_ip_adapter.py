@@ -16,8 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import sparse_ref_attn as sra
 from sparse_ref_attn.errors import BatchError, IncompatibleError, LayoutError
 from tests.adapters.witnesses import LATENT
+from tests.latents import CASES
 from tests.pictures import generator, picture
-from tests.pipelines import CASES
 
 CASE = CASES["kontext"]
 IMAGE_ROWS = 64 + 96  # generation and reference of the case

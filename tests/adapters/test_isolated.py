@@ -15,7 +15,7 @@ from torch import Tensor
 import sparse_ref_attn as sra
 from tests.adapters.witnesses import LATENT
 from tests.contract.state import kinds, state
-from tests.pipelines import CASES
+from tests.latents import CASES
 from tests.test_batch import Items
 
 NAMES = ("kontext", "flux2", "klein", "qwen_edit_plus", "qwen_edit_plus_2511", "longcat")

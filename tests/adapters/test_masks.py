@@ -17,10 +17,11 @@ from tests.adapters.test_dropping import KEEP, ROUNDING, error, noise, scores
 from tests.adapters.test_mass import close
 from tests.adapters.witnesses import GENERATION, LATENT, Call, best, hidden_keys, witnessed
 from tests.contract.state import state
+from tests.latents import CASES, each_case
 from tests.pairwise import pairwise
 from tests.pictures import mask as picture_mask
 from tests.pictures import picture
-from tests.pipelines import CASES, Case, each_case, small_pictures
+from tests.pipelines import Case, small_pictures
 
 HEADS = 2
 KLEIN_KV_MASKS = (padding(1, 48, 208), regions(208), regions(112))

@@ -13,8 +13,9 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.patching import PatchHandle
 from sparse_ref_attn.selection import Selector
 from tests.adapters.witnesses import GENERATION, LATENT, Attention, Call, witnessed
+from tests.latents import CASES
 from tests.pipeline_arguments import NEGATIVE, PROMPTS
-from tests.pipelines import CASES, Case
+from tests.pipelines import Case
 
 ROUNDING = 2e-6  # of the largest: float32 sums of a hundred terms
 MODELS = ("kontext", "klein", "klein_kv", "qwen_edit", "qwen_edit_plus")

@@ -14,8 +14,8 @@ from sparse_ref_attn import schedules
 from sparse_ref_attn.config import UniformGuard
 from sparse_ref_attn.selection import References
 from tests.adapters.witnesses import LATENT, witnessed
+from tests.latents import CASES
 from tests.pairwise import pairwise
-from tests.pipelines import CASES
 from tests.tiny_models import sharpen
 
 KLEIN = CASES["klein"]

@@ -15,7 +15,8 @@ from sparse_ref_attn import schedules
 from sparse_ref_attn.schedules import Budget
 from sparse_ref_attn.schedules.clock import Clock
 from tests.adapters.witnesses import GENERATION, LATENT, witnessed
-from tests.pipelines import CASES, Case, each_case
+from tests.latents import CASES, each_case
+from tests.pipelines import Case
 
 STEPS = 5
 

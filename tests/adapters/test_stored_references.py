@@ -16,7 +16,7 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.errors import ConfigError
 from tests.adapters.test_dropping import ROUNDING, error, noise, scores
 from tests.adapters.witnesses import GENERATION, LATENT, Call, KeysOf, best, witnessed
-from tests.pipelines import CASES
+from tests.latents import CASES
 
 JOINT = [name for name in CASES if name != "klein_kv"]
 joint = pytest.mark.parametrize("name", JOINT)

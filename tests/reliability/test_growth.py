@@ -10,7 +10,7 @@ import pytest
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.run import Run
-from tests.pipelines import CASES
+from tests.latents import CASES
 from tests.reliability.memory import Held
 
 WARM = 6  # generations after which everything lazy exists; a multiple of the period of what they are asked for
