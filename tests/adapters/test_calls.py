@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
-from tests.adapters.witnesses import GENERATION, LATENT, witnessed
+from tests.adapters.witnesses import GENERATION, witnessed
 from tests.latents import CASES, each_case
 from tests.pipelines import SIZES, Case
 
@@ -18,7 +18,7 @@ def check(case: Case, pipe: object, steps: int = 2, keep: float = 0.25, **reques
     """Run sparse: each reference keeps its share, at the layout that the pipeline's own arguments tell."""
     handle = sra.patch(pipe, sra.SparseRef("random", keep))
     with witnessed(pipe.transformer) as calls:  # type: ignore[attr-defined]
-        latents = case.call(pipe, steps=steps, **LATENT, **request)  # type: ignore[arg-type]
+        latents = case.call(pipe, steps=steps, **request)  # type: ignore[arg-type]
     assert torch.isfinite(torch.as_tensor(latents)).all()
     layout = handle.record.layout
     assert layout.text == calls[0].text
@@ -88,7 +88,7 @@ def test_an_item_of_a_batch_keeps_the_same_tokens_as_the_others(case: Case) -> N
     request = {"batch": 2} if 2 in case.batch else {"images_per_prompt": 2}
     handle = sra.patch(pipe, sra.SparseRef("mass", 0.25))
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, steps=2, **LATENT, **request)
+        case.call(pipe, steps=2, **request)
     assert handle.record.mass is not None
     rows = [call.reached["hidden_states"] for call in calls]
     given = [call.given["hidden_states"] for call in calls]

@@ -15,7 +15,7 @@ import sparse_ref_attn as sra
 from tests.adapters.attention_masks import MASKS, by_hand, handed, padding, regions, rows_of, text_of
 from tests.adapters.test_dropping import KEEP, ROUNDING, error, noise, scores
 from tests.adapters.test_mass import close
-from tests.adapters.witnesses import GENERATION, LATENT, Call, best, hidden_keys, witnessed
+from tests.adapters.witnesses import GENERATION, Call, best, hidden_keys, witnessed
 from tests.contract.state import state
 from tests.latents import CASES, each_case
 from tests.pairwise import pairwise
@@ -43,7 +43,7 @@ def run(
     given = MASKS[mask](batch, HEADS, text_of(case), rows_of(case.name, batch))
     handle = sra.patch(pipe, config)
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, batch=batch, **handed(case, given), **LATENT, **request)
+        case.call(pipe, batch=batch, **handed(case, given), **request)
     return calls, handle
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import sparse_ref_attn as sra
 from sparse_ref_attn.patching import PatchHandle
 from sparse_ref_attn.selection import Selector
-from tests.adapters.witnesses import GENERATION, LATENT, Attention, Call, witnessed
+from tests.adapters.witnesses import GENERATION, Attention, Call, witnessed
 from tests.latents import CASES
 from tests.pipeline_arguments import NEGATIVE, PROMPTS
 from tests.pipelines import Case
@@ -33,7 +33,6 @@ def profiled(
             pipe,
             references=max(case.references) if references is None else references,
             steps=steps,
-            **LATENT,
             **request,
         )
     return handle, calls, case
