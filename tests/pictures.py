@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
@@ -10,6 +12,11 @@ import torch
 
 def picture(width: int = 64, height: int = 64, seed: int = 0) -> PIL.Image.Image:
     """A smooth gradient with a disc and a bar, their places and colours drawn from `seed`."""
+    return _picture(width, height, seed).copy()
+
+
+@lru_cache(maxsize=32)
+def _picture(width: int, height: int, seed: int) -> PIL.Image.Image:
     random = np.random.default_rng(seed)
     y, x = np.linspace(0, 1, height)[:, None, None], np.linspace(0, 1, width)[None, :, None]
     slope = random.uniform(-3, 3, (2, 3))

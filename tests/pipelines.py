@@ -11,7 +11,7 @@ References default to another shape than the output, so that mixing up rows and 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -87,6 +87,8 @@ class Case:
         Default side of the output in pixels.
     sizes : tuple of (int, int)
         Default (width, height) of each reference in pixels.
+    output_type : str
+        The default of `call`: "np" for pictures, "latent" for what the VAE would make them of.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Case:
     free: bool = True
     side: int = 64
     sizes: tuple[tuple[int, int], ...] = SIZES
+    output_type: str = "np"
 
     def call(
         self, pipe: Any, *, references: int = 1, batch: int = 1, steps: int = 3, side: int | None = None,
@@ -132,7 +135,7 @@ class Case:
         Returns
         -------
         numpy.ndarray
-            (batch * images_per_prompt, side, side, 3) in [0, 1].
+            (batch * images_per_prompt, side, side, 3) in [0, 1], or latents as the pipeline gives them, in float32.
         """
         allowed = (0, *self.references) if self.text_to_image else self.references
         if references not in allowed:
@@ -145,15 +148,16 @@ class Case:
         request = Request(references, batch, side, cfg, tuple(sizes or self.sizes), latents, first)
         common = {
             "prompt": list(PROMPTS[:batch]), "num_inference_steps": steps, "height": side, "width": side,
-            "num_images_per_prompt": images_per_prompt, "generator": generator(seed), "output_type": "np",
+            "num_images_per_prompt": images_per_prompt, "generator": generator(seed), "output_type": self.output_type,
             "callback_on_step_end": callback,
         }  # fmt: skip
-        known = inspect.signature(type(pipe).__call__).parameters
+        known = _parameters(type(pipe))
         if callback is not None and "callback_on_step_end" not in known:
             raise ValueError(f"{self.name} calls nothing at the end of a step, got {callback}")
         common = {name: value for name, value in common.items() if name in known}
         with small_pictures(side):
-            return pipe(**common | self.arguments(pipe, request) | kwargs).images
+            images = pipe(**common | self.arguments(pipe, request) | kwargs).images
+        return images.float().numpy() if isinstance(images, torch.Tensor) else images
 
     def dense(self, **request: Any) -> np.ndarray:
         """What `call` makes of a new pipeline, computed once for each request; arguments must be hashable."""
@@ -162,6 +166,11 @@ class Case:
     def model(self, **build: int) -> Any:
         """The transformer of a new pipeline, one for all that ask: to be called, and neither changed nor patched."""
         return _model(self, tuple(build.items()))
+
+
+@cache
+def _parameters(pipeline: type) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(pipeline.__call__).parameters
 
 
 @cache
@@ -208,10 +217,12 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def each_case(allows: Callable[[Case], bool] = lambda case: True) -> pytest.MarkDecorator:
+def each_case(
+    allows: Callable[[Case], bool] = lambda case: True, cases: Mapping[str, Case] = CASES
+) -> pytest.MarkDecorator:
     """Parametrize a test's argument ``case`` over the cases that `allows` accepts."""
-    cases = [case for case in CASES.values() if allows(case)]
-    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+    allowed = [case for case in cases.values() if allows(case)]
+    return pytest.mark.parametrize("case", allowed, ids=[case.name for case in allowed])
 
 
 def record_calls(transformer: torch.nn.Module) -> tuple[list[dict[str, Any]], Callable[[], None]]:

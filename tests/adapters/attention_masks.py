@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.adapters.witnesses import witnessed
+from tests.latents import CASES
 from tests.pictures import generator
-from tests.pipelines import CASES, Case
+from tests.pipelines import Case
 
 ARGUMENT = {"kontext": "joint_attention_kwargs"}
 """The pipelines' argument that holds the mask, where it is not ``attention_kwargs``."""

@@ -17,7 +17,7 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.eval.embedded import kontext_pipeline
 from sparse_ref_attn.ops.verdicts import dispatch, store
 from sparse_ref_attn.patching import proving
-from tests.pipelines import CASES
+from tests.latents import CASES
 from tests.stand_in_backend import calls, judged
 from tests.training.batches import Batch, build, lora
 

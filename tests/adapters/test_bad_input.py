@@ -13,7 +13,7 @@ from diffusers import FirstBlockCacheConfig
 import sparse_ref_attn as sra
 from sparse_ref_attn import schedules
 from sparse_ref_attn.config import UniformGuard
-from tests.pipelines import CASES
+from tests.latents import CASES
 
 CASE = CASES["klein"]
 SIZES = (96, 64)  # tokens of its first two references

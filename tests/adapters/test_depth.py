@@ -11,8 +11,9 @@ from diffusers import ContextParallelConfig, ParallelConfig
 import sparse_ref_attn as sra
 from sparse_ref_attn.models.flux2 import Flux2Adapter
 from tests.adapters.test_dropping import KEEP, ROUNDING, error, noise, scores
-from tests.adapters.witnesses import GENERATION, LATENT, best, hidden_keys, witnessed
-from tests.pipelines import CASES, Case, each_case
+from tests.adapters.witnesses import GENERATION, best, hidden_keys, witnessed
+from tests.latents import CASES, each_case
+from tests.pipelines import Case
 
 BUILT = {"layers": 3, "single": 2}
 ALIKE = {"kontext_inpaint": 3, "kontext_inpaint_reference": 1, "flux2": 4, "klein_inpaint": 1, "qwen_edit": 2,
@@ -34,7 +35,7 @@ def test_equals_the_dense_model_with_keys_masked_from_that_block_on(name: str, b
     pipe = case.build(**BUILT)
     handle = sra.patch(pipe, sra.SparseRef(sra.FromFunction(noise), KEEP, from_block=block))
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, references=max(case.references), cfg=case.cfg, batch=max(case.batch), steps=2, **LATENT)
+        case.call(pipe, references=max(case.references), cfg=case.cfg, batch=max(case.batch), steps=2)
     sizes = handle.record.layout.sizes
     handle.remove()
     fresh = case.model(**BUILT)
@@ -73,7 +74,7 @@ def test_attention_is_measured_before_the_references_leave(case: Case) -> None:
     config = sra.SparseRef("mass", sra.Linear(0.2, 0.6), from_block=2)
     handle = sra.patch(pipe, config)
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, steps=3, **LATENT)
+        case.call(pipe, steps=3)
     record = handle.record
     assert [(step.kind, step.from_block) for step in record.steps] == [("profile", 0), ("sparse", 2), ("sparse", 2)]
     assert record.scores is not None

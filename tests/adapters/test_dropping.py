@@ -9,8 +9,9 @@ from torch import Tensor
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.selection import References
-from tests.adapters.witnesses import GENERATION, LATENT, Call, best, hidden_keys, witnessed
-from tests.pipelines import CASES, Case, each_case
+from tests.adapters.witnesses import GENERATION, Call, best, hidden_keys, witnessed
+from tests.latents import CASES, each_case
+from tests.pipelines import Case
 
 KEEP = 0.3
 ROUNDING = 2e-5  # of the output's scale: float32 sums in another order
@@ -34,7 +35,7 @@ def run(case: Case, budget: sra.Constant | sra.Linear | sra.Descending, **reques
     pipe = case.build()
     handle = sra.patch(pipe, sra.SparseRef(sra.FromFunction(noise), budget))
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, references=max(case.references), **LATENT, **request)
+        case.call(pipe, references=max(case.references), **request)
     sizes = handle.record.layout.sizes
     handle.remove()
     return calls, sizes
@@ -84,7 +85,7 @@ def test_klein_kv_extracts_the_largest_budget_and_reads_each_steps_own(
     pipe, fresh = case.build(), case.model()
     handle = sra.patch(pipe, sra.SparseRef(sra.FromFunction(noise), budget))
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, references=references, steps=3, **LATENT)
+        case.call(pipe, references=references, steps=3)
     sizes = handle.record.layout.sizes
     low, high = (budget.low, budget.high) if not isinstance(budget, sra.Constant) else (KEEP, KEEP)
     shares = [low + (high - low) * progress for progress in (0, 0.5, 1)]

@@ -18,7 +18,8 @@ from sparse_ref_attn.selection import Selector
 from tests.adapters.test_dropping import ROUNDING, error
 from tests.adapters.test_mass import close, columns, joint
 from tests.adapters.witnesses import GENERATION, Call, best, hidden_keys, witnessed
-from tests.pipelines import CASES, Case, each_case
+from tests.latents import CASES, each_case
+from tests.pipelines import Case
 
 BUILT = {"layers": 3, "single": 3, "heads": 3}
 SHARES = (0.2, 0.4, 0.6)

@@ -15,9 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.errors import BatchError, IncompatibleError, LayoutError
-from tests.adapters.witnesses import LATENT
+from tests.latents import CASES
 from tests.pictures import generator, picture
-from tests.pipelines import CASES
 
 CASE = CASES["kontext"]
 IMAGE_ROWS = 64 + 96  # generation and reference of the case
@@ -67,7 +66,7 @@ def without(name: str) -> tuple[np.ndarray, Any, list, list]:
     """Picture, mass, steps and tokens of a run without an IP-Adapter."""
     plain = CASE.build()
     with sra.patched(plain, MEASURING[name]) as handle:
-        want, steps = CASE.call(plain, **LATENT), handle.record.steps
+        want, steps = CASE.call(plain), handle.record.steps
         kept = [s.selection and s.selection.indices.tolist() for s in steps]
         return want, handle.record.mass, [(s.kind, s.kept) for s in steps], kept
 
@@ -79,7 +78,7 @@ def test_what_is_measured_is_the_joint_attention(name: str, tokens: tuple[int, .
     """At scale 0 the image prompt changes nothing: the same mass, tokens and picture as without it."""
     pipe, (want, mass, kinds, tokens_kept) = build(tokens, scale=0.0), without(name)
     with sra.patched(pipe, MEASURING[name]) as handle:
-        got = CASE.call(pipe, **LATENT, **prompt(tokens))
+        got = CASE.call(pipe, **prompt(tokens))
         assert [(s.kind, s.kept) for s in handle.record.steps] == kinds
         assert [s.selection and s.selection.indices.tolist() for s in handle.record.steps] == tokens_kept
         for a, b in zip(mass or [], handle.record.mass or [], strict=True):

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 import sparse_ref_attn as sra
-from tests.adapters.witnesses import LATENT
 from tests.contract.state import kinds, state
-from tests.pipelines import CASES
+from tests.latents import CASES
 from tests.test_batch import Items
 
 NAMES = ("kontext", "flux2", "klein", "qwen_edit_plus", "qwen_edit_plus_2511", "longcat")
@@ -57,7 +56,7 @@ def test_every_step_predicts_what_the_training_patch_does(name: str, how: sra.Is
             calls[-1]["output"] = sample
 
     pipe.transformer.register_forward_hook(gave, with_kwargs=True)
-    case.call(pipe, references=own, steps=2, cfg=case.cfg, **LATENT)
+    case.call(pipe, references=own, steps=2, cfg=case.cfg)
     assert kinds(handle) == ["cached"] * 2
     assert handle.record.exactness == "exact"
     assert len(handle.record.isolated) == (own if how is EACH else 1)
@@ -79,11 +78,11 @@ def test_keys_and_values_are_the_same_bits_whatever_the_step_prompt_and_noise(na
     handle.capture()
     caches = []
     for seed, steps, prompt in ((0, 1, "a cup on a table"), (1, 2, "seven blue birds and a horse"), (2, 1, "x")):
-        case.call(pipe, references=own, steps=steps, seed=seed, prompt=prompt, **LATENT)
+        case.call(pipe, references=own, steps=steps, seed=seed, prompt=prompt)
         caches.append(handle.reference_cache)
     for other in caches[1:]:
         assert all(torch.equal(a, b) for a, b in zip(layers(caches[0]), layers(other), strict=True))
-    case.call(pipe, references=own, steps=1, first=7, **LATENT)
+    case.call(pipe, references=own, steps=1, first=7)
     assert not all(torch.equal(a, b) for a, b in zip(layers(caches[0]), layers(handle.reference_cache), strict=True))
 
 

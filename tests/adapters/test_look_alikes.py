@@ -16,7 +16,7 @@ from sparse_ref_attn.models import registry
 from sparse_ref_attn.models.flux import FluxAdapter
 from sparse_ref_attn.models.flux2 import Flux2Adapter
 from sparse_ref_attn.models.qwen import QwenImageAdapter
-from tests.pipelines import CASES
+from tests.latents import CASES
 
 GRID = sra.SparseRef("grid", 0.5)
 ADAPTERS = {"kontext": FluxAdapter(), "klein": Flux2Adapter(), "qwen_edit": QwenImageAdapter()}

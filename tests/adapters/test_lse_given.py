@@ -15,7 +15,7 @@ from sparse_ref_attn.eval.embedded import kontext_pipeline
 from sparse_ref_attn.models import adapter_for
 from sparse_ref_attn.ops.with_lse import forget_proofs
 from sparse_ref_attn.run import profile as profiling
-from tests.pipelines import CASES
+from tests.latents import CASES
 
 MODELS = ("kontext", "klein", "klein_kv", "qwen_edit", "qwen_edit_plus")
 

@@ -15,12 +15,13 @@ import sparse_ref_attn as sra
 from tests.adapters.attention_masks import MASKS, by_hand, handed, padding, regions, rows_of, text_of
 from tests.adapters.test_dropping import KEEP, ROUNDING, error, noise, scores
 from tests.adapters.test_mass import close
-from tests.adapters.witnesses import GENERATION, LATENT, Call, best, hidden_keys, witnessed
+from tests.adapters.witnesses import GENERATION, Call, best, hidden_keys, witnessed
 from tests.contract.state import state
+from tests.latents import CASES, each_case
 from tests.pairwise import pairwise
 from tests.pictures import mask as picture_mask
 from tests.pictures import picture
-from tests.pipelines import CASES, Case, each_case, small_pictures
+from tests.pipelines import Case, small_pictures
 
 HEADS = 2
 KLEIN_KV_MASKS = (padding(1, 48, 208), regions(208), regions(112))
@@ -42,7 +43,7 @@ def run(
     given = MASKS[mask](batch, HEADS, text_of(case), rows_of(case.name, batch))
     handle = sra.patch(pipe, config)
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, batch=batch, **handed(case, given), **LATENT, **request)
+        case.call(pipe, batch=batch, **handed(case, given), **request)
     return calls, handle
 
 

@@ -14,9 +14,10 @@ from tests.adapters.attention_masks import added, handed, padding, regions, text
 from tests.adapters.test_dropping import KEEP
 from tests.adapters.witnesses import GENERATION
 from tests.contract.state import state
+from tests.latents import CASES
 from tests.pairwise import pairwise
 from tests.pictures import generator, picture
-from tests.pipelines import CASES, Case
+from tests.pipelines import Case
 
 models = pytest.mark.parametrize("name", ["kontext", "klein"])
 

@@ -12,9 +12,10 @@ from torch import Tensor
 import sparse_ref_attn as sra
 from sparse_ref_attn.patching import PatchHandle
 from sparse_ref_attn.selection import Selector
-from tests.adapters.witnesses import GENERATION, LATENT, Attention, Call, witnessed
+from tests.adapters.witnesses import GENERATION, Attention, Call, witnessed
+from tests.latents import CASES
 from tests.pipeline_arguments import NEGATIVE, PROMPTS
-from tests.pipelines import CASES, Case
+from tests.pipelines import Case
 
 ROUNDING = 2e-6  # of the largest: float32 sums of a hundred terms
 MODELS = ("kontext", "klein", "klein_kv", "qwen_edit", "qwen_edit_plus")
@@ -32,7 +33,6 @@ def profiled(
             pipe,
             references=max(case.references) if references is None else references,
             steps=steps,
-            **LATENT,
             **request,
         )
     return handle, calls, case

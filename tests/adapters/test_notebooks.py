@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 
 import sparse_ref_attn as sra
-from tests.pipelines import CASES
+from tests.latents import CASES
 
 CASE = CASES["kontext"]
 

@@ -15,8 +15,9 @@ import sparse_ref_attn as sra
 from sparse_ref_attn.errors import PixelsUnavailableError
 from sparse_ref_attn.patching.pixels import PixelTap
 from sparse_ref_attn.types import Reference, TokenLayout
+from tests.latents import CASES
 from tests.pictures import generator, picture
-from tests.pipelines import CASES, Case
+from tests.pipelines import Case
 
 A, B = picture(48, 32, 11), picture(48, 32, 22)
 EDGES = sra.SparseRef("edges", 0.25)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparse_ref_attn as sra
-from tests.pipelines import CASES
+from tests.latents import CASES
 
 CASE = CASES["kontext"]
 GENERATION = 64

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.selection import References
+from tests.latents import CASES, each_case
 from tests.pictures import generator, mask, picture
-from tests.pipelines import CASES, Case, each_case
+from tests.pipelines import Case
 
 
 def spy(vae: torch.nn.Module) -> list[Tensor]:

@@ -18,7 +18,8 @@ from sparse_ref_attn import schedules
 from sparse_ref_attn.config import UniformGuard
 from sparse_ref_attn.selection import Ranking, Selector
 from tests.adapters.witnesses import GENERATION, witnessed
-from tests.pipelines import CASES, Case
+from tests.latents import CASES
+from tests.pipelines import Case
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 MANY = settings(FEW, max_examples=600, derandomize=False)

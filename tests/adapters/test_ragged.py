@@ -15,7 +15,7 @@ from sparse_ref_attn.errors import IncompatibleError, LayoutError
 from sparse_ref_attn.models import adapter_for
 from sparse_ref_attn.patching.execution.ragged import Item, Ragged
 from sparse_ref_attn.types import Reference, TokenLayout
-from tests.pipelines import CASES
+from tests.latents import CASES
 
 TRANSFORMERS = ("kontext", "flux2", "klein", "qwen_edit_plus", "qwen_edit_plus_2511")
 OUTPUTS = ((2, 3), (3, 4), (2, 2))  # grids

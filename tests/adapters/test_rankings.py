@@ -9,10 +9,10 @@ import torch
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.selection import Ranking
-from tests.adapters.witnesses import LATENT
-from tests.pipelines import CASES, Case, each_case
+from tests.latents import CASES, each_case
+from tests.pipelines import Case
 
-SHORT = {"steps": 2, **LATENT}
+SHORT = {"steps": 2}
 """One step is profiled, and one follows it."""
 
 

@@ -12,7 +12,7 @@ from sparse_ref_attn.selection.stability import overlap, spearman
 from tests.adapters.test_cache import CASE, config
 from tests.adapters.test_reuse import captured
 from tests.adapters.witnesses import GENERATION, witnessed
-from tests.pipelines import CASES
+from tests.latents import CASES
 
 
 def setting(execute: str, every: int, budget: float = 0.25, stride: int = 1) -> sra.SparseRef:

@@ -13,9 +13,9 @@ import sparse_ref_attn as sra
 from sparse_ref_attn import schedules
 from sparse_ref_attn.config import UniformGuard
 from sparse_ref_attn.selection import References
-from tests.adapters.witnesses import LATENT, witnessed
+from tests.adapters.witnesses import witnessed
+from tests.latents import CASES
 from tests.pairwise import pairwise
-from tests.pipelines import CASES
 from tests.tiny_models import sharpen
 
 KLEIN = CASES["klein"]
@@ -30,7 +30,7 @@ def counts(config: sra.SparseRef, references: int = 3, **request: Any) -> tuple[
     """Tokens kept of each reference at the last step."""
     pipe = KLEIN.build()
     handle = sra.patch(pipe, config)
-    KLEIN.call(pipe, references=references, steps=2, **LATENT, **request)
+    KLEIN.call(pipe, references=references, steps=2, **request)
     selection = handle.record.steps[-1].selection
     assert selection is not None
     assert handle.record.layout.sizes == (96, 64, 96)[:references]
@@ -72,7 +72,7 @@ def test_the_joint_length_is_a_multiple(name: str, per: str, multiple: int) -> N
     pipe = case.build()
     handle = sra.patch(pipe, sra.SparseRef("grid", schedules.Linear(0.2, 0.4, per=per), multiple=multiple))
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, references=max(case.references), steps=3, **LATENT)
+        case.call(pipe, references=max(case.references), steps=3)
     layout = handle.record.layout
     for call, step, share in zip(calls, handle.record.steps, (0.2, 0.3, 0.4), strict=True):
         sizes = layout.sizes if per == "reference" else (layout.reference_tokens,)

@@ -14,8 +14,9 @@ import sparse_ref_attn as sra
 from sparse_ref_attn import schedules
 from sparse_ref_attn.schedules import Budget
 from sparse_ref_attn.schedules.clock import Clock
-from tests.adapters.witnesses import GENERATION, LATENT, witnessed
-from tests.pipelines import CASES, Case, each_case
+from tests.adapters.witnesses import GENERATION, witnessed
+from tests.latents import CASES, each_case
+from tests.pipelines import Case
 
 STEPS = 5
 
@@ -30,7 +31,7 @@ def test_both_branches_of_a_step_keep_the_same_tokens(case: Case) -> None:
     pipe = case.build()
     handle = sra.patch(pipe, sra.ReCAST(task="subject"))
     with witnessed(pipe.transformer) as calls:
-        case.call(pipe, references=max(case.references), cfg=True, steps=3, **LATENT)
+        case.call(pipe, references=max(case.references), cfg=True, steps=3)
     steps = handle.record.steps
     assert [step.calls for step in steps] == [2] * 3
     assert [step.kind for step in steps] == ["profile", "sparse", "sparse"]

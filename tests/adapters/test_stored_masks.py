@@ -13,7 +13,7 @@ from tests.adapters.test_masks_plain import Masked, plain
 from tests.adapters.test_mass import close
 from tests.adapters.test_stored_references import with_keys_of
 from tests.adapters.witnesses import GENERATION, KeysOf, best, witnessed
-from tests.pipelines import CASES
+from tests.latents import CASES
 
 SHARE = 0.3
 STORED = sra.SparseRef(sra.FromFunction(noise), SHARE, execute=sra.Cache(refresh=sra.Never()))

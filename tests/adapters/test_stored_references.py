@@ -15,8 +15,8 @@ from torch import Tensor
 import sparse_ref_attn as sra
 from sparse_ref_attn.errors import ConfigError
 from tests.adapters.test_dropping import ROUNDING, error, noise, scores
-from tests.adapters.witnesses import GENERATION, LATENT, Call, KeysOf, best, witnessed
-from tests.pipelines import CASES
+from tests.adapters.witnesses import GENERATION, Call, KeysOf, best, witnessed
+from tests.latents import CASES
 
 JOINT = [name for name in CASES if name != "klein_kv"]
 joint = pytest.mark.parametrize("name", JOINT)
@@ -32,7 +32,7 @@ def run(name: str, setting: sra.SparseRef, **request: Any) -> tuple[list[Call], 
     """Calls and record of one run."""
     pipe = CASES[name].build()
     with sra.patched(pipe, setting) as handle, witnessed(pipe.transformer) as calls:
-        CASES[name].call(pipe, **LATENT, **request)
+        CASES[name].call(pipe, **request)
     return calls, handle.record
 
 

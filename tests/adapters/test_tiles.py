@@ -15,7 +15,7 @@ from tests.adapters.test_dropping import ROUNDING, error
 from tests.adapters.test_stored_references import JOINT, dense, run, with_keys_of
 from tests.adapters.tiles_by_hand import ByTile, TilesOf
 from tests.adapters.witnesses import GENERATION, Call, witnessed
-from tests.pipelines import CASES
+from tests.latents import CASES
 
 joint = pytest.mark.parametrize("name", JOINT)
 SIDES = (8, 8)  # the generation of every case

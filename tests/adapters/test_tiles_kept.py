@@ -17,7 +17,7 @@ from tests.adapters.test_stored_references import run
 from tests.adapters.test_tiles import by_hand, tiled
 from tests.adapters.tiles_by_hand import ByTile, TilesOf
 from tests.adapters.witnesses import GENERATION, Attention, Call, witnessed
-from tests.pipelines import CASES
+from tests.latents import CASES
 
 CASE = CASES["klein_kv"]
 LAYERS = 4

@@ -18,7 +18,7 @@ from tests.adapters.test_tiles import by_hand, tiled, wanted
 from tests.adapters.tiles_by_hand import ByTile, TilesOf
 from tests.adapters.witnesses import GENERATION, witnessed
 from tests.contract.state import state
-from tests.pipelines import CASES
+from tests.latents import CASES
 
 ONCE = tiled(refresh=sra.Never())
 keys = pytest.mark.parametrize("mask", KEYS, ids=str)

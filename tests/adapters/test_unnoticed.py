@@ -12,7 +12,7 @@ import torch
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.types import Reference
-from tests.pipelines import CASES
+from tests.latents import CASES
 from tests.training.batches import Batch, build
 
 GRID = sra.SparseRef("grid", 0.5)

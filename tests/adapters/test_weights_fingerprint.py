@@ -21,7 +21,7 @@ from sparse_ref_attn.errors import IncompatibleError, LayoutError
 from sparse_ref_attn.eval.models import _weights_id
 from tests import programs
 from tests.contract.test_offload import by_model, sequential
-from tests.pipelines import CASES
+from tests.latents import CASES
 
 CASE = CASES["klein_kv"]
 

@@ -65,4 +65,5 @@ def arguments(
 
 
 def call(pipe: Any, **which: Any) -> np.ndarray:
-    return pipe(**arguments(**which), output_type="np").images
+    """Latents of the pictures."""
+    return pipe(**arguments(**which), output_type="latent").images.numpy()

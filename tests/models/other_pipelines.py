@@ -72,6 +72,8 @@ class Other:
         Of a model whose text and sound have attention of their own: how many rows these have.
     output : str
         What its call's output has the pictures as.
+    output_type : str
+        "np" of a pipeline that gives no latents.
     generated : callable
         From what the transformer gives to the rows (B, rows, ...) or the picture of the generation.
     tiles : bool
@@ -91,13 +93,14 @@ class Other:
     text_behind: bool = False
     beside: tuple[int, ...] = ()
     output: str = "images"
+    output_type: str = "latent"
     generated: Callable[[torch.Tensor, int], torch.Tensor] = lambda sample, rows: sample[:, :rows]
     tiles: bool = True
     seen: Callable[[dict[str, Any], torch.Tensor], dict[int, torch.Tensor]] | None = None
 
     def call(self, pipe: Any, steps: int = 3, seed: int = 3, **more: Any) -> np.ndarray:
-        """Its pictures, one above another, of the references that `seed` draws."""
-        given = {"num_inference_steps": steps, "generator": generator(0), "output_type": "np"}
+        """Its latents, or pictures, one above another, of the references that `seed` draws."""
+        given = {"num_inference_steps": steps, "generator": generator(0), "output_type": self.output_type}
         given |= {"output": "images"} if self.modular else {}
         with small_pictures(), torch.random.fork_rng():
             torch.manual_seed(seed)  # JoyImage-Edit draws from torch's own stream
@@ -263,13 +266,13 @@ OTHERS = {
               references=((8, 12),)),
         Other("modular klein", lambda: modular(Flux2KleinAutoBlocks(), CASES["klein"].build()), _klein),
         Other("modular qwen edit", lambda: modular(QwenImageEditAutoBlocks(), CASES["qwen_edit"].build()), _qwen,
-              guided={"negative_prompt": "dark"}),
+              guided={"negative_prompt": "dark"}, output_type="np"),
         Other("modular qwen edit plus",
               lambda: modular(QwenImageEditPlusAutoBlocks(), CASES["qwen_edit_plus"].build()), _qwen_plus,
-              references=((8, 8), (8, 8)), guided={"negative_prompt": "dark"}),
+              references=((8, 8), (8, 8)), guided={"negative_prompt": "dark"}, output_type="np"),
         Other("flux3", flux3, _flux3, references=((8, 12), (8, 8))),
         Other("fibo", fibo, _fibo, references=((8, 12), (6, 4)), modular=False, guided={"guidance_scale": 3.0}),
-        Other("qwen layered", layered, _layered, generation=192, modular=False,
+        Other("qwen layered", layered, _layered, generation=192, modular=False, output_type="np",
               guided={"negative_prompt": "dark", "true_cfg_scale": 2.0}),
         Other("joyimage edit", joyimage(diffusers.JoyImageEditTransformer3DModel, diffusers.JoyImageEditPipeline),
               _joyimage, generation=96, references=((8, 12),), modular=False, text_behind=True,

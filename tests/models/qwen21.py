@@ -63,12 +63,12 @@ def call(
     pipe: Any, batch: int = 1, images: int = 1, sizes: Sequence[tuple[int, int]] = SIZES, seed: int = 0,
     guided: bool = False, steps: int = 3, side: int = 96, **more: Any,
 ) -> np.ndarray:  # fmt: skip
-    """Pictures of a call with references of these `sizes` for all of `batch` prompts."""
+    """Latents of a call with references of these `sizes` for all of `batch` prompts."""
     given: dict[str, Any] = {
         "prompt": list(PROMPTS[:batch]), "height": side, "width": side, "num_inference_steps": steps,
-        "num_images_per_prompt": images, "generator": generator(seed), "output_resolution": 128, "output_type": "np",
-        "image": [picture(*size, seed + i) for i, size in enumerate(sizes)] or None,
+        "num_images_per_prompt": images, "generator": generator(seed), "output_resolution": 128,
+        "output_type": "latent", "image": [picture(*size, seed + i) for i, size in enumerate(sizes)] or None,
     }  # fmt: skip
     if guided:
         given |= {"negative_prompt": ["dark and long"] * batch, "true_cfg_scale": 2.0}
-    return pipe(**given | more).images
+    return pipe(**given | more).images.numpy()

@@ -260,6 +260,6 @@ def test_references_of_any_number_and_the_size_of_the_last() -> None:
     pipe = OMNI.build()
     pictures = [picture(64, 64, 0), picture(64, 96, 1), picture(96, 64, 2)]
     with sra.patched(pipe, sra.SparseRef("edges", KEEP)) as handle:
-        made = OMNI.call(pipe, image=pictures, height=None, width=None, steps=1)
+        made = OMNI.call(pipe, image=pictures, height=None, width=None, steps=1, output_type="np")
         assert made.shape == (64, 96, 3)
         assert [r.grid for r in handle.record.layout.references] == [(8, 8), (12, 8), (8, 12)]

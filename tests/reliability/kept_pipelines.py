@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.pipelines import CASES
+from tests.latents import CASES
 
 
 @cache

@@ -13,8 +13,8 @@ import torch
 
 import sparse_ref_attn as sra
 from tests.contract.state import state
+from tests.latents import CASES
 from tests.pictures import picture
-from tests.pipelines import CASES
 from tests.reliability.alike import alike
 from tests.reliability.drawn_batch import BatchItems
 

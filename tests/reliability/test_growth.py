@@ -10,7 +10,7 @@ import pytest
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.run import Run
-from tests.pipelines import CASES
+from tests.latents import CASES
 from tests.reliability.memory import Held
 
 WARM = 6  # generations after which everything lazy exists; a multiple of the period of what they are asked for
@@ -40,7 +40,7 @@ def generate(mode: str, count: int) -> tuple[Held, Held]:
     def one(i: int) -> None:
         references = case.references[i % len(case.references)]
         request: dict[str, Any] = {"references": references, "first": i, "seed": i, "steps": 2}
-        case.call(pipe, **request, cfg=case.cfg and i % 2 == 1, output_type="latent")
+        case.call(pipe, **request, cfg=case.cfg and i % 2 == 1)
         assert len(handle.record.steps) == 2
 
     for i in range(WARM):

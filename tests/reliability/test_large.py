@@ -19,8 +19,8 @@ from sparse_ref_attn.selection.base import References
 from sparse_ref_attn.selection.ranking import per_reference
 from sparse_ref_attn.types import Reference, RefSelection, TokenLayout
 from tests.contract.state import state
+from tests.latents import CASES
 from tests.pictures import generator, picture
-from tests.pipelines import CASES
 from tests.reliability.alike import same
 from tests.reliability.layouts import ROWS, Layout
 

@@ -11,8 +11,9 @@ import pytest
 
 import sparse_ref_attn as sra
 from tests.contract.state import state
+from tests.latents import CASES
 from tests.pairwise import pairwise
-from tests.pipelines import CASES, Case
+from tests.pipelines import Case
 from tests.reliability.test_threads import together
 
 CONFIGS = {

@@ -14,7 +14,7 @@ import pytest
 
 import sparse_ref_attn as sra
 from tests.contract.state import state
-from tests.pipelines import CASES
+from tests.latents import CASES
 
 MODES = {
     "tokens": ("klein", sra.SparseRef("mass", sra.Linear(0.2, 0.6))),

@@ -23,7 +23,8 @@ from torch import Tensor
 import sparse_ref_attn as sra
 from sparse_ref_attn.selection import Reducer
 from tests.contract.state import state
-from tests.pipelines import CASES, Case
+from tests.latents import CASES
+from tests.pipelines import Case
 from tests.reliability.alike import alike, same, whole
 from tests.reliability.drawn_batch import BatchItems, sizes_of
 from tests.reliability.kept_pipelines import pipeline, transformer
