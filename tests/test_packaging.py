@@ -48,16 +48,18 @@ print(json.dumps(found))
 
 
 def test_import_is_lean() -> None:
-    """No public name loads diffusers or kernels, nor do costs and the models' stream maps."""
-    lean, bare, every, costs = loaded_by(
+    """No public name loads diffusers or kernels, nor do costs, the models' stream maps and the door of the ops."""
+    lean, bare, every, costs, door = loaded_by(
         "import sparse_ref_attn as sra",
         "import torch",
         "for name in sra.__all__: getattr(sra, name)",
         "import sparse_ref_attn.cost, sparse_ref_attn.schedules, sparse_ref_attn.models",
+        "import sparse_ref_attn.functional",
     )
     assert lean == {"heavy": [], "cuda": False}
     assert every == bare
     assert costs == bare
+    assert door == bare
 
 
 def test_public_names_resolve_and_are_listed() -> None:
