@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,6 +112,8 @@ class Launch:
 def compiled_for(card: str) -> Iterator[list[Launch]]:
     """Within this context Triton launches are compiled for `card` ("sm_80", ...) and recorded.
 
+    Without the source lines of instructions, which nobody reads here; the instructions are the same.
+
     Raises triton's OutOfResources, as on the card, where the shared memory does not suffice.
     """
     assert not triton.knobs.runtime.interpret, "interpreted kernels cannot be compiled: use a process of its own"
@@ -120,7 +123,9 @@ def compiled_for(card: str) -> Iterator[list[Launch]]:
     config.set_active(recorder)
     loading.add(recorder.note_files)
     try:
-        yield recorder.launches
+        with triton.knobs.compilation.scope():
+            triton.knobs.compilation.disable_line_info = True
+            yield recorder.launches
     finally:
         loading.remove(recorder.note_files)
         config.set_active(previous)
@@ -140,8 +145,15 @@ class _Recorder(DriverBase):
         self.files = files
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[None, Any, int, int, int]:
-        measure = _measure_cubin if TARGETS[self.card].backend == "cuda" else _measure_amdgcn
-        return None, {"name": name, "shared": shared, **measure(binary, self.files)}, 0, 0, 1024
+        if TARGETS[self.card].backend == "cuda":
+            measured = _measure_cubin(binary, self.text(".ptx"))
+        else:
+            measured = _measure_amdgcn(self.text(".amdgcn"))
+        return None, {"name": name, "shared": shared, **measured}, 0, 0, 1024
+
+    def text(self, ending: str) -> str:
+        """One of the files that the kernel went through."""
+        return Path(next(path for name, path in self.files.items() if name.endswith(ending))).read_text()
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": SHARED_LIMIT[self.card], "multiprocessor_count": 132, "warpSize": 32}
@@ -183,7 +195,8 @@ class _Launcher:
         )
 
 
-def _measure_cubin(cubin: bytes, files: dict[str, str]) -> dict[str, Any]:
+@cache
+def _measure_cubin(cubin: bytes, ptx: str) -> dict[str, Any]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -193,7 +206,6 @@ def _measure_cubin(cubin: bytes, files: dict[str, str]) -> dict[str, Any]:
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     # "/*0250*/  @!P0 LDGSTS.E.BYPASS.128 [R3], ..." after optional scheduling braces
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+[{]?\s*(?:@!?U?P[T\d]+\s+)?([A-Z][A-Za-z0-9_.]*)", assembly)
-    ptx = Path(next(path for name, path in files.items() if name.endswith(".ptx"))).read_text()
     columns = re.findall(r"tcgen05\.alloc\S+ \[\S+\], (\d+);", ptx)
     return {
         "registers": registers, "stack": stack, "instructions": Counter(opcodes), "steps": _steps(opcodes, ptx),
@@ -216,8 +228,7 @@ def _steps(opcodes: list[str], ptx: str) -> Counter[str]:
     return found
 
 
-def _measure_amdgcn(binary: bytes, files: dict[str, str]) -> dict[str, Any]:
-    assembly = Path(next(path for name, path in files.items() if name.endswith(".amdgcn"))).read_text()
+def _measure_amdgcn(assembly: str) -> dict[str, Any]:
     registers, stack = (
         int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1]) for key in ("vgpr_count", "private_segment_fixed_size")
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,17 +31,22 @@ class Kernel:
 
 def kernels(library: Path, arch: str) -> dict[str, Kernel]:
     """Every kernel of the library for one architecture, by names such as ``"gather_attention<bfloat16, 128>"``."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-    def said(*options: str) -> str:
-        command = [str(tool), "-arch", f"sm_{arch}", *options, str(library)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    def said(tool: str, *options: str, folder: str | None = None) -> str:
+        command = [str(tools / tool), *options]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
     usage = re.findall(
-        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said("--dump-resource-usage")
+        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
+        said("cuobjdump", "-arch", f"sm_{arch}", "--dump-resource-usage", str(library)),
     )
-    _, *parts = re.split(r"Function : (\w+)\n", said("--dump-sass"))
-    assembly = dict(zip(parts[::2], parts[1::2], strict=True))
+    assembly: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        said("cuobjdump", "-arch", f"sm_{arch}", "--extract-elf", "all", str(library.resolve()), folder=folder)
+        for cubin in Path(folder).iterdir():
+            _, *parts = re.split(r"\.text\.(\w+):\n", said("nvdisasm", "--print-code", "--no-dataflow", str(cubin)))
+            assembly.update(zip(parts[::2], parts[1::2], strict=True))
     # "/*0250*/  @!P0 LDGSTS.E.BYPASS.128 [R3], ..."
     opcode = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_.]*)")
     out = {}

@@ -52,7 +52,7 @@ def test_a_wheel_without_nvcc_is_pure_python_and_says_so_once(tmp_path: Path) ->
     assert not any(name.startswith("sparse_ref_attn/lib/") for name in members(wheel))
     assert carried() <= members(wheel)  # for `sra build-kernels`
     assert {"sparse_ref_attn/py.typed", "sparse_ref_attn/__init__.pyi"} <= members(wheel)
-    code = "import sparse_ref_attn as sra; print(sra.__file__, sra.ConfigError, sra.config.UniformGuard)"
+    code = "import sparse_ref_attn as sra; print(sra.__file__, sra.ConfigError, sra.errors.LayoutError)"
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -5,11 +5,11 @@ arithmetic too, and float32 -> bf16 truncates. `mend_bf16` makes the dot and the
 round to nearest even, as the hardware does. fp16 and fp32 are right as they are.
 
 It also replaces all of ``tl`` anew at each call of a function by a kernel, which takes longer than what the function
-does, and puts it back after each launch: `patch_once` makes it do so once. And it computes at each integer operation
-whether it overflows, for an assertion that it then leaves out (there is one under ``debug`` alone), and finds numpy's
-dtype in a table that it makes each time: `spare` has it do neither. Most of the rest went into the types of blocks,
-which every operation on one makes again: `remember_types` keeps what a type and its shape are made of,
-`remember_operands` how two of them meet.
+does, and puts it back after each launch: `patch_once` makes it do so once, by functions that do not ask how they are
+called. And it computes at each integer operation whether it overflows, for an assertion that it then leaves out (there
+is one under ``debug`` alone), and finds numpy's dtype in a table that it makes each time: `spare` has it do neither.
+Most of the rest went into the types of blocks, which every operation on one makes again: `remember_types` keeps what a
+type and its shape are made of, `remember_operands` how two of them meet.
 
 The interpreter is chosen when ``@triton.jit`` decorates, so one process is either interpreted or not: tests that launch
 kernels live in ``tests/ops/interpreted`` (collected only under ``TRITON_INTERPRET=1``; `tests/ops/test_interpreted.py`
@@ -136,6 +136,7 @@ def patch_once() -> None:
         return
     interpreter.patched_once = True
     patch = interpreter._patch_lang
+    semantic = interpreter.interpreter_semantic
     done: set[tuple[bool, bool]] = set()
 
     @cache
@@ -149,7 +150,16 @@ def patch_once() -> None:
             patch(fn)
         return SimpleNamespace(restore=lambda: None)
 
-    interpreter._patch_lang = patch_lang
+    def patch_attr(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        made = getattr(member, "__wrapped__", member)
+
+        def call(*args: Any, **named: Any) -> Any:
+            named["_semantic"] = semantic
+            return made(*args, **named)
+
+        scope.set_attr(obj, name, call)
+
+    interpreter._patch_lang, interpreter._patch_attr = patch_lang, patch_attr
 
 
 def mend_bf16() -> None:

@@ -86,18 +86,18 @@ def grid(channels: int) -> dict[str, Problem]:
     """What every kernel is tried on: sizes on either side of a tile of 32, each way to lay out a call, and nothing."""
     return {
         "one token": make(((1,),), ((1,),), (1,), 1, channels=channels),
-        "ragged items, one bank": make(((33, 1, 31),), ((32, 2, 65),), (33, 0, 64), 70, channels=channels),
+        "ragged items, one bank": make(((33, 1, 31),), ((32, 2, 65),), (33, 0, 64), 70, heads=1, channels=channels),
         "text and image rows apart": make(
             ((2, 33), (31, 5)), ((3, 33), (32, 6)), (34, 4), 40, heads=1, channels=channels
         ),
         "two dense tensors, grouped heads": make(
             ((33, 3),), ((3, 33),), (34, 4), 40, second=(32, 2), heads=4, key_heads=2, channels=channels
         ),
-        "empty items": make(((3, 0, 33),), ((0, 4, 0),), (0, 2, 33), 40, channels=channels),
+        "empty items": make(((3, 0, 33),), ((0, 4, 0),), (0, 2, 33), 40, heads=1, channels=channels),
         "nothing to attend to": make(((3, 33),), ((0, 0),), (0, 0), 5, channels=channels),
         "bank alone": make(((33, 3),), None, (34, 2), 40, channels=channels),
         "dense alone": make(((33, 3),), ((34, 2),), None, channels=channels),
-        "rows named twice": make(((33, 3),), ((4, 2),), (35, 34), 9, repeats=True, channels=channels),
+        "rows named twice": make(((33, 3),), ((4, 2),), (35, 34), 9, repeats=True, heads=1, channels=channels),
         "a selection per key head": make(
             ((33, 3),), ((4, 2),), ((33, 0), (1, 34)), 40, heads=4, key_heads=2, channels=channels
         ),

@@ -115,7 +115,7 @@ def test_strided_operands() -> None:
 
 
 def test_opcheck() -> None:
-    for name in ("two dense tensors", "a selection per key head", "bank alone"):
+    for name in ("two dense tensors", "bank alone"):
         problem = PROBLEMS[name].leaves()
         tensors = [problem.operands.get(n) for n in ("q", "k", "v", "k2", "v2", "k_ref", "v_ref")]
         offsets = ("cu_seqlens_q", "cu_seqlens_k", "ref_indices", "ref_offsets")

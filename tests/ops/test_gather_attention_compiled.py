@@ -40,9 +40,12 @@ def test_head_dim_128_is_what_the_page_says(card: str, kernel: str) -> None:
     configurations.hold(card, kernel, 128, shipped(card, kernel, 128), seen)
 
 
-@pytest.mark.parametrize(("kernel", "card"), zip(KERNEL_NAMES, itertools.cycle(["sm_90", "sm_80"])))
+@pytest.mark.parametrize(("kernel", "card"), list(zip(KERNEL_NAMES[1:], itertools.cycle(["sm_80", "sm_90"]))))
 def test_a_batch_of_one(kernel: str, card: str) -> None:
-    """One range alone: the search for a program's range is then over a single number."""
+    """One range alone: the search for a program's range is then over a single number.
+
+    The forward kernel's is in `test_the_gather_is_pipelined_as_deep_as_the_dense_loop`.
+    """
     gathered = card == "sm_90" or kernel.endswith("gathered")
     assert not faults(of_table(card, kernel, items=1, gathered=gathered), kernel)
 
@@ -57,7 +60,7 @@ def test_every_row_is_what_the_page_says(card: str, channels: int, kernel: str) 
 
 def test_a_pipeline_that_ptxas_serializes_is_a_fault() -> None:
     """One program of 4 warps on 128 x 128 scores does not fit its registers: every matrix step waits for the last."""
-    seen = compiled("sm_90", launches(arguments(64), Config(128, 128, 4, 3))["forward"])
+    seen = compiled("sm_90", launches(arguments(64, gathered=False), Config(128, 128, 4, 2))["forward"])
     assert seen.count("WARPGROUP.ARRIVE") == seen.count("HGMMA") > 0
     assert any(fault.startswith("serialized") for fault in faults(seen))
 
@@ -124,8 +127,10 @@ def test_the_gather_is_pipelined_as_deep_as_the_dense_loop() -> None:
     """Read where they are needed, indices halve the pipeline: two buffers, whatever num_stages says."""
     config = config_for(FORWARD, 90, 128)
     dense, gathered = (
-        of_table("sm_90", "forward", **case) for case in (CASES["dense alone"], CASES["bank alone"])
+        of_table("sm_90", "forward", items=1, **case) for case in (CASES["dense alone"], CASES["bank alone"])
     )  # fmt: skip
+    assert not faults(dense)
+    assert not faults(gathered)
     tile = 2 * config.block_n * 128
     queries = 2 * config.block_m * 128
     assert config.stages == 3

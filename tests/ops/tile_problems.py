@@ -49,7 +49,8 @@ def tile_grid(channels: int) -> dict[str, Problem]:
         "tiles alike": make_tiles(((16, 16, 16, 16),), ((65,),), (34, 34, 34, 34), 40, means=(9,), channels=channels),
         "one tile, one query": make_tiles(((1,),), ((1,),), (1,), 1, means=(1,), channels=channels),
         "ragged tiles of ragged items": make_tiles(
-            ((7, 33, 1), (16,), (2, 17)), ((33, 2, 32),), (33, 0, 64, 5, 1, 36), 70, means=(34, 3, 0), channels=channels
+            ((7, 33, 1), (16,), (2, 17)), ((33, 2, 32),), (33, 0, 64, 5, 1, 36), 70, means=(34, 3, 0), heads=1,
+            channels=channels,
         ),
         "tiles of text and image rows apart": make_tiles(
             (((2,), (33,)), ((16, 17), (5, 1))), ((3, 33), (32, 6)), (34, 4, 9, 0, 2, 7), 40, heads=1, channels=channels
@@ -59,7 +60,7 @@ def tile_grid(channels: int) -> dict[str, Problem]:
             heads=4, key_heads=2, channels=channels,
         ),
         "empty tiles and items": make_tiles(
-            ((0, 3, 0), (0,), (17, 0)), ((0, 4, 0),), (2, 0, 3, 1, 4, 0), 8, means=(2, 0, 3), channels=channels
+            ((0, 3, 0), (0,), (17, 0)), ((0, 4, 0),), (2, 0, 3, 1, 4, 0), 8, means=(2, 0, 3), heads=1, channels=channels
         ),
         "a tile that sees its item alone": blind,
         "a tile that sees nothing": nothing,

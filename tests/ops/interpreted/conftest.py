@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    for unused in ("peft", "torchao"):
+        sys.modules[unused] = None  # diffusers and transformers import what they find
     from ..interp import mend_bf16, patch_once, remember_operands, remember_types, spare
 
     mend_bf16()

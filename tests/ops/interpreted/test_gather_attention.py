@@ -29,7 +29,7 @@ ONE_LOOP = Config(16, 32, 4, 2, split=False)
 
 PROBLEMS = {
     **grid(32),
-    "empty items": make(((3, 0, 33),), ((0, 4, 0),), (0, 2, 33), 40, channels=64),
+    "empty items": make(((3, 0, 33),), ((0, 4, 0),), (0, 2, 33), 40, heads=1, channels=64),
     "head dim 128": make(((40,),), ((33,),), (34,), 50, heads=1, channels=128),
 }
 
