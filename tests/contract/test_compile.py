@@ -29,7 +29,7 @@ SETTINGS = {
     "depth": sra.SparseRef("mass", VARYING, from_block=FROM),
     "in flight": sra.SparseRef("mass", VARYING, profile="in_flight", profile_blocks=FROM),
 }
-ORDERS = {  # the first patch comes before the compiler, on each model another
+ORDERS = {  # the first patch comes before the compiler, on each model another; with Qwen the compiler comes first
     "klein": ("mass", "depth", "in flight"),
     "kontext": ("depth", "in flight", "mass"),
     "qwen_edit_plus": ("in flight", "mass", "depth"),
@@ -72,7 +72,10 @@ def test_repeated_blocks(name: str, order: tuple[str, ...]) -> None:
     """No breaks, no new graphs for a new count, whether blocks were compiled (and run) before a patch or after it."""
     case, backend = CASES[name], Counting()
     plain, pipe = case.build(**DEEP[name]), case.build(**DEEP[name])
-    blocks = sum(DEEP[name].values())
+    blocks, compiler_first = sum(DEEP[name].values()), name == "qwen_edit_plus"
+    if compiler_first:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+        case.call(pipe, steps=1)
 
     def note(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
         seen.append((backend.graphs, backend.calls - called))
@@ -81,7 +84,7 @@ def test_repeated_blocks(name: str, order: tuple[str, ...]) -> None:
     for setting in order:
         called, seen = backend.calls, []
         expected, handle = sra.patch(plain, SETTINGS[setting]), sra.patch(pipe, SETTINGS[setting])
-        if setting == order[0]:
+        if setting == order[0] and not compiler_first:
             pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
         for first in (0, 3):
             got = case.call(pipe, steps=6, first=first, callback=note)
@@ -150,18 +153,3 @@ def test_compiled_as_a_whole_before_the_patch_is_refused(compile_: Callable[...,
             sra.patch(model, MASS)
     assert not pipe.transformer._forward_hooks
     assert "encode" not in vars(pipe.vae)
-
-
-def test_blocks_compiled_before_the_patch() -> None:
-    case, backend = CASES["klein"], Counting()
-    plain = case.build(**ONE)
-    sra.patch(plain, MASS)
-    pipe = case.build(**ONE)
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
-    case.call(pipe, steps=1)
-    handle = sra.patch(pipe, MASS)
-    np.testing.assert_allclose(case.call(pipe), case.call(plain), atol=1e-5)
-    assert kinds(handle) == ["profile", "sparse", "sparse"]
-    graphs = backend.graphs
-    case.call(pipe)
-    assert backend.graphs == graphs

@@ -99,14 +99,9 @@ def compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize(  # the blocks of flux2 are Klein's
+@pytest.mark.parametrize(  # the blocks of flux2 are Klein's, and those of Qwen-Image-Edit-Plus are its 2511 form's
     ("name", "first", "dynamic"),
-    [
-        ("kontext", "compile", None),
-        ("klein", "patch", None),
-        ("qwen_edit_plus", "patch", True),
-        ("qwen_edit_plus_2511", "compile", None),
-    ],
+    [("kontext", "compile", None), ("klein", "patch", True), ("qwen_edit_plus_2511", "patch", None)],
 )
 def test_compiled_blocks(name: str, first: str, dynamic: bool | None) -> None:
     """Lengths that change at every step compile once more, for any length, and then never again."""
