@@ -17,9 +17,9 @@ from tests.contract.state import MASS, kinds, steps
 from tests.pipelines import CASES
 
 LIMIT = 4  # graphs that torch compiles of a kind of block here
-DEEP = {  # more blocks than that, so that a graph a block would be an error
-    "klein": {"layers": 5, "single": 5},
-    "kontext": {"layers": 5, "single": 5},
+DEEP = {  # more blocks than that, so that a graph a block would be an error; test_stored_compiled has the other kinds
+    "klein": {"layers": 0, "single": 5},
+    "kontext": {"layers": 5, "single": 0},
     "qwen_edit_plus": {"layers": 5},
 }
 ONE = {"layers": 0, "single": 1}
@@ -29,15 +29,20 @@ SETTINGS = {
     "depth": sra.SparseRef("mass", VARYING, from_block=FROM),
     "in flight": sra.SparseRef("mass", VARYING, profile="in_flight", profile_blocks=FROM),
 }
-ORDERS = {  # the first patch comes before the compiler, on each model another
+ORDERS = {  # the first patch comes before the compiler, on each model another; with Qwen the compiler comes first
     "klein": ("mass", "depth", "in flight"),
     "kontext": ("depth", "in flight", "mass"),
     "qwen_edit_plus": ("in flight", "mass", "depth"),
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+
+@pytest.fixture
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # After each compilation torch empties the CPU's caches and times its guards, which nobody reads here.
+    monkeypatch.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *arguments: 0.0)
     gc.collect()  # or a pipeline of an earlier test goes in the middle of a compilation, and its backends with it
     torch._dynamo.reset()
     counters.clear()
@@ -67,7 +72,10 @@ def test_repeated_blocks(name: str, order: tuple[str, ...]) -> None:
     """No breaks, no new graphs for a new count, whether blocks were compiled (and run) before a patch or after it."""
     case, backend = CASES[name], Counting()
     plain, pipe = case.build(**DEEP[name]), case.build(**DEEP[name])
-    blocks = sum(DEEP[name].values())
+    blocks, compiler_first = sum(DEEP[name].values()), name == "qwen_edit_plus"
+    if compiler_first:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+        case.call(pipe, steps=1)
 
     def note(pipe: Any, step: int, timestep: Any, kwargs: dict) -> dict:
         seen.append((backend.graphs, backend.calls - called))
@@ -76,7 +84,7 @@ def test_repeated_blocks(name: str, order: tuple[str, ...]) -> None:
     for setting in order:
         called, seen = backend.calls, []
         expected, handle = sra.patch(plain, SETTINGS[setting]), sra.patch(pipe, SETTINGS[setting])
-        if setting == order[0]:
+        if setting == order[0] and not compiler_first:
             pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
         for first in (0, 3):
             got = case.call(pipe, steps=6, first=first, callback=note)
@@ -104,14 +112,16 @@ def function(pipe: Any, **options: Any) -> None:
     pipe.transformer = torch.compile(pipe.transformer, **options)
 
 
-@pytest.mark.parametrize("compile_", [method, function])
-def test_compiled_as_a_whole_after_the_patch(compile_: Callable[..., None]) -> None:
-    """The compiler steps around the hooks; it traced into them and failed at the profiling step."""
+def test_compiled_as_a_whole_after_the_patch() -> None:
+    """The compiler steps around the hooks; it traced into them and failed at the profiling step.
+
+    `test_depth` compiles in both ways.
+    """
     case, backend = CASES["klein"], Counting()
     plain, pipe = (case.build(**ONE) for _ in range(2))
     dense = case.call(plain, steps=2)
     expected, handle = sra.patch(plain, MASS), sra.patch(pipe, MASS)
-    compile_(pipe, backend=backend)
+    function(pipe, backend=backend)
     np.testing.assert_allclose(case.call(pipe, steps=2), case.call(plain, steps=2), atol=1e-5)
     assert kinds(handle) == ["profile", "sparse"]
     assert steps(handle) == steps(expected)
@@ -143,18 +153,3 @@ def test_compiled_as_a_whole_before_the_patch_is_refused(compile_: Callable[...,
             sra.patch(model, MASS)
     assert not pipe.transformer._forward_hooks
     assert "encode" not in vars(pipe.vae)
-
-
-def test_blocks_compiled_before_the_patch() -> None:
-    case, backend = CASES["klein"], Counting()
-    plain = case.build(**ONE)
-    sra.patch(plain, MASS)
-    pipe = case.build(**ONE)
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
-    case.call(pipe, steps=1)
-    handle = sra.patch(pipe, MASS)
-    np.testing.assert_allclose(case.call(pipe), case.call(plain), atol=1e-5)
-    assert kinds(handle) == ["profile", "sparse", "sparse"]
-    graphs = backend.graphs
-    case.call(pipe)
-    assert backend.graphs == graphs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,12 +49,21 @@ SERVED = {
 }
 
 
+@cache
+def dense_picture() -> np.ndarray:
+    return call(build())
+
+
+def test_every_token_kept() -> None:
+    pipe = build()
+    with sra.patched(pipe, sra.SparseRef("mass", 1.0)) as handle:
+        assert np.array_equal(call(pipe), dense_picture())
+        assert handle.record.steps[0].kind == "profile"
+
+
 @pytest.mark.parametrize("name", SERVED)
 def test_it_runs_sparse_and_is_as_it_was(name: str) -> None:
-    pipe = build()
-    dense = call(pipe)
-    with sra.patched(pipe, sra.SparseRef("mass", 1.0)):
-        assert np.array_equal(call(pipe), dense)
+    pipe, dense = build(), dense_picture()
     with sra.patched(pipe, SERVED[name]) as handle:
         assert not np.array_equal(call(pipe), dense)
         assert handle.record.steps[-1].kept == 16

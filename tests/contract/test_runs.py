@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,6 @@ def test_no_reference_of_the_last_image(case: Case, cfg: bool) -> None:
     handle = sra.patch(pipe, config)
     first = case.call(pipe, steps=2, cfg=cfg)
     kept = handle.record.steps[-1].selection
-    assert np.array_equal(first, case.call(pipe, steps=2, cfg=cfg))
     if case.text_to_image:
         case.call(pipe, steps=2, references=0)
     second = case.call(pipe, steps=2, cfg=cfg, first=5)
@@ -57,6 +57,14 @@ def test_other_sizes_and_numbers_in_the_next_image() -> None:
         assert handle.record.batch == request.get("batch", 1)
 
 
+@cache
+def drawn() -> torch.Tensor:
+    """The state of a user's generator after a run without a patch."""
+    plain = generator(7)
+    KLEIN.call(KLEIN.build(), generator=plain)
+    return plain.get_state()
+
+
 @pytest.mark.parametrize(
     "select",
     [
@@ -71,9 +79,7 @@ def test_other_sizes_and_numbers_in_the_next_image() -> None:
     ids=str,
 )
 def test_random_numbers_are_the_users(select: Any) -> None:
-    pipe = KLEIN.build()
-    plain = generator(7)
-    KLEIN.call(pipe, generator=plain)
+    wanted, pipe = drawn(), KLEIN.build()
     handle = sra.patch(pipe, sra.SparseRef(select, 0.3))
     torch.manual_seed(11)
     np.random.seed(11)
@@ -83,7 +89,7 @@ def test_random_numbers_are_the_users(select: Any) -> None:
     assert kinds(handle)[-1] == "sparse"
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])
-    assert torch.equal(own.get_state(), plain.get_state())
+    assert torch.equal(own.get_state(), wanted)
     torch.manual_seed(12)
     assert np.array_equal(image, KLEIN.call(pipe, generator=generator(7)))  # reseeded every run
 

@@ -74,8 +74,13 @@ def alone(cfg: bool, first: int) -> tuple[np.ndarray, list[tuple[str, int]]]:
     return KLEIN.call(pipe, steps=4, cfg=cfg, first=first), steps(witness)
 
 
-@pytest.mark.parametrize("ran", ["never", "to its end", "aborted", "aborted after its second step"])
-@pytest.mark.parametrize("cfg", [False, True])
+@pytest.mark.parametrize(
+    ("ran", "cfg"),
+    [
+        ("never", True), ("to its end", True), ("aborted", True), ("aborted after its second step", True),
+        ("to its end", False), ("aborted", False),
+    ],
+)  # fmt: skip
 def test_a_pipeline_with_another_scheduler(ran: str, cfg: bool, caplog: pytest.LogCaptureFixture) -> None:
     """The patched pipeline's scheduler stands still, and knows neither step nor run of the other one.
 

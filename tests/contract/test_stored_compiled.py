@@ -13,9 +13,11 @@ from torch._dynamo.utils import counters
 
 import sparse_ref_attn as sra
 from tests.contract.state import kinds, state
-from tests.contract.test_compile import DEEP, LIMIT, Counting, _fresh_compiler  # noqa: F401
+from tests.contract.test_compile import LIMIT, Counting, fresh_compiler  # noqa: F401
 from tests.pipelines import CASES
 from tests.reliability.test_one_transformer import beside
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 SETTINGS = {
     "all read": sra.SparseRef("grid", 1.0, execute=sra.Cache(refresh=sra.Every(2))),
@@ -24,6 +26,11 @@ SETTINGS = {
 }
 ON = {"klein": "ranked", "kontext": "tiles", "qwen_edit_plus": "all read"}
 """One op answers all attention: graphs know nothing of the setting."""
+DEEP = {  # more blocks than LIMIT; where a model has two kinds, `test_compile` has the other one
+    "klein": {"layers": 5, "single": 0},
+    "kontext": {"layers": 0, "single": 5},
+    "qwen_edit_plus": {"layers": 5},
+}
 TWO = {"layers": 0, "single": 2}
 
 
@@ -86,7 +93,7 @@ def test_two_models_share_the_backend_and_the_last_takes_it_away() -> None:
     for pipe in pipes:
         with sra.patched(pipe, SETTINGS["all read"]):
             wanted.append(case.call(pipe, steps=2))
-        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+        pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend="eager")
     before = [state(pipe) for pipe in pipes]
     handles = [sra.patch(pipe, SETTINGS["all read"]) for pipe in pipes]
     for pipe, image in zip(pipes, wanted, strict=True):
@@ -103,7 +110,7 @@ def test_two_threads_are_refused_in_words_and_neither_gets_a_wrong_picture() -> 
     pipe = case.build(**TWO)
     with sra.patched(pipe, SETTINGS["all read"]):
         wanted = case.call(pipe, steps=2)
-    pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False, backend="eager")
     found: list[Any] = []
 
     def other() -> None:

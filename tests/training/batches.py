@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from sparse_ref_attn.types import RefSelection
+from tests.copies import copies
 from tests.pictures import generator
 from tests.pipelines import CASES
 
@@ -33,6 +34,12 @@ def lora(model: nn.Module, seed: int = 0) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora" in name)
     return model
+
+
+@copies
+def tuned(name: str, **sizes: int) -> nn.Module:
+    """The tiny transformer of a case with a LoRA."""
+    return lora(build(name, **sizes))
 
 
 class Batch:

@@ -69,13 +69,13 @@ def test_end_to_end(name: str, references: int, tmp_path: Path) -> None:
         assert f"wrote {tmp_path / out / LORA}" in told
 
     go("once", "--steps", "4")
-    # Stopped after two steps and gone on with: the same weights, bit for bit.
-    go("twice", "--steps", "2", "--checkpoint-every", "1")
-    go("twice", "--steps", "4")
-    once, twice = (load_file(tmp_path / out / LORA) for out in ("once", "twice"))
-    assert once.keys() == twice.keys()
-    assert all(torch.equal(once[key], twice[key]) for key in once)
-    assert [path.name for path in (tmp_path / "twice").glob("checkpoint-*")] == ["checkpoint-4"]
+    if name == "kontext":  # stopped after two steps and gone on with: the same weights, bit for bit
+        go("twice", "--steps", "2", "--checkpoint-every", "1")
+        go("twice", "--steps", "4")
+        once, twice = (load_file(tmp_path / out / LORA) for out in ("once", "twice"))
+        assert once.keys() == twice.keys()
+        assert all(torch.equal(once[key], twice[key]) for key in once)
+        assert [path.name for path in (tmp_path / "twice").glob("checkpoint-*")] == ["checkpoint-4"]
 
     with safe_open(tmp_path / "once" / LORA, framework="pt") as file:
         settings_of = json.loads(file.metadata()["sparse_ref_attn"])

@@ -14,7 +14,7 @@ from sparse_ref_attn.types import RefSelection
 from tests.adapters.attention_masks import BETWEEN, KEYS, MASKS, by_hand
 from tests.contract.state import state
 from tests.pipelines import CASES
-from tests.training.batches import Batch, build, gradients, lora, rows_of
+from tests.training.batches import Batch, gradients, rows_of, tuned
 from tests.training.test_patching import EACH, HALF, assert_close
 
 MODELS = ("kontext", "klein", "flux2")
@@ -58,7 +58,7 @@ def gradients_by_hand(
 
 @in_turn(MASKS)
 def test_one_draw_for_the_batch(mask: str, name: str) -> None:
-    model, (batch, whole) = lora(build(name)), made(name, mask)
+    model, (batch, whole) = tuned(name), made(name, mask)
     dense = gradients(model, batch)
     handle = sra.patch_for_training(model, HALF)
     got = gradients(model, batch)
@@ -71,7 +71,7 @@ def test_one_draw_for_the_batch(mask: str, name: str) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @in_turn(KEYS)
 def test_each_items_own_draw(mask: str, name: str, checkpointing: bool) -> None:
-    model, (batch, whole) = lora(build(name)), made(name, mask)
+    model, (batch, whole) = tuned(name), made(name, mask)
     if checkpointing:
         model.enable_gradient_checkpointing()
     handle = sra.patch_for_training(model, EACH)
@@ -85,7 +85,7 @@ def test_each_items_own_draw(mask: str, name: str, checkpointing: bool) -> None:
 @in_turn(BETWEEN)
 def test_items_with_their_own_draws_have_masks_of_keys(mask: str, name: str) -> None:
     """The kernel of ragged items has no other: refused in words, and nothing is drawn."""
-    model, (batch, _) = lora(build(name)), made(name, mask)
+    model, (batch, _) = tuned(name), made(name, mask)
     plain = Batch(name)
     handle = sra.patch_for_training(model, EACH)
     plain.predict(model)

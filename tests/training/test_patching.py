@@ -12,11 +12,14 @@ import torch
 import sparse_ref_attn as sra
 from tests.contract.state import GRID, state
 from tests.pipelines import CASES
-from tests.training.batches import MODELS, Batch, build, gradients, gradients_alone, lora, positions, rows_of
+from tests.training.batches import MODELS, Batch, build, gradients, gradients_alone, lora, positions, rows_of, tuned
 
 HALF = sra.RandomDrop((0.3, 0.7))
+ONE, TWO = ((6, 4),), ((6, 4), (3, 5))
 models = pytest.mark.parametrize("name", MODELS)
-
+models_and_references = pytest.mark.parametrize(
+    ("name", "references"), [*((name, TWO) for name in MODELS), ("kontext", ONE), ("qwen_edit_plus_2511", ONE)]
+)
 
 EACH = sra.RandomDrop((0.1, 0.9), per_sample=True)
 
@@ -27,11 +30,10 @@ def assert_close(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-6 * max(1.0, value.abs().max().item()))
 
 
-@models
-@pytest.mark.parametrize("references", [((6, 4),), ((6, 4), (3, 5))])
+@models_and_references
 def test_kept_tokens_train_as_if_alone(name: str, references: tuple) -> None:
     """Prediction and LoRA gradients are those of a run that never saw the dropped tokens."""
-    model, batch = lora(build(name)), Batch(name, references=references)
+    model, batch = tuned(name), Batch(name, references=references)
     handle = sra.patch_for_training(model, HALF)
     got = gradients(model, batch)
     (selection,) = handle.kept
@@ -43,11 +45,10 @@ def test_kept_tokens_train_as_if_alone(name: str, references: tuple) -> None:
     assert any(not torch.allclose(got[key], dense[key], rtol=1e-2) for key in got)
 
 
-@models
-@pytest.mark.parametrize("references", [((6, 4),), ((6, 4), (3, 5))])
+@models_and_references
 def test_each_item_trains_as_if_alone(name: str, references: tuple) -> None:
     """Counts of their own: prediction and LoRA gradients of each item run alone with its kept tokens."""
-    model, batch = lora(build(name)), Batch(name, items=3, references=references)
+    model, batch = tuned(name), Batch(name, items=3, references=references)
     handle = sra.patch_for_training(model, EACH)
     together = batch.predict(model).detach()
     kept = handle.kept
@@ -67,7 +68,7 @@ def test_each_item_trains_as_if_alone(name: str, references: tuple) -> None:
 
 @models
 def test_dropped_tokens_of_each_item_get_no_gradient(name: str) -> None:
-    model, batch = lora(build(name)), Batch(name, items=3)
+    model, batch = tuned(name), Batch(name, items=3)
     handle = sra.patch_for_training(model, EACH)
     x = batch.kwargs["hidden_states"].requires_grad_()
     out = model(**batch.kwargs)[0]
@@ -82,7 +83,7 @@ def test_dropped_tokens_of_each_item_get_no_gradient(name: str) -> None:
 
 @models
 def test_dropped_tokens_get_no_gradient_and_a_zero_output(name: str) -> None:
-    model, batch = lora(build(name)), Batch(name)
+    model, batch = tuned(name), Batch(name)
     handle = sra.patch_for_training(model, HALF)
     x = batch.kwargs["hidden_states"].requires_grad_()
     out = model(**batch.kwargs)[0]
@@ -98,7 +99,7 @@ def test_dropped_tokens_get_no_gradient_and_a_zero_output(name: str) -> None:
 
 
 def test_what_is_dropped_is_not_even_read() -> None:
-    model, batch = lora(build("klein")), Batch("klein")
+    model, batch = tuned("klein"), Batch("klein")
     handle = sra.patch_for_training(model, HALF)
     batch.predict(model)
     (selection,) = handle.kept
@@ -110,7 +111,7 @@ def test_what_is_dropped_is_not_even_read() -> None:
 
 @models
 def test_eval_and_calls_without_references_are_untouched(name: str) -> None:
-    model, batch, plain = lora(build(name)), Batch(name), Batch(name, references=())
+    model, batch, plain = tuned(name), Batch(name), Batch(name, references=())
     dense, without = batch.predict(model), plain.predict(model)
     handle = sra.patch_for_training(model, HALF)
     assert torch.equal(plain.predict(model), without)
@@ -131,15 +132,14 @@ def test_eval_and_calls_without_references_are_untouched(name: str) -> None:
 @models
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_keep_all_is_bit_identical(name: str, per_sample: bool) -> None:
-    model, batch = lora(build(name)), Batch(name)
+    model, batch = tuned(name), Batch(name)
     dense = gradients(model, batch)
     sra.patch_for_training(model, sra.RandomDrop(1.0, per_sample=per_sample))
     got = gradients(model, batch)
     assert all(torch.equal(got[key], dense[key]) for key in dense)
 
 
-@models
-@pytest.mark.parametrize("drop", [HALF, EACH])
+@pytest.mark.parametrize(("name", "drop"), list(zip(MODELS, (HALF, EACH, HALF, HALF, EACH), strict=True)), ids=MODELS)
 def test_remove_leaves_nothing_behind(name: str, drop: sra.RandomDrop) -> None:
     pipe = CASES[name].build()
     model, batch = lora(pipe.transformer.train()), Batch(name)
@@ -195,7 +195,7 @@ def test_a_patch_for_another_purpose_is_refused() -> None:
 
 
 def test_eval_mode_with_gradients_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    model, batch = lora(build("klein")).eval(), Batch("klein")
+    model, batch = tuned("klein").eval(), Batch("klein")
     with caplog.at_level(logging.INFO, "sparse_ref_attn"):
         sra.patch_for_training(model, HALF)
         for _ in range(2):
@@ -208,7 +208,7 @@ def test_eval_mode_with_gradients_is_said_once(caplog: pytest.LogCaptureFixture)
 @pytest.mark.parametrize("name", ["klein", "flux2"])
 def test_position_ids_of_every_item(name: str, drop: sra.RandomDrop) -> None:
     """FLUX.2's pipelines and trainers give ids with a batch; the model reads the first item's."""
-    model, batch, batched = lora(build(name)), Batch(name), Batch(name)
+    model, batch, batched = tuned(name), Batch(name), Batch(name)
     for ids in ("img_ids", "txt_ids"):
         batched.kwargs[ids] = batched.kwargs[ids].expand(2, -1, -1)
     handle = sra.patch_for_training(model, drop)
@@ -219,7 +219,7 @@ def test_position_ids_of_every_item(name: str, drop: sra.RandomDrop) -> None:
 
 
 def test_arguments_by_position_and_an_output_object() -> None:
-    model, batch = lora(build("kontext")), Batch("kontext")
+    model, batch = tuned("kontext"), Batch("kontext")
     handle = sra.patch_for_training(model, HALF)
     first = model(**batch.kwargs)[0]
     handle.load_state_dict({"draws": 0})
@@ -230,7 +230,7 @@ def test_arguments_by_position_and_an_output_object() -> None:
 
 
 def test_a_call_that_fails_leaves_nothing_behind() -> None:
-    model, batch = lora(build("qwen_edit_plus")), Batch("qwen_edit_plus")
+    model, batch = tuned("qwen_edit_plus"), Batch("qwen_edit_plus")
     dense = batch.predict(model)
     for drop in (HALF, EACH):
         handle = sra.patch_for_training(model, drop)

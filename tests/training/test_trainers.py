@@ -13,18 +13,18 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import sparse_ref_attn as sra
-from tests.training.batches import MODELS, TARGETS, Batch, build, gradients, gradients_alone, lora
+from tests.training.batches import MODELS, TARGETS, Batch, build, gradients, gradients_alone, tuned
 
 SHARED = sra.RandomDrop((0.3, 0.7))
 OWN = sra.RandomDrop((0.1, 0.9), per_sample=True)
-models = pytest.mark.parametrize("name", MODELS)
 drops = pytest.mark.parametrize("drop", [SHARED, OWN], ids=["shared", "own"])
 
 
-@models
-@drops
+@pytest.mark.parametrize(  # test_patching has every pair
+    ("name", "drop"), list(zip(MODELS, [OWN, SHARED, OWN, OWN, SHARED], strict=True)), ids=MODELS
+)
 def test_gradient_checkpointing_gives_identical_gradients(name: str, drop: sra.RandomDrop) -> None:
-    model, batches = lora(build(name)), [Batch(name, seed=seed) for seed in range(2)]
+    model, batches = tuned(name), [Batch(name, seed=seed) for seed in range(2)]
     handle = sra.patch_for_training(model, drop)
     plain = gradients(model, *batches)
     handle.load_state_dict({"draws": 0})
@@ -37,7 +37,7 @@ def test_gradient_checkpointing_gives_identical_gradients(name: str, drop: sra.R
 
 def test_two_forwards_before_their_backwards() -> None:
     """A block that runs again in backward takes the rows of its own call, not those of the last one."""
-    model, batches = lora(build("klein")), [Batch("klein", seed=seed) for seed in range(2)]
+    model, batches = tuned("klein"), [Batch("klein", seed=seed) for seed in range(2)]
     handle = sra.patch_for_training(model, OWN)
     plain = gradients(model, *batches)
     handle.load_state_dict({"draws": 0})
@@ -50,7 +50,7 @@ def test_two_forwards_before_their_backwards() -> None:
 
 
 def test_a_patch_taken_off_before_the_backward() -> None:
-    model, batch = lora(build("kontext")), Batch("kontext")
+    model, batch = tuned("kontext"), Batch("kontext")
     handle = sra.patch_for_training(model, SHARED)
     plain = gradients(model, batch)
     handle.load_state_dict({"draws": 0})
@@ -63,18 +63,17 @@ def test_a_patch_taken_off_before_the_backward() -> None:
 
 
 def test_a_checkpoint_around_the_whole_transformer_is_refused() -> None:
-    model, batch = lora(build("klein")), Batch("klein")
+    model, batch = tuned("klein"), Batch("klein")
     sra.patch_for_training(model, SHARED)
     out = checkpoint(lambda: batch.predict(model), use_reentrant=False)
     with pytest.raises(sra.IncompatibleError, match=r"must not be checkpointed as a whole.*enable_gradient_checkp"):
         out.square().sum().backward()
 
 
-@models
-@drops
+@pytest.mark.parametrize(("name", "drop"), list(zip(MODELS, [SHARED, OWN, OWN, SHARED, OWN], strict=True)), ids=MODELS)
 def test_mixed_precision(name: str, drop: sra.RandomDrop) -> None:
     """Gradients err as those of the items alone do in the same precision; the truth is in float32."""
-    model, batch = lora(build(name)), Batch(name)
+    model, batch = tuned(name), Batch(name)
     handle = sra.patch_for_training(model, drop)
     full = gradients(model, batch)
     handle.load_state_dict({"draws": 0})
@@ -100,23 +99,18 @@ def compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize(  # the blocks of flux2 are Klein's
+@pytest.mark.parametrize(  # the blocks of flux2 are Klein's, and those of Qwen-Image-Edit-Plus are its 2511 form's
     ("name", "first", "dynamic"),
-    [
-        ("kontext", "compile", None),
-        ("klein", "patch", None),
-        ("qwen_edit_plus", "patch", None),
-        ("qwen_edit_plus_2511", "compile", True),
-    ],
+    [("kontext", "compile", None), ("klein", "patch", True), ("qwen_edit_plus_2511", "patch", None)],
 )
 def test_compiled_blocks(name: str, first: str, dynamic: bool | None) -> None:
     """Lengths that change at every step compile once more, for any length, and then never again."""
     batches = [Batch(name, seed=seed) for seed in range(6)]
-    depth = {"layers": 0, "single": 2} if name == "klein" else {"layers": 1, "single": 1}
-    eager = lora(build(name, **depth))
+    depth = {"layers": int("qwen" in name), "single": 1}
+    eager = tuned(name, **depth)
     sra.patch_for_training(eager, SHARED)
     wanted = gradients(eager, *batches)
-    model, graphs = lora(build(name, **depth)), []
+    model, graphs = tuned(name, **depth), []
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
         graphs.append(len(batch_of))
@@ -145,7 +139,7 @@ def test_compiled_blocks(name: str, first: str, dynamic: bool | None) -> None:
 
 @pytest.mark.usefixtures("compiler")
 def test_compiled_blocks_and_counts_of_their_own_are_refused() -> None:
-    model = lora(build("klein"))
+    model = tuned("klein")
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     sra.patch_for_training(model, OWN)
     with pytest.raises(sra.IncompatibleError, match=r"blocks that are not compiled.*per_sample=False"):
@@ -153,7 +147,7 @@ def test_compiled_blocks_and_counts_of_their_own_are_refused() -> None:
 
 
 def test_context_parallelism_and_counts_of_their_own_are_refused() -> None:
-    model = lora(build("klein"))
+    model = tuned("klein")
     sra.patch_for_training(model, OWN)
     model._parallel_config = SimpleNamespace(context_parallel_config=object())
     with pytest.raises(sra.IncompatibleError, match=r"got context parallelism.*per_sample=False"):
@@ -168,7 +162,7 @@ def test_compiled_as_a_whole() -> None:
             compiled.compile(backend="eager")
         with pytest.raises(sra.IncompatibleError, match=r"compiled as a whole.*compile_repeated_blocks"):
             sra.patch_for_training(compiled, SHARED)
-    eager, model = (lora(build("klein", layers=0, single=1)) for _ in range(2))
+    eager, model = (tuned("klein", layers=0, single=1) for _ in range(2))
     batch = Batch("klein")
     sra.patch_for_training(eager, SHARED)
     handle = sra.patch_for_training(model, SHARED)
@@ -197,7 +191,7 @@ def test_a_peft_model(drop: sra.RandomDrop) -> None:
 def test_an_average_of_the_weights_is_clean(drop: sra.RandomDrop) -> None:
     from torch.optim.swa_utils import AveragedModel
 
-    model, batch = lora(build("qwen_edit_plus")), Batch("qwen_edit_plus")
+    model, batch = tuned("qwen_edit_plus"), Batch("qwen_edit_plus")
     dense = batch.predict(model)
     handle = sra.patch_for_training(model, drop)
     average = AveragedModel(model)

@@ -11,7 +11,7 @@ import torch
 
 import sparse_ref_attn as sra
 from tests.programs import run_pair
-from tests.training.batches import Batch, build, gradients, lora
+from tests.training.batches import Batch, build, gradients, tuned
 from tests.training.two_processes import RUNS, STEPS, main
 
 
@@ -53,7 +53,7 @@ def test_a_checkpoint_restores_the_draws_of_both(out: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", list(RUNS))
 def test_gradients_are_the_mean_of_both(out: Path, name: str) -> None:
-    model = lora(build(name))
+    model = tuned(name)
     parts = []
     for rank in range(2):
         sra.patch_for_training(model, RUNS[name][0], rank=rank)

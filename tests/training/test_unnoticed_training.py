@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import sparse_ref_attn as sra
 from tests.adapters.test_unnoticed import PAST, said
 from tests.pipelines import CASES
-from tests.training.batches import Batch, build, lora
+from tests.training.batches import Batch, build, tuned
 
 
 def test_validation_in_train_mode_drops_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -32,7 +32,7 @@ def test_validation_in_train_mode_drops_nothing(caplog: pytest.LogCaptureFixture
 
 
 def test_training_through_the_parts_is_said_at_the_first_step(caplog: pytest.LogCaptureFixture) -> None:
-    model, batch = lora(build("kontext")), Batch("kontext")
+    model, batch = tuned("kontext"), Batch("kontext")
     handle = sra.patch_for_training(model, sra.RandomDrop(keep=(0.1, 0.3)))
     batch.loss(model)
     assert handle.kept
@@ -55,7 +55,7 @@ def test_a_checkpointed_last_layer_runs_again_in_the_backward_unsaid(caplog: pyt
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return checkpoint(self.layer, x, use_reentrant=False)
 
-    model, batch = lora(build("kontext")), Batch("kontext")
+    model, batch = tuned("kontext"), Batch("kontext")
     handle = sra.patch_for_training(model, sra.RandomDrop(keep=(0.1, 0.3)))
     model.proj_out, runs = Again(model.proj_out), []
     model.proj_out.layer.register_forward_pre_hook(lambda *call: runs.append(call))

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 import sparse_ref_attn as sra
-from tests.training.batches import Batch, build, lora
+from tests.training.batches import Batch, tuned
 
 RUNS = {  # model: what is drawn, and whether the module is patched inside DDP or before it is wrapped
     "klein": (sra.RandomDrop((0.1, 0.9), per_sample=True), "before"),
@@ -26,7 +26,7 @@ def train(name: str, out: Path) -> dict[str, Any]:
     assert accelerator.num_processes == 2
     assert torch.distributed.get_backend() == "gloo"
     drop, when = RUNS[name]
-    model = lora(build(name))
+    model = tuned(name)
     weights = {key: p for key, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=1e-2)
     handle = sra.patch_for_training(model, drop) if when == "before" else None
