@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 @pytest.fixture
 def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # After each compilation torch empties the CPU's caches and times its guards, which nobody reads here.
-    monkeypatch.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *arguments: 0.0)
+    monkeypatch.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *arguments: 0.0, raising=False)
     gc.collect()  # or a pipeline of an earlier test goes in the middle of a compilation, and its backends with it
     torch._dynamo.reset()
     counters.clear()
