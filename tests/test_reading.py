@@ -139,7 +139,7 @@ def test_rows_by_turns_become_those_of_the_new_step(generator):
 )
 def test_all_tokens_and_means_of_one_token_are_everything(generator, per, share, cell):
     found = picture(generator, PLACE, Reading(SOME, per, share, 2, cell))
-    assert np.allclose(found, everything(generator), atol=1e-4)
+    assert np.allclose(found, everything(generator), rtol=0, atol=1e-5)
 
 
 def test_means_bring_the_picture_nearer(trained):
