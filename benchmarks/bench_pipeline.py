@@ -36,7 +36,10 @@ from .random_pipelines import build, caller, transformer_of, with_cache
 from .runs import Runs, about, gate, rows_of, run_once, run_untimed, running
 from .shapes import SUITES, PipelineCase, changed
 
-__all__ = ["add_arguments", "bench", "run", "table"]
+__all__ = ["TAPS", "add_arguments", "bench", "run", "table"]
+
+TAPS = 5
+"""Smallest runs with and without timing of the attention, from whose least times its cost is told."""
 
 
 def bench(case: PipelineCase, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -123,7 +126,7 @@ def tap_seconds(pipe: Any, call: Callable[..., Any]) -> float:
     def small() -> Any:
         return call(steps=1, side=128)
 
-    for _ in range(5):
+    for _ in range(TAPS):
         times[False].append(timed(small, pipe.transformer.device)[0])
         times[True].append(time_call(small, pipe.transformer, sites)[1].whole)
     return max(0.0, min(times[True]) - min(times[False])) / max(1, len(sites))

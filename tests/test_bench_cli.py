@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from benchmarks.cli import LEVELS
 from benchmarks.cli import main as benchmarks
 from sparse_ref_attn.cli import benching, main
 
-ROOT = Path(benching.__file__).resolve().parents[2]
 OPS = ["ops", "--quick", "--kept", "0.25", "--rounds", "1", "--heads", "1"]
 
 
@@ -61,29 +58,6 @@ def test_another_package_of_that_name_is_not_run(
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert main(["bench", *OPS]) == 2
     assert "benchmarks must be that of the checkout" in capsys.readouterr().err
-
-
-def test_the_ops_need_no_diffusers(tmp_path: Path) -> None:
-    """A card's machine may lack it; whole pipelines then say so."""
-    out = tmp_path / "ops_cpu.csv"
-    code = f"""
-import sys
-sys.modules["diffusers"] = sys.modules["transformers"] = None
-from benchmarks.cli import main
-from sparse_ref_attn.errors import ConfigError
-assert main({[*OPS, "--out", str(out)]!r}) == 0
-try:
-    main(["pipeline"])
-except ConfigError as error:
-    print(error)
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "pipeline needs the package diffusers, which is not installed" in done.stdout
-    assert {row["method"] for row in results.read(out)} >= {"dense", "index_select + sdpa", "ours (auto)"}
 
 
 def test_bad_words_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

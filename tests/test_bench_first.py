@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import first, first_checks, first_times
+from benchmarks import first, first_checks, first_times, results
 from benchmarks.cli import main
 from benchmarks.first import CHECKS, Check, install, run_all
 from benchmarks.first_checks import gathers, outputs
@@ -57,7 +57,7 @@ def test_a_part_that_fails_or_hangs_takes_nothing_from_the_others(modules: Path,
     monkeypatch.setattr(first, "CHECKS", checks)
     monkeypatch.setattr(first, "NEEDED", ())
     began = time.monotonic()
-    assert run_all(options(modules / "out", minutes=0.5)) == 1
+    assert run_all(options(modules / "out", minutes=0.3)) == 1
     assert time.monotonic() - began < 600  # what hangs sleeps that long
     found = read(modules / "out" / "card.jsonl")
     assert [line["known"] for line in found if "known" in line] == [1, 2, 3]
@@ -198,13 +198,29 @@ def bare(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
-def test_nothing_is_collected_or_imported_that_needs_diffusers(bare: dict[str, str]):
+OPS = ["ops", "--quick", "--kept", "0.25", "--rounds", "1", "--heads", "1", "--tiles", "4"]
+
+
+def test_nothing_needs_diffusers_but_whole_pipelines(tmp_path: Path, bare: dict[str, str]):
+    """The ops are timed, what the card's parts import is imported and their tests are collected."""
     tests = next(check for check in CHECKS if check.name == "tests").command
     imported = [f"-pbenchmarks.{name}" for name in ("card", "first_child", "first_checks", "first_times")]
-    done = subprocess.run(
-        [sys.executable, "-m", *tests, "--collect-only", *imported], env=bare, cwd=ROOT, capture_output=True, text=True
-    )  # fmt: skip
+    out = tmp_path / "ops_cpu.csv"
+    code = f"""
+import pytest
+from benchmarks.cli import main
+from sparse_ref_attn.errors import ConfigError
+assert main({[*OPS, "--out", str(out)]!r}) == 0
+try:
+    main(["pipeline"])
+except ConfigError as error:
+    print(error)
+raise SystemExit(pytest.main({[*tests[1:], "--collect-only", *imported]!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=bare, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "pipeline needs the package diffusers, which is not installed" in done.stdout
+    assert {row["method"] for row in results.read(out)} >= {"dense", "index_select + sdpa", "ours (auto)"}
     assert int(re.search(r"(\d+) tests collected", done.stdout)[1]) >= 253
 
 

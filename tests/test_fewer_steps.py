@@ -16,7 +16,6 @@ from benchmarks.studies.questions import Question
 from sparse_ref_attn.eval.metrics import SceneryPsnr
 from sparse_ref_attn.eval.models import EvalModel
 from sparse_ref_attn.eval.rows import Rows
-from sparse_ref_attn.toy.pipeline import TRAINED
 from sparse_ref_attn.toy.textures import KINDS
 from tests.small_model import looking_transformer
 
@@ -67,8 +66,9 @@ def test_rows_are_what_the_pipeline_draws(tmp_path, two, knowing):
     assert float(one["dense_psnr"]) == pytest.approx(-10 * np.log10(np.square(picture - other).mean()), abs=0.01)
 
 
-def test_weights_that_do_not_know_open_scenery_are_not_asked(tmp_path, two):
-    _, rows = measured(tmp_path, TRAINED, 1)
+def test_weights_that_do_not_know_open_scenery_are_not_asked(tmp_path, two, knowing):
+    (knowing / "sparse_ref_attn.json").unlink()
+    _, rows = measured(tmp_path, knowing, 1)
     assert {row["task"] for row in rows} == {"place", "pair", "swap"}
 
 

@@ -103,7 +103,7 @@ def test_fewer_steps_and_step_caches_are_rules(
     models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their share is that of the steps, and of a step cache that of the work that ran."""
-    draw_only(monkeypatch, "PSNR (dB) vs target")
+    draw_only(monkeypatch, "PSNR (dB) vs target", over=("work",))
     rules = ["--rules", "fewer steps", "TaylorSeer", "cache + fewer steps", "saliency + TaylorSeer"]
     arguments = ["--families", "aligned", "--subjects", "1", "--steps", "4", *rules, "--keep", "50%", "25%"]
     assert main(["eval", "--out", str(tmp_path), "--models", models[0], *SMALL, *arguments]) == 0

@@ -13,10 +13,12 @@ from PIL import Image
 
 import sparse_ref_attn as sra
 from sparse_ref_attn.candidates import CANDIDATES, DENSE
+from sparse_ref_attn.cli import frontier as drawing
 from sparse_ref_attn.cli import main
 from sparse_ref_attn.errors import ConfigError
 from sparse_ref_attn.eval.examples import procedural
-from sparse_ref_attn.eval.frontier import sweep as module
+from sparse_ref_attn.eval.frontier import figure as panels
+from sparse_ref_attn.eval.frontier import sweep, table
 from sparse_ref_attn.eval.frontier.figure import best_of, figure
 from sparse_ref_attn.eval.frontier.listed import STEP_CACHES, all_settings, setting_of
 from sparse_ref_attn.eval.frontier.points import Losses, Lost, losses_of
@@ -40,6 +42,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def compare_one_size(patch: pytest.MonkeyPatch) -> None:
+    """From here on the work of a setting is known at the sizes of one published model."""
+    for where in (sweep, table, drawing):
+        patch.setattr(where, "GEOMETRIES", (("kontext", 1), ("kontext", 4)))
+
+
 def command(out: Path, model: Path) -> list[str]:
     return [
         "eval", "--frontier", "--out", str(out), "--models", f"one={model}", "--side", "64", "--steps", "4",
@@ -51,7 +59,7 @@ def command(out: Path, model: Path) -> list[str]:
 def done(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     out = tmp_path_factory.mktemp("frontier")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "GEOMETRIES", (("kontext", 1), ("kontext", 4)))
+        compare_one_size(patch)
         assert main(command(out, model)) == 0
     return out
 
@@ -75,8 +83,8 @@ def test_every_setting_is_run_and_the_better_half_goes_on(done: Path) -> None:
 
 def test_a_stopped_sweep_goes_on(done: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of both rungs are lost; what is made anew is what was there. Nothing is drawn."""
-    monkeypatch.setattr("sparse_ref_attn.cli.frontier.figure", lambda *arguments, **settings: None)
-    monkeypatch.setattr(module, "GEOMETRIES", (("kontext", 1), ("kontext", 4)))
+    monkeypatch.setattr(drawing, "figure", lambda *arguments, **settings: None)
+    compare_one_size(monkeypatch)
     whole, points = (done / "rows.csv").read_bytes(), (done / "frontier.csv").read_bytes()
     lines = whole.splitlines(keepends=True)
     (done / "rows.csv").write_bytes(b"".join(line for i, line in enumerate(lines) if i % 4 != 3))
@@ -114,7 +122,7 @@ def test_who_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     What a patch alone can be, in all steps, is held against its like.
     """
-    monkeypatch.setattr(module, "GEOMETRIES", (("kontext", 1),))
+    monkeypatch.setattr(sweep, "GEOMETRIES", (("kontext", 1),))
     keys = ["stored-once", "stored-halves", "edges-25", "mass-25"]
     settings = {key: setting for key, setting in all_settings(12, keys).items() if key[1] == 12 or key == (DENSE, 2)}
 
@@ -172,7 +180,8 @@ def test_what_is_listed() -> None:
         all_settings(12, ["magic"])
 
 
-def test_nothing_beats_what_is_numbered(tmp_path: Path) -> None:
+def test_nothing_beats_what_is_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(panels, "REFERENCES", (1,))
     places = {("a", 1, 2): (1.0, 3.0), ("b", 1, 2): (2.0, 2.0), ("c", 1, 2): (1.5, 1.5), ("d", 1, 2): (3.0, 2.0)}
     assert best_of(places) == [("a", 1, 2), ("d", 1, 2)]
     points = [

@@ -164,8 +164,17 @@ def test_interval_covers_the_mean_as_often_as_it_says() -> None:
     assert 0.88 <= hits / 200 <= 0.99
 
 
-def test_interval_is_that_of_scipy() -> None:
-    values = np.random.default_rng(1).exponential(size=12)
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.random.default_rng(1).exponential(size=12),
+        np.random.default_rng(2).normal(-50, 0.1, size=64),
+        np.random.default_rng(3).integers(0, 3, size=7).astype(float),
+        np.array([1.0, 4.0]),
+    ],
+    ids=["skewed", "many", "ties", "two"],
+)
+def test_interval_is_that_of_scipy(values: np.ndarray) -> None:
     scipys = bootstrap((values,), np.mean, n_resamples=999, rng=np.random.default_rng(3)).confidence_interval
     found = metrics.mean_interval(list(values), seed=3, resamples=999)
     assert (found.low, found.high) == (scipys.low, scipys.high)

@@ -19,7 +19,8 @@ from sparse_ref_attn.eval import methods as named
 from sparse_ref_attn.eval.compare import compare_all
 from sparse_ref_attn.eval.embedded import kontext_pipeline
 from sparse_ref_attn.eval.method_rows import rows_of
-from sparse_ref_attn.eval.metrics import Psnr, Ssim
+from sparse_ref_attn.eval.metrics import Lpips, Psnr, Ssim
+from tests.eval.drawing import draw_on_page
 
 METHODS = ["downscaled", "ReCAST rising", "edges", "ToMe"]
 TINY = ["--size", "tiny", "--steps", "3", "--keep", "50%", "--methods", *METHODS]
@@ -27,8 +28,11 @@ TINY = ["--size", "tiny", "--steps", "3", "--keep", "50%", "--methods", *METHODS
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the plots of two metrics, one of which is better where it is lower."""
     out = tmp_path_factory.mktemp("page")
-    assert main(["compare", "--out", str(out), *TINY]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        draw_on_page(patch, Psnr.name, Lpips().name)
+        assert main(["compare", "--out", str(out), *TINY]) == 0
     return out
 
 

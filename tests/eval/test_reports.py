@@ -331,7 +331,12 @@ def test_what_cannot_be_shared_is_told_before_anything_runs(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_draws_what_is_asked_for(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_draws_what_is_asked_for(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Among a few settings."""
+    few = [point for point in read_points() if point.base_steps == 12 and point.setting in (DENSE, "stored-once")]
+    monkeypatch.setattr("sparse_ref_attn.cli.sharing.read_points", lambda: few)
     files = [str(made / "numbers.json"), str(made / "pictures.json")]
     assert main(["shared", *files]) == 0
     assert capsys.readouterr().out.count("| dense | ") == 2
