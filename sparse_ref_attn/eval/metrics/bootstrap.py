@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ def mean_interval(
     seed: int = 0,
     resamples: int = 9999,
 ) -> Interval:
-    """Mean and bootstrap interval (BCa, scipy's bit for bit); for a paired comparison give the differences.
+    """Mean and bootstrap interval (BCa, scipy); for a paired comparison give the differences.
 
     Parameters
     ----------
@@ -59,6 +60,8 @@ def mean_interval(
     >>> mean_interval([1.0, 3.0, 4.0], ["a", "a", "b"]).mean
     3.0
     """
+    from scipy.stats import bootstrap
+
     data = np.asarray(values, dtype=np.float64)
     if not np.isfinite(data).all():
         raise ConfigError("values of an interval must be finite, got NaN or infinity")
@@ -74,27 +77,11 @@ def mean_interval(
     mean = float(data.mean())
     if np.ptp(data) == 0:
         return Interval(mean, mean, mean)
-    return Interval(mean, *_bounds(data, data[_draws(len(data), resamples, seed)].mean(1), level))
-
-
-def _bounds(data: NDArray[np.float64], drawn: NDArray[np.float64], level: float) -> tuple[float, float]:
-    """Of the bias-corrected and accelerated interval, as ``scipy.stats.bootstrap`` has it of these means."""
-    from scipy.special import ndtr, ndtri
-
-    count, many, mean = len(data), len(drawn), data.mean()
-    bias = ndtri((np.count_nonzero(drawn < mean) + np.count_nonzero(drawn <= mean)) / (2 * many))
-    places = np.arange(count - 1)
-    without = data[places + (places >= np.arange(count)[:, None])].mean(1)  # each value in turn
-    away = (count - 1) * (without.mean() - without)
-    skew = 1 / 6 * ((away**3).sum() / float(count) ** 3) / ((away**2).sum() / float(count) ** 2) ** (3 / 2)
-    ends = bias + float(ndtri((1 - level) / 2)) * np.array([1, -1])
-    share = ndtr(bias + ends / (1 - skew * ends))
-    at = share * many + (1 - share)
-    below = np.clip(np.nan_to_num(at) // 1 - 1, 0, many - 1).astype(int)
-    above = np.minimum(below + 1, many - 1)
-    drawn = np.partition(drawn, [*below, *above])
-    low, high = (1 - at % 1) * drawn[below] + at % 1 * drawn[above]
-    return float(low), float(high)
+    drawn: Any = SimpleNamespace(bootstrap_distribution=data[_draws(len(data), resamples, seed)].mean(1))
+    found = bootstrap(
+        (data,), np.mean, confidence_level=level, n_resamples=0, bootstrap_result=drawn
+    ).confidence_interval
+    return Interval(mean, float(found.low), float(found.high))
 
 
 @lru_cache(maxsize=2)
