@@ -19,7 +19,7 @@ from sparse_ref_attn.eval import methods as named
 from sparse_ref_attn.eval.compare import compare_all
 from sparse_ref_attn.eval.embedded import kontext_pipeline
 from sparse_ref_attn.eval.method_rows import rows_of
-from sparse_ref_attn.eval.metrics import Lpips, Psnr, Ssim
+from sparse_ref_attn.eval.metrics import Psnr, Ssim
 from tests.eval.drawing import draw_on_page
 
 METHODS = ["downscaled", "ReCAST rising", "edges", "ToMe"]
@@ -31,7 +31,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With the plots of two metrics, one of which is better where it is lower."""
     out = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
-        draw_on_page(patch, Psnr.name, Lpips().name)
+        draw_on_page(patch, Psnr.name, "LPIPS (alex)")
         assert main(["compare", "--out", str(out), *TINY]) == 0
     return out
 
