@@ -85,28 +85,27 @@ def test_opcheck():
     torch.library.opcheck(unpack_op, ([t[:, :4].detach().requires_grad_() for t in x], ROWS, 9, 1, "auto"))
 
 
-def compiled_step(x: Tensor, y: Tensor, ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Public functions on x, and the registered ops that stand behind another backend on y."""
-    mine, own = pack_rows([x, ids], rows)
-    return unpack_rows(mine * own, rows, 9), unpack_op(pack_op([y], rows, 1, "auto"), rows, 9, 1, "auto")[0]
+def compiled_step(y: Tensor, rows: Tensor, *public: Tensor) -> list[Tensor]:
+    """The registered ops, which stand behind another backend, on y, and public functions on the other tensors."""
+    kept = pack_rows(public, rows) if public else ()
+    (own,) = unpack_op(pack_op([y], rows, 1, "auto"), rows, 9, 1, "auto")
+    return [own, *(unpack_rows(one * kept[-1], rows, 9) for one in kept[:-1])]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiles_whole_with_gradients_and_once_for_all_lengths(backend: str):
-    """Inductor's gradients are those of the registered ops: the others' are C++ of its own, and of no claim."""
+    """Inductor has the registered ops alone: what is public would be C++ of its own, and of no claim."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(compiled_step, fullgraph=True, dynamic=True, backend=backend)
     weights = torch.randn(2, 9, 3)
     for kept in (4, 5, 8):  # none equal to another size: the compiler would take them for one
         rows = torch.randperm(9, generator=torch.Generator().manual_seed(kept))[:kept]
-        y = torch.randn(2, 9, 3, requires_grad=True)
-        x = torch.randn(2, 9, 3, requires_grad=backend != "inductor")
-        ids = torch.randn(1, 9, 3)
-        got, expected = compiled(x, y, ids, rows), compiled_step(x, y, ids, rows)
+        leaves = [torch.randn(2, 9, 3, requires_grad=True) for _ in range(1 + (backend != "inductor"))]
+        public = (*leaves[1:], torch.randn(1, 9, 3)) if leaves[1:] else ()
+        got, expected = (step(leaves[0], rows, *public) for step in (compiled, compiled_step))
         torch.testing.assert_close(got, expected)
-        leaves = [leaf for leaf in (x, y) if leaf.requires_grad]
-        grads, want = (torch.autograd.grad((weights * (p + 3 * op)).sum(), leaves) for p, op in (got, expected))
+        grads, want = (torch.autograd.grad([(weights * one).sum() for one in each], leaves) for each in (got, expected))
         torch.testing.assert_close(grads, want)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
