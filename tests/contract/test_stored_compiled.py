@@ -24,7 +24,7 @@ SETTINGS = {
     "ranked": sra.SparseRef("mass", sra.Linear(0.2, 0.6), execute=sra.Cache(refresh=sra.Every(2))),
     "tiles": sra.SparseRef("mass", 0.25, execute=sra.Cache(per="tile", tile=3, cell=3, refresh=sra.Every(2))),
 }
-ON = {"klein": "ranked", "kontext": "tiles", "qwen_edit_plus": "all read"}
+ON = {"klein": "ranked", "kontext": "all read", "qwen_edit_plus": "tiles"}
 """One op answers all attention: graphs know nothing of the setting."""
 DEEP = {  # more blocks than LIMIT; where a model has two kinds, `test_compile` has the other one
     "klein": {"layers": 5, "single": 0},
