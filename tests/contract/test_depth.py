@@ -16,7 +16,6 @@ import sparse_ref_attn as sra
 from sparse_ref_attn import schedules
 from tests.contract import patched
 from tests.contract.state import kinds, state, steps
-from tests.contract.test_compile import Counting, fresh_compiler, function, method  # noqa: F401
 from tests.contract.test_offload import by_model, sequential
 from tests.contract.test_weights import add, gradients
 from tests.pairwise import pairwise
@@ -146,25 +145,6 @@ def test_gradient_checkpointing(case: Case, config: sra.SparseRef) -> None:
         assert steps(again) == steps(handle)
         for name, grad in wanted.items():
             assert torch.equal(grad, got[name]), name
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize(("compile_", "config"), [(function, GRID), (method, IN_FLIGHT)], ids=["grid", "in flight"])
-def test_compiled_as_a_whole_after_the_patch(compile_: Callable[..., None], config: sra.SparseRef) -> None:
-    """The compiler steps around the hooks; it traced into them and failed at a step that measures.
-
-    References leave by depth, and in the second step of "in flight" at the input.
-    """
-    case, backend = CASES["klein"], Counting()
-    plain, pipe = (case.build(layers=0, single=2) for _ in range(2))
-    dense = case.call(plain, steps=2)
-    expected, handle = sra.patch(plain, config), sra.patch(pipe, config)
-    compile_(pipe, backend=backend, dynamic=False)
-    np.testing.assert_allclose(case.call(pipe, steps=2), case.call(plain, steps=2), atol=1e-5)
-    assert steps(handle) == steps(expected)
-    assert backend.calls > 0
-    handle.remove()
-    np.testing.assert_allclose(case.call(pipe, steps=2), dense, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [GRID, replace(IN_FLIGHT, budget=0.3)], ids=["grid", "in flight"])

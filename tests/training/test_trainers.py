@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +12,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import sparse_ref_attn as sra
+from tests.contract.test_compile import fresh_compiler  # noqa: F401
 from tests.training.batches import MODELS, TARGETS, Batch, build, gradients, gradients_alone, tuned
 
 SHARED = sra.RandomDrop((0.3, 0.7))
@@ -90,15 +90,7 @@ def test_mixed_precision(name: str, drop: sra.RandomDrop) -> None:
         assert torch.equal(got, low)
 
 
-@pytest.fixture
-def compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(  # the blocks of flux2 are Klein's, and those of Qwen-Image-Edit-Plus are its 2511 form's
     ("name", "first", "dynamic"),
     [("kontext", "compile", None), ("klein", "patch", True), ("qwen_edit_plus_2511", "patch", None)],
@@ -137,7 +129,7 @@ def test_compiled_blocks(name: str, first: str, dynamic: bool | None) -> None:
     assert not counters["graph_break"]
 
 
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_blocks_and_counts_of_their_own_are_refused() -> None:
     model = tuned("klein")
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
@@ -154,7 +146,7 @@ def test_context_parallelism_and_counts_of_their_own_are_refused() -> None:
         Batch("klein").predict(model)
 
 
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_as_a_whole() -> None:
     """Refused before the patch, as its hooks would never run; after it, the compiler steps around them."""
     for compiled in (torch.compile(build("klein"), backend="eager"), build("klein")):
