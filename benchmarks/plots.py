@@ -196,15 +196,20 @@ WIDE = 3  # panels in a row
 def draw(rows: Sequence[Row], name: str) -> Figure | None:
     """One picture of the rows, a panel for each group of calls; None where no row has what it shows."""
     panel, by, label = PLOTS[name]
-    groups = panels(rows, by)
-    shown = {title: own for title, own in groups.items() if panel(Figure().add_subplot(), own)}
+    figure, shown = Figure(layout="constrained", dpi=120), {}
+    for title, own in panels(rows, by).items():
+        axes = figure.add_subplot()
+        if panel(axes, own):
+            shown[title] = axes, own
+        else:
+            axes.remove()
     if not shown:
         return None
     wide, high = min(WIDE, len(shown)), -(-len(shown) // WIDE)
-    figure = Figure(figsize=(4.2 * wide, 3.6 * high + 0.3), layout="constrained", dpi=120)
-    for place, (title, own) in enumerate(shown.items()):
-        axes = figure.add_subplot(high, wide, place + 1)
-        panel(axes, own)
+    figure.set_size_inches(4.2 * wide, 3.6 * high + 0.3)
+    grid = figure.add_gridspec(high, wide)
+    for place, (title, (axes, _)) in enumerate(shown.items()):
+        axes.set_subplotspec(grid[place])
         axes.set_title(title.replace(", ", "\n", 1), fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
@@ -215,7 +220,7 @@ def draw(rows: Sequence[Row], name: str) -> Figure | None:
             axes.legend(fontsize=8, frameon=False)
         if label == SPEED_UP:
             axes.axhline(1, color=QUIET, linestyle=":", linewidth=1)
-    where = "; ".join(dict.fromkeys(_where(row) for own in shown.values() for row in own))
+    where = "; ".join(dict.fromkeys(_where(row) for _, own in shown.values() for row in own))
     figure.supxlabel(textwrap.fill(where, 75 * wide), fontsize=7, color=QUIET)
     return figure
 

@@ -191,11 +191,11 @@ sys.meta_path.insert(0, Blocked())
 
 @pytest.fixture
 def bare(tmp_path: Path) -> dict[str, str]:
-    """The environment of a machine without diffusers and what comes with it."""
+    """The environment of a machine without diffusers and what comes with it, and without pytest's plugins."""
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "sitecustomize.py").write_text(BLOCKED)
     paths = os.pathsep.join([str(tmp_path / "bare"), str(ROOT)])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 OPS = ["ops", "--quick", "--kept", "0.25", "--rounds", "1", "--heads", "1", "--tiles", "4"]

@@ -71,11 +71,13 @@ def test_scaling(name: str, column: str):
 
 
 def test_pictures_of_the_committed_rows(tmp_path: Path):
-    """All are drawn, and those of the first two calls of each file are written."""
+    """All are drawn, and of two files those of the first two calls are written."""
     drawn = set()
     for stem in plots.STEMS:
         rows = plots.latest(results.known(results.RESULTS / f"{stem}_cpu.csv"))
         drawn |= {f"{stem}_cpu_{name}.png" for name in plots.PLOTS if rows and plots.draw(rows, name) is not None}
+        if stem not in ("cache", "scaling"):
+            continue
         calls = list(dict.fromkeys((row["model"], row["references"], row["side"], row["batch"]) for row in rows))[:2]
         few = [row for row in rows if (row["model"], row["references"], row["side"], row["batch"]) in calls]
         results.append(few, tmp_path / "rows" / f"{stem}_cpu.csv")
@@ -83,6 +85,8 @@ def test_pictures_of_the_committed_rows(tmp_path: Path):
     assert main(["plots", "--results", str(tmp_path / "rows"), "--out", str(tmp_path / "out")]) == 0
     written = list((tmp_path / "out").iterdir())
     assert {path.name for path in written} <= drawn
+    assert {path.name.split("_")[0] for path in written} == {"cache", "scaling"}
+    assert len(written) > 3
     for path in written:
         with PIL.Image.open(path) as picture:
             assert min(picture.size) > 300

@@ -106,9 +106,9 @@ def counted(function, *args):
 )  # fmt: skip
 def test_a_whole_run_is_within_one_percent_of_the_flop_counter(name):
     model = published(name)
-    e = estimate(model, "recast", references=[(1024, 1024), (768, 1024)], steps=3, text_tokens=300)
+    e = estimate(model, "recast", references=[(1024, 1024), (768, 1024)], steps=2, text_tokens=300)
     steps = [counted(call, name, model, 300, 4096, kept) for kept in e.tokens]
-    assert e.kinds == ("profile", "sparse", "sparse")
+    assert e.kinds == ("profile", "sparse")
     assert e.tokens[0] == sum(e.references) == 4096 + 3072
     shape = adapter_for(model).shape(model)
     heads, channels = shape.heads, shape.head_dim
@@ -119,7 +119,7 @@ def test_a_whole_run_is_within_one_percent_of_the_flop_counter(name):
     # the model's own attention gives the LSE: the references' own keys alone are multiplied
     scoring = scored * counted(attention_mass_reference, q, k[:, 4396:], (0, e.tokens[0]), 1.0)
     assert e.scoring.total == pytest.approx(scoring, rel=0.01)
-    assert e.dense.total == pytest.approx(3 * steps[0], rel=0.01)
+    assert e.dense.total == pytest.approx(2 * steps[0], rel=0.01)
     assert e.sparse.total == pytest.approx(sum(steps) + scoring, rel=0.01)
 
 

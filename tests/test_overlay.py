@@ -35,11 +35,11 @@ def two_colours(grid: tuple[int, int], kept: list[int]) -> torch.Tensor:
 def pixels_of(path) -> np.ndarray:
     with Image.open(path) as image:
         assert image.format == "PNG"
-        return np.asarray(image.convert("RGB")).astype(int)
+        return np.asarray(image.convert("RGB")).astype(np.int16)
 
 
 def near(picture: np.ndarray, colour: tuple[float, ...], within: int) -> np.ndarray:
-    return (np.abs(picture - np.array(colour)) <= within).all(-1)
+    return (np.abs(picture - np.array(colour, np.int16)) <= within).all(-1)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (3, 9), (9, 3), (33, 31)])

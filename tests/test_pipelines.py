@@ -35,10 +35,12 @@ def test_depends_on_the_references(case: Case) -> None:
     """And each of them is tokens of its own grid."""
     pipe = case.build()
     calls, _ = record_calls(pipe.transformer)
-    for count in case.references:
-        image = case.call(pipe, references=count, steps=STEPS, first=7)
-        assert difference(image, case.dense(references=count, steps=STEPS)) > 1e-4, count
-    rows = [OUTPUT_TOKENS, *(call["hidden_states"][1] for call in calls[::STEPS])]
+    *fewer, most = case.references
+    for count in fewer:
+        case.call(pipe, references=count, steps=1)
+    image = case.call(pipe, references=most, steps=STEPS, first=7)
+    assert difference(image, case.dense(references=most, steps=STEPS)) > 1e-4
+    rows = [OUTPUT_TOKENS, *(call["hidden_states"][1] for call in calls[: len(case.references)])]
     assert all(later - earlier >= 16 for earlier, later in pairwise(rows))
 
 
@@ -65,24 +67,24 @@ def test_depends_on_single_reference_tokens(case: Case) -> None:
 def test_size_of_a_reference(case: Case) -> None:
     pipe = case.build()
     calls, _ = record_calls(pipe.transformer)
-    for sizes in (case.sizes[:1], [(64, 64)], [(64, 96)]):
+    for sizes in (case.sizes[:1], [(64, 64)]):
         case.call(pipe, steps=1, sizes=sizes)
     pixels = 4 if case.side == 32 else 8
     rows = [call["hidden_states"][1] - OUTPUT_TOKENS for call in calls]
-    assert rows == [w * h // pixels**2 for w, h in (case.sizes[0], (64, 64), (64, 96))]
+    assert rows == [w * h // pixels**2 for w, h in (case.sizes[0], (64, 64))]
 
 
 @each_case(lambda case: case.cfg)
 def test_guidance_doubles_the_calls(case: Case) -> None:
     pipe = case.build()
     calls, remove = record_calls(pipe.transformer)
-    plain = case.call(pipe, steps=STEPS)
-    assert len(calls) == STEPS
-    guided = case.call(pipe, steps=STEPS, cfg=True)
-    assert len(calls) == 3 * STEPS
+    plain = case.call(pipe, steps=1)
+    assert len(calls) == 1
+    guided = case.call(pipe, steps=1, cfg=True)
+    assert len(calls) == 3
     remove()
     case.call(pipe, steps=1)
-    assert len(calls) == 3 * STEPS
+    assert len(calls) == 3
     assert difference(plain, guided) > 1e-4
 
 

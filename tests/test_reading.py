@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from functools import cache
 from types import SimpleNamespace
 
@@ -275,7 +276,16 @@ def test_a_first_look_is_at_few_subjects(tmp_path, generator):
     ]
 
 
-def planted(folder, value):
+@pytest.fixture(scope="module")
+def work_rows(tmp_path_factory):
+    """The file of what each setting costs at published sizes."""
+    file = tmp_path_factory.mktemp("work") / "reading_work.csv"
+    published = SimpleNamespace(steps=readings.STEPS, forget=lambda: None)
+    reading_work.STUDY.measure(file, {"dense": published}, 1, 1)
+    return file
+
+
+def planted(folder, work_rows, value):
     """Rows of two subjects and a seed in which each setting has the PSNR that `value` gives it."""
     rows = Rows(folder / "reading.csv", (*cases.KEYS, *cases.VALUES), keys=cases.KEYS, digits=DIGITS)
     for case in reading.cases(readings.STEPS):
@@ -284,12 +294,11 @@ def planted(folder, value):
             key |= {"subject": subject, "seed": 0, "method": case.method, "keep": case.keep}
             if not rows.has(key):
                 rows.add([{**key, **dict.fromkeys(cases.VALUES, float(value(case)) + subject)}])
-    published = SimpleNamespace(steps=readings.STEPS, forget=lambda: None)
-    reading_work.STUDY.measure(folder / "reading_work.csv", {"dense": published}, 1, 1)
+    shutil.copy(work_rows, folder)
 
 
-def test_tables_are_of_the_settings_that_they_name(tmp_path):
-    planted(tmp_path, lambda case: 30 + 8 * case.keep + ("means" in case.method))
+def test_tables_are_of_the_settings_that_they_name(tmp_path, work_rows):
+    planted(tmp_path, work_rows, lambda case: 30 + 8 * case.keep + ("means" in case.method))
     lines = {name: make(tmp_path).splitlines() for name, make in readings.TABLES.items()}
     assert {len(each.split("|")) for line in lines.values() for each in line} == {10, 12}
     (tile,) = [line for line in lines["reading"] if line.startswith("| tile 4x4 + means 4x4 at 0 6 |")]
@@ -304,8 +313,8 @@ def test_tables_are_of_the_settings_that_they_name(tmp_path):
     assert layer.split("|")[2:5] == [" 32.5 / 32.5 ", " 33.5 / 33.5 ", " 33.5 / 33.5 "]
 
 
-def test_rows_are_of_one_study_and_a_mix_costs_as_much_as_the_one(tmp_path):
-    planted(tmp_path, lambda case: 30)
+def test_rows_are_of_one_study_and_a_mix_costs_as_much_as_the_one(tmp_path, work_rows):
+    planted(tmp_path, work_rows, lambda case: 30)
     others = Rows(tmp_path / "reading.csv", (*cases.KEYS, *cases.VALUES), digits=DIGITS)
     second = {"model": "dense", "weights": "abc", "steps": 12, "task": "place", "subject": 1, "seed": 1}
     second |= {"method": "all at 0 1 4 8", "keep": 1.0, **dict.fromkeys(cases.VALUES, 90)}

@@ -153,7 +153,7 @@ def test_rows_of_other_weights_do_not_count(tmp_path):
 
 
 def test_every_section_and_plot_of_a_full_set_of_rows(tmp_path, monkeypatch):
-    """Every plot is painted; a study's lines and its maps are written. How wide an interval is does not matter."""
+    """Every plot is painted; one is written. How wide an interval is does not matter."""
     monkeypatch.setattr(measured, "RESAMPLES", 99)
     runs(tmp_path, NAMES)
     for study in PICTURES:
@@ -168,9 +168,9 @@ def test_every_section_and_plot_of_a_full_set_of_rows(tmp_path, monkeypatch):
         paint(read(tmp_path, study), figure := Figure())
         assert figure.axes
         assert all(axes.has_data() for axes in figure.axes), name
-    monkeypatch.setattr(study_plots, "PLOTS", {name: study_plots.PLOTS[name] for name in ("entropy", "blocks")})
+    monkeypatch.setattr(study_plots, "PLOTS", {"entropy": study_plots.PLOTS["entropy"]})
     drawn = study_plots.draw(tmp_path)
-    assert [path.stem for path in drawn] == ["entropy", "blocks"]
+    assert [path.stem for path in drawn] == ["entropy"]
     assert all(path.stat().st_size > 5_000 for path in drawn)
 
 

@@ -24,6 +24,11 @@ def config(rival: Any, budget: Any = 0.25) -> sra.SparseRef:
     return sra.SparseRef(select=rival, budget=budget)
 
 
+def in_turn(case: Case) -> Any:
+    """One rival for a case; neighbours, which are of one family, have different ones."""
+    return RIVALS[list(CASES).index(case.name) % len(RIVALS)]
+
+
 def first_call(case: Case, pipe: Any, **kwargs: Any) -> tuple[dict[str, Any], Tensor, np.ndarray]:
     """What the pipeline gave to its first transformer call, the generation rows that came back, and the images."""
     calls: list[Any] = []
@@ -58,6 +63,7 @@ def test_every_pipeline_runs_on_a_quarter_and_is_restored(case):
     dense = case.call(pipe, **call)
     random = torch.get_rng_state()
     assert random.equal(torch.manual_seed(5).get_state())  # the pipelines draw from their own generator
+    again = in_turn(case)
     for rival in RIVALS:
         with sra.patched(pipe, config(rival)) as handle:
             images = case.call(pipe, **call)
@@ -71,16 +77,16 @@ def test_every_pipeline_runs_on_a_quarter_and_is_restored(case):
             assert np.isfinite(images).all()
             assert np.abs(images - dense).max() > 1e-3
             assert torch.get_rng_state().equal(random)
-            assert np.array_equal(case.call(pipe, **call), images)
+            if rival is again:
+                assert np.array_equal(case.call(pipe, **call), images)
     assert np.array_equal(case.call(pipe, **call), dense)
 
 
 @each_case()
 def test_a_whole_budget_is_the_dense_run(case):
     pipe = case.build()
-    for rival in RIVALS:
-        with sra.patched(pipe, config(rival, 1.0)):
-            assert np.array_equal(case.call(pipe, steps=2), case.dense(steps=2))
+    with sra.patched(pipe, config(in_turn(case), 1.0)):
+        assert np.array_equal(case.call(pipe, steps=2), case.dense(steps=2))
 
 
 def shrunk_by_pillow(image: PIL.Image.Image, height: int, width: int) -> Tensor:

@@ -139,7 +139,7 @@ def test_a_port_that_is_taken_and_settings_of_no_model(capsys: pytest.CaptureFix
     for arguments, words in (
         (["--port", "70000"], "from 1 to 65535, got '70000'"),
         (["--device", "cpu", "--set", "a=1"], "--device and --set must come with --model"),
-        (["--host", "nowhere.invalid"], "a host of this machine"),
+        (["--host", "no where"], "a host of this machine"),  # which no name server is asked for
         (["--model", "/nowhere"], "must hold model_index.json, got /nowhere"),
     ):
         assert main(["app", *arguments]) == 2

@@ -22,7 +22,7 @@ from sparse_ref_attn.selection import AttentionMass
 from sparse_ref_attn.toy.pipeline import TRAINED
 
 STEPS = 4
-SUBJECTS = range(6)
+SUBJECTS = range(4)
 QUARTER = dense_first(0.25)
 UNIFORM = 0.345
 """Share of the mass in the top quarter of the tokens, over all blocks, between recolours' and placed subjects'."""
