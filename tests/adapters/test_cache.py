@@ -44,8 +44,7 @@ BUDGETS = {
 }
 
 
-@pytest.mark.parametrize("name", list(BUDGETS))
-@pytest.mark.parametrize("references", [1, 3])
+@pytest.mark.parametrize(("name", "references"), zip(BUDGETS, (1, 3, 1, 3), strict=True))
 @torch.no_grad()
 def test_each_step_attends_to_its_own_budget_of_exact_keys(name: str, references: int) -> None:
     """The first step is the dense one bit for bit; each later one is the dense model that does not see dropped keys."""

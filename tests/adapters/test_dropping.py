@@ -44,7 +44,7 @@ def run(case: Case, budget: sra.Constant | sra.Linear | sra.Descending, **reques
 @each_case(lambda case: case.name != "klein_kv")
 @torch.no_grad()
 def test_equals_the_dense_model_with_the_dropped_keys_masked(case: Case) -> None:
-    calls, sizes = run(case, sra.Constant(KEEP), cfg=case.cfg, batch=max(case.batch), steps=2)
+    calls, sizes = run(case, sra.Constant(KEEP), cfg=case.cfg, batch=max(case.batch), steps=1)
     fresh = case.model()
     kept = best(scores(sizes), sizes, KEEP)
     # Klein inpainting gives each sample its own where there are as many further pictures as samples.
@@ -117,7 +117,7 @@ def test_klein_kv_extracts_the_largest_budget_and_reads_each_steps_own(
 @each_case()
 def test_text_rows_never_change(case: Case) -> None:
     """FLUX.2's padding too: colour and style reach the image through it."""
-    calls, _ = run(case, sra.Constant(KEEP), steps=2)
+    calls, _ = run(case, sra.Constant(KEEP), steps=1)
     for call in calls:
         for name in ("encoder_hidden_states", "txt_ids", "encoder_hidden_states_mask"):
             if call.given.get(name) is not None:

@@ -89,21 +89,21 @@ def test_what_is_measured_is_the_joint_attention(name: str, tokens: tuple[int, .
 @pytest.mark.parametrize("cfg", [False, True])
 @pytest.mark.parametrize("select", ["grid", sra.AttentionMass(blocks="all")], ids=["grid", "mass"])
 def test_all_kept_is_the_picture_without_a_patch(select: Any, cfg: bool) -> None:
-    pipe = build()
-    dense = CASE.call(pipe, cfg=cfg, **prompt())
-    assert not np.array_equal(dense, CASE.dense(cfg=cfg))
+    pipe, request = build(), {"cfg": cfg, "steps": 2}
+    dense = CASE.call(pipe, **request, **prompt())
+    assert not np.array_equal(dense, CASE.dense(**request))
     with sra.patched(pipe, sra.SparseRef(select, 1.0)):
-        assert np.array_equal(CASE.call(pipe, cfg=cfg, **prompt()), dense)
+        assert np.array_equal(CASE.call(pipe, **request, **prompt()), dense)
     with sra.patched(pipe, sra.SparseRef(select, 0.25)):
-        assert not np.array_equal(CASE.call(pipe, cfg=cfg, **prompt()), dense)
-    assert np.array_equal(CASE.call(pipe, cfg=cfg, **prompt()), dense)
+        assert not np.array_equal(CASE.call(pipe, **request, **prompt()), dense)
+    assert np.array_equal(CASE.call(pipe, **request, **prompt()), dense)
 
 
 @pytest.mark.parametrize("from_block", [1, 2, 3])
 def test_references_leave_by_depth(from_block: int) -> None:
     pipe = build()
     with sra.patched(pipe, sra.SparseRef("grid", 0.25, from_block=from_block)) as handle:
-        assert np.isfinite(CASE.call(pipe, **prompt())).all()
+        assert np.isfinite(CASE.call(pipe, steps=1, **prompt())).all()
         assert {step.kept for step in handle.record.steps} == {24}
 
 

@@ -83,22 +83,25 @@ def run(setting: sra.SparseRef, **which: Any) -> tuple[Any, sra.RunRecord, list[
 pictures = partial(glm_image.call, steps=2)
 
 
-@called
-def test_the_pipeline_is_itself_with_every_token_and_after(which: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("which", "setting"),
+    zip(CALLS.values(), (sra.SparseRef("mass", 1.0), sra.SparseRef("grid", 1.0, "cache"), "fast"), strict=True),
+    ids=list(CALLS),
+)
+def test_the_pipeline_is_itself_with_every_token_and_after(which: dict[str, Any], setting: Any) -> None:
     pipe = glm_image.build()
     dense, alone = pictures(pipe, **which), pictures(pipe, sizes=())
     assert np.isfinite(dense).all()
     assert np.abs(dense - pictures(pipe, **which, sizes=())).max() > 0.01
-    for setting in (sra.SparseRef("mass", 1.0), sra.SparseRef("grid", 1.0, "cache"), "fast"):
-        with sra.patched(pipe, setting) as handle:
-            assert np.array_equal(pictures(pipe, **which), dense)
-            record = handle.record
-            assert (record.layout.generation, record.layout.sizes) == ((0, GENERATION), SIZES)
-            assert [r.grid for r in record.layout.references] == [(4, 8), (6, 4)]
-            assert all(pixels is not None for pixels in record.pixels)
-            assert record.exactness == "exact"
-            assert [s.calls for s in record.steps] == [1, 1]  # the guided call is without references
-            assert np.array_equal(pictures(pipe, sizes=()), alone)
+    with sra.patched(pipe, setting) as handle:
+        assert np.array_equal(pictures(pipe, **which), dense)
+        record = handle.record
+        assert (record.layout.generation, record.layout.sizes) == ((0, GENERATION), SIZES)
+        assert [r.grid for r in record.layout.references] == [(4, 8), (6, 4)]
+        assert all(pixels is not None for pixels in record.pixels)
+        assert record.exactness == "exact"
+        assert [s.calls for s in record.steps] == [1, 1]  # the guided call is without references
+        assert np.array_equal(pictures(pipe, sizes=()), alone)
     with sra.patched(pipe, sra.SparseRef("edges", KEEP)):
         sparse = pictures(pipe, **which)
         assert not np.array_equal(sparse, dense)

@@ -75,21 +75,24 @@ def run(setting: sra.SparseRef, **which: Any) -> tuple[Any, sra.RunRecord, list[
 pictures = partial(qwen21.call, steps=2)
 
 
-@called
-def test_the_pipeline_is_itself_with_every_token_and_after(which: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("which", "setting"),
+    zip(CALLS.values(), (sra.SparseRef("mass", 1.0), sra.SparseRef("grid", 1.0, "cache"), "fast"), strict=True),
+    ids=list(CALLS),
+)
+def test_the_pipeline_is_itself_with_every_token_and_after(which: dict[str, Any], setting: Any) -> None:
     pipe = qwen21.build()
     dense, alone = pictures(pipe, **which), pictures(pipe, sizes=())
     assert np.isfinite(dense).all()
     assert np.abs(dense - pictures(pipe, **which, sizes=())).max() > 0.01
-    for setting in (sra.SparseRef("mass", 1.0), sra.SparseRef("grid", 1.0, "cache"), "fast"):
-        with sra.patched(pipe, setting) as handle:
-            assert np.array_equal(pictures(pipe, **which), dense)
-            record = handle.record
-            assert (record.layout.generation, record.layout.sizes) == ((TOKENS, GENERATION), SIZES)
-            assert [r.grid for r in record.layout.references] == [(6, 10), (8, 8)]
-            assert all(pixels is not None for pixels in record.pixels)
-            assert record.exactness == "exact"
-            assert np.array_equal(pictures(pipe, sizes=()), alone)
+    with sra.patched(pipe, setting) as handle:
+        assert np.array_equal(pictures(pipe, **which), dense)
+        record = handle.record
+        assert (record.layout.generation, record.layout.sizes) == ((TOKENS, GENERATION), SIZES)
+        assert [r.grid for r in record.layout.references] == [(6, 10), (8, 8)]
+        assert all(pixels is not None for pixels in record.pixels)
+        assert record.exactness == "exact"
+        assert np.array_equal(pictures(pipe, sizes=()), alone)
     with sra.patched(pipe, sra.SparseRef("edges", KEEP)):
         sparse = pictures(pipe, **which)
         assert not np.array_equal(sparse, dense)

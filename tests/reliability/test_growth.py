@@ -61,9 +61,9 @@ def check(before: Held, after: Held) -> None:
 
 
 @pytest.mark.parametrize("mode", ["tokens", "both"])
-def test_thirty_generations(mode: str) -> None:
+def test_a_dozen_generations(mode: str) -> None:
     generate(mode, 0)  # what libraries build up once in a process is there
-    check(*generate(mode, 30 // WARM * WARM))
+    check(*generate(mode, 2 * WARM))
 
 
 @pytest.mark.slow
