@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any
@@ -137,8 +137,7 @@ class ModelShape:
         patterns = [(re.compile(pattern), stream) for pattern, stream in streams.items()]
         macs, widest, unmatched = dict.fromkeys(STREAMS[:-2], 0), 0, []
         by_block: Counter[str | None] = Counter()
-        modules = list(module.named_modules())
-        for name, inputs, outputs in _linears(modules):
+        for name, inputs, outputs in _linears(module):
             stream = next((stream for pattern, stream in patterns if pattern.fullmatch(name)), None)
             if stream is None:
                 unmatched.append(name)
@@ -154,7 +153,6 @@ class ModelShape:
                 f"every Linear layer of {type(module).__name__} must match an expression of the stream map, "
                 f"got {len(unmatched)} that match none: {', '.join(unmatched[:20])}{', ...' * (len(unmatched) > 20)}"
             )
-        parameters = list({id(p): p for _, m in modules for p in m.parameters(recurse=False)}.values())
         config = getattr(module, "config", None)
         if attention_layers is None:
             attention_layers = _setting(config, "num_layers") + _setting(config, "num_single_layers", 0)
@@ -163,8 +161,8 @@ class ModelShape:
             attention_layers=attention_layers,
             heads=_setting(config, "num_attention_heads") if heads is None else heads,
             head_dim=_setting(config, "attention_head_dim") if head_dim is None else head_dim,
-            parameter_bytes=sum(_stored_bytes(p) for p in parameters),
-            dtype_bytes=_activation_bytes(module, parameters),
+            parameter_bytes=sum(_stored_bytes(p) for p in module.parameters()),
+            dtype_bytes=_activation_bytes(module),
             output_rows=output_rows,
             reference_timestep=reference_timestep,
             widest=widest,
@@ -176,9 +174,9 @@ class ModelShape:
         )
 
 
-def _linears(modules: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, int, int]]:
+def _linears(module: nn.Module) -> Iterator[tuple[str, int, int]]:
     """Name, input and output width of every Linear layer that runs: nn.Linear, its subclasses and look-alike leaves."""
-    modules = [(_WRAPPED.sub("", name), m) for name, m in modules]
+    modules = [(_WRAPPED.sub("", name), m) for name, m in module.named_modules()]
     unused: set[str] = set()
     for name, _ in modules:
         parent, dot, leaf = name.rpartition(".")
@@ -204,10 +202,10 @@ def _stored_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _activation_bytes(module: nn.Module, parameters: Iterable[Tensor]) -> int:
+def _activation_bytes(module: nn.Module) -> int:
     """Element size of the floating-point dtype that most parameters claim; 2 where that is an 8-bit storage format."""
     elements: dict[torch.dtype, int] = {}
-    for p in parameters:
+    for p in module.parameters():
         if p.dtype.is_floating_point:
             elements[p.dtype] = elements.get(p.dtype, 0) + p.numel()
     if not elements:

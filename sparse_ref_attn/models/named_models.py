@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import init
-from torch.overrides import TorchFunctionMode
 
 from ..adapters import Adapter
 from ..adapters.classes import load_class
@@ -62,7 +59,7 @@ def named_model(
     check_diffusers()
     family = _family(name)
     size, cls = family.published[name], load_class(family.classes[0])
-    with torch.device(device), _unfilled(torch.device(device)):
+    with torch.device(device):
         try:
             model: nn.Module = cls(**{**size.config, **changes})
         except TypeError as error:
@@ -70,25 +67,6 @@ def named_model(
     if size.prepare is not None:
         size.prepare(model)
     return nn.Module.to(model, dtype=dtype).eval().requires_grad_(False)  # diffusers' own `to` warns of the cast
-
-
-class _Unfilled(TorchFunctionMode):
-    """Inside, the usual ways to fill a parameter leave it as it is."""
-
-    _FILL = frozenset({init.kaiming_uniform_, init.uniform_, init.normal_})
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        named = kwargs or {}
-        if func in self._FILL:
-            return args[0] if args else named["tensor"]
-        return func(*args, **named)
-
-
-def _unfilled(device: torch.device) -> AbstractContextManager[Any]:
-    """Parameters on meta hold nothing that could be filled."""
-    return _Unfilled() if device.type == "meta" else nullcontext()
 
 
 def published_size(name: str) -> PublishedSize:
